@@ -1,0 +1,80 @@
+# nacre: the targets people and CI call. Each is thin; what it does lives beside
+# what it is about (guest-kernel/, tests/lab/, config/).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PREFIX ?= /usr/local
+TARGET := x86_64-unknown-linux-gnu
+# Everything is staged under target/ with the paths it is installed to.
+STAGE := target/stage
+LAB := tests/lab/lab
+
+# Debian packages a build or a test needs. `make setup` installs those missing.
+PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
+  debootstrap debian-archive-keyring acpica-tools busybox-static
+
+.PHONY: setup build test unit lint demo bench lab e2e install kernel stage clean
+
+setup:
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "setup: installing" $$missing; \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	  $$sudo apt-get update -q >/dev/null && $$sudo env DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -q --no-install-recommends $$missing >target-setup.log 2>&1 || { cat target-setup.log; exit 1; }; \
+	  rm -f target-setup.log; \
+	fi
+
+kernel: setup
+	@$(MAKE) --no-print-directory -C guest-kernel
+
+# The agent is PID 1 of an initramfs that holds nothing else, so it is static.
+build: setup
+	@echo "build: shim, monitor, nacre"
+	@cargo build --release --locked -p nacre-shim
+	@echo "build: agent (static)"
+	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p nacre-agent --target $(TARGET)
+
+stage: build kernel
+	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre target/initramfs
+	@install -m 755 target/release/containerd-shim-nacre-v2 target/release/nacre $(STAGE)$(PREFIX)/bin/
+	@install -m 644 "$$($(MAKE) -s --no-print-directory -C guest-kernel path)" $(STAGE)$(PREFIX)/share/nacre/vmlinux
+	@install -m 755 target/$(TARGET)/release/nacre-agent target/initramfs/init
+	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
+	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
+
+install: stage
+	@cp -r --no-preserve=ownership $(STAGE)/. $(DESTDIR)/
+	@echo "installed below $(or $(DESTDIR),/); next: nacre check"
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+# Everything that needs no VM.
+unit: setup
+	RUST_BACKTRACE=1 cargo test --locked --workspace --exclude nacre-tests
+
+# The end-to-end tests: one lab, all tests. E2E='name' runs those that match.
+e2e: stage
+	@cargo test --release --locked -p nacre-tests --no-run
+	@install -m 755 "$$(cargo test --release --locked -p nacre-tests --no-run --message-format=json 2>/dev/null | \
+	  sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/nacre-e2e
+	@$(LAB) run --timeout 3000 $(STAGE) -- nacre-e2e --test-threads=1 $(E2E)
+
+test: lint unit e2e
+
+demo: stage
+	@$(LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
+
+lab: stage
+ifdef CMD
+	@$(LAB) run $(STAGE) -- bash -c '$(CMD)'
+else
+	@$(LAB) shell $(STAGE)
+endif
+
+clean:
+	cargo clean

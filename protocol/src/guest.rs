@@ -1,0 +1,24 @@
+//! Names both sides of the guest boundary agree on: vsock ports and paths.
+
+/// Port on the host (CID 2) that the agent dials once, when it is ready. The
+/// monitor hands the connection to the shim; the agent serves `agent.proto` on
+/// it. The guest can dial no other port.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Port the agent listens on for stdio streams. Each connection starts with
+/// the stream's id, 8 bytes little-endian.
+pub const STREAM_PORT: u32 = 1025;
+
+/// The guest's vsock context id. CIDs are local to a VM here (the monitor
+/// implements the device itself), so every guest has the same one.
+pub const GUEST_CID: u64 = 3;
+
+/// virtio-fs tag of the pod's shared directory.
+pub const SHARED_TAG: &str = "shared";
+
+/// Where the guest mounts the shared directory.
+pub const SHARED_DIR: &str = "/run/nacre/shared";
+
+/// Per-container directories of the guest:
+/// `CONTAINERS_DIR/<container id>/{rootfs,layers/,files/,...}`.
+pub const CONTAINERS_DIR: &str = "/run/nacre/containers";

@@ -1,0 +1,23 @@
+//! The contracts between nacre's three programs.
+//!
+//! ```text
+//!   shim  -- control channel: VmConfig, Request, Event (unix seqpacket, JSON + fds) --> monitor
+//!   shim  -- agent.proto (ttrpc over one vsock connection the guest dials)          --> agent
+//!   shim  -- streams (one vsock connection per stdio stream, the shim dials)        --> agent
+//! ```
+//!
+//! Trust runs one way: the monitor believes the shim, the agent believes the
+//! shim, and the shim treats all that comes back as hostile input.
+#![warn(missing_docs)]
+
+pub mod channel;
+pub mod guest;
+pub mod vm;
+
+/// Messages and ttrpc service of `proto/agent.proto`, generated at build time.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};

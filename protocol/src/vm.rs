@@ -1,0 +1,153 @@
+//! What the shim tells the monitor, and what the monitor reports.
+//!
+//! The first message on the channel is [`Request::Boot`]. Every descriptor a
+//! message needs travels with it; a message names its descriptors by their
+//! position, [`FdIndex`]. The monitor opens nothing by path.
+
+use serde::{Deserialize, Serialize};
+
+/// Position of a descriptor among those that came with the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdIndex(pub usize);
+
+/// From the shim to the monitor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Enter the jail, build the VM, run it. Sent once, first.
+    Boot(Box<VmConfig>),
+    /// Connect `stream`, one end of a unix stream socket pair, to `port` of the
+    /// guest. Should the guest refuse, the monitor closes the stream.
+    Connect {
+        /// vsock port in the guest.
+        port: u32,
+        /// The monitor's end.
+        stream: FdIndex,
+    },
+}
+
+/// From the monitor to the shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The VM was built and its vCPUs run.
+    Booted,
+    /// The guest dialled `port`; `stream` is the shim's end of the connection.
+    Dialed {
+        /// vsock port on the host, always [`crate::guest::AGENT_PORT`].
+        port: u32,
+        /// The shim's end, a unix stream socket.
+        stream: FdIndex,
+    },
+    /// The VM stopped. The monitor exits after this.
+    Stopped(StopReason),
+    /// The VM could not be built or run. The monitor exits after this.
+    Failed {
+        /// One line: what failed and why.
+        message: String,
+    },
+}
+
+/// Why a VM stopped by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopReason {
+    /// The guest powered off (ACPI S5).
+    Shutdown,
+    /// The guest asked for a reset (ACPI reset register).
+    Reboot,
+    /// A vCPU triple-faulted.
+    TripleFault,
+    /// The guest kernel reported a panic (pvpanic).
+    Panic,
+}
+
+/// A virtual machine, complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// For messages only.
+    pub sandbox_id: String,
+    /// Who the monitor becomes.
+    pub jail: Jail,
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// vCPUs that are there at boot.
+    pub vcpus: u8,
+    /// Guest memory.
+    pub memory: Memory,
+    /// Uncompressed kernel, `vmlinux`.
+    pub kernel: FdIndex,
+    /// initramfs (cpio, uncompressed).
+    pub initrd: FdIndex,
+    /// Kernel command line, without what the monitor adds for its devices.
+    pub cmdline: String,
+    /// virtio-blk devices, in order of their PCI slots.
+    pub disks: Vec<Disk>,
+    /// virtio-net devices.
+    pub nics: Vec<Nic>,
+    /// virtio-fs device.
+    pub shared_dir: Option<SharedDir>,
+    /// Debug console: kernel messages and `/dev/console` go to this file.
+    pub console: Option<FdIndex>,
+}
+
+/// The identity the monitor takes before it touches guest data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jail {
+    /// Numeric user, this pod's alone.
+    pub uid: u32,
+    /// Numeric group.
+    pub gid: u32,
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Size at boot.
+    pub size_mib: u32,
+    /// Back it with 2 MiB huge pages.
+    pub hugepages: bool,
+}
+
+/// A virtio-blk device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Serial number the guest reads, at most 20 bytes (virtio 1.2, 5.2.6.1).
+    pub serial: String,
+    /// Whether the guest may write.
+    pub read_only: bool,
+    /// Where the bytes are.
+    pub backing: DiskBacking,
+    /// Request queues, at least 1.
+    pub queues: u16,
+}
+
+/// The bytes of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskBacking {
+    /// One file or block device.
+    Whole(FdIndex),
+    /// Read-only files one after another, each a partition of a GPT that
+    /// exists in memory only: `/dev/vdX1` is the first.
+    Partitions(Vec<FdIndex>),
+}
+
+/// A virtio-net device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// MAC address.
+    pub mac: [u8; 6],
+    /// MTU announced to the guest.
+    pub mtu: u16,
+    /// One tap queue descriptor per queue pair.
+    pub taps: Vec<FdIndex>,
+    /// One `/dev/vhost-net` descriptor per queue pair, or none at all: then
+    /// the monitor moves the packets itself.
+    pub vhost: Vec<FdIndex>,
+}
+
+/// A virtio-fs device whose back end is another process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedDir {
+    /// Mount tag.
+    pub tag: String,
+    /// Connected vhost-user socket of the back end.
+    pub socket: FdIndex,
+}

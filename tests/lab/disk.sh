@@ -1,0 +1,194 @@
+# shellcheck shell=bash
+# Builds the lab's disk. Sourced by `lab`, which sets $here and $cache.
+#
+# What is built lies in $cache/<hash of the recipe>/:
+#
+#   disk.img    the lab's root file system, ext4, sparse
+#   vmlinuz     Debian's kernel
+#   initrd.img  busybox and the few modules that reach the disk
+#   machine/    QEMU, mke2fs, mkfs.erofs and their libraries, of the same
+#               Debian release as the lab whatever the host's is
+#
+# Nothing needs a loop mount, a block device or a fixed mirror: the mirror is
+# the one in the host's apt configuration, or debootstrap's own default.
+
+: "${here:?}" "${cache:?}"
+readonly SUITE=trixie            # the lab and the machine
+readonly CONTAINERD_SUITE=forky  # containerd 2; its package needs only libc
+readonly DISK_SIZE=8G
+
+# Files whose content decides what the disk holds.
+recipe_files() {
+  printf '%s\n' disk.sh packages.lab packages.machine initramfs-init images guest/opt/lab/mkimage
+}
+
+recipe_hash() {
+  (cd "$here" && recipe_files | xargs sha256sum | sha256sum | cut -c1-16)
+}
+
+package_list() {
+  sed 's/#.*//' "$here/packages.$1" | xargs
+}
+
+# The URI of the Debian archive this host's apt uses, empty when it has none.
+host_mirror() {
+  command -v apt-get >/dev/null || return 0
+  apt-get indextargets --format "\$(ORIGIN) \$(LABEL) \$(REPO_URI)" 'Created-By: Packages' |
+    awk '$1 == "Debian" && $2 == "Debian" { print $3; exit }'
+}
+
+# step WHAT COMMAND...: runs a long command with its output in the build's log,
+# saying every 15 seconds that it still runs.
+step() {
+  local what=$1 begin=$SECONDS
+  shift
+  say "$what"
+  set -m # a process group of its own, so that an interrupt ends all of it
+  (set -e; "$@") >>"$build/build.log" 2>&1 </dev/null &
+  step_pid=$!
+  set +m
+  while kill -0 "$step_pid" 2>/dev/null; do
+    sleep 0.5
+    if ((SECONDS - begin >= 15)); then
+      begin=$SECONDS
+      say "  ... $what"
+    fi
+  done
+  if ! wait "$step_pid"; then
+    tail -n 30 "$build/build.log" >&2
+    die "failed: $what"
+  fi
+  step_pid=
+}
+
+abandon_build() {
+  if [[ ${step_pid-} ]]; then
+    kill -TERM -- "-$step_pid" 2>/dev/null || true
+    wait "$step_pid" || true
+  fi
+  [[ -z ${build-} ]] || rm -rf --one-file-system "$build"
+}
+
+in_root() {
+  chroot "$build/root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
+    DEBIAN_FRONTEND=noninteractive INITRD=No ${http_proxy:+"http_proxy=$http_proxy"} "$@"
+}
+
+bootstrap() {
+  local mirror
+  mirror=$(host_mirror)
+  debootstrap --variant=minbase "$SUITE" "$build/root" ${mirror:+"$mirror"}
+  cp /etc/hosts "$build/root/etc/hosts"
+  # A throw-away tree: no documentation, no fsync, and an initramfs of our own.
+  printf 'force-unsafe-io\npath-exclude=/usr/share/%s/*\n' doc >"$build/root/etc/dpkg/dpkg.cfg.d/lab"
+  printf 'path-exclude=/usr/share/%s/*\n' man info locale >>"$build/root/etc/dpkg/dpkg.cfg.d/lab"
+  mkdir -p "$build/root/etc/initramfs-tools"
+  echo update_initramfs=no >"$build/root/etc/initramfs-tools/update-initramfs.conf"
+}
+
+install_packages() {
+  local packages
+  read -ra packages < <(package_list lab)
+  in_root apt-get update
+  in_root apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold "${packages[@]}"
+}
+
+# containerd of the lab's own suite goes to /opt, that of the newer one to /usr.
+# The newer suite's signature is checked, its expiry is not: it expires within
+# days, and a mirror may well be a snapshot in time.
+install_containerd() {
+  local root=$build/root
+  local newer=(-o Dir::Etc::SourceList=/tmp/newer.list -o Dir::Etc::SourceParts=/dev/null
+    -o Dir::State::Lists=/tmp/newer.lists -o Acquire::Check-Valid-Until=false -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
+  mkdir -p "$root/tmp/older" "$root/tmp/newer" "$root/tmp/newer.lists/partial"
+  sed "s/\\b$SUITE\\b/$CONTAINERD_SUITE/" "$root/etc/apt/sources.list" >"$root/tmp/newer.list"
+  in_root sh -ec 'cd /tmp/older; apt-get download containerd'
+  in_root apt-get "${newer[@]}" update
+  in_root sh -ec 'cd /tmp/newer; apt-get "$@" download containerd' sh "${newer[@]}"
+  in_root sh -ec 'dpkg-deb -x /tmp/older/*.deb /opt/containerd-1.7; dpkg-deb -x /tmp/newer/*.deb /
+    rm -r /tmp/older /tmp/newer*; containerd --version; /opt/containerd-1.7/usr/bin/containerd --version'
+}
+
+# QEMU and its libraries, resolved as if nothing were installed, and unpacked only.
+unpack_machine() {
+  local packages deb
+  read -ra packages < <(package_list machine)
+  in_root sh -ec ': >/tmp/none; apt-get clean
+    apt-get -o Dir::State::status=/tmp/none install -y --no-install-recommends --download-only "$@"; rm /tmp/none' \
+    sh "${packages[@]}"
+  mkdir "$build/machine"
+  for deb in "$build"/root/var/cache/apt/archives/*.deb; do
+    dpkg-deb --fsys-tarfile "$deb" |
+      tar -x -C "$build/machine" --exclude='./usr/share/doc' --exclude='./usr/share/man' --exclude='./usr/share/locale'
+  done
+  in_root apt-get clean
+}
+
+make_images() {
+  cp "$here/images" "$here/guest/opt/lab/mkimage" "$build/root/tmp/"
+  in_root /tmp/images /tmp/mkimage /opt/lab/images
+  rm "$build/root/tmp/images" "$build/root/tmp/mkimage"
+}
+
+make_initramfs() {
+  local root=$build/root tree=$build/initramfs kernel module name
+  kernel=$(ls "$root/lib/modules")
+  mkdir -p "$tree"/{bin,dev,proc,sys,root,modules}
+  cp "$root/bin/busybox" "$tree/bin/"
+  install -m 755 "$here/initramfs-init" "$tree/init"
+  in_root depmod "$kernel"
+  # `modprobe --show-depends` lists the files to insert, in order.
+  for module in virtio_pci virtio_blk ext4 erofs; do
+    in_root modprobe --set-version "$kernel" --show-depends "$module"
+  done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$build/modules"
+  while read -r module; do
+    name=$(basename "$module" .xz)
+    "$root/bin/busybox" unxz -c "$root$module" >"$tree/modules/$name"
+    echo "$name" >>"$tree/modules/order"
+  done <"$build/modules"
+  cp "$root/boot/vmlinuz-$kernel" "$build/vmlinuz"
+  (cd "$tree" && find . | "$root/bin/busybox" cpio -o -H newc | gzip -1) >"$build/initrd.img"
+  rm -r "$tree" "$build/modules"
+}
+
+make_disk() {
+  local root=$build/root
+  rm -rf "${root:?}"/var/lib/apt/lists/* "$root"/boot/vmlinuz-* "$root/etc/resolv.conf" "$root/etc/hostname"
+  printf '127.0.0.1 localhost lab\n::1 localhost\n' >"$root/etc/hosts"
+  echo lab >"$root/etc/hostname"
+  truncate -s "$DISK_SIZE" "$build/disk.img"
+  machine_run "$build/machine" usr/sbin/mke2fs -q -F -t ext4 -m 0 -O ^has_journal -E lazy_itable_init=1 -d "$root" "$build/disk.img"
+  rm -rf --one-file-system "$root"
+}
+
+# Makes sure the disk exists and sets $disk to its directory.
+lab_disk() {
+  local lock
+  disk=$cache/$(recipe_hash)
+  mkdir -p "$cache"
+  exec {lock}>"$cache/lock"
+  until flock --nonblock "$lock"; do
+    say "waiting for another build"
+    sleep 5
+  done
+  [[ -e $disk/disk.img ]] || build_disk
+  exec {lock}>&-
+}
+
+build_disk() {
+  ((EUID == 0)) || die "building the disk needs root (chroot and device nodes); a container's root will do"
+  command -v debootstrap >/dev/null || die "debootstrap is missing"
+  say "building the lab's disk in $disk (once for this recipe)"
+  build=$(mktemp -d "$cache/build.XXXXXX")
+  chmod 755 "$build"
+  step "Debian $SUITE's base" bootstrap
+  step "the lab's packages" install_packages
+  step "containerd" install_containerd
+  step "the machine (QEMU)" unpack_machine
+  step "container images" make_images
+  step "initramfs" make_initramfs
+  step "disk image" make_disk
+  mv "$build" "$disk"
+  build=
+  say "the disk is ready"
+}

@@ -1,0 +1,195 @@
+# shellcheck shell=bash
+# Boots the lab. Sourced by `lab`, which sets $here and $cache.
+#
+# The machine has three disks: the root (a throw-away overlay of disk.img), the
+# lab's own files and the command (guest.img), and the caller's tree
+# (payload.img). What the command says comes back through virtio-serial ports,
+# each written to a file here: stdout, stderr, out.tar, and last status, one line:
+#
+#   exit CODE STDOUT-BYTES STDERR-BYTES OUT-BYTES
+#
+# whose counts tell when the other files are complete.
+
+: "${here:?}" "${cache:?}"
+
+# Runs a program of the unpacked Debian tree with that tree's own libraries.
+machine_run() {
+  local tree=$1 program=$2
+  shift 2
+  "$tree/usr/lib64/ld-linux-x86-64.so.2" --library-path "$tree/usr/lib/x86_64-linux-gnu" "$tree/$program" "$@"
+}
+
+parse_options() {
+  out='' timeout=2400 smp=2 mem=6144 count=0 iommu=0 extra=()
+  while (($#)) && [[ $1 == -* ]]; do
+    case $1 in
+      --count) count=1; shift; continue ;;
+      --iommu) iommu=1; shift; continue ;;
+      --out | --timeout | --smp | --mem | --qemu) (($# >= 2)) || usage_error "$1 needs a value" ;;
+      *) usage_error "unknown option $1" ;;
+    esac
+    case $1 in
+      --out) out=$2 ;;
+      --timeout) timeout=$2 ;;
+      --smp) smp=$2 ;;
+      --mem) mem=$2 ;;
+      --qemu) extra+=("$2") ;;
+    esac
+    shift 2
+  done
+  (($#)) || usage_error "DIR is missing"
+  payload=$1
+  [[ -d $payload ]] || usage_error "$payload is not a directory"
+  shift
+  [[ ${1-} != -- ]] || shift
+  command=("$@")
+}
+
+pack() {
+  machine_run "$disk/machine" usr/bin/mkfs.erofs --quiet --all-root "$1" "$2"
+}
+
+prepare_machine() {
+  work=$(mktemp -d)
+  mkdir -p "$cache/logs"
+  serial_log=$cache/logs/$(date +%Y%m%d-%H%M%S)-$$.log
+  : >"$serial_log"
+  forget_old_logs
+  cp -r "$here/guest" "$work/guest"
+  mkdir -p "$work/guest/opt/lab/run"
+  if ((${#command[@]})); then
+    printf '%s\0' "${command[@]}" >"$work/guest/opt/lab/run/command"
+  else
+    stty size >"$work/guest/opt/lab/run/terminal"
+  fi
+  pack "$work/guest.img" "$work/guest"
+  pack "$work/payload.img" "$payload"
+}
+
+forget_old_logs() {
+  local logs=("$cache"/logs/*.log)
+  ((${#logs[@]} <= 10)) || rm -f -- "${logs[@]:0:${#logs[@]}-10}"
+}
+
+# Sets $qemu to the arguments of the machine without its console and ports.
+describe_machine() {
+  local share=${disk:?}/machine/usr/share
+  local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable"
+  local accel=tcg,thread=multi,tb-size=1024
+  qemu=(usr/bin/qemu-system-x86_64 -L "$share/qemu" -L "$share/seabios" -nodefaults -no-user-config -display none -no-reboot
+    -M "q35,kernel-irqchip=split" -cpu "EPYC,+svm,+npt,phys-bits=48" -m "$mem" -nic none)
+  if ((count)); then
+    accel=tcg,thread=single,tb-size=1024
+    smp=1
+    qemu+=(-icount "shift=0,sleep=off")
+  fi
+  if ((iommu)); then
+    append+=" intel_iommu=on iommu=pt"
+    qemu+=(-device "intel-iommu,intremap=on,caching-mode=on,aw-bits=48")
+  fi
+  qemu+=(-accel "$accel" -smp "$smp" -kernel "$disk/vmlinuz" -initrd "$disk/initrd.img" -append "$append"
+    -drive "if=virtio,format=raw,snapshot=on,file=$disk/disk.img"
+    -drive "if=virtio,format=raw,readonly=on,file=$work/guest.img"
+    -drive "if=virtio,format=raw,readonly=on,file=$work/payload.img"
+    -device virtio-rng-pci "${extra[@]}")
+}
+
+add_port() {
+  qemu+=(-chardev "file,id=$1,path=$work/$2" -device "virtserialport,chardev=$1,name=lab.$1")
+}
+
+lab_shell() {
+  [[ -t 0 && -t 1 ]] || die "lab shell needs a terminal"
+  command=()
+  lab_disk
+  prepare_machine
+  describe_machine
+  qemu+=(-chardev "stdio,id=serial,mux=on,signal=off,logfile=$serial_log" -serial chardev:serial -mon chardev=serial)
+  say "Ctrl-A X leaves the lab; its console is kept in $serial_log"
+  machine_run "$disk/machine" "${qemu[@]}"
+}
+
+lab_run() {
+  ((${#command[@]})) || usage_error "COMMAND is missing"
+  [[ -z $out ]] || mkdir -p "$out"
+  if [[ ${LAB-} == host ]]; then
+    run_on_host
+  fi
+  local begin=$SECONDS
+  lab_disk
+  prepare_machine
+  describe_machine
+  qemu+=(-chardev "file,id=serial,path=$serial_log" -serial chardev:serial -device virtio-serial-pci)
+  add_port stdout stdout
+  add_port stderr stderr
+  add_port status status
+  [[ -z $out ]] || add_port out out.tar
+  : | tee "$work/stdout" "$work/stderr" "$work/status" "$work/out.tar"
+
+  machine_run "$disk/machine" "${qemu[@]}" </dev/null >"$work/qemu.log" 2>&1 &
+  qemu_pid=$!
+  tail -q -c +1 -s 0.1 -f --pid="$qemu_pid" "$work/stdout" &
+  follower_pids=($!)
+  tail -q -c +1 -s 0.1 -f --pid="$qemu_pid" "$work/stderr" >&2 &
+  follower_pids+=($!)
+
+  await_status $((begin + timeout))
+  stop_machine
+  case $status in
+    timeout) lab_failed 124 "stopped after $timeout seconds" ;;
+    lost) lab_failed 125 "the lab ended without a result" ;;
+  esac
+  [[ -z $out ]] || tar -x -C "$out" --no-same-owner -f "$work/out.tar"
+  exit "$status"
+}
+
+# Sets $status to the command's exit code, to `timeout`, or to `lost` when the
+# machine ended by itself.
+await_status() {
+  local deadline=$1 code counts
+  until read -r _ code counts <"$work/status" &&
+    [[ $(stat -c %s "$work/stdout" "$work/stderr" "$work/out.tar" | xargs) == "$counts" ]]; do
+    status=lost
+    kill -0 "$qemu_pid" 2>/dev/null || return 0
+    status=timeout
+    ((SECONDS < deadline)) || return 0
+    sleep 0.2
+  done
+  status=$code
+}
+
+# Ends the machine, and lets the followers finish what it wrote.
+stop_machine() {
+  kill "$qemu_pid" 2>/dev/null || true
+  wait "$qemu_pid" || true
+  qemu_pid=
+  wait "${follower_pids[@]}" || true
+  follower_pids=()
+}
+
+lab_failed() {
+  {
+    cat "$work/qemu.log"
+    tail -n 25 "$serial_log"
+    echo "lab: $2; the console's log is $serial_log"
+  } >&2
+  exit "$1"
+}
+
+run_on_host() {
+  grep -qwE 'svm|vmx' /proc/cpuinfo || die "LAB=host: this processor shows neither svm nor vmx"
+  [[ -w /dev/kvm ]] || die "LAB=host: /dev/kvm is not there for this user"
+  ctr version >/dev/null || die "LAB=host: containerd does not answer"
+  command -v containerd-shim-nacre-v2 >/dev/null || die "LAB=host: nacre is not installed (make install)"
+  [[ -z $out ]] || out=$(realpath "$out")
+  exec timeout "$timeout" "$here/guest/opt/lab/with-environment" "LAB_OUT=$out" "${command[@]}" </dev/null
+}
+
+cleanup() {
+  local pid
+  abandon_build
+  for pid in ${qemu_pid-} ${follower_pids[@]+"${follower_pids[@]}"}; do
+    kill "$pid" 2>/dev/null || true
+  done
+  [[ -z ${work-} ]] || rm -rf "$work"
+}

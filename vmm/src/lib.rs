@@ -1,0 +1,16 @@
+//! The monitor: one process, one virtual machine.
+//!
+//! It holds no privilege and opens nothing by path: the shim hands it every
+//! descriptor it needs over the control channel ([`nacre_protocol::channel`]).
+//! Plain threads, no async runtime: one thread per vCPU, one per activated
+//! device, and the main thread, which listens to the shim.
+#![warn(missing_docs)]
+#![warn(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    clippy::cast_lossless
+)]
+
+pub mod virtio;
+pub mod worker;
