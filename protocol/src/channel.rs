@@ -232,7 +232,10 @@ impl Channel {
                 self.pending.extend(owned);
             }
         }
-        if message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        if message
+            .flags
+            .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
+        {
             return Err(ChannelError::Malformed("truncated packet".into()));
         }
         match message.bytes {
