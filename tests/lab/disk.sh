@@ -157,7 +157,7 @@ make_disk() {
   printf '127.0.0.1 localhost lab\n::1 localhost\n' >"$root/etc/hosts"
   echo lab >"$root/etc/hostname"
   truncate -s "$DISK_SIZE" "$build/disk.img"
-  machine_run "$build/machine" usr/sbin/mke2fs -q -F -t ext4 -m 0 -O ^has_journal -E lazy_itable_init=1 -d "$root" "$build/disk.img"
+  machine_run "$build/machine" usr/sbin/mke2fs -q -F -t ext4 -m 0 -O ^has_journal,verity -E lazy_itable_init=1 -d "$root" "$build/disk.img"
   rm -rf --one-file-system "$root"
 }
 

@@ -12,11 +12,14 @@
 
 : "${here:?}" "${cache:?}"
 
+readonly LOADER=usr/lib64/ld-linux-x86-64.so.2
+readonly LIBRARIES=usr/lib/x86_64-linux-gnu
+
 # Runs a program of the unpacked Debian tree with that tree's own libraries.
 machine_run() {
   local tree=$1 program=$2
   shift 2
-  "$tree/usr/lib64/ld-linux-x86-64.so.2" --library-path "$tree/usr/lib/x86_64-linux-gnu" "$tree/$program" "$@"
+  "$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/$program" "$@"
 }
 
 parse_options() {
@@ -46,7 +49,7 @@ parse_options() {
 }
 
 pack() {
-  machine_run "$disk/machine" usr/bin/mkfs.erofs --quiet --all-root "$1" "$2"
+  machine_run "${disk:?}/machine" usr/bin/mkfs.erofs --quiet --all-root "$1" "$2"
 }
 
 prepare_machine() {
@@ -71,12 +74,14 @@ forget_old_logs() {
   ((${#logs[@]} <= 10)) || rm -f -- "${logs[@]:0:${#logs[@]}-10}"
 }
 
-# Sets $qemu to the arguments of the machine without its console and ports.
+# Sets $qemu to the machine's command line without its console and ports. It is
+# run as it is, not through a function, so that $! is QEMU's own pid.
 describe_machine() {
-  local share=${disk:?}/machine/usr/share
+  local tree=$disk/machine
   local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable"
   local accel=tcg,thread=multi,tb-size=1024
-  qemu=(usr/bin/qemu-system-x86_64 -L "$share/qemu" -L "$share/seabios" -nodefaults -no-user-config -display none -no-reboot
+  qemu=("$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/usr/bin/qemu-system-x86_64"
+    -L "$tree/usr/share/qemu" -L "$tree/usr/share/seabios" -nodefaults -no-user-config -display none -no-reboot
     -M "q35,kernel-irqchip=split" -cpu "EPYC,+svm,+npt,phys-bits=48" -m "$mem" -nic none)
   if ((count)); then
     accel=tcg,thread=single,tb-size=1024
@@ -106,7 +111,7 @@ lab_shell() {
   describe_machine
   qemu+=(-chardev "stdio,id=serial,mux=on,signal=off,logfile=$serial_log" -serial chardev:serial -mon chardev=serial)
   say "Ctrl-A X leaves the lab; its console is kept in $serial_log"
-  machine_run "$disk/machine" "${qemu[@]}"
+  "${qemu[@]}"
 }
 
 lab_run() {
@@ -126,7 +131,7 @@ lab_run() {
   [[ -z $out ]] || add_port out out.tar
   : | tee "$work/stdout" "$work/stderr" "$work/status" "$work/out.tar"
 
-  machine_run "$disk/machine" "${qemu[@]}" </dev/null >"$work/qemu.log" 2>&1 &
+  "${qemu[@]}" </dev/null >"$work/qemu.log" 2>&1 &
   qemu_pid=$!
   tail -q -c +1 -s 0.1 -f --pid="$qemu_pid" "$work/stdout" &
   follower_pids=($!)
@@ -169,8 +174,8 @@ stop_machine() {
 
 lab_failed() {
   {
-    cat "$work/qemu.log"
-    tail -n 25 "$serial_log"
+    grep -v "TCG doesn't support" "$work/qemu.log" || true
+    tail -n 60 "$serial_log"
     echo "lab: $2; the console's log is $serial_log"
   } >&2
   exit "$1"
@@ -190,6 +195,7 @@ cleanup() {
   abandon_build
   for pid in ${qemu_pid-} ${follower_pids[@]+"${follower_pids[@]}"}; do
     kill "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
   done
   [[ -z ${work-} ]] || rm -rf "$work"
 }

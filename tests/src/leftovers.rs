@@ -1,0 +1,92 @@
+//! What a test may leave behind, and must not.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::PATIENCE;
+
+/// Everything of the machine that a pod could leak: processes, mounts, network
+/// interfaces and namespaces, cgroups, sockets, run directories.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine(BTreeSet<String>);
+
+impl Machine {
+    /// The machine as it is.
+    #[must_use]
+    pub fn now() -> Self {
+        let mut items = BTreeSet::new();
+        items.extend(processes());
+        items.extend(mounts());
+        items.extend(entries("interface", Path::new("/sys/class/net"), 1));
+        items.extend(entries("netns", Path::new("/run/netns"), 1));
+        items.extend(entries("cgroup", Path::new("/sys/fs/cgroup"), 4));
+        items.extend(entries("socket", Path::new("/run/containerd/s"), 1));
+        items.extend(entries("run directory", Path::new("/run/nacre"), 3));
+        Self(items)
+    }
+
+    /// Waits until nothing is there that was not there then.
+    ///
+    /// # Panics
+    ///
+    /// When something is left after [`PATIENCE`]; the message names it.
+    pub fn await_return(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left: Vec<String> = Self::now().0.difference(&self.0).cloned().collect();
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "left behind: {left:#?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// Processes that belong to a runtime, by pid: others come and go.
+fn processes() -> Vec<String> {
+    let Ok(proc) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    proc.filter_map(Result::ok)
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let ours = ["nacre", "virtiofsd"]
+                .iter()
+                .any(|name| line.contains(name) && !line.contains("nacre-e2e"));
+            ours.then(|| format!("process {pid} {line}"))
+        })
+        .collect()
+}
+
+fn mounts() -> Vec<String> {
+    let table = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo is readable");
+    table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|target| format!("mount {target}"))
+        .collect()
+}
+
+/// Directory entries down to `depth`; of cgroups only the directories.
+fn entries(kind: &str, directory: &Path, depth: usize) -> Vec<String> {
+    let Ok(listing) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for entry in listing.filter_map(Result::ok) {
+        let path = entry.path();
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_directory || kind != "cgroup" {
+            found.push(format!("{kind} {}", path.display()));
+        }
+        if is_directory && depth > 1 {
+            found.extend(entries(kind, &path, depth - 1));
+        }
+    }
+    found
+}
