@@ -62,7 +62,12 @@ impl Poller {
     ///
     /// Those of epoll_ctl(2).
     pub fn remove(&self, fd: &impl AsRawFd) -> io::Result<()> {
-        self.control(ControlOperation::Delete, fd.as_raw_fd(), EventSet::empty(), 0)
+        self.control(
+            ControlOperation::Delete,
+            fd.as_raw_fd(),
+            EventSet::empty(),
+            0,
+        )
     }
 
     fn control(
@@ -72,7 +77,8 @@ impl Poller {
         events: EventSet,
         token: u64,
     ) -> io::Result<()> {
-        self.epoll.ctl(operation, fd, EpollEvent::new(events, token))
+        self.epoll
+            .ctl(operation, fd, EpollEvent::new(events, token))
     }
 
     /// Waits for events, at most `timeout_ms` (-1: without limit). `None` means
