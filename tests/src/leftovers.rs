@@ -7,6 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::PATIENCE;
 
+/// Parent of the cgroups of containerd's namespace "default". It belongs to the
+/// namespace, not to a pod: every runtime makes it when it is missing and none
+/// removes it.
+const NAMESPACE_CGROUP: &str = "cgroup /sys/fs/cgroup/default";
+
 /// Everything of the machine that a pod could leak: processes, mounts, network
 /// interfaces and namespaces, cgroups, sockets, run directories.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +27,7 @@ impl Machine {
         items.extend(entries("interface", Path::new("/sys/class/net"), 1));
         items.extend(entries("netns", Path::new("/run/netns"), 1));
         items.extend(entries("cgroup", Path::new("/sys/fs/cgroup"), 4));
+        items.remove(NAMESPACE_CGROUP);
         items.extend(entries("socket", Path::new("/run/containerd/s"), 1));
         items.extend(entries("run directory", Path::new("/run/nacre"), 3));
         Self(items)
