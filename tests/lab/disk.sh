@@ -78,7 +78,7 @@ bootstrap() {
   local mirror
   mirror=$(host_mirror)
   debootstrap --variant=minbase "$SUITE" "$build/root" ${mirror:+"$mirror"}
-  cp /etc/hosts "$build/root/etc/hosts"
+  [[ ! -e /etc/hosts ]] || cp /etc/hosts "$build/root/etc/hosts"
   # A throw-away tree: no documentation, no fsync, and an initramfs of our own.
   printf 'force-unsafe-io\npath-exclude=/usr/share/%s/*\n' doc >"$build/root/etc/dpkg/dpkg.cfg.d/lab"
   printf 'path-exclude=/usr/share/%s/*\n' man info locale >>"$build/root/etc/dpkg/dpkg.cfg.d/lab"

@@ -12,5 +12,22 @@
     clippy::cast_lossless
 )]
 
+pub mod acpi;
+pub mod boot;
+pub mod bus;
+pub mod devices;
+pub mod jail;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod monitor;
+pub mod pci;
+pub mod power;
+pub mod serial;
+pub mod stop;
+#[cfg(test)]
+mod test_kernel;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;
 pub mod worker;

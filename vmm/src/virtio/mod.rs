@@ -19,11 +19,18 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub mod block;
+pub mod buffers;
+pub mod common_config;
 pub mod console;
 pub mod fs;
 pub mod net;
+pub mod ring;
 pub mod rng;
+pub mod transport;
 pub mod vsock;
+
+#[cfg(test)]
+mod driver;
 
 /// The guest's memory. Clones are cheap and share the mapping.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -1,0 +1,97 @@
+//! Boots a kernel with neither shim nor jail, its serial port on standard output:
+//!
+//! ```text
+//! boot --kernel vmlinux --initrd initrd --cmdline 'console=ttyS0' --memory 256 --vcpus 1
+//! ```
+//!
+//! `--serial off` leaves the serial port out, to count a boot's exits without it.
+//! Ends with the machine and prints how, and the vCPUs' exits, to standard error.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::process::ExitCode;
+
+use nacre_protocol::vm::StopReason;
+use nacre_vmm::machine::{Machine, Parts};
+use nacre_vmm::memory;
+use nacre_vmm::stop::{Outcome, Stop};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+type Error = Box<dyn std::error::Error>;
+
+#[derive(Default)]
+struct Options {
+    kernel: String,
+    initrd: String,
+    cmdline: String,
+    memory_mib: u32,
+    vcpus: u8,
+    no_serial: bool,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).init();
+    match options().and_then(|options| run(&options)) {
+        Ok(Outcome::Stopped(StopReason::Shutdown)) => ExitCode::SUCCESS,
+        Ok(outcome) => {
+            eprintln!("boot: {outcome:?}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("boot: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn options() -> Result<Options, Error> {
+    let mut options = Options {
+        memory_mib: 256,
+        vcpus: 1,
+        ..Default::default()
+    };
+    let mut args = std::env::args().skip(1);
+    while let Some(name) = args.next() {
+        let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
+        match name.as_str() {
+            "--kernel" => options.kernel = value,
+            "--initrd" => options.initrd = value,
+            "--cmdline" => options.cmdline = value,
+            "--memory" => options.memory_mib = value.parse()?,
+            "--vcpus" => options.vcpus = value.parse()?,
+            "--serial" => options.no_serial = value == "off",
+            _ => return Err(format!("{name}: unknown option").into()),
+        }
+    }
+    Ok(options)
+}
+
+fn run(options: &Options) -> Result<Outcome, Error> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+    let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let machine = Machine::new(Parts {
+        kvm: kvm.into(),
+        vcpus: options.vcpus,
+        memory: memory::allocate(options.memory_mib, false)?,
+        kernel: File::open(&options.kernel)?,
+        initrd: File::open(&options.initrd)?,
+        cmdline: options.cmdline.clone(),
+        devices: Vec::new(),
+        serial: (!options.no_serial).then(|| stdout.into()),
+    })?;
+    let running = machine.start()?;
+    let stop = running.stop_handle().clone();
+    wait(&stop)?;
+    let exits = running.stop();
+    eprintln!("boot: {exits}");
+    stop.outcome().cloned().ok_or_else(|| "no outcome".into())
+}
+
+fn wait(stop: &Stop) -> io::Result<()> {
+    // SAFETY: the event is open as long as `stop` is borrowed.
+    let event = unsafe { BorrowedFd::borrow_raw(stop.event().as_raw_fd()) };
+    let mut fds = [PollFd::new(event, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::NONE)?;
+    Ok(())
+}

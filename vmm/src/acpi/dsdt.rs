@@ -1,0 +1,125 @@
+//! The DSDT: one PCI Express host bridge and the few devices it cannot find.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
+    ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::{OEM, OEM_REVISION, OEM_TABLE};
+use crate::{layout, power};
+
+/// Length of a table header, all a DSDT has besides AML.
+const HEADER: u32 = 36;
+/// From revision 2 on, AML integers have 64 bits.
+const REVISION: u8 = 2;
+/// `_STA`: present, enabled, shown, working (ACPI 6.5, 6.3.7).
+const PRESENT: u8 = 0xf;
+
+/// What differs from one machine to the next.
+#[derive(Debug, Clone, Copy)]
+pub struct Platform {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// 64-bit window for BARs, end exclusive.
+    pub window64: Option<(u64, u64)>,
+    /// Whether there is a serial port.
+    pub serial: bool,
+}
+
+/// The table.
+pub fn dsdt(platform: &Platform) -> Sdt {
+    let mut aml = Vec::new();
+    host_bridge(platform, &mut aml);
+    ecam(&mut aml);
+    pvpanic(&mut aml);
+    if platform.serial {
+        serial(&mut aml);
+    }
+    soft_off(&mut aml);
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER, REVISION, OEM, OEM_TABLE, OEM_REVISION);
+    dsdt.append_slice(&aml);
+    dsdt
+}
+
+fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
+    Scope::new("_SB_".into(), vec![device]).to_aml_bytes(aml);
+}
+
+#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
+fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
+    let buses = AddressSpace::new_bus_number(0u16, u16::from(layout::LAST_BUS));
+    let window32 = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        layout::WINDOW32_START as u32,
+        (layout::WINDOW32_END - 1) as u32,
+        None,
+    );
+    let window64 = platform.window64.map(|(start, end)| {
+        AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            start,
+            end - 1,
+            None,
+        )
+    });
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &window32];
+    if let Some(window64) = &window64 {
+        resources.push(window64);
+    }
+    let device = [
+        Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+        Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+        Name::new("_UID".into(), &ZERO),
+        Name::new("_SEG".into(), &ZERO),
+        Name::new("_BBN".into(), &ZERO),
+        Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+    ];
+    in_system_bus(&Device::new("PCI0".into(), children(&device)), aml);
+}
+
+/// Linux wants the configuration space claimed by a motherboard device.
+#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
+fn ecam(aml: &mut Vec<u8>) {
+    let range = Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32);
+    let device = [
+        Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+        Name::new("_UID".into(), &ZERO),
+        Name::new("_CRS".into(), &ResourceTemplate::new(vec![&range])),
+    ];
+    in_system_bus(&Device::new("MBRD".into(), children(&device)), aml);
+}
+
+fn pvpanic(aml: &mut Vec<u8>) {
+    let port = IO::new(layout::PORT_PVPANIC, layout::PORT_PVPANIC, 1, 1);
+    let device = [
+        Name::new("_HID".into(), &"QEMU0001"),
+        Name::new("_UID".into(), &ZERO),
+        Name::new("_STA".into(), &PRESENT),
+        Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
+    ];
+    in_system_bus(&Device::new("PEVT".into(), children(&device)), aml);
+}
+
+/// No interrupt: Linux then polls.
+fn serial(aml: &mut Vec<u8>) {
+    let ports = IO::new(layout::PORT_SERIAL, layout::PORT_SERIAL, 1, 8);
+    let device = [
+        Name::new("_HID".into(), &EISAName::new("PNP0501")),
+        Name::new("_UID".into(), &ZERO),
+        Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
+    ];
+    in_system_bus(&Device::new("COM1".into(), children(&device)), aml);
+}
+
+fn soft_off(aml: &mut Vec<u8>) {
+    let package = Package::new(vec![&power::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
+    Name::new("_S5_".into(), &package).to_aml_bytes(aml);
+}
+
+fn children(names: &[Name]) -> Vec<&dyn Aml> {
+    names.iter().map(|name| name as &dyn Aml).collect()
+}

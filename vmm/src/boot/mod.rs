@@ -1,0 +1,177 @@
+//! PVH boot: kernel, initramfs and what the kernel is told about its machine.
+//!
+//! The kernel is an ELF `vmlinux` with a PVH entry note. It starts in 32-bit
+//! protected mode with paging off and the address of a start info in EBX (Xen's
+//! `docs/misc/pvh.pandoc`); there is no firmware and no real mode.
+
+use std::fs::File;
+use std::io::{self, Seek};
+
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+
+use crate::layout;
+use crate::virtio::GuestMemory;
+
+/// `XEN_HVM_START_MAGIC_VALUE`.
+const START_MAGIC: u32 = 0x336e_c578;
+/// First version with a memory map.
+const START_VERSION: u32 = 1;
+/// `XEN_HVM_MEMMAP_TYPE_RAM`.
+const TYPE_RAM: u32 = 1;
+/// `XEN_HVM_MEMMAP_TYPE_RESERVED`.
+const TYPE_RESERVED: u32 = 2;
+const PAGE: u64 = 4096;
+
+/// Why the guest cannot boot.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel is no ELF file, or larger than guest memory.
+    #[error("kernel: {0}")]
+    Kernel(#[from] linux_loader::loader::Error),
+    /// The kernel has no PVH entry point.
+    #[error("the kernel has no PVH entry point (CONFIG_PVH)")]
+    NotPvh,
+    /// The initramfs cannot be read.
+    #[error("initramfs: {0}")]
+    InitrdFile(#[from] io::Error),
+    /// Kernel and initramfs exceed guest memory.
+    #[error("no room for an initramfs of {bytes} bytes above the kernel")]
+    InitrdTooLarge {
+        /// Its size.
+        bytes: u64,
+    },
+    /// The command line is too long or has a NUL.
+    #[error("kernel command line of {0} bytes: too long, or not a C string")]
+    Cmdline(usize),
+    /// Writing guest memory failed.
+    #[error("guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// What to boot.
+pub struct Payload<'a> {
+    /// Uncompressed kernel.
+    pub kernel: &'a mut File,
+    /// initramfs.
+    pub initrd: &'a mut File,
+    /// Kernel command line.
+    pub cmdline: &'a str,
+}
+
+/// Loads `payload` and the boot data; returns the kernel's entry point.
+///
+/// # Errors
+///
+/// When something does not fit, or is not what it should be.
+pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, BootError> {
+    let kernel = Elf::load(
+        memory,
+        None,
+        payload.kernel,
+        Some(GuestAddress(layout::HIGH_RAM_START)),
+    )?;
+    let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
+        return Err(BootError::NotPvh);
+    };
+    let module = load_initrd(memory, payload.initrd, kernel.kernel_end)?;
+    write_cmdline(memory, payload.cmdline)?;
+    write_start_info(memory, module)?;
+    Ok(entry.0)
+}
+
+/// Puts the initramfs at the top of low memory, out of the kernel's way.
+fn load_initrd(
+    memory: &GuestMemory,
+    initrd: &mut File,
+    kernel_end: u64,
+) -> Result<hvm_modlist_entry, BootError> {
+    let bytes = initrd.metadata()?.len();
+    let low_end = memory
+        .iter()
+        .next()
+        .map_or(0, |region| region.start_addr().0 + region.len());
+    let too_large = || BootError::InitrdTooLarge { bytes };
+    let start = low_end.checked_sub(bytes).ok_or_else(too_large)? & !(PAGE - 1);
+    if start < kernel_end.max(layout::HIGH_RAM_START) {
+        return Err(too_large());
+    }
+    let len = usize::try_from(bytes).map_err(|_| too_large())?;
+    initrd.rewind()?;
+    memory.read_exact_volatile_from(GuestAddress(start), initrd, len)?;
+    Ok(hvm_modlist_entry {
+        paddr: start,
+        size: bytes,
+        ..Default::default()
+    })
+}
+
+fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
+    if cmdline.len() >= layout::CMDLINE_MAX || cmdline.contains('\0') {
+        return Err(BootError::Cmdline(cmdline.len()));
+    }
+    let address = GuestAddress(layout::CMDLINE);
+    memory.write_slice(cmdline.as_bytes(), address)?;
+    // Memory is fresh, but the terminator costs nothing and says so.
+    memory.write_obj(0u8, GuestAddress(address.0 + cmdline.len() as u64))?;
+    Ok(())
+}
+
+fn write_start_info(memory: &GuestMemory, module: hvm_modlist_entry) -> Result<(), BootError> {
+    let map = memory_map(memory);
+    let mut address = GuestAddress(layout::MEMORY_MAP);
+    let mut entries = 0;
+    for entry in map {
+        memory.write_obj(entry, address)?;
+        address.0 += size_of::<hvm_memmap_table_entry>() as u64;
+        entries += 1;
+    }
+    memory.write_obj(module, GuestAddress(layout::MODULE_LIST))?;
+    let info = hvm_start_info {
+        magic: START_MAGIC,
+        version: START_VERSION,
+        nr_modules: 1,
+        modlist_paddr: layout::MODULE_LIST,
+        cmdline_paddr: layout::CMDLINE,
+        rsdp_paddr: layout::ACPI_TABLES,
+        memmap_paddr: layout::MEMORY_MAP,
+        memmap_entries: entries,
+        ..Default::default()
+    };
+    memory.write_obj(info, GuestAddress(layout::START_INFO))?;
+    Ok(())
+}
+
+/// RAM, less the legacy hole with the ACPI tables; ECAM is reserved because
+/// Linux uses it only then.
+fn memory_map(memory: &GuestMemory) -> Vec<hvm_memmap_table_entry> {
+    let entry = |start: u64, end: u64, type_| hvm_memmap_table_entry {
+        addr: start,
+        size: end - start,
+        type_,
+        reserved: 0,
+    };
+    let mut map = vec![
+        entry(0, layout::LOW_RAM_END, TYPE_RAM),
+        entry(layout::ACPI_TABLES, layout::ACPI_TABLES_END, TYPE_RESERVED),
+        entry(
+            layout::ECAM_START,
+            layout::ECAM_START + layout::ECAM_SIZE,
+            TYPE_RESERVED,
+        ),
+    ];
+    map.extend(memory.iter().map(|region| {
+        let start = region.start_addr().0;
+        let end = start + region.len();
+        entry(start.max(layout::HIGH_RAM_START), end, TYPE_RAM)
+    }));
+    map.sort_by_key(|entry| entry.addr);
+    map
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,118 @@
+//! From the shim's configuration to virtio devices.
+//!
+//! The one place that knows every device's constructor. Slots are given in this
+//! order: vsock, rng, console, shared directory, disks, network interfaces.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use nacre_protocol::channel::{ChannelError, Fds};
+use nacre_protocol::guest::GUEST_CID;
+use nacre_protocol::vm::{Disk, DiskBacking, FdIndex, Nic, SharedDir, VmConfig};
+
+use crate::virtio::VirtioDevice;
+use crate::virtio::block::{Backing, Block, BlockError};
+use crate::virtio::console::Console;
+use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::net::{Net, NetError};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Dialer, Vsock, VsockError};
+
+/// A device that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A descriptor is missing.
+    #[error(transparent)]
+    Fd(#[from] ChannelError),
+    /// No vsock.
+    #[error("vsock: {0}")]
+    Vsock(#[from] VsockError),
+    /// No disk.
+    #[error("disk {serial}: {source}")]
+    Disk {
+        /// Its serial number.
+        serial: String,
+        /// The device's reason.
+        source: BlockError,
+    },
+    /// No network interface.
+    #[error("network interface: {0}")]
+    Nic(#[from] NetError),
+    /// No shared directory.
+    #[error("shared directory: {0}")]
+    SharedDir(#[from] FsError),
+    /// The console's descriptor cannot be shared.
+    #[error("console: {0}")]
+    Console(#[from] std::io::Error),
+}
+
+/// The devices of a machine.
+pub struct Devices {
+    /// In order of their slots.
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    /// Reaches the guest's vsock ports.
+    pub dialer: Dialer,
+    /// Output of the serial port, if there is a console.
+    pub serial: Option<File>,
+}
+
+/// Makes the devices `config` names out of `fds`; `dialed` hears of connections
+/// the guest makes.
+///
+/// # Errors
+///
+/// The first device that cannot be made.
+pub fn build(
+    config: &VmConfig,
+    fds: &mut Fds,
+    dialed: impl Fn(u32, OwnedFd) + Send + 'static,
+) -> Result<Devices, DeviceError> {
+    let (vsock, dialer) = Vsock::new(GUEST_CID, dialed)?;
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(vsock), Box::new(Rng::new())];
+    let mut serial = None;
+    if let Some(console) = config.console {
+        let output = File::from(fds.take(console)?);
+        serial = Some(output.try_clone()?);
+        devices.push(Box::new(Console::new(output)));
+    }
+    if let Some(SharedDir { tag, socket }) = &config.shared_dir {
+        devices.push(Box::new(Fs::new(tag, fds.take(*socket)?)?));
+    }
+    for disk in &config.disks {
+        devices.push(Box::new(block(disk, fds)?));
+    }
+    for nic in &config.nics {
+        devices.push(Box::new(net(nic, fds)?));
+    }
+    Ok(Devices {
+        devices,
+        dialer,
+        serial,
+    })
+}
+
+fn block(disk: &Disk, fds: &mut Fds) -> Result<Block, DeviceError> {
+    let backing = match &disk.backing {
+        DiskBacking::Whole(file) => Backing::Whole(fds.take(*file)?.into()),
+        DiskBacking::Partitions(files) => {
+            let files = take_all(files, fds)?;
+            Backing::Partitions(files.into_iter().map(File::from).collect())
+        }
+    };
+    Block::new(&disk.serial, disk.read_only, backing, disk.queues).map_err(|source| {
+        DeviceError::Disk {
+            serial: disk.serial.clone(),
+            source,
+        }
+    })
+}
+
+fn net(nic: &Nic, fds: &mut Fds) -> Result<Net, DeviceError> {
+    let taps = take_all(&nic.taps, fds)?;
+    let vhost = take_all(&nic.vhost, fds)?;
+    Ok(Net::new(nic.mac, nic.mtu, taps, vhost)?)
+}
+
+fn take_all(indices: &[FdIndex], fds: &mut Fds) -> Result<Vec<OwnedFd>, ChannelError> {
+    indices.iter().map(|index| fds.take(*index)).collect()
+}

@@ -1,0 +1,109 @@
+//! The guest's physical address space and I/O ports.
+//!
+//! ```text
+//!   0            low RAM            0xc000_0000   32-bit window   0xe000_0000 ECAM ... 0xfee0_0000 LAPIC  4 GiB
+//!   |--------------------------------|----------------------------|-----------|-----------------------|
+//!   4 GiB        high RAM           64-bit window (multiple of 64 GiB)           1 << physical bits
+//!   |--------------------------------|---------------------------------------------------------------|
+//! ```
+//!
+//! The first megabyte is RAM, of which the boot data and the ACPI tables keep
+//! the places named here. BARs are assigned by us, in the 32-bit window, and
+//! Linux keeps them; the 64-bit window is there for devices that need it.
+
+/// One mebibyte.
+pub const MIB: u64 = 1 << 20;
+/// One gibibyte.
+pub const GIB: u64 = 1 << 30;
+
+/// PVH start info, module list and memory map (boot protocol of Xen's
+/// `start_info.h`).
+pub const START_INFO: u64 = 0x6000;
+/// Module list, after the start info.
+pub const MODULE_LIST: u64 = 0x6100;
+/// Memory map, after the module list.
+pub const MEMORY_MAP: u64 = 0x6200;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// x86 Linux takes no more (`COMMAND_LINE_SIZE`), terminator included.
+pub const CMDLINE_MAX: usize = 2048;
+/// End of the RAM the kernel may use below the first megabyte.
+pub const LOW_RAM_END: u64 = 0xa_0000;
+/// ACPI tables, the RSDP first.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// End of the space for ACPI tables.
+pub const ACPI_TABLES_END: u64 = 0x10_0000;
+/// Kernel and everything else start at one mebibyte.
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+
+/// End of RAM below 4 GiB, start of the 32-bit window.
+pub const MMIO_HOLE_START: u64 = 0xc000_0000;
+/// RAM that does not fit below the hole goes here.
+pub const MMIO_HOLE_END: u64 = 4 * GIB;
+
+/// 32-bit window for PCI BARs.
+pub const WINDOW32_START: u64 = MMIO_HOLE_START;
+/// End (exclusive) of the 32-bit window.
+pub const WINDOW32_END: u64 = 0xe000_0000;
+
+/// PCI Express configuration space (PCI Firmware 3.3, 4.1.2).
+pub const ECAM_START: u64 = 0xe000_0000;
+/// One mebibyte per bus; there is one bus.
+pub const ECAM_SIZE: u64 = MIB;
+/// Highest bus number.
+pub const LAST_BUS: u8 = 0;
+
+/// Local APIC (Intel SDM volume 3, 11.4.1).
+pub const LAPIC: u32 = 0xfee0_0000;
+/// A page KVM needs on Intel processors without unrestricted guest mode.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages KVM needs on Intel processors.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// ACPI sleep control register (ACPI 6.5, 4.8.3.7).
+pub const PORT_SLEEP_CONTROL: u16 = 0x600;
+/// ACPI sleep status register.
+pub const PORT_SLEEP_STATUS: u16 = 0x601;
+/// ACPI reset register (ACPI 6.5, 4.8.3.6).
+pub const PORT_RESET: u16 = 0x602;
+/// Registers from [`PORT_SLEEP_CONTROL`] on.
+pub const POWER_PORTS: u16 = 3;
+/// pvpanic, at QEMU's customary place.
+pub const PORT_PVPANIC: u16 = 0x505;
+/// First serial port.
+pub const PORT_SERIAL: u16 = 0x3f8;
+/// Registers of a serial port.
+pub const SERIAL_PORTS: u16 = 8;
+
+/// Alignment of the 64-bit window.
+const WINDOW64_ALIGN: u64 = 64 * GIB;
+/// More address bits than any device needs; larger windows only cost the
+/// guest page-table levels.
+const WINDOW64_MAX_BITS: u8 = 46;
+
+/// The 64-bit window, `start..end`, above `memory_bytes` of RAM for a guest with
+/// `physical_bits` address bits. `None` when nothing is left above RAM.
+#[must_use]
+pub fn window64(memory_bytes: u64, physical_bits: u8) -> Option<(u64, u64)> {
+    let ram_end = memory_bytes.max(MMIO_HOLE_START) + (MMIO_HOLE_END - MMIO_HOLE_START);
+    let start = ram_end.next_multiple_of(WINDOW64_ALIGN);
+    let end = 1u64 << physical_bits.min(WINDOW64_MAX_BITS);
+    (start < end).then_some((start, end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_lies_above_memory() {
+        assert_eq!(window64(GIB, 40), Some((64 * GIB, 1024 * GIB)));
+        assert_eq!(window64(63 * GIB, 40), Some((64 * GIB, 1024 * GIB)));
+        assert_eq!(window64(64 * GIB, 40), Some((128 * GIB, 1024 * GIB)));
+    }
+
+    #[test]
+    fn no_window_without_address_bits() {
+        assert_eq!(window64(GIB, 36), None);
+    }
+}

@@ -1,0 +1,264 @@
+//! A virtual machine, from its parts to its end.
+//!
+//! ```text
+//!   Parts --Machine::new--> Machine --start--> Running --(Stop is set)--> stop() -> Exits
+//! ```
+//!
+//! The thread that calls these owns the machine. vCPU threads and device threads
+//! never touch each other: they meet in guest memory and event descriptors.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::acpi::{self, AcpiError, Platform};
+use crate::boot::{self, BootError, Payload};
+use crate::bus::{Bus, BusError};
+use crate::layout;
+use crate::memory::{self, MemoryError};
+use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Window};
+use crate::power::{Power, PvPanic};
+use crate::serial::Serial;
+use crate::stop::{Outcome, Stop};
+use crate::vcpu::{self, Buses, Cpuid, Exits, MAX_VCPUS, Vcpu, VcpuError, VcpuThread};
+use crate::virtio::transport::{TransportError, VirtioPci};
+use crate::virtio::{GuestMemory, VirtioDevice};
+use crate::vm::{self, Vm, VmError};
+
+/// What a machine is made of.
+pub struct Parts {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Memory, see [`memory::allocate`].
+    pub memory: GuestMemory,
+    /// Uncompressed kernel.
+    pub kernel: File,
+    /// initramfs.
+    pub initrd: File,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Virtio devices, in order of their slots.
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    /// Output of a serial port; none is there without it.
+    pub serial: Option<File>,
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Not a number of vCPUs we run with.
+    #[error("{0} vCPUs: 1 to {MAX_VCPUS} are possible")]
+    Vcpus(u8),
+    /// The bus is full.
+    #[error("{0} devices: the bus has room for {MAX_DEVICES}")]
+    Devices(usize),
+    /// See the source.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// See the source.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// See the source.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// See the source.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// See the source.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// See the source.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// See the source.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// No event descriptor or signal handler.
+    #[error("events: {0}")]
+    Event(#[from] std::io::Error),
+}
+
+/// A machine ready to start.
+pub struct Machine {
+    vm: Arc<Vm>,
+    root: Arc<PciRoot>,
+    buses: Buses,
+    vcpus: Vec<Vcpu>,
+    stop: Arc<Stop>,
+}
+
+impl Machine {
+    /// Builds the machine.
+    ///
+    /// # Errors
+    ///
+    /// When a part is unfit, or the system refuses something.
+    pub fn new(parts: Parts) -> Result<Self, MachineError> {
+        check(&parts)?;
+        let kvm = vm::kvm_from(parts.kvm);
+        let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
+        let stop = Arc::new(Stop::new()?);
+        let root = Arc::new(PciRoot::new(functions(&vm, parts.devices)?));
+        let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
+        let ram = memory::size(vm.memory());
+        let platform = Platform {
+            vcpus: parts.vcpus,
+            window64: layout::window64(ram, cpuid.physical_bits()),
+            serial: parts.serial.is_some(),
+        };
+        let (mut kernel, mut initrd) = (parts.kernel, parts.initrd);
+        let mut payload = Payload {
+            kernel: &mut kernel,
+            initrd: &mut initrd,
+            cmdline: &parts.cmdline,
+        };
+        let entry = boot::load(vm.memory(), &mut payload)?;
+        acpi::write(vm.memory(), &platform)?;
+        let vcpus = (0..parts.vcpus)
+            .map(|index| Vcpu::new(&vm, &cpuid, index, entry))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            buses: Buses {
+                mmio: Arc::new(mmio(&root, &platform)?),
+                ports: Arc::new(ports(&stop, parts.serial)?),
+            },
+            vm,
+            root,
+            vcpus,
+            stop,
+        })
+    }
+
+    /// Where the machine's end shows.
+    #[must_use]
+    pub fn stop_handle(&self) -> Arc<Stop> {
+        self.stop.clone()
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    ///
+    /// When there are no threads.
+    pub fn start(self) -> Result<Running, MachineError> {
+        vcpu::install_kick_handler()?;
+        let mut running = Running {
+            threads: Vec::with_capacity(self.vcpus.len()),
+            root: self.root,
+            stop: self.stop,
+            _vm: self.vm,
+        };
+        for vcpu in self.vcpus {
+            match vcpu.start(self.buses.clone(), running.stop.clone()) {
+                Ok(thread) => running.threads.push(thread),
+                Err(error) => {
+                    running.stop();
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(running)
+    }
+}
+
+/// A machine whose vCPUs run.
+pub struct Running {
+    threads: Vec<VcpuThread>,
+    root: Arc<PciRoot>,
+    stop: Arc<Stop>,
+    _vm: Arc<Vm>,
+}
+
+impl Running {
+    /// Where the machine's end shows.
+    #[must_use]
+    pub fn stop_handle(&self) -> &Arc<Stop> {
+        &self.stop
+    }
+
+    /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
+    /// the kernel for.
+    pub fn stop(self) -> Exits {
+        self.stop.set(Outcome::Cancelled);
+        for thread in &self.threads {
+            thread.kick();
+        }
+        let mut exits = Exits::default();
+        for thread in self.threads {
+            match thread.join() {
+                Some(counted) => exits += counted,
+                None => tracing::error!("a vCPU thread panicked"),
+            }
+        }
+        self.root.reset();
+        exits
+    }
+}
+
+fn check(parts: &Parts) -> Result<(), MachineError> {
+    if !(1..=MAX_VCPUS).contains(&parts.vcpus) {
+        return Err(MachineError::Vcpus(parts.vcpus));
+    }
+    if parts.devices.len() > MAX_DEVICES {
+        return Err(MachineError::Devices(parts.devices.len()));
+    }
+    Ok(())
+}
+
+fn functions(
+    vm: &Arc<Vm>,
+    devices: Vec<Box<dyn VirtioDevice>>,
+) -> Result<Vec<Arc<VirtioPci>>, TransportError> {
+    devices
+        .into_iter()
+        .enumerate()
+        .map(|(index, device)| {
+            let address = PciRoot::bar_address(index);
+            VirtioPci::new(vm, device, address).map(Arc::new)
+        })
+        .collect()
+}
+
+fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
+    let mut bus = Bus::default();
+    let ecam = Arc::new(Ecam(root.clone()));
+    bus.add(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
+    let window32 = (layout::WINDOW32_START, layout::WINDOW32_END);
+    for (start, end) in [Some(window32), platform.window64].into_iter().flatten() {
+        let window = Window {
+            root: root.clone(),
+            start,
+        };
+        bus.add(start, end - start, Arc::new(window))?;
+    }
+    Ok(bus)
+}
+
+fn ports(stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
+    let mut bus = Bus::default();
+    let power = Arc::new(Power(stop.clone()));
+    bus.add(
+        layout::PORT_SLEEP_CONTROL.into(),
+        layout::POWER_PORTS.into(),
+        power,
+    )?;
+    bus.add(
+        layout::PORT_PVPANIC.into(),
+        1,
+        Arc::new(PvPanic(stop.clone())),
+    )?;
+    if let Some(output) = serial {
+        let serial = Arc::new(Serial::new(output));
+        bus.add(
+            layout::PORT_SERIAL.into(),
+            layout::SERIAL_PORTS.into(),
+            serial,
+        )?;
+    }
+    Ok(bus)
+}
+
+#[cfg(test)]
+mod tests;

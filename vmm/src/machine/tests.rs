@@ -1,0 +1,107 @@
+use std::io::Write;
+use std::os::fd::AsRawFd;
+
+use nacre_protocol::vm::StopReason;
+
+use super::*;
+use crate::test_kernel;
+
+/// A machine that runs `code`, or `None` where there is no KVM.
+fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
+    let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
+        eprintln!("skipped: no /dev/kvm");
+        return None;
+    };
+    let mut kernel = tempfile::tempfile().unwrap();
+    kernel.write_all(&test_kernel::pvh(code)).unwrap();
+    let parts = Parts {
+        kvm: kvm.into(),
+        vcpus,
+        memory: memory::allocate(32, false).unwrap(),
+        kernel,
+        initrd: tempfile::tempfile().unwrap(),
+        cmdline: String::new(),
+        devices: Vec::new(),
+        serial: None,
+    };
+    Some(Machine::new(parts).unwrap())
+}
+
+/// Runs until the machine has ended.
+fn end_of(machine: Machine) -> (Outcome, Exits) {
+    let running = machine.start().unwrap();
+    let stop = running.stop_handle().clone();
+    let mut event = libc::pollfd {
+        fd: stop.event().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, ours.
+    let ready = unsafe { libc::poll(&raw mut event, 1, 20_000) };
+    assert_eq!(ready, 1, "the guest did not end the machine");
+    let exits = running.stop();
+    (stop.outcome().unwrap().clone(), exits)
+}
+
+/// `mov dx, port; mov al, value; out dx, al; hlt`
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee, 0xf4]
+}
+
+#[test]
+fn guest_ends_the_machine_each_way() {
+    for (port, value, reason) in [
+        (layout::PORT_SLEEP_CONTROL, 0x34, StopReason::Shutdown),
+        (layout::PORT_RESET, 1, StopReason::Reboot),
+        (layout::PORT_PVPANIC, 1, StopReason::Panic),
+    ] {
+        let Some(machine) = machine(&out(port, value), 1) else {
+            return;
+        };
+        let (outcome, exits) = end_of(machine);
+        assert_eq!(outcome, Outcome::Stopped(reason));
+        assert_eq!(exits.port_writes, 1);
+    }
+}
+
+#[test]
+fn triple_fault_ends_the_machine() {
+    // ud2, without an interrupt table
+    let Some(machine) = machine(&[0x0f, 0x0b], 1) else {
+        return;
+    };
+    let (outcome, _) = end_of(machine);
+    assert_eq!(outcome, Outcome::Stopped(StopReason::TripleFault));
+}
+
+#[test]
+fn running_vcpus_are_stopped() {
+    // jmp to itself; the second vCPU waits to be started
+    let Some(machine) = machine(&[0xeb, 0xfe], 2) else {
+        return;
+    };
+    let stop = machine.stop_handle();
+    let running = machine.start().unwrap();
+    running.stop();
+    assert_eq!(stop.outcome(), Some(&Outcome::Cancelled));
+}
+
+#[test]
+fn impossible_machines_are_refused() {
+    for (vcpus, expected) in [(0, "0 vCPUs"), (33, "33 vCPUs")] {
+        let null = || File::open("/dev/null").unwrap();
+        let parts = Parts {
+            kvm: null().into(),
+            vcpus,
+            memory: memory::allocate(32, false).unwrap(),
+            kernel: null(),
+            initrd: null(),
+            cmdline: String::new(),
+            devices: Vec::new(),
+            serial: None,
+        };
+        let error = Machine::new(parts).err().unwrap().to_string();
+        assert!(error.starts_with(expected), "{error}");
+    }
+}

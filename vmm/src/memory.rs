@@ -1,0 +1,149 @@
+//! Guest memory: one sealed memfd, mapped shared, in one or two regions around
+//! the MMIO hole.
+//!
+//! The memfd is what a vhost-user back end maps too, so every region keeps its
+//! [`FileOffset`]. The seals keep that other process from shrinking the file,
+//! which would turn our accesses into SIGBUS.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+
+use vm_memory::mmap::{FromRangesError, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::layout::{MIB, MMIO_HOLE_END, MMIO_HOLE_START};
+use crate::virtio::GuestMemory;
+
+/// Smallest memory a kernel and its initramfs are started with.
+pub const MIN_MIB: u32 = 32;
+const HUGE_PAGE_MIB: u32 = 2;
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is one we do not run with.
+    #[error("{0} MiB of memory: at least {MIN_MIB} are needed, whole huge pages if those are used")]
+    Size(u32),
+    /// No memfd of that size.
+    #[error("memory file of {mib} MiB: {source}")]
+    File {
+        /// Its size.
+        mib: u32,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Not mapped.
+    #[error("mapping guest memory: {0}")]
+    Map(#[from] FromRangesError),
+}
+
+/// Allocates `size_mib` of guest memory, lazily backed; `hugepages` takes it from
+/// the host's 2 MiB pool.
+///
+/// # Errors
+///
+/// When the size is refused or the host has no memory to map.
+pub fn allocate(size_mib: u32, hugepages: bool) -> Result<GuestMemory, MemoryError> {
+    if size_mib < MIN_MIB || (hugepages && !size_mib.is_multiple_of(HUGE_PAGE_MIB)) {
+        return Err(MemoryError::Size(size_mib));
+    }
+    let bytes = u64::from(size_mib) * MIB;
+    let file = memory_file(bytes, hugepages).map_err(|source| MemoryError::File {
+        mib: size_mib,
+        source,
+    })?;
+    Ok(map(&file, bytes)?)
+}
+
+/// The regions RAM of `bytes` bytes consists of: guest address and length.
+#[must_use]
+pub fn regions(bytes: u64) -> Vec<(u64, u64)> {
+    let low = bytes.min(MMIO_HOLE_START);
+    let high = bytes - low;
+    let mut regions = vec![(0, low)];
+    if high > 0 {
+        regions.push((MMIO_HOLE_END, high));
+    }
+    regions
+}
+
+/// Bytes of RAM.
+#[must_use]
+pub fn size(memory: &GuestMemory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+fn map(file: &File, bytes: u64) -> Result<GuestMemory, FromRangesError> {
+    let mut offset = 0;
+    let mut ranges = Vec::new();
+    for (start, len) in regions(bytes) {
+        let clone = file
+            .try_clone()
+            .map_err(|error| FromRangesError::from(MmapRegionError::Mmap(error)))?;
+        let size = usize::try_from(len).map_err(|_| FromRangesError::InvalidGuestRegion)?;
+        ranges.push((
+            GuestAddress(start),
+            size,
+            Some(FileOffset::new(clone, offset)),
+        ));
+        offset += len;
+    }
+    GuestMemory::from_ranges_with_files(ranges)
+}
+
+fn memory_file(bytes: u64, hugepages: bool) -> io::Result<File> {
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    if hugepages {
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    }
+    // SAFETY: the name is a C string; the call touches nothing else.
+    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl on a descriptor we own, with an integer argument.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::GIB;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_beyond_the_hole_continues_above_it() {
+        assert_eq!(regions(2 * GIB), [(0, 2 * GIB)]);
+        assert_eq!(regions(5 * GIB), [(0, 3 * GIB), (4 * GIB, 2 * GIB)]);
+    }
+
+    #[test]
+    fn regions_share_one_sealed_file() {
+        let memory = allocate(4096, false).unwrap();
+        let offsets: Vec<u64> = memory
+            .iter()
+            .map(|region| region.file_offset().unwrap().start())
+            .collect();
+        assert_eq!(offsets, [0, 3 * GIB]);
+        memory
+            .write_obj(7u64, GuestAddress(MMIO_HOLE_END + 8))
+            .unwrap();
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        assert!(file.set_len(4096).is_err(), "the file cannot shrink");
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        assert!(matches!(allocate(1, false), Err(MemoryError::Size(1))));
+        assert!(matches!(allocate(65, true), Err(MemoryError::Size(65))));
+    }
+}

@@ -1,0 +1,243 @@
+//! The monitor process, from its first message to its exit.
+//!
+//! ```text
+//!   shim --Boot--> enter the jail, build --Booted--> run --Stopped--> exit
+//!                         |                           |
+//!                         +---Failed---> exit         +-- channel closed: exit at once
+//! ```
+//!
+//! The main thread serves the control channel. The vsock thread hands it the
+//! guest's calls through a bounded queue: a guest that dials faster than the shim
+//! listens is refused.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
+use nacre_protocol::vm::{Event, Request, VmConfig};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing_subscriber::EnvFilter;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::devices::{self, DeviceError};
+use crate::jail::{self, JailError};
+use crate::machine::{Machine, MachineError, Parts, Running};
+use crate::memory::{self, MemoryError};
+use crate::stop::Outcome;
+use crate::virtio::vsock::Dialer;
+
+/// Calls of the guest that wait for the main thread.
+const MAX_CALLS: usize = 16;
+
+/// Why the monitor ends with a failure.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The shim went away, or sent nonsense.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The first message was not `Boot`.
+    #[error("the first request was not Boot")]
+    NotBoot,
+    /// See the source.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// See the source.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// See the source.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// See the source.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// No event descriptor.
+    #[error("events: {0}")]
+    Event(#[from] io::Error),
+}
+
+/// Runs the monitor on its end of the control channel.
+#[must_use]
+pub fn run(control: OwnedFd) -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // Fails only if a subscriber is already there, whose choice stands then.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .try_init();
+    let mut channel = Channel::from(control);
+    match serve(&mut channel) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(MonitorError::Channel(ChannelError::Closed)) => {
+            tracing::info!("the shim is gone");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            tracing::error!(%error, "monitor failed");
+            let event = Event::Failed {
+                message: error.to_string(),
+            };
+            if let Err(error) = channel.send(&event, &FdList::default()) {
+                tracing::warn!(%error, "failure not reported");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
+    let (Request::Boot(config), fds) = channel.recv::<Request>()? else {
+        return Err(MonitorError::NotBoot);
+    };
+    let sandbox = tracing::info_span!("monitor", sandbox_id = %config.sandbox_id);
+    let _inside = sandbox.enter();
+    jail::enter(config.jail)?;
+    let (calls, caller) = Calls::new()?;
+    let (machine, dialer) = build(&config, fds, caller)?;
+    channel.send(&Event::Booted, &FdList::default())?;
+    let running = machine.start()?;
+    let result = wait(channel, &running, &dialer, &calls);
+    if matches!(result, Err(MonitorError::Channel(ChannelError::Closed))) {
+        return result.map(drop);
+    }
+    let exits = running.stop();
+    tracing::info!(%exits, "virtual machine stopped");
+    report(channel, result?)
+}
+
+fn build(
+    config: &VmConfig,
+    mut fds: Fds,
+    caller: Caller,
+) -> Result<(Machine, Dialer), MonitorError> {
+    let kvm = fds.take(config.kvm)?;
+    let kernel = fds.take(config.kernel)?.into();
+    let initrd = fds.take(config.initrd)?.into();
+    let memory = memory::allocate(config.memory.size_mib, config.memory.hugepages)?;
+    let devices = devices::build(config, &mut fds, move |port, stream| {
+        caller.call(port, stream);
+    })?;
+    let machine = Machine::new(Parts {
+        kvm,
+        vcpus: config.vcpus,
+        memory,
+        kernel,
+        initrd,
+        cmdline: config.cmdline.clone(),
+        devices: devices.devices,
+        serial: devices.serial,
+    })?;
+    Ok((machine, devices.dialer))
+}
+
+/// Serves the channel until the machine has ended.
+fn wait(
+    channel: &mut Channel,
+    running: &Running,
+    dialer: &Dialer,
+    calls: &Calls,
+) -> Result<Outcome, MonitorError> {
+    let stop = running.stop_handle().clone();
+    loop {
+        let ready = wait_for([channel.as_fd(), borrow(stop.event()), borrow(&calls.event)])?;
+        let [request, stopped, called] = ready;
+        if called {
+            calls.report(channel)?;
+        }
+        if stopped && let Some(outcome) = stop.outcome() {
+            return Ok(outcome.clone());
+        }
+        if request {
+            connect(channel, dialer)?;
+        }
+    }
+}
+
+fn connect(channel: &mut Channel, dialer: &Dialer) -> Result<(), MonitorError> {
+    match channel.recv::<Request>()? {
+        (Request::Connect { port, stream }, mut fds) => dialer.connect(port, fds.take(stream)?),
+        (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
+    }
+    Ok(())
+}
+
+fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {
+    let event = match outcome {
+        Outcome::Stopped(reason) => Event::Stopped(reason),
+        Outcome::Failed(message) => Event::Failed { message },
+        Outcome::Cancelled => return Ok(()),
+    };
+    tracing::info!(?event, "reporting");
+    Ok(channel.send(&event, &FdList::default())?)
+}
+
+/// Which descriptors are readable, or closed at the other end.
+fn wait_for<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<[bool; N]> {
+    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) => Ok(fds.map(|fd| fd.any().unwrap_or(true))),
+        Err(nix::errno::Errno::EINTR) => Ok([false; N]),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// The guest's calls, on the main thread's side.
+struct Calls {
+    queue: Receiver<(u32, OwnedFd)>,
+    event: Arc<EventFd>,
+}
+
+/// The vsock thread's side.
+struct Caller {
+    queue: SyncSender<(u32, OwnedFd)>,
+    event: Arc<EventFd>,
+}
+
+impl Calls {
+    fn new() -> io::Result<(Self, Caller)> {
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (sender, queue) = sync_channel(MAX_CALLS);
+        let caller = Caller {
+            queue: sender,
+            event: event.clone(),
+        };
+        Ok((Self { queue, event }, caller))
+    }
+
+    fn report(&self, channel: &Channel) -> Result<(), MonitorError> {
+        self.event.read()?;
+        for (port, stream) in self.queue.try_iter() {
+            let mut fds = FdList::default();
+            let index = fds.push(stream.as_fd());
+            channel.send(
+                &Event::Dialed {
+                    port,
+                    stream: index,
+                },
+                &fds,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Caller {
+    fn call(&self, port: u32, stream: OwnedFd) {
+        if self.queue.try_send((port, stream)).is_err() {
+            tracing::warn!(port, "the guest dials too fast");
+        } else if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "the guest's call is lost");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,56 @@
+use super::*;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+#[test]
+fn first_request_must_be_boot() {
+    let (mut near, far) = Channel::pair().unwrap();
+    let (stream, _other) = UnixStream::pair().unwrap();
+    let mut fds = FdList::default();
+    let stream = fds.push(stream.as_fd());
+    near.send(&Request::Connect { port: 1, stream }, &fds)
+        .unwrap();
+    assert_eq!(run(far.into()), ExitCode::FAILURE);
+    let (event, _) = near.recv::<Event>().unwrap();
+    assert!(matches!(event, Event::Failed { .. }), "{event:?}");
+}
+
+#[test]
+fn closed_channel_ends_the_monitor() {
+    let (near, far) = Channel::pair().unwrap();
+    drop(near);
+    assert_eq!(run(far.into()), ExitCode::FAILURE);
+}
+
+#[test]
+fn guest_calls_reach_the_shim_with_their_stream() {
+    let (mut near, far) = Channel::pair().unwrap();
+    let (calls, caller) = Calls::new().unwrap();
+    let (mut guest, shim) = UnixStream::pair().unwrap();
+    caller.call(1024, shim.into());
+    assert_eq!(wait_for([borrow(&calls.event)]).unwrap(), [true]);
+    calls.report(&far).unwrap();
+    let (event, mut fds) = near.recv::<Event>().unwrap();
+    let Event::Dialed { port: 1024, stream } = event else {
+        panic!("{event:?}");
+    };
+    guest.write_all(b"hello").unwrap();
+    drop(guest);
+    let mut text = String::new();
+    File::from(fds.take(stream).unwrap())
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "hello");
+}
+
+#[test]
+fn calls_beyond_the_queue_are_refused() {
+    let (calls, caller) = Calls::new().unwrap();
+    for _ in 0..=MAX_CALLS {
+        let (stream, _) = UnixStream::pair().unwrap();
+        caller.call(1024, stream.into());
+    }
+    assert_eq!(calls.queue.try_iter().count(), MAX_CALLS);
+}

@@ -1,0 +1,197 @@
+//! Configuration space of a PCI function (PCI Express base 7.5): bytes, and
+//! which bits of them the guest may write.
+
+/// Bytes of configuration space that exist; extended capabilities do not.
+pub const SIZE: usize = 256;
+/// Command register.
+pub const COMMAND: usize = 0x04;
+/// First base address register.
+pub const BAR0: usize = 0x10;
+
+const STATUS: usize = 0x06;
+const REVISION: usize = 0x08;
+const CLASS: usize = 0x09;
+const CACHE_LINE: usize = 0x0c;
+const SUBSYSTEM: usize = 0x2c;
+const CAPABILITIES: usize = 0x34;
+const INTERRUPT_LINE: usize = 0x3c;
+const FIRST_CAPABILITY: usize = 0x40;
+
+/// Command: memory space, bus master.
+const COMMAND_MEMORY: u8 = 1 << 1;
+const COMMAND_MASTER: u8 = 1 << 2;
+/// Command, second byte: interrupt disable.
+const COMMAND_NO_INTX: u8 = 1 << 2;
+/// Status: there is a capability list.
+const STATUS_CAPABILITIES: u8 = 1 << 4;
+/// Base address register: memory, 64 bits, not prefetchable.
+const BAR_MEMORY64: u8 = 0b100;
+const BAR_FLAGS: u64 = 0xf;
+
+/// Configuration space of one function.
+pub struct ConfigSpace {
+    bytes: [u8; SIZE],
+    writable: [u8; SIZE],
+    next_capability: usize,
+    last_pointer: usize,
+}
+
+impl ConfigSpace {
+    /// A type 0 header; `class` is programming interface, subclass, base class.
+    #[must_use]
+    pub fn new(vendor: u16, device: u16, class: [u8; 3]) -> Self {
+        let mut space = Self {
+            bytes: [0; SIZE],
+            writable: [0; SIZE],
+            next_capability: FIRST_CAPABILITY,
+            last_pointer: CAPABILITIES,
+        };
+        space.put(0, &vendor.to_le_bytes());
+        space.put(2, &device.to_le_bytes());
+        space.put(CLASS, &class);
+        space.allow(COMMAND, &[COMMAND_MEMORY | COMMAND_MASTER, COMMAND_NO_INTX]);
+        space.allow(CACHE_LINE, &[0xff, 0xff]);
+        space.allow(INTERRUPT_LINE, &[0xff]);
+        space
+    }
+
+    /// Sets revision and subsystem ids.
+    pub fn set_identity(&mut self, revision: u8, vendor: u16, device: u16) {
+        self.put(REVISION, &[revision]);
+        self.put(SUBSYSTEM, &vendor.to_le_bytes());
+        self.put(SUBSYSTEM + 2, &device.to_le_bytes());
+    }
+
+    /// Makes BAR 0 and 1 a 64-bit memory BAR of `size`, a power of two, at
+    /// `address`.
+    pub fn set_bar(&mut self, address: u64, size: u64) {
+        debug_assert!(size.is_power_of_two());
+        self.put(BAR0, &(address | u64::from(BAR_MEMORY64)).to_le_bytes());
+        self.allow(BAR0, &(!(size - 1) & !BAR_FLAGS).to_le_bytes());
+    }
+
+    /// Appends a capability and returns its offset. `body` is what follows id and
+    /// next pointer; `writable` says which bits of it the guest may write.
+    pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
+        let offset = self.next_capability;
+        debug_assert!(offset + 2 + body.len() <= SIZE);
+        self.put(self.last_pointer, &offset.to_le_bytes()[..1]);
+        self.put(offset, &[id, 0]);
+        self.put(offset + 2, body);
+        self.allow(offset + 2, writable);
+        self.bytes[STATUS] |= STATUS_CAPABILITIES;
+        self.last_pointer = offset + 1;
+        self.next_capability = (offset + 2 + body.len()).next_multiple_of(4);
+        offset
+    }
+
+    /// Reads; bytes past the end are 0, the header of "no extended capability".
+    pub fn read(&self, register: usize, data: &mut [u8]) {
+        for (byte, at) in data.iter_mut().zip(register..) {
+            *byte = self.bytes.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    /// Writes the bits that may be written.
+    pub fn write(&mut self, register: usize, data: &[u8]) {
+        for (value, at) in data.iter().zip(register..) {
+            if let (Some(byte), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) {
+                *byte = *byte & !mask | value & mask;
+            }
+        }
+    }
+
+    /// Where BAR 0 answers: nowhere while memory space is disabled.
+    #[must_use]
+    pub fn bar(&self) -> Option<u64> {
+        if self.bytes[COMMAND] & COMMAND_MEMORY == 0 {
+            return None;
+        }
+        let mut bar = [0; 8];
+        self.read(BAR0, &mut bar);
+        Some(u64::from_le_bytes(bar) & !BAR_FLAGS)
+    }
+
+    /// A byte of ours, for registers whose bits mean something to the caller.
+    #[must_use]
+    pub fn byte(&self, register: usize) -> u8 {
+        self.bytes.get(register).copied().unwrap_or(0)
+    }
+
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        copy(&mut self.bytes, at, bytes);
+    }
+
+    fn allow(&mut self, at: usize, mask: &[u8]) {
+        copy(&mut self.writable, at, mask);
+    }
+}
+
+fn copy(to: &mut [u8; SIZE], at: usize, from: &[u8]) {
+    for (to, from) in to.iter_mut().skip(at).zip(from) {
+        *to = *from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn u32_at(space: &ConfigSpace, register: usize) -> u32 {
+        let mut bytes = [0; 4];
+        space.read(register, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn space() -> ConfigSpace {
+        let mut space = ConfigSpace::new(0x1af4, 0x1042, [0, 0x80, 1]);
+        space.set_bar(0xc000_0000, 0x8000);
+        space
+    }
+
+    #[test]
+    fn sizing_a_bar_tells_its_size_and_kind() {
+        let mut space = space();
+        space.write(BAR0, &[0xff; 4]);
+        space.write(BAR0 + 4, &[0xff; 4]);
+        assert_eq!(u32_at(&space, BAR0), 0xffff_8004);
+        assert_eq!(u32_at(&space, BAR0 + 4), u32::MAX);
+        space.write(BAR0 + 8, &[0xff; 4]);
+        assert_eq!(u32_at(&space, BAR0 + 8), 0);
+    }
+
+    #[test]
+    fn bar_answers_only_with_memory_space_enabled() {
+        let mut space = space();
+        assert_eq!(space.bar(), None);
+        space.write(COMMAND, &[0xff, 0xff]);
+        assert_eq!(u32_at(&space, COMMAND), 0x0406);
+        assert_eq!(space.bar(), Some(0xc000_0000));
+        space.write(BAR0, &0xd000_7fff_u32.to_le_bytes());
+        assert_eq!(space.bar(), Some(0xd000_0000));
+    }
+
+    #[test]
+    fn capabilities_form_a_list() {
+        let mut space = space();
+        let first = space.add_capability(0x11, &[0, 0, 1], &[0, 0x80]);
+        let second = space.add_capability(9, &[0x10; 14], &[]);
+        assert_eq!((first, second), (0x40, 0x48));
+        assert_eq!(space.byte(CAPABILITIES), 0x40);
+        assert_eq!((space.byte(first), space.byte(first + 1)), (0x11, 0x48));
+        assert_eq!((space.byte(second), space.byte(second + 1)), (9, 0));
+        space.write(first, &[0xff; 5]);
+        assert_eq!(space.byte(first), 0x11);
+        assert_eq!(space.byte(first + 3), 0x80);
+    }
+
+    #[test]
+    fn accesses_past_the_end_are_harmless() {
+        let mut space = space();
+        space.write(SIZE - 2, &[1; 8]);
+        space.write(usize::MAX - 2, &[1; 2]);
+        let mut data = [0xff; 8];
+        space.read(SIZE - 2, &mut data);
+        assert_eq!(data, [0; 8]);
+    }
+}

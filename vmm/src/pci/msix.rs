@@ -1,0 +1,304 @@
+//! MSI-X (PCI Express base 7.7.2): the vector table, and interrupts by irqfd.
+//!
+//! Each vector has an eventfd that its device signals and a GSI that KVM turns
+//! into the message of the vector's table entry:
+//!
+//! ```text
+//!   masked: eventfd counts, nobody reads it   (PBA bit = eventfd is readable)
+//!      |  ^
+//!      v  |   route the GSI to address and data, attach / detach the irqfd
+//!   live: eventfd --irqfd--> GSI --> message to the vCPU
+//! ```
+//!
+//! Attaching an irqfd delivers what its eventfd already counted, so pending
+//! interrupts need no state of their own. A vector is live when MSI-X is enabled
+//! and neither the function nor the vector is masked.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::config::ConfigSpace;
+use crate::vm::{MsiRoute, Vm};
+
+/// Capability id.
+const CAPABILITY: u8 = 0x11;
+/// Message control, second byte: enable, function mask.
+const ENABLE: u8 = 1 << 7;
+const FUNCTION_MASK: u8 = 1 << 6;
+/// Vector control: masked.
+const VECTOR_MASK: u32 = 1;
+/// Bytes of a table entry: address, data, vector control.
+const ENTRY_SIZE: u64 = 16;
+
+struct Vector {
+    event: Arc<EventFd>,
+    gsi: u32,
+    address: u64,
+    data: u32,
+    control: u32,
+    /// The irqfd is attached.
+    live: bool,
+}
+
+/// A function's MSI-X state.
+pub struct Msix {
+    vm: Arc<Vm>,
+    vectors: Vec<Vector>,
+    capability: usize,
+    on: bool,
+}
+
+impl Msix {
+    /// `count` vectors for a device whose BAR 0 holds table and pending bits at
+    /// the given offsets; adds the capability to `config`.
+    ///
+    /// # Errors
+    ///
+    /// Those of eventfd(2).
+    pub fn new(
+        vm: &Arc<Vm>,
+        config: &mut ConfigSpace,
+        count: u16,
+        table: u32,
+        pending: u32,
+    ) -> io::Result<Self> {
+        let vectors = (0..count)
+            .map(|_| Vector::new(vm.new_gsi()))
+            .collect::<io::Result<_>>()?;
+        let mut body = Vec::from(count.saturating_sub(1).to_le_bytes());
+        // The low bits of both offsets name the BAR, 0.
+        body.extend(table.to_le_bytes());
+        body.extend(pending.to_le_bytes());
+        let capability = config.add_capability(CAPABILITY, &body, &[0, ENABLE | FUNCTION_MASK]);
+        Ok(Self {
+            vm: vm.clone(),
+            vectors,
+            capability,
+            on: false,
+        })
+    }
+
+    /// The event of a vector; `None` if there is no such vector.
+    #[must_use]
+    pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
+        let vector = self.vectors.get(usize::from(vector))?;
+        Some(vector.event.clone())
+    }
+
+    /// To be called after a write to configuration space.
+    pub fn config_changed(&mut self, config: &ConfigSpace) {
+        let control = config.byte(self.capability + 3);
+        let on = control & (ENABLE | FUNCTION_MASK) == ENABLE;
+        if on != self.on {
+            self.on = on;
+            for vector in &mut self.vectors {
+                vector.update(&self.vm, on);
+            }
+        }
+    }
+
+    /// Reads the table: aligned, 4 or 8 bytes, as the guest must.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Some(vector) = self.vectors.get(vector_of(offset)) else {
+            return;
+        };
+        let entry = vector.entry();
+        let start = usize::try_from(offset % ENTRY_SIZE).unwrap_or(entry.len());
+        for (byte, value) in data.iter_mut().zip(entry.iter().skip(start)) {
+            *byte = *value;
+        }
+    }
+
+    /// Writes the table; other than aligned 4 or 8 bytes is ignored.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let len = data.len() as u64;
+        if !matches!(len, 4 | 8) || !offset.is_multiple_of(len) {
+            return;
+        }
+        let Some(vector) = self.vectors.get_mut(vector_of(offset)) else {
+            return;
+        };
+        for (word, at) in data.chunks_exact(4).zip((offset % ENTRY_SIZE..).step_by(4)) {
+            let word = u32::from_le_bytes(word.try_into().unwrap_or_default());
+            vector.set(at, word);
+        }
+        vector.update(&self.vm, self.on);
+    }
+
+    /// Reads the pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, byte) in data.iter_mut().enumerate() {
+            let first = start.saturating_add(at).saturating_mul(8);
+            for (vector, bit) in self.vectors.iter().skip(first).zip(0..8) {
+                if vector.pending() {
+                    *byte |= 1 << bit;
+                }
+            }
+        }
+    }
+
+    /// Forgets interrupts that were never delivered.
+    pub fn discard_pending(&self) {
+        for vector in self.vectors.iter().filter(|vector| !vector.live) {
+            // Nothing counted is the usual case, and an error of read(2).
+            let _ = vector.event.read();
+        }
+    }
+}
+
+impl Vector {
+    fn new(gsi: u32) -> io::Result<Self> {
+        Ok(Self {
+            event: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
+            gsi,
+            address: 0,
+            data: 0,
+            control: VECTOR_MASK,
+            live: false,
+        })
+    }
+
+    fn entry(&self) -> [u8; 16] {
+        let mut entry = [0; 16];
+        entry[..8].copy_from_slice(&self.address.to_le_bytes());
+        entry[8..12].copy_from_slice(&self.data.to_le_bytes());
+        entry[12..].copy_from_slice(&self.control.to_le_bytes());
+        entry
+    }
+
+    fn set(&mut self, at: u64, word: u32) {
+        match at {
+            0 => self.address = self.address & !0xffff_ffff | u64::from(word),
+            4 => self.address = self.address & 0xffff_ffff | u64::from(word) << 32,
+            8 => self.data = word,
+            _ => self.control = word & VECTOR_MASK,
+        }
+    }
+
+    /// Brings KVM in line with the entry.
+    fn update(&mut self, vm: &Vm, on: bool) {
+        let live = on && self.control & VECTOR_MASK == 0;
+        if let Err(error) = self.try_update(vm, live) {
+            tracing::warn!(gsi = self.gsi, error = %error, "MSI-X vector not updated");
+        }
+    }
+
+    fn try_update(&mut self, vm: &Vm, live: bool) -> Result<(), crate::vm::VmError> {
+        if live {
+            vm.route(
+                self.gsi,
+                MsiRoute {
+                    address: self.address,
+                    data: self.data,
+                },
+            )?;
+        }
+        match (self.live, live) {
+            (false, true) => vm.add_irqfd(&self.event, self.gsi)?,
+            (true, false) => vm.remove_irqfd(&self.event, self.gsi)?,
+            _ => return Ok(()),
+        }
+        self.live = live;
+        Ok(())
+    }
+
+    /// KVM empties a live vector's event at once; only a masked one counts.
+    fn pending(&self) -> bool {
+        if self.live {
+            return false;
+        }
+        // SAFETY: the eventfd is open as long as `self` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
+        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}
+
+fn vector_of(offset: u64) -> usize {
+    usize::try_from(offset / ENTRY_SIZE).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+    use kvm_ioctls::Kvm;
+
+    /// Two vectors of a VM, or `None` where there is no KVM.
+    fn msix() -> Option<(Msix, ConfigSpace)> {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return None;
+        };
+        let memory = memory::allocate(32, false).unwrap();
+        let vm = Arc::new(Vm::new(&kvm, memory).unwrap());
+        let mut config = ConfigSpace::new(1, 2, [0; 3]);
+        let msix = Msix::new(&vm, &mut config, 2, 0x4000, 0x5000).unwrap();
+        Some((msix, config))
+    }
+
+    fn enable(msix: &mut Msix, config: &mut ConfigSpace, control: u8) {
+        config.write(msix.capability + 3, &[control]);
+        msix.config_changed(config);
+    }
+
+    fn pending(msix: &Msix) -> u8 {
+        let mut byte = [0];
+        msix.read_pending(0, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn table_keeps_what_is_written() {
+        let Some((mut msix, _)) = msix() else { return };
+        msix.write_table(16, &0xfee0_1000_u64.to_le_bytes());
+        msix.write_table(24, &0x41_u32.to_le_bytes());
+        let mut entry = [0; 16];
+        msix.read_table(16, &mut entry);
+        assert_eq!(entry[..4], 0xfee0_1000_u32.to_le_bytes());
+        assert_eq!(entry[8..], [0x41, 0, 0, 0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn masked_vector_stays_pending_until_unmasked() {
+        let Some((mut msix, mut config)) = msix() else {
+            return;
+        };
+        msix.write_table(16, &0xfee0_0000_u64.to_le_bytes());
+        msix.event(1).unwrap().write(1).unwrap();
+        assert_eq!(pending(&msix), 0b10);
+        enable(&mut msix, &mut config, ENABLE);
+        assert_eq!(pending(&msix), 0b10, "enabled, but still masked");
+        msix.write_table(28, &[0; 4]);
+        assert_eq!(pending(&msix), 0);
+        assert!(msix.vectors[1].live);
+        enable(&mut msix, &mut config, ENABLE | FUNCTION_MASK);
+        assert!(!msix.vectors[1].live);
+        msix.event(1).unwrap().write(1).unwrap();
+        assert_eq!(pending(&msix), 0b10);
+        msix.discard_pending();
+        assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn odd_accesses_change_nothing() {
+        let Some((mut msix, _)) = msix() else { return };
+        msix.write_table(1, &[0xff; 4]);
+        msix.write_table(0, &[0xff; 2]);
+        msix.write_table(32, &[0xff; 8]);
+        msix.write_table(u64::MAX - 7, &[0xff; 8]);
+        let mut entry = [0xee; 16];
+        msix.read_table(0, &mut entry);
+        assert_eq!(entry[..12], [0; 12]);
+        msix.read_table(u64::MAX, &mut entry);
+        msix.read_pending(u64::MAX, &mut [0; 8]);
+        assert!(msix.event(2).is_none());
+    }
+}

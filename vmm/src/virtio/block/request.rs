@@ -1,0 +1,252 @@
+//! What the driver asks for (virtio 1.2, 5.2.6).
+//!
+//! ```text
+//!   read by the device:    type (4) | reserved (4) | sector (8) | data or ranges
+//!   written by the device: data or serial number | status (1)
+//! ```
+//!
+//! [`Request::parse`] looks at the whole chain once, copies what it must believe
+//! twice, and only returns what lies on the disk; acting on it comes after.
+
+use virtio_bindings::virtio_blk as spec;
+
+use super::SECTOR_BYTES;
+use super::backing::{Disk, Extent};
+use crate::virtio::buffers::Buffers;
+
+/// Bytes in front of the data.
+pub const HEADER_BYTES: usize = 16;
+/// Bytes of a serial number, filled up with zeroes.
+pub const SERIAL_BYTES: usize = spec::VIRTIO_BLK_ID_BYTES as usize;
+/// Most ranges of one discard or write-zeroes request.
+pub const MAX_RANGES: u16 = 32;
+/// Most sectors of a discarded range: 1 GiB.
+pub const MAX_DISCARD_SECTORS: u32 = 2 << 20;
+/// Most sectors of a zeroed range: 64 MiB, because the host may have to write
+/// them one by one.
+pub const MAX_ZEROES_SECTORS: u32 = 128 << 10;
+/// `struct virtio_blk_discard_write_zeroes`.
+const RANGE_BYTES: usize = 16;
+
+/// The last byte of a request's buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// The device or the driver failed.
+    IoError = 1,
+    /// The device cannot do this.
+    Unsupported = 2,
+}
+
+/// Why a request is refused. All of them are the driver's fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// No room for a header.
+    #[error("header of {0} bytes")]
+    Header(usize),
+    /// Not the buffers such a request has.
+    #[error("request of type {kind} with {from} bytes to read and {to} to write")]
+    Shape {
+        /// The request's type.
+        kind: u32,
+        /// Bytes from the guest after the header.
+        from: usize,
+        /// Bytes for the guest before the status.
+        to: usize,
+    },
+    /// Beyond the disk's end.
+    #[error("{len} bytes from sector {sector} on are not on the disk")]
+    Place {
+        /// First sector.
+        sector: u64,
+        /// Number of bytes.
+        len: u64,
+    },
+    /// The disk can only be read.
+    #[error("write to a read-only disk")]
+    ReadOnly,
+    /// A range is empty or longer than allowed.
+    #[error("range of {0} sectors")]
+    RangeSize(u32),
+    /// Flags that mean nothing here.
+    #[error("range flags {0:#x}")]
+    Flags(u32),
+    /// A type the device has not heard of.
+    #[error("request of type {0}")]
+    Unknown(u32),
+}
+
+impl RequestError {
+    /// What the driver is told.
+    pub fn status(self) -> Status {
+        match self {
+            Self::Unknown(_) | Self::Flags(_) => Status::Unsupported,
+            _ => Status::IoError,
+        }
+    }
+}
+
+/// A request that can be carried out.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Disk to guest.
+    Read(Extent),
+    /// Guest to disk, the data after the header.
+    Write(Extent),
+    /// Make writes last.
+    Flush,
+    /// The serial number.
+    Serial,
+    /// These bytes are not needed any more.
+    Discard(Vec<Extent>),
+    /// These bytes become zero; true: their space may go.
+    WriteZeroes(Vec<(Extent, bool)>),
+}
+
+impl Request {
+    /// Reads a request for `disk`. `to` has room for the status at least.
+    ///
+    /// # Errors
+    ///
+    /// A [`RequestError`], for which the disk was not touched.
+    pub fn parse(from: &Buffers<'_>, to: &Buffers<'_>, disk: &Disk) -> Result<Self, RequestError> {
+        let mut header = [0; HEADER_BYTES];
+        let have = from.read(0, &mut header);
+        if have < HEADER_BYTES {
+            return Err(RequestError::Header(have));
+        }
+        let (kind, _reserved, sector) = fields(header);
+        let chain = Chain {
+            kind,
+            sector,
+            from,
+            from_len: from.len() - HEADER_BYTES,
+            to_len: to.len().saturating_sub(1),
+            disk,
+        };
+        chain.request()
+    }
+}
+
+/// A chain whose header has been read.
+struct Chain<'b, 'm> {
+    kind: u32,
+    sector: u64,
+    from: &'b Buffers<'m>,
+    from_len: usize,
+    to_len: usize,
+    disk: &'b Disk,
+}
+
+impl Chain<'_, '_> {
+    fn request(&self) -> Result<Request, RequestError> {
+        match self.kind {
+            spec::VIRTIO_BLK_T_IN => {
+                self.check(self.from_len == 0 && is_sectors(self.to_len))?;
+                Ok(Request::Read(self.place(self.sector, self.to_len)?))
+            }
+            spec::VIRTIO_BLK_T_OUT => {
+                self.check_writable()?;
+                self.check(self.to_len == 0 && is_sectors(self.from_len))?;
+                Ok(Request::Write(self.place(self.sector, self.from_len)?))
+            }
+            spec::VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
+            spec::VIRTIO_BLK_T_GET_ID => {
+                self.check(self.from_len == 0 && self.to_len >= SERIAL_BYTES)?;
+                Ok(Request::Serial)
+            }
+            spec::VIRTIO_BLK_T_DISCARD => {
+                let ranges = self.ranges(MAX_DISCARD_SECTORS, 0)?;
+                let extents = ranges.into_iter().map(|(extent, _)| extent);
+                Ok(Request::Discard(extents.collect()))
+            }
+            spec::VIRTIO_BLK_T_WRITE_ZEROES => {
+                let unmap = spec::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                let ranges = self.ranges(MAX_ZEROES_SECTORS, unmap)?;
+                Ok(Request::WriteZeroes(ranges))
+            }
+            kind => Err(RequestError::Unknown(kind)),
+        }
+    }
+
+    fn check(&self, shape: bool) -> Result<(), RequestError> {
+        if shape {
+            return Ok(());
+        }
+        Err(RequestError::Shape {
+            kind: self.kind,
+            from: self.from_len,
+            to: self.to_len,
+        })
+    }
+
+    fn check_writable(&self) -> Result<(), RequestError> {
+        if self.disk.read_only() {
+            return Err(RequestError::ReadOnly);
+        }
+        Ok(())
+    }
+
+    fn place(&self, sector: u64, len: usize) -> Result<Extent, RequestError> {
+        let start = sector.checked_mul(SECTOR_BYTES);
+        let end = start.and_then(|start| start.checked_add(len as u64));
+        match (start, end) {
+            (Some(start), Some(end)) if end <= self.disk.size() => Ok(Extent { start, len }),
+            _ => Err(RequestError::Place {
+                sector,
+                len: len as u64,
+            }),
+        }
+    }
+
+    /// The ranges of a discard or write-zeroes request, and whether a flag of
+    /// those allowed is set.
+    fn ranges(&self, max_sectors: u32, allowed: u32) -> Result<Vec<(Extent, bool)>, RequestError> {
+        self.check_writable()?;
+        let count = self.from_len / RANGE_BYTES;
+        let whole = self.from_len.is_multiple_of(RANGE_BYTES);
+        let fits = (1..=usize::from(MAX_RANGES)).contains(&count);
+        self.check(self.to_len == 0 && whole && fits)?;
+        (0..count)
+            .map(|index| self.range(HEADER_BYTES + index * RANGE_BYTES, max_sectors, allowed))
+            .collect()
+    }
+
+    fn range(
+        &self,
+        offset: usize,
+        max_sectors: u32,
+        allowed: u32,
+    ) -> Result<(Extent, bool), RequestError> {
+        let mut bytes = [0; RANGE_BYTES];
+        self.from.read(offset, &mut bytes);
+        let value = u128::from_le_bytes(bytes);
+        // Sector (8), number of sectors (4), flags (4); the casts cut them out.
+        #[allow(clippy::cast_possible_truncation)]
+        let (sector, sectors, flags) = (value as u64, (value >> 64) as u32, (value >> 96) as u32);
+        if flags & !allowed != 0 {
+            return Err(RequestError::Flags(flags));
+        }
+        if !(1..=max_sectors).contains(&sectors) {
+            return Err(RequestError::RangeSize(sectors));
+        }
+        let len = u64::from(sectors) * SECTOR_BYTES;
+        let len = usize::try_from(len).map_err(|_| RequestError::RangeSize(sectors))?;
+        Ok((self.place(sector, len)?, flags != 0))
+    }
+}
+
+/// Type, reserved, sector.
+fn fields(header: [u8; HEADER_BYTES]) -> (u32, u32, u64) {
+    let value = u128::from_le_bytes(header);
+    // The casts cut the fields out.
+    #[allow(clippy::cast_possible_truncation)]
+    let fields = (value as u32, (value >> 32) as u32, (value >> 64) as u64);
+    fields
+}
+
+fn is_sectors(len: usize) -> bool {
+    len > 0 && (len as u64).is_multiple_of(SECTOR_BYTES)
+}

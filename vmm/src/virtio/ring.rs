@@ -1,0 +1,175 @@
+//! A split virtqueue as a device's thread works it.
+//!
+//! The point is what it does *not* do: the driver is asked for a kick only when
+//! the device has nothing left to take ([`Ring::await_kick`]), and interrupted
+//! once for all buffers used since the last time ([`Ring::flush`]), if it wants
+//! to be at all (virtio 1.2, 2.7.10).
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, GuestMemory};
+
+/// Why a ring cannot be worked any further until the device is reset.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// The driver broke it, or it is not in guest memory.
+    #[error("virtqueue")]
+    Queue(#[from] virtio_queue::Error),
+    /// The interrupt's event descriptor failed.
+    #[error("interrupt event")]
+    Interrupt(#[source] io::Error),
+}
+
+/// A virtqueue and its two event descriptors.
+pub struct Ring<'m> {
+    memory: &'m GuestMemory,
+    queue: Queue,
+    kick: EventFd,
+    interrupt: Arc<EventFd>,
+    /// Whether the driver has been told to kick.
+    kicks: bool,
+    /// Whether buffers were used since the last flush.
+    used: bool,
+}
+
+impl<'m> Ring<'m> {
+    /// Takes over a queue.
+    #[must_use]
+    pub fn new(memory: &'m GuestMemory, active: ActiveQueue) -> Self {
+        Self {
+            memory,
+            queue: active.queue,
+            kick: active.kick,
+            interrupt: active.interrupt,
+            kicks: true,
+            used: false,
+        }
+    }
+
+    /// The driver's kick. Watched edge-triggered it need never be read.
+    #[must_use]
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Most chains the driver can have outstanding.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        usize::from(self.queue.size())
+    }
+
+    /// The next chain the driver made available.
+    ///
+    /// # Errors
+    ///
+    /// When the available ring makes no sense.
+    pub fn take(&mut self) -> Result<Option<DescriptorChain<&'m GuestMemory>>, RingError> {
+        let chain = self.queue.iter(self.memory)?.next();
+        if chain.is_some() && self.kicks {
+            self.queue.disable_notification(self.memory)?;
+            self.kicks = false;
+        }
+        Ok(chain)
+    }
+
+    /// Puts back the last `count` chains taken, none of them used.
+    pub fn put_back(&mut self, count: u16) {
+        let position = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(position);
+    }
+
+    /// Asks for a kick when there is more; `true` if there is already.
+    ///
+    /// # Errors
+    ///
+    /// When the ring is not in guest memory.
+    pub fn await_kick(&mut self) -> Result<bool, RingError> {
+        self.kicks = true;
+        Ok(self.queue.enable_notification(self.memory)?)
+    }
+
+    /// Gives a chain back with `len` bytes written.
+    ///
+    /// # Errors
+    ///
+    /// When the driver's index for the chain makes no sense.
+    pub fn give(&mut self, head: u16, len: usize) -> Result<(), RingError> {
+        // A chain has less than 2^32 bytes.
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        self.queue.add_used(self.memory, head, len)?;
+        self.used = true;
+        Ok(())
+    }
+
+    /// Interrupts the driver if buffers were used and it wants to know.
+    ///
+    /// # Errors
+    ///
+    /// When the ring is not in guest memory or the interrupt fails.
+    pub fn flush(&mut self) -> Result<(), RingError> {
+        if std::mem::take(&mut self.used) && self.queue.needs_notification(self.memory)? {
+            self.interrupt.write(1).map_err(RingError::Interrupt)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::driver::{Driver, memory};
+
+    #[test]
+    fn buffers_go_round_with_one_interrupt_a_batch() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 4);
+        let active = driver.active();
+        let interrupt = Arc::clone(&active.interrupt);
+        let mut ring = Ring::new(&memory, active);
+        for _ in 0..5 {
+            let heads = [0; 3].map(|_| driver.add(&[(0x2_0000, 16, true)]));
+            for head in heads {
+                assert_eq!(ring.take().unwrap().unwrap().head_index(), head);
+                ring.give(head, 7).unwrap();
+            }
+            assert!(ring.take().unwrap().is_none());
+            ring.flush().unwrap();
+            ring.flush().unwrap();
+            assert_eq!(interrupt.read().unwrap(), 1);
+            assert_eq!(
+                [0; 3].map(|_| driver.poll()),
+                heads.map(|head| Some((head, 7)))
+            );
+        }
+        assert!(!ring.await_kick().unwrap());
+        let head = driver.add(&[(0x2_0000, 16, true)]);
+        assert!(ring.await_kick().unwrap());
+        assert_eq!(ring.take().unwrap().unwrap().head_index(), head);
+        ring.put_back(1);
+        assert_eq!(ring.take().unwrap().unwrap().head_index(), head);
+    }
+
+    #[test]
+    fn driver_says_when_it_wants_an_interrupt() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let mut active = driver.active();
+        active.queue.set_event_idx(true);
+        let interrupt = Arc::clone(&active.interrupt);
+        let mut ring = Ring::new(&memory, active);
+        driver.interrupt_after(2);
+        for used in 1..=4 {
+            let head = driver.add(&[(0x2_0000, 16, true)]);
+            ring.take().unwrap().unwrap();
+            ring.give(head, 0).unwrap();
+            ring.flush().unwrap();
+            assert_eq!(interrupt.read().is_ok(), used == 3);
+        }
+        assert!(!ring.await_kick().unwrap());
+        assert_eq!(driver.kick_wanted_after(), 4);
+    }
+}

@@ -1,0 +1,217 @@
+//! The KVM virtual machine: memory slots, interrupt routes, event descriptors.
+//!
+//! Interrupts are MSIs only. KVM emulates the local APICs ("split irqchip")
+//! and nothing else: no IOAPIC, PIC or PIT exists. A GSI here is only the name
+//! of an MSI route; each MSI-X vector of a device takes one when the device is
+//! added and keeps it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::errno::Error as Errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::layout;
+use crate::virtio::GuestMemory;
+
+/// Takes ownership of `/dev/kvm`.
+#[must_use]
+pub fn kvm_from(fd: OwnedFd) -> Kvm {
+    // SAFETY: we own the descriptor and hand it over.
+    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// KVM refused.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM: {what}: {source}")]
+pub struct VmError {
+    /// What was asked of it.
+    pub what: &'static str,
+    /// Its answer.
+    pub source: io::Error,
+}
+
+impl VmError {
+    /// For `map_err`: names what was asked.
+    pub fn new(what: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self {
+            what,
+            source: errno.into(),
+        }
+    }
+}
+
+/// Message address and data of an MSI route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiRoute {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+}
+
+/// A virtual machine without its vCPUs.
+pub struct Vm {
+    fd: VmFd,
+    next_gsi: AtomicU32,
+    routes: Mutex<BTreeMap<u32, MsiRoute>>,
+    /// KVM's slots point into this mapping.
+    memory: GuestMemory,
+}
+
+impl Vm {
+    /// Creates a VM that has `memory`.
+    ///
+    /// # Errors
+    ///
+    /// When KVM lacks what we need or refuses the memory.
+    pub fn new(kvm: &Kvm, memory: GuestMemory) -> Result<Self, VmError> {
+        let fd = kvm.create_vm().map_err(VmError::new("create a VM"))?;
+        fd.set_tss_address(layout::KVM_TSS)
+            .map_err(VmError::new("set the TSS address"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(VmError::new("set the identity map"))?;
+        // args[0], the routes kept for an IOAPIC in user space, stays 0.
+        fd.enable_cap(&kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        })
+        .map_err(VmError::new("split the interrupt controller"))?;
+        let vm = Self {
+            fd,
+            next_gsi: AtomicU32::new(0),
+            routes: Mutex::default(),
+            memory,
+        };
+        vm.add_memory()?;
+        Ok(vm)
+    }
+
+    fn add_memory(&self) -> Result<(), VmError> {
+        for (slot, region) in (0u32..).zip(self.memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the mapping is that of `region`, whole, and lives as long
+            // as `self`, longer than the VM it is given to.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(VmError::new("add a memory slot"))?;
+        }
+        Ok(())
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Creates a vCPU; `index` is also its APIC id.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(VmError::new("create a vCPU"))
+    }
+
+    /// A GSI nobody has.
+    pub fn new_gsi(&self) -> u32 {
+        self.next_gsi.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Lets `gsi` send `route` from now on.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn route(&self, gsi: u32, route: MsiRoute) -> Result<(), VmError> {
+        let mut routes = self.routes.lock().unwrap_or_else(|lock| lock.into_inner());
+        if routes.insert(gsi, route) == Some(route) {
+            return Ok(());
+        }
+        let entries: Vec<_> = routes
+            .iter()
+            .map(|(gsi, route)| entry(*gsi, *route))
+            .collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| VmError {
+            what: "build the interrupt routes",
+            source: io::ErrorKind::OutOfMemory.into(),
+        })?;
+        self.fd
+            .set_gsi_routing(&table)
+            .map_err(VmError::new("set the interrupt routes"))
+    }
+
+    /// Raises `gsi` whenever `event` is signalled, and now if it already is.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn add_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(VmError::new("add an irqfd"))
+    }
+
+    /// Undoes [`Self::add_irqfd`]; signals stay in `event`.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn remove_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .unregister_irqfd(event, gsi)
+            .map_err(VmError::new("remove an irqfd"))
+    }
+
+    /// Signals `event` when the guest writes to `address`, without an exit to us.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn add_ioeventfd(&self, event: &EventFd, address: u64) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(VmError::new("add an ioeventfd"))
+    }
+
+    /// Undoes [`Self::add_ioeventfd`].
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn remove_ioeventfd(&self, event: &EventFd, address: u64) -> Result<(), VmError> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(VmError::new("remove an ioeventfd"))
+    }
+}
+
+fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    let [a, b, c, d, e, f, g, h] = route.address.to_le_bytes();
+    entry.u.msi.address_lo = u32::from_le_bytes([a, b, c, d]);
+    entry.u.msi.address_hi = u32::from_le_bytes([e, f, g, h]);
+    entry.u.msi.data = route.data;
+    entry
+}
