@@ -1,1 +1,7 @@
-fn main() {}
+//! The operator's command; see [`nacre_shim::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nacre_shim::cli::run()
+}

@@ -1,0 +1,40 @@
+//! `delete`: cleaning up when the daemon cannot be asked.
+//!
+//! containerd runs it for each container it cannot reach by RPC any more, and
+//! after a failed `start`. A pod's host state hangs on its run directory, so:
+//! with the daemon dead, any container's `delete` cleans the whole pod up; with
+//! the daemon alive, only the one of the pod itself does.
+
+use std::time::SystemTime;
+
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message;
+
+use super::{Args, BootstrapError, group_of};
+use crate::config::Config;
+use crate::events::timestamp;
+use crate::rundir::{Proc, RunDir};
+
+/// 128 + SIGKILL: the VM was shot.
+const KILLED_STATUS: u32 = 137;
+
+/// Runs the action; returns what to print.
+pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
+    let config = Config::load()?;
+    // A bundle without a readable config.json must not keep a pod alive.
+    let group = group_of(&args.bundle()?, &args.id).unwrap_or_else(|_| args.id.clone());
+    let run_dir = RunDir::new(&config.run_dir, &args.namespace, &group)?;
+    let state = run_dir.load().ok().flatten().unwrap_or_default();
+    let daemon_alive = state.daemon.is_some_and(Proc::is_alive);
+    if !daemon_alive || group == args.id {
+        RunDir::kill_daemon(&state);
+        run_dir.cleanup();
+    }
+    let response = DeleteResponse {
+        pid: state.monitor.map_or(0, |monitor| monitor.pid),
+        exit_status: KILLED_STATUS,
+        exited_at: Some(timestamp(SystemTime::now())).into(),
+        ..Default::default()
+    };
+    Ok(response.write_to_bytes()?)
+}

@@ -1,0 +1,115 @@
+//! How containerd runs the shim's binary, and what each way does.
+//!
+//! ```text
+//! containerd-shim-nacre-v2 FLAGS start     make or find the pod's daemon, print its address   start.rs
+//!                          FLAGS delete    clean up from disk alone                            delete.rs
+//!                          -info | -v      describe the runtime                                info.rs
+//!                          FLAGS serve     the daemon itself; only `start` runs it             serve.rs
+//!                          monitor         the VM; only the daemon runs it          nacre_vmm::monitor
+//! ```
+//!
+//! containerd reads stdout and stderr of `start` and `delete` together as the
+//! answer, so neither prints anything else.
+
+mod args;
+mod delete;
+mod group;
+mod info;
+mod serve;
+mod start;
+
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+pub use args::{Action, Args};
+pub use group::group_of;
+
+/// What a run of the binary failed with; printed as one line.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// The command line is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// Reading or writing something of the bootstrap failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// The failure.
+        source: std::io::Error,
+    },
+    /// A message could not be encoded.
+    #[error("encode the answer")]
+    Encode(#[from] protobuf::Error),
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    /// The run directory failed.
+    #[error(transparent)]
+    RunDir(#[from] crate::rundir::RunDirError),
+    /// The daemon's RPC server failed.
+    #[error("serve")]
+    Server(#[from] ttrpc::Error),
+}
+
+impl BootstrapError {
+    /// For `map_err`.
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Longest runtime options taken from stdin.
+const MAX_STDIN_BYTES: u64 = 16 << 20;
+
+/// The binary's `main`.
+pub fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // The monitor first: it runs with nothing of the shim set up.
+    if arguments.first().map(String::as_str) == Some("monitor") {
+        return monitor();
+    }
+    match run(&arguments) {
+        Ok(answer) => print(&answer),
+        Err(error) => {
+            eprintln!("containerd-shim-nacre-v2: {}", crate::error::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<Vec<u8>, BootstrapError> {
+    let args = Args::parse(arguments)?;
+    match args.action {
+        Action::Start => start::start(&args, &read_stdin()?),
+        Action::Delete => delete::delete(&args),
+        Action::Info => info::runtime_info(),
+        Action::Version => Ok(info::version_text().into_bytes()),
+        Action::Serve => serve::serve(&args).map(|()| Vec::new()),
+    }
+}
+
+fn print(answer: &[u8]) -> ExitCode {
+    match std::io::stdout().write_all(answer) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn read_stdin() -> Result<Vec<u8>, BootstrapError> {
+    let mut input = Vec::new();
+    std::io::stdin()
+        .take(MAX_STDIN_BYTES)
+        .read_to_end(&mut input)
+        .map_err(BootstrapError::io("read the runtime options from stdin"))?;
+    Ok(input)
+}
+
+fn monitor() -> ExitCode {
+    // SAFETY: the daemon starts this mode with the control channel as this
+    // descriptor, and nothing has used it in this process.
+    let channel = unsafe { OwnedFd::from_raw_fd(nacre_vmm::jail::CONTROL_FD) };
+    nacre_vmm::monitor::run(channel)
+}

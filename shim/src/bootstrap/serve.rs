@@ -1,0 +1,142 @@
+//! `serve`: the daemon's life from its first instruction to its exit.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::setsid;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use super::{Args, BootstrapError};
+use crate::config::Config;
+use crate::events::Publisher;
+use crate::rundir::{Proc, RunDir, State};
+use crate::sandbox::{Host, VmHost};
+use crate::task::{Pod, service};
+
+/// How long the last events may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Runs the daemon until its pod is shut down.
+pub fn serve(args: &Args) -> Result<(), BootstrapError> {
+    let config = Config::load()?;
+    init_log(&config.log_level);
+    become_daemon()?;
+    // One thread: a pod's shim mostly sleeps, and copies at most a few streams.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(BootstrapError::io("start the runtime"))?
+        .block_on(run(args, config))
+}
+
+/// `start` sets the level in `RUST_LOG`, for the monitor's sake.
+fn init_log(level: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(filter)
+        .init();
+}
+
+/// Leaves containerd's session and mount namespace. Mounts made from here on
+/// die with the daemon; mounts the host makes later are still seen.
+fn become_daemon() -> Result<(), BootstrapError> {
+    // Fails only for a process group leader, which a child of `start` is not;
+    // one started by hand may stay where it is.
+    if let Err(error) = setsid() {
+        warn!(%error, "stays in its session");
+    }
+    unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| {
+            mount(
+                None::<&Path>,
+                "/",
+                None::<&Path>,
+                MsFlags::MS_REC | MsFlags::MS_SLAVE,
+                None::<&Path>,
+            )
+        })
+        .map_err(|errno| BootstrapError::io("leave the host's mount namespace")(errno.into()))
+}
+
+async fn run(args: &Args, config: Config) -> Result<(), BootstrapError> {
+    let run_dir = RunDir::new(&config.run_dir, &args.namespace, &args.id)?;
+    run_dir.create()?;
+    let state = State {
+        bundle: args.bundle()?,
+        daemon: Proc::of(std::process::id()),
+        socket: Some(args.socket.clone().into())
+            .filter(|path: &std::path::PathBuf| !path.as_os_str().is_empty()),
+        ..State::default()
+    };
+    run_dir.save(&state)?;
+    let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let publisher = Publisher::new(&args.namespace, &address);
+    let host = VmHost::new(config, run_dir.clone(), args.id.clone(), state);
+    let pod = Pod::new(Host::Vm(Box::new(host)), publisher.clone());
+    let mut server = Server::new()
+        .add_listener(listener()?)
+        .register_service(service::create(&pod));
+    server.start().await?;
+    info!(id = args.id, "serving");
+    wait_for_the_end(&pod).await?;
+    // The reply to Shutdown is still on its way; leaving closes its connection
+    // only after what was written is out.
+    if tokio::time::timeout(FLUSH_TIMEOUT, publisher.flush())
+        .await
+        .is_err()
+    {
+        warn!("leaving with events undelivered");
+    }
+    server.stop_listen().await;
+    run_dir.cleanup();
+    Ok(())
+}
+
+async fn wait_for_the_end(pod: &Arc<Pod>) -> Result<(), BootstrapError> {
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(BootstrapError::io("listen for SIGTERM"))?;
+    tokio::select! {
+        () = pod.ended() => (),
+        _ = terminate.recv() => {
+            info!("told to terminate");
+            pod.stop().await;
+        }
+    }
+    Ok(())
+}
+
+/// The socket `start` bound, inherited as stdin.
+fn listener() -> Result<Listener, BootstrapError> {
+    let inherited = BootstrapError::io("take over the listening socket");
+    let socket = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|fd| {
+            let listener = StdUnixListener::from(fd);
+            // Children must not inherit a working copy as their stdin.
+            nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        })
+        .map_err(inherited)?;
+    Ok(Listener::new(futures::stream::unfold(
+        socket,
+        |socket| async move {
+            let accepted = socket.accept().await.map(|(stream, _)| stream);
+            Some((accepted, socket))
+        },
+    )))
+}

@@ -1,0 +1,435 @@
+//! The pod's cgroup on the host (cgroup v2): monitor and virtio-fs daemon live
+//! in it, so that the pod is charged for its VM and cannot exceed it.
+//!
+//! Limits are enforced twice: per container by the guest's own cgroups, and here
+//! for the machine as a whole. This one must leave room for what the guest does
+//! not see (page tables, virtqueues, the monitor itself), or a container at its
+//! limit would get its VM killed: hence the overhead in [`Limits::of`].
+//!
+//! Both of containerd's spellings of a path work: `/kubepods/pod1/abc` (cgroupfs
+//! driver) and `kubepods-pod1.slice:cri-containerd:abc` (systemd driver). Under
+//! systemd the directory is made below the slice that kubelet had systemd make;
+//! the scope itself is not registered with systemd, which leaves alone what it
+//! does not know.
+//!
+//! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`)
+//! or are moved by [`PodCgroup::add_process`].
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use oci_spec::runtime::{LinuxResources, Spec};
+
+/// Where cgroup v2 is mounted.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Controllers the pod's group wants, where the host has them.
+const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "hugetlb"];
+/// How long killed processes may take to be gone.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
+const MIB: u64 = 1 << 20;
+/// CPU period where the spec names a quota only; the kernel's default.
+const DEFAULT_PERIOD_USEC: u64 = 100_000;
+
+/// Errors of this module.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The host has cgroup v1, or a mixture.
+    #[error("{} is not a cgroup v2 mount; boot with systemd.unified_cgroup_hierarchy=1", .0.display())]
+    NotV2(PathBuf),
+    /// A path that is not one of the two forms.
+    #[error("bad cgroup path {0:?}: expected /a/b or slice:prefix:name")]
+    BadPath(String),
+    /// A file operation failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// What a pod may use of the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory in bytes, overhead included.
+    pub memory_bytes: Option<u64>,
+    /// CPU time per period, both in microseconds.
+    pub cpu: Option<(u64, u64)>,
+}
+
+impl Limits {
+    /// The limits of a spec's resources, plus `overhead_memory_mib`.
+    pub fn of(spec: &Spec, overhead_memory_mib: u32) -> Self {
+        spec.linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref())
+            .map(|resources| Self::of_resources(resources, overhead_memory_mib))
+            .unwrap_or_default()
+    }
+
+    /// The limits of OCI resources, plus `overhead_memory_mib`. Zero and
+    /// negative values mean "no limit", as everywhere in OCI.
+    pub fn of_resources(resources: &LinuxResources, overhead_memory_mib: u32) -> Self {
+        let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+        let memory = resources.memory().as_ref();
+        let cpu = resources.cpu().as_ref();
+        let overhead = u64::from(overhead_memory_mib) * MIB;
+        Self {
+            memory_bytes: memory
+                .and_then(|memory| positive(memory.limit()?))
+                .map(|limit| limit.saturating_add(overhead)),
+            cpu: cpu.and_then(|cpu| {
+                let period = cpu.period().filter(|period| *period > 0);
+                Some((
+                    positive(cpu.quota()?)?,
+                    period.unwrap_or(DEFAULT_PERIOD_USEC),
+                ))
+            }),
+        }
+    }
+}
+
+/// A cgroup of one pod.
+#[derive(Debug)]
+pub struct PodCgroup {
+    path: PathBuf,
+    dir: File,
+}
+
+impl PodCgroup {
+    /// Makes the group with its parents and sets its limits. A group that is
+    /// there already is taken over.
+    ///
+    /// # Errors
+    ///
+    /// `BadPath`, `NotV2`, or `Io`; a limit that cannot be set is an error too.
+    pub fn create(cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
+        let root = Path::new(CGROUP_ROOT);
+        let stat = statfs(root).map_err(|e| failed("look at", root)(e.into()))?;
+        if stat.filesystem_type() != CGROUP2_SUPER_MAGIC {
+            return Err(CgroupError::NotV2(root.into()));
+        }
+        Self::create_below(root, cgroups_path, limits)
+    }
+
+    fn create_below(root: &Path, cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
+        let relative = expand(cgroups_path)?;
+        let mut path = root.to_owned();
+        for part in &relative {
+            enable_controllers(&path);
+            path.push(part);
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(failed("make cgroup", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        let dir = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY)
+            .open(&path)
+            .map_err(failed("open", &path))?;
+        let cgroup = Self { path, dir };
+        cgroup.set_limits(limits)?;
+        Ok(cgroup)
+    }
+
+    /// Its directory below `/sys/fs/cgroup`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory's descriptor, for `CLONE_INTO_CGROUP` and the virtio-fs
+    /// daemon.
+    pub fn dir_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// Sets the limits; those not given are lifted.
+    ///
+    /// # Errors
+    ///
+    /// `Io` if a given limit cannot be set.
+    pub fn set_limits(&self, limits: &Limits) -> Result<(), CgroupError> {
+        let memory = limits.memory_bytes.map(|bytes| bytes.to_string());
+        let cpu = limits
+            .cpu
+            .map(|(quota, period)| format!("{quota} {period}"));
+        self.set("memory.max", memory.as_deref())?;
+        self.set("cpu.max", cpu.as_deref())
+    }
+
+    fn set(&self, name: &str, value: Option<&str>) -> Result<(), CgroupError> {
+        let path = self.path.join(name);
+        if value.is_none() && !path.exists() {
+            return Ok(());
+        }
+        write(&path, value.unwrap_or("max")).map_err(failed("write", &path))
+    }
+
+    /// Moves a process into the group.
+    ///
+    /// # Errors
+    ///
+    /// `Io`, for example when the process is gone.
+    pub fn add_process(&self, pid: u32) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        write(&path, &pid.to_string()).map_err(failed("write", &path))
+    }
+
+    /// Kills what is left in the group and removes it. Doing so twice is no
+    /// error.
+    ///
+    /// # Errors
+    ///
+    /// `Io` if processes do not die or the group cannot be removed.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        remove_group(&self.path)
+    }
+}
+
+/// Removes the group of a cgroup path without having made it, as after a crash.
+///
+/// # Errors
+///
+/// Those of [`PodCgroup::remove`], and `BadPath`.
+pub fn remove(cgroups_path: &str) -> Result<(), CgroupError> {
+    let parts = expand(cgroups_path)?;
+    let path = parts
+        .iter()
+        .fold(PathBuf::from(CGROUP_ROOT), |path, part| path.join(part));
+    remove_group(&path)
+}
+
+fn remove_group(path: &Path) -> Result<(), CgroupError> {
+    let deadline = Instant::now() + REMOVE_TIMEOUT;
+    let kill = path.join("cgroup.kill");
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match fs::remove_dir(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error)
+                if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {}
+            Err(error) => return Err(failed("remove cgroup", path)(error)),
+        }
+        match write(&kill, "1") {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("write", &kill)(error));
+            }
+            _ => {}
+        }
+        // The kernel has no way to wait for a group's last process on rmdir;
+        // exits take microseconds to, with much memory, tenths of a second.
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// Hands controllers down to the groups below `path`. A controller the host
+/// lacks, or one that a process in `path` blocks, shows when a limit is set.
+fn enable_controllers(path: &Path) {
+    let available = fs::read_to_string(path.join("cgroup.controllers")).unwrap_or_default();
+    let enabled = fs::read_to_string(path.join("cgroup.subtree_control")).unwrap_or_default();
+    let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    for name in CONTROLLERS {
+        if has(&available, name)
+            && !has(&enabled, name)
+            && let Err(error) = write(&path.join("cgroup.subtree_control"), &format!("+{name}"))
+        {
+            tracing::debug!(path = %path.display(), controller = name, %error, "controller stays off");
+        }
+    }
+}
+
+/// cgroup files exist already, and one write(2) is one command.
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    use std::io::Write;
+    File::options()
+        .write(true)
+        .open(path)?
+        .write_all(value.as_bytes())
+}
+
+/// The directories a cgroup path stands for, outermost first.
+fn expand(cgroups_path: &str) -> Result<Vec<String>, CgroupError> {
+    let bad = || CgroupError::BadPath(cgroups_path.into());
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
+    let expanded = match parts.as_slice() {
+        [path] => plain_parts(path).ok_or_else(bad)?,
+        [slice, prefix, name] => {
+            let mut dirs = slice_dirs(slice).ok_or_else(bad)?;
+            let unit = if prefix.is_empty() {
+                (*name).to_owned()
+            } else {
+                format!("{prefix}-{name}.scope")
+            };
+            dirs.extend(
+                plain_parts(&unit)
+                    .filter(|unit| unit.len() == 1)
+                    .ok_or_else(bad)?,
+            );
+            dirs
+        }
+        _ => return Err(bad()),
+    };
+    if expanded.is_empty() {
+        return Err(bad());
+    }
+    Ok(expanded)
+}
+
+/// Components of a path that neither climbs nor stays.
+fn plain_parts(path: &str) -> Option<Vec<String>> {
+    Path::new(path)
+        .components()
+        .filter(|part| *part != Component::RootDir)
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str().map(str::to_owned),
+            _ => None,
+        })
+        .collect()
+}
+
+/// `a-b.slice` lies in `a.slice` (systemd.slice(5)); no slice means the system's.
+fn slice_dirs(slice: &str) -> Option<Vec<String>> {
+    let slice = if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    };
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(Vec::new());
+    }
+    let mut dirs = Vec::new();
+    let mut unit = String::new();
+    for part in name.split('-') {
+        if part.is_empty() || part.contains('/') || part.starts_with('.') {
+            return None;
+        }
+        if !unit.is_empty() {
+            unit.push('-');
+        }
+        unit.push_str(part);
+        dirs.push(format!("{unit}.slice"));
+    }
+    Some(dirs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn both_forms_of_paths() {
+        assert_eq!(expand("/default/id").unwrap(), ["default", "id"]);
+        assert_eq!(
+            expand("kubepods-burstable-pod1.slice:cri-containerd:abc").unwrap(),
+            [
+                "kubepods.slice",
+                "kubepods-burstable.slice",
+                "kubepods-burstable-pod1.slice",
+                "cri-containerd-abc.scope",
+            ]
+        );
+        assert_eq!(
+            expand(":nerdctl:abc").unwrap(),
+            ["system.slice", "nerdctl-abc.scope"]
+        );
+        assert_eq!(expand("-.slice::x.scope").unwrap(), ["x.scope"]);
+    }
+
+    #[test]
+    fn paths_do_not_climb() {
+        for path in [
+            "",
+            "/",
+            "/a/../b",
+            "a:b",
+            "a.slice:p:x/y",
+            "a/b.slice:p:x",
+            "..slice:p:x",
+        ] {
+            assert!(expand(path).is_err(), "{path:?}");
+        }
+    }
+
+    #[test]
+    fn limits_carry_the_overhead() {
+        let resources = |value| -> LinuxResources { serde_json::from_value(value).unwrap() };
+        let limits = Limits::of_resources(
+            &resources(json!({"memory": {"limit": MIB}, "cpu": {"quota": 150_000}})),
+            2,
+        );
+        assert_eq!(limits.memory_bytes, Some(3 * MIB));
+        assert_eq!(limits.cpu, Some((150_000, 100_000)));
+
+        let unlimited = json!({"memory": {"limit": -1}, "cpu": {"quota": 0, "period": 50_000}});
+        assert_eq!(
+            Limits::of_resources(&resources(unlimited), 2),
+            Limits::default()
+        );
+    }
+
+    /// The first writable cgroup v2 mount, also on hosts that have v1 as well.
+    fn root() -> Option<PathBuf> {
+        [CGROUP_ROOT, "/sys/fs/cgroup/unified"]
+            .map(PathBuf::from)
+            .into_iter()
+            .find(|path| {
+                statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+            })
+    }
+
+    #[test]
+    fn leftover_processes_are_killed_on_removal() {
+        let Some(root) = root() else {
+            eprintln!("skipped: no cgroup v2 here");
+            return;
+        };
+        let name = format!("/nacre-test-{}/pod", std::process::id());
+        let cgroup = match PodCgroup::create_below(&root, &name, &Limits::default()) {
+            Err(CgroupError::Io { source, .. })
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                eprintln!("skipped: not allowed to make cgroups");
+                return;
+            }
+            result => result.unwrap(),
+        };
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        cgroup.add_process(child.id()).unwrap();
+
+        // The zombie holds the group until it is reaped.
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        cgroup.remove().unwrap();
+        assert!(!reaper.join().unwrap().success());
+        cgroup.remove().unwrap();
+        assert!(!cgroup.path().exists());
+        fs::remove_dir(cgroup.path().parent().unwrap()).unwrap();
+    }
+}

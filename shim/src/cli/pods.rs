@@ -1,0 +1,266 @@
+//! `nacre ps` and `nacre logs`: the pods below the run directory, see
+//! [`crate::rundir`] for its layout.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::CliError;
+use crate::rundir::{Proc, State};
+
+const STATE_FILE: &str = "state.json";
+const LOG_FILE: &str = "log";
+const CONSOLE_FILE: &str = "console";
+/// Ticks per second of proc(5) times; fixed in the kernel's interface.
+const TICKS_PER_SECOND: u64 = 100;
+/// What the monitor calls its vCPU threads, less their number.
+const VCPU_THREAD: &str = "vcpu";
+
+/// A pod on this host.
+#[derive(Debug)]
+struct Pod {
+    namespace: String,
+    id: String,
+    dir: PathBuf,
+    state: State,
+}
+
+/// Prints a table of the pods.
+pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError> {
+    let uptime = uptime_seconds();
+    let mut rows = vec![
+        [
+            "POD",
+            "NAMESPACE",
+            "PID",
+            "STATE",
+            "UPTIME",
+            "VCPUS",
+            "MEMORY",
+        ]
+        .map(str::to_owned),
+    ];
+    rows.extend(pods(run_dir)?.iter().map(|pod| row(pod, uptime)));
+    print_table(out, &rows).map_err(CliError::Write)
+}
+
+/// Prints a pod's log or console.
+pub(super) fn logs(
+    run_dir: &Path,
+    pod: &str,
+    console: bool,
+    out: &mut impl Write,
+) -> Result<(), CliError> {
+    let pods = pods(run_dir)?;
+    let file = if console { CONSOLE_FILE } else { LOG_FILE };
+    let path = select(&pods, pod)?.dir.join(file);
+    let read = |source| CliError::Read {
+        path: path.clone(),
+        source,
+    };
+    let mut log = fs::File::open(&path).map_err(read)?;
+    io::copy(&mut log, out).map(drop).map_err(CliError::Write)
+}
+
+/// The pods with a readable state, by namespace and id.
+fn pods(run_dir: &Path) -> Result<Vec<Pod>, CliError> {
+    let mut pods = Vec::new();
+    for (namespace, dir) in directories(run_dir)? {
+        for (id, dir) in directories(&dir)? {
+            let Ok(text) = fs::read(dir.join(STATE_FILE)) else {
+                continue;
+            };
+            match serde_json::from_slice(&text) {
+                Ok(state) => pods.push(Pod {
+                    namespace: namespace.clone(),
+                    id,
+                    dir,
+                    state,
+                }),
+                Err(error) => eprintln!("nacre: {}: {error}", dir.join(STATE_FILE).display()),
+            }
+        }
+    }
+    pods.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
+    Ok(pods)
+}
+
+/// Directories in a directory, with their names; none if it is not there.
+fn directories(dir: &Path) -> Result<Vec<(String, PathBuf)>, CliError> {
+    let read = |source| CliError::Read {
+        path: dir.into(),
+        source,
+    };
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(read)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(read)?;
+        if entry.file_type().map_err(read)?.is_dir() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+fn select<'a>(pods: &'a [Pod], name: &str) -> Result<&'a Pod, CliError> {
+    if let Some(pod) = pods.iter().find(|pod| pod.id == name) {
+        return Ok(pod);
+    }
+    let mut matches = pods.iter().filter(|pod| pod.id.starts_with(name));
+    match (matches.next(), matches.next()) {
+        (Some(pod), None) => Ok(pod),
+        (None, _) => Err(CliError::NoPod(name.into())),
+        (Some(_), Some(_)) => Err(CliError::Ambiguous(name.into())),
+    }
+}
+
+fn row(pod: &Pod, uptime: u64) -> [String; 7] {
+    let dash = || "-".to_owned();
+    let [pid, state, age, vcpus, memory] = match pod.state.monitor {
+        None => [dash(), "starting".into(), dash(), dash(), dash()],
+        Some(monitor) if monitor.is_alive() => [
+            monitor.pid.to_string(),
+            "running".into(),
+            duration(age_seconds(monitor, uptime)),
+            vcpus(monitor.pid).to_string(),
+            resident_mib(monitor.pid).map_or_else(dash, |mib| format!("{mib} MiB")),
+        ],
+        Some(_) => [dash(), "stopped".into(), dash(), dash(), dash()],
+    };
+    [
+        pod.id.clone(),
+        pod.namespace.clone(),
+        pid,
+        state,
+        age,
+        vcpus,
+        memory,
+    ]
+}
+
+fn age_seconds(process: Proc, uptime: u64) -> u64 {
+    uptime.saturating_sub(process.start_time / TICKS_PER_SECOND)
+}
+
+/// The host's, from proc(5) uptime.
+fn uptime_seconds() -> u64 {
+    fs::read_to_string("/proc/uptime")
+        .ok()
+        .and_then(|text| text.split('.').next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+/// The VM's vCPUs: each is a thread of the monitor.
+fn vcpus(pid: u32) -> usize {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok())
+        .filter(|name| name.starts_with(VCPU_THREAD))
+        .count()
+}
+
+/// What the VM occupies on the host, guest memory it never touched not counted.
+fn resident_mib(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib / 1024)
+}
+
+/// "42s", "3m", "5h", "12d": the coarsest unit that is at least one.
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86_400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+fn print_table(out: &mut impl Write, rows: &[[String; 7]]) -> io::Result<()> {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(String::len).max().unwrap_or(0)
+    };
+    let widths: [usize; 7] = std::array::from_fn(width);
+    for row in rows {
+        let cells: Vec<_> = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        writeln!(out, "{}", cells.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run directory with one pod whose monitor is this test's process.
+    fn run_dir(ids: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("uids")).unwrap();
+        for id in ids {
+            let pod = dir.path().join("k8s.io").join(id);
+            fs::create_dir_all(&pod).unwrap();
+            let state = State {
+                monitor: Proc::of(std::process::id()),
+                ..State::default()
+            };
+            fs::write(pod.join(STATE_FILE), serde_json::to_vec(&state).unwrap()).unwrap();
+            fs::write(pod.join(LOG_FILE), format!("log of {id}\n")).unwrap();
+        }
+        dir
+    }
+
+    fn list_text(dir: &Path) -> String {
+        let mut out = Vec::new();
+        list(dir, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn running_pods_are_listed() {
+        let dir = run_dir(&["abc"]);
+        let text = list_text(dir.path());
+        let row: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(&row[..2], ["abc", "k8s.io"]);
+        assert_eq!(row[2], std::process::id().to_string());
+        assert_eq!(row[3], "running");
+    }
+
+    #[test]
+    fn no_run_directory_means_no_pods() {
+        assert_eq!(list_text(Path::new("/nonexistent")).lines().count(), 1);
+    }
+
+    #[test]
+    fn logs_take_a_unique_start_of_a_name() {
+        let dir = run_dir(&["abc", "abd", "xyz"]);
+        let text = |pod: &str| {
+            let mut out = Vec::new();
+            logs(dir.path(), pod, false, &mut out).map(|()| String::from_utf8(out).unwrap())
+        };
+        assert_eq!(text("x").unwrap(), "log of xyz\n");
+        assert_eq!(text("abd").unwrap(), "log of abd\n");
+        assert!(matches!(text("ab"), Err(CliError::Ambiguous(_))));
+        assert!(matches!(text("q"), Err(CliError::NoPod(_))));
+    }
+
+    #[test]
+    fn durations_are_short() {
+        let texts = [5, 61, 7200, 200_000].map(duration);
+        assert_eq!(texts, ["5s", "1m", "2h", "2d"]);
+    }
+}

@@ -1,0 +1,397 @@
+//! The one configuration file, `nacre.toml`.
+//!
+//! `config/nacre.toml` of the source tree is compiled in and *is* the defaults:
+//! [`Config::default`] parses it, so what an administrator reads there cannot
+//! differ from what the program does. A file on the host is laid over it key by
+//! key. Whoever made a mistake gets one line that says where, what and what
+//! would be right:
+//!
+//! ```text
+//! /etc/nacre/nacre.toml:12: default_vcpus: 0 is out of range; allowed: 1 to 64
+//! ```
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// Where the configuration is read from.
+pub const CONFIG_PATH: &str = "/etc/nacre/nacre.toml";
+/// Environment variable that names another file.
+pub const CONFIG_ENV: &str = "NACRE_CONFIG";
+
+const DEFAULTS: &str = include_str!("../../config/nacre.toml");
+const DEFAULTS_NAME: &str = "config/nacre.toml";
+const LOG_LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
+
+/// Errors of [`Config::load`]; each is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is there but cannot be read.
+    #[error("{}: cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{file}:{line}: {problem}; allowed: TOML, see https://toml.io")]
+    Syntax {
+        /// File name.
+        file: String,
+        /// Line, from 1.
+        line: usize,
+        /// The parser's message.
+        problem: String,
+    },
+    /// A key or its value is wrong.
+    #[error("{file}:{line}: {key}: {problem}; allowed: {allowed}")]
+    Key {
+        /// File name.
+        file: String,
+        /// Line, from 1.
+        line: usize,
+        /// The key as written.
+        key: String,
+        /// What is wrong.
+        problem: String,
+        /// What would be right.
+        allowed: String,
+    },
+}
+
+/// The configuration; the keys are explained in `config/nacre.toml`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: PathBuf,
+    /// virtio-fs daemon.
+    pub virtiofsd: PathBuf,
+    /// vCPUs of a pod without a CPU limit.
+    pub default_vcpus: u8,
+    /// Memory of a pod without a memory limit.
+    pub default_memory_mib: u32,
+    /// What the pod's host cgroup may use beyond the guest's memory.
+    pub overhead_memory_mib: u32,
+    /// Back guest memory with 2 MiB pages.
+    pub hugepages: bool,
+    /// Queue pairs of each network interface.
+    pub net_queues: u16,
+    /// First numeric user id for monitors.
+    pub uid_base: u32,
+    /// Number of such ids.
+    pub uid_count: u32,
+    /// State of running pods.
+    pub run_dir: PathBuf,
+    /// Time until the agent must have answered.
+    pub boot_timeout_seconds: u64,
+    /// Log level, a `tracing` level name.
+    pub log_level: String,
+    /// Write the guest's console to a file.
+    pub debug_console: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let mut config = Self::blank();
+        // A test keeps the compiled-in file free of errors.
+        config
+            .apply(DEFAULTS, DEFAULTS_NAME)
+            .expect("the compiled-in configuration is valid");
+        config
+    }
+}
+
+impl Config {
+    /// Reads the configuration file, or the one `NACRE_CONFIG` names. Without a
+    /// file the defaults hold.
+    ///
+    /// # Errors
+    ///
+    /// An unreadable file, or the first mistake in it.
+    pub fn load() -> Result<Self, ConfigError> {
+        Self::load_from(&Self::path())
+    }
+
+    /// The file [`Config::load`] reads.
+    pub fn path() -> PathBuf {
+        std::env::var_os(CONFIG_ENV).map_or_else(|| PathBuf::from(CONFIG_PATH), PathBuf::from)
+    }
+
+    /// Reads a given file; see [`Config::load`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Config::load`].
+    pub fn load_from(path: &Path) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        match std::fs::read_to_string(path) {
+            Ok(text) => config.apply(&text, &path.display().to_string())?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.into(),
+                    source,
+                });
+            }
+        }
+        Ok(config)
+    }
+
+    fn blank() -> Self {
+        Self {
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            virtiofsd: PathBuf::new(),
+            default_vcpus: 0,
+            default_memory_mib: 0,
+            overhead_memory_mib: 0,
+            hugepages: false,
+            net_queues: 0,
+            uid_base: 0,
+            uid_count: 0,
+            run_dir: PathBuf::new(),
+            boot_timeout_seconds: 0,
+            log_level: String::new(),
+            debug_console: false,
+        }
+    }
+
+    /// Lays the keys of `text` over this configuration.
+    fn apply(&mut self, text: &str, file: &str) -> Result<(), ConfigError> {
+        let table = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
+            file: file.into(),
+            line: line_of(text, error.span().map_or(0, |span| span.start)),
+            problem: one_line(error.message()),
+        })?;
+        // In the order of the file, so that the first mistake is the one reported.
+        let mut entries: Vec<_> = table.get_ref().iter().collect();
+        entries.sort_by_key(|(key, _)| key.span().start);
+        for (key, value) in entries {
+            let result = KEYS.iter().find(|known| known.name == key.get_ref());
+            let result = match result {
+                Some(known) => (known.set)(self, value).map_err(|problem| {
+                    let allowed = known.kind.allowed();
+                    (problem, allowed)
+                }),
+                None => Err(("no such key".to_owned(), known_keys())),
+            };
+            result.map_err(|(problem, allowed)| ConfigError::Key {
+                file: file.into(),
+                line: line_of(text, key.span().start),
+                key: one_line(key.get_ref()),
+                problem,
+                allowed,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// What a key accepts.
+enum Kind {
+    Path,
+    Bool,
+    Number(RangeInclusive<i64>),
+    LogLevel,
+}
+
+impl Kind {
+    fn allowed(&self) -> String {
+        match self {
+            Self::Path => "an absolute path in quotes".into(),
+            Self::Bool => "true or false".into(),
+            Self::Number(range) => format!("{} to {}", range.start(), range.end()),
+            Self::LogLevel => format!("\"{}\"", LOG_LEVELS.join("\", \"")),
+        }
+    }
+}
+
+type Setter = fn(&mut Config, &Spanned<DeValue<'_>>) -> Result<(), String>;
+
+struct Key {
+    name: &'static str,
+    kind: Kind,
+    set: Setter,
+}
+
+macro_rules! key {
+    ($field:ident, path) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::Path,
+            set: |config, value| path(value).map(|path| config.$field = path),
+        }
+    };
+    ($field:ident, bool) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::Bool,
+            set: |config, value| boolean(value).map(|value| config.$field = value),
+        }
+    };
+    ($field:ident, $range:expr) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::Number($range),
+            set: |config, value| {
+                let number = number(value, &$range)?;
+                config.$field = number
+                    .try_into()
+                    .map_err(|_| format!("{number} is out of range"))?;
+                Ok(())
+            },
+        }
+    };
+}
+
+/// Every key there is, in the order of `config/nacre.toml`.
+const KEYS: [Key; 14] = [
+    key!(kernel, path),
+    key!(initrd, path),
+    key!(virtiofsd, path),
+    key!(default_vcpus, 1..=64),
+    key!(default_memory_mib, 128..=1_048_576),
+    key!(overhead_memory_mib, 0..=4096),
+    key!(hugepages, bool),
+    key!(net_queues, 1..=16),
+    key!(uid_base, 65_536..=4_294_000_000),
+    key!(uid_count, 1..=1_000_000),
+    key!(run_dir, path),
+    key!(boot_timeout_seconds, 1..=600),
+    Key {
+        name: "log_level",
+        kind: Kind::LogLevel,
+        set: |config, value| log_level(value).map(|level| config.log_level = level),
+    },
+    key!(debug_console, bool),
+];
+
+fn known_keys() -> String {
+    KEYS.map(|key| key.name).join(", ")
+}
+
+fn path(value: &Spanned<DeValue<'_>>) -> Result<PathBuf, String> {
+    let value = value.get_ref();
+    let text = value.as_str().ok_or_else(|| not_a("path", value))?;
+    if Path::new(text).is_absolute() && !text.contains('\0') {
+        Ok(text.into())
+    } else {
+        Err(format!("{text:?} is not an absolute path"))
+    }
+}
+
+fn boolean(value: &Spanned<DeValue<'_>>) -> Result<bool, String> {
+    let value = value.get_ref();
+    value.as_bool().ok_or_else(|| not_a("boolean", value))
+}
+
+fn number(value: &Spanned<DeValue<'_>>, range: &RangeInclusive<i64>) -> Result<i64, String> {
+    let value = value.get_ref();
+    let integer = value
+        .as_integer()
+        .ok_or_else(|| not_a("whole number", value))?;
+    match i64::from_str_radix(integer.as_str(), integer.radix()) {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!("{integer} is out of range")),
+    }
+}
+
+fn log_level(value: &Spanned<DeValue<'_>>) -> Result<String, String> {
+    let value = value.get_ref();
+    let text = value.as_str().ok_or_else(|| not_a("level", value))?;
+    if LOG_LEVELS.contains(&text) {
+        Ok(text.into())
+    } else {
+        Err(format!("{text:?} is not a level"))
+    }
+}
+
+fn not_a(wanted: &str, value: &DeValue<'_>) -> String {
+    format!("a {} is not a {wanted}", value.type_str())
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    let before = text.as_bytes().get(..offset).unwrap_or(text.as_bytes());
+    1 + before.iter().filter(|&&byte| byte == b'\n').count()
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(text: &str) -> String {
+        let error = Config::default().apply(text, "f.toml").unwrap_err();
+        error.to_string()
+    }
+
+    #[test]
+    fn compiled_in_file_names_every_key_once() {
+        let mut config = Config::blank();
+        config.apply(DEFAULTS, DEFAULTS_NAME).unwrap();
+        let table = DeTable::parse(DEFAULTS).unwrap();
+        let mut named: Vec<_> = table
+            .get_ref()
+            .keys()
+            .map(|key| key.get_ref().to_string())
+            .collect();
+        let mut known: Vec<_> = KEYS.map(|key| key.name.to_owned()).into();
+        named.sort();
+        known.sort();
+        assert_eq!(named, known);
+        assert_eq!(config, Config::default());
+        assert_eq!(config.default_memory_mib, 512);
+    }
+
+    #[test]
+    fn missing_file_means_defaults() {
+        let config = Config::load_from(Path::new("/nonexistent/nacre.toml")).unwrap();
+        assert_eq!(config, Config::default());
+    }
+
+    #[test]
+    fn keys_are_laid_over_the_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nacre.toml");
+        std::fs::write(&path, "default_vcpus = 0x10\nlog_level = 'debug'\n").unwrap();
+        let config = Config::load_from(&path).unwrap();
+        assert_eq!(config.default_vcpus, 16);
+        assert_eq!(config.log_level, "debug");
+        assert_eq!(config.kernel, Config::default().kernel);
+    }
+
+    #[test]
+    fn mistakes_are_one_line_each() {
+        assert_eq!(
+            error_of("# c\ndefault_vcpus = 0\n"),
+            "f.toml:2: default_vcpus: 0 is out of range; allowed: 1 to 64"
+        );
+        assert_eq!(
+            error_of("hugepages = 'yes'"),
+            "f.toml:1: hugepages: a string is not a boolean; allowed: true or false"
+        );
+        assert_eq!(
+            error_of("kernel = 'vmlinux'"),
+            "f.toml:1: kernel: \"vmlinux\" is not an absolute path; allowed: an absolute path in quotes"
+        );
+        assert!(error_of("\n\nlog_level = 'loud'").starts_with("f.toml:3: log_level: "));
+        assert!(
+            error_of("colour = 1").starts_with("f.toml:1: colour: no such key; allowed: kernel, ")
+        );
+        assert!(error_of("a = = 1").starts_with("f.toml:1: "));
+        assert!(!error_of("a = = 1").contains('\n'));
+    }
+
+    #[test]
+    fn first_mistake_of_the_file_is_reported() {
+        assert!(error_of("zebra = 1\napple = 2\n").contains(":1: zebra"));
+    }
+}

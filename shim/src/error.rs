@@ -1,0 +1,129 @@
+//! The one map from the shim's errors to ttrpc status codes.
+//!
+//! containerd decides by code: `NOT_FOUND` on Kill and Delete means "already
+//! gone, carry on", `UNAVAILABLE` means "the shim or its VM is dead, clean up".
+//! So each code is given only where it means that.
+
+use ttrpc::Code;
+
+use crate::machine::MachineError;
+use crate::sandbox::SandboxError;
+use crate::task::TaskError;
+
+/// Writes an error and its sources on one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn code(error: &TaskError) -> Code {
+    match error {
+        TaskError::NoContainer(_) | TaskError::NoExec { .. } | TaskError::Finished { .. } => {
+            Code::NOT_FOUND
+        }
+        TaskError::ContainerExists(_) | TaskError::ExecExists { .. } => Code::ALREADY_EXISTS,
+        TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
+        TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
+        TaskError::Unsupported(_) => Code::UNIMPLEMENTED,
+        TaskError::Agent { answer, .. } => agent_code(answer),
+        TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+        TaskError::Machine(error) => machine_code(error),
+        TaskError::Sandbox(error) => sandbox_code(error),
+        TaskError::Io(_) | TaskError::Storage(_) | TaskError::Cancelled => Code::INTERNAL,
+    }
+}
+
+fn sandbox_code(error: &SandboxError) -> Code {
+    match error {
+        SandboxError::HostNetwork { .. } | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
+        SandboxError::Machine(error) => machine_code(error),
+        SandboxError::Agent { answer, .. } => agent_code(answer),
+        SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
+        SandboxError::Stopped => Code::UNAVAILABLE,
+        SandboxError::NoHotplug { .. } => Code::FAILED_PRECONDITION,
+        SandboxError::Io { .. }
+        | SandboxError::RunDir(_)
+        | SandboxError::Config(_)
+        | SandboxError::Network(_)
+        | SandboxError::Cgroup(_)
+        | SandboxError::Virtiofsd(_)
+        | SandboxError::Hook(_) => Code::INTERNAL,
+    }
+}
+
+fn machine_code(error: &MachineError) -> Code {
+    match error {
+        MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
+        MachineError::Spawn(_) | MachineError::Io { .. } => Code::INTERNAL,
+    }
+}
+
+/// The guest chooses this code, so only the meanings agent.proto names pass.
+fn agent_code(error: &ttrpc::Error) -> Code {
+    match error {
+        ttrpc::Error::RpcStatus(status) => match status.code() {
+            code @ (Code::NOT_FOUND
+            | Code::ALREADY_EXISTS
+            | Code::FAILED_PRECONDITION
+            | Code::INVALID_ARGUMENT
+            | Code::UNIMPLEMENTED
+            | Code::DEADLINE_EXCEEDED) => code,
+            _ => Code::INTERNAL,
+        },
+        ttrpc::Error::Socket(_)
+        | ttrpc::Error::Nix(_)
+        | ttrpc::Error::LocalClosed
+        | ttrpc::Error::RemoteClosed
+        | ttrpc::Error::Eof => Code::UNAVAILABLE,
+        ttrpc::Error::Others(_) => Code::INTERNAL,
+    }
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        ttrpc::error::get_rpc_status(code(&error), chain(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ttrpc::error::get_rpc_status;
+
+    fn agent_error(answer: ttrpc::Error) -> Code {
+        code(&TaskError::Agent {
+            what: "test",
+            answer,
+        })
+    }
+
+    #[test]
+    fn the_guest_cannot_invent_codes() {
+        assert_eq!(
+            agent_error(get_rpc_status(Code::NOT_FOUND, "x")),
+            Code::NOT_FOUND
+        );
+        assert_eq!(
+            agent_error(get_rpc_status(Code::UNAVAILABLE, "x")),
+            Code::INTERNAL
+        );
+        assert_eq!(agent_error(get_rpc_status(Code::OK, "x")), Code::INTERNAL);
+        assert_eq!(agent_error(ttrpc::Error::RemoteClosed), Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn sources_are_told_once_each() {
+        let inner = std::io::Error::other("disk on fire");
+        let error = MachineError::Io {
+            what: "boot",
+            source: inner,
+        };
+        assert_eq!(chain(&error), "boot: disk on fire");
+    }
+}

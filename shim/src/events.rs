@@ -1,0 +1,173 @@
+//! Task events to containerd.
+//!
+//! containerd wants them in order, so there is one queue and one task that
+//! empties it over `TTRPC_ADDRESS`. Putting an event in the queue never blocks;
+//! callers fix the order by the order of their calls. An event that cannot be
+//! delivered after [`ATTEMPTS`] tries is logged and dropped: containerd learns
+//! the state by asking.
+
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::events::task as tasks;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::shim_async::EventsClient;
+use containerd_shim_protos::topics;
+use protobuf::MessageFull;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, warn};
+
+const ATTEMPTS: u32 = 5;
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// A task event with its topic.
+pub trait TaskEvent: MessageFull {
+    /// containerd's topic for it.
+    const TOPIC: &'static str;
+}
+
+macro_rules! topics {
+    ($($event:ident => $topic:ident),* $(,)?) => {
+        $(impl TaskEvent for tasks::$event {
+            const TOPIC: &'static str = topics::$topic;
+        })*
+    };
+}
+
+topics! {
+    TaskCreate => TASK_CREATE_EVENT_TOPIC,
+    TaskStart => TASK_START_EVENT_TOPIC,
+    TaskOOM => TASK_OOM_EVENT_TOPIC,
+    TaskExit => TASK_EXIT_EVENT_TOPIC,
+    TaskDelete => TASK_DELETE_EVENT_TOPIC,
+    TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
+    TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
+    TaskPaused => TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed => TASK_RESUMED_EVENT_TOPIC,
+}
+
+enum Item {
+    Event(Box<Envelope>),
+    Flush(oneshot::Sender<()>),
+}
+
+/// The queue's near end; clones feed the same queue.
+#[derive(Clone)]
+pub struct Publisher {
+    namespace: String,
+    queue: mpsc::UnboundedSender<Item>,
+}
+
+impl Publisher {
+    /// Starts a publisher to containerd's ttrpc socket `address` (a path, or
+    /// empty: events go nowhere but the log).
+    pub fn new(namespace: &str, address: &str) -> Self {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(deliver(receiver, address.to_owned()));
+        Self {
+            namespace: namespace.to_owned(),
+            queue,
+        }
+    }
+
+    /// Queues an event.
+    pub fn publish<E: TaskEvent>(&self, event: &E) {
+        let payload = match event.write_to_bytes() {
+            Ok(payload) => payload,
+            Err(error) => return warn!(topic = E::TOPIC, %error, "event not encodable"),
+        };
+        let envelope = Envelope {
+            timestamp: Some(timestamp(SystemTime::now())).into(),
+            namespace: self.namespace.clone(),
+            topic: E::TOPIC.to_owned(),
+            event: Some(Any {
+                type_url: E::descriptor().full_name().to_owned(),
+                value: payload,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        if self.queue.send(Item::Event(Box::new(envelope))).is_err() {
+            warn!(topic = E::TOPIC, "event queue is gone");
+        }
+    }
+
+    /// Returns when everything queued before was delivered or given up.
+    pub async fn flush(&self) {
+        let (done, flushed) = oneshot::channel();
+        if self.queue.send(Item::Flush(done)).is_ok() {
+            // An error means the queue's task is gone; nothing is left to wait for.
+            let _ = flushed.await;
+        }
+    }
+}
+
+/// A host time as protobuf has it; times before 1970 read as 1970.
+pub fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+async fn deliver(mut queue: mpsc::UnboundedReceiver<Item>, address: String) {
+    let mut client = None;
+    while let Some(item) = queue.recv().await {
+        match item {
+            Item::Event(envelope) if address.is_empty() => {
+                debug!(topic = envelope.topic, "no containerd to tell");
+            }
+            Item::Event(envelope) => forward(&mut client, &address, *envelope).await,
+            Item::Flush(done) => {
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Envelope) {
+    let topic = envelope.topic.clone();
+    let request = ForwardRequest {
+        envelope: Some(envelope).into(),
+        ..Default::default()
+    };
+    for attempt in 1..=ATTEMPTS {
+        match try_forward(client, address, &request).await {
+            Ok(()) => return debug!(topic, "event published"),
+            Err(error) => {
+                warn!(topic, attempt, %error, "event not delivered");
+                *client = None;
+            }
+        }
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
+}
+
+async fn try_forward(
+    client: &mut Option<EventsClient>,
+    address: &str,
+    request: &ForwardRequest,
+) -> ttrpc::Result<()> {
+    let connected = match client {
+        Some(connected) => connected,
+        None => {
+            let url = if address.contains("://") {
+                address.to_owned()
+            } else {
+                format!("unix://{address}")
+            };
+            let connection = ttrpc::asynchronous::Client::connect(&url).await?;
+            client.insert(EventsClient::new(connection))
+        }
+    };
+    let context = ttrpc::context::with_duration(FORWARD_TIMEOUT);
+    connected.forward(context, request).await.map(drop)
+}

@@ -1,0 +1,199 @@
+//! A machine without a VM: an agent behind a socket pair.
+//!
+//! Two agents fit in. [`FakeHost::scripted`] is a small one in this process that
+//! runs commands as plain host processes: it needs no privilege, and tests make
+//! it misbehave. [`FakeHost::real`] is `nacre-agent serve`, if it was built.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::guest::STREAM_PORT;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use super::{Machine, MachineError, Stop};
+use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
+use crate::storage::{Prepared, StorageError};
+use crate::task::lock;
+
+mod scripted;
+
+const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where a fake machine's agent takes streams.
+enum Streams {
+    Scripted(Arc<scripted::Agent>),
+    Real(PathBuf),
+}
+
+/// See the module.
+pub struct FakeMachine {
+    rpc: Mutex<Option<UnixStream>>,
+    streams: Streams,
+    stopped: watch::Sender<Option<Stop>>,
+    child: Mutex<Option<Child>>,
+}
+
+#[async_trait]
+impl Machine for FakeMachine {
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    async fn connect(&self, port: u32) -> Result<UnixStream, MachineError> {
+        assert_eq!(port, STREAM_PORT);
+        match &self.streams {
+            Streams::Scripted(agent) => agent.stream().map_err(MachineError::io("fake stream")),
+            Streams::Real(path) => UnixStream::connect(path)
+                .await
+                .map_err(MachineError::io("fake stream")),
+        }
+    }
+
+    async fn agent(&self) -> Result<UnixStream, MachineError> {
+        let stream = lock(&self.rpc).take();
+        match stream {
+            Some(stream) => Ok(stream),
+            None => Err(MachineError::Stopped(self.stopped().await)),
+        }
+    }
+
+    async fn stopped(&self) -> Stop {
+        let mut stopped = self.stopped.subscribe();
+        let stop = stopped.wait_for(Option::is_some).await.unwrap();
+        stop.clone().unwrap()
+    }
+
+    fn kill(&self) {
+        if let Some(mut child) = lock(&self.child).take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.die();
+        }
+        self.stopped.send_replace(Some(Stop::Died));
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Makes fake machines in place of `VmHost`.
+pub struct FakeHost {
+    /// The machine it made, for tests to shoot.
+    pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
+    /// The agent's executable; the scripted one if `None`.
+    agent_exe: Option<PathBuf>,
+    root: tempfile::TempDir,
+}
+
+impl FakeHost {
+    /// A host whose machines run the agent of this process.
+    pub fn scripted() -> Self {
+        Self {
+            machine: Arc::default(),
+            agent_exe: None,
+            root: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// A host whose machines run `nacre-agent`; `None`, with the reason on
+    /// stderr, where that cannot be.
+    pub fn real() -> Option<Self> {
+        let exe = match std::env::var_os("NACRE_TEST_AGENT") {
+            Some(path) => PathBuf::from(path),
+            None => std::env::current_exe()
+                .unwrap()
+                .ancestors()
+                .nth(2)
+                .unwrap()
+                .join("nacre-agent"),
+        };
+        if !exe.exists() {
+            eprintln!("skipped: {} was not built", exe.display());
+            return None;
+        }
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: the agent makes containers, which takes root");
+            return None;
+        }
+        Some(Self {
+            agent_exe: Some(exe),
+            ..Self::scripted()
+        })
+    }
+
+    /// The container's files stay where its bundle is.
+    pub fn prepare(
+        &self,
+        config: &ContainerConfig,
+        _booted: bool,
+    ) -> Result<Prepared, StorageError> {
+        Ok(Prepared {
+            disks: Vec::new(),
+            uses_shared_dir: false,
+            storages: Vec::new(),
+            files: Vec::new(),
+            guest_spec: (*config.spec).clone(),
+        })
+    }
+
+    /// Starts an agent and attaches to it.
+    pub async fn boot(&self) -> Result<Sandbox, SandboxError> {
+        let machine = Arc::new(match &self.agent_exe {
+            None => scripted_machine(),
+            Some(exe) => real_machine(exe, self.root.path()),
+        });
+        *lock(&self.machine) = Some(machine.clone());
+        Sandbox::attach(machine, BOOT_TIMEOUT, &ConfigureSandboxRequest::default()).await
+    }
+}
+
+fn scripted_machine() -> FakeMachine {
+    let (near, far) = UnixStream::pair().unwrap();
+    FakeMachine {
+        rpc: Mutex::new(Some(near)),
+        streams: Streams::Scripted(scripted::serve(far)),
+        stopped: watch::Sender::new(None),
+        child: Mutex::new(None),
+    }
+}
+
+fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let path = root.join("streams.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let far = inheritable(far.into());
+    let listener = inheritable(listener.into());
+    let child = Command::new(exe)
+        .arg("serve")
+        .arg(format!("--rpc-fd={}", far.as_raw_fd()))
+        .arg(format!("--streams-fd={}", listener.as_raw_fd()))
+        .arg("--root")
+        .arg(root.join("agent"))
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    near.set_nonblocking(true).unwrap();
+    FakeMachine {
+        rpc: Mutex::new(Some(UnixStream::from_std(near).unwrap())),
+        streams: Streams::Real(path),
+        stopped: watch::Sender::new(None),
+        child: Mutex::new(Some(child)),
+    }
+}
+
+fn inheritable(fd: OwnedFd) -> OwnedFd {
+    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    fd
+}

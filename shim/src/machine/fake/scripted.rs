@@ -1,0 +1,291 @@
+//! An agent in the test's own process: containers are plain host processes.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio as ProcessStdio;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use nacre_protocol::agent::*;
+use nacre_protocol::agent_ttrpc::{self, create_agent};
+use oci_spec::runtime::{Process as OciProcess, Spec};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{Notify, watch};
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{Server, TtrpcContext};
+use ttrpc::error::get_rpc_status;
+use ttrpc::{Code, Result};
+
+use crate::task::lock;
+
+/// A container or exec.
+struct Process {
+    command: OciProcess,
+    stdio: Stdio,
+    pid: u32,
+    /// `Some` once it has ended.
+    exit: watch::Sender<Option<u32>>,
+}
+
+/// The agent.
+#[derive(Default)]
+pub struct Agent {
+    processes: Mutex<HashMap<(String, String), Process>>,
+    streams: Mutex<HashMap<u64, UnixStream>>,
+    arrived: Notify,
+    dead: watch::Sender<bool>,
+}
+
+/// Serves an agent on one connection.
+pub fn serve(connection: UnixStream) -> Arc<Agent> {
+    let agent = Arc::new(Agent::default());
+    let service = Arc::new(Service(agent.clone()));
+    let mut dead = agent.dead.subscribe();
+    tokio::spawn(async move {
+        let connections = futures::stream::iter([Ok(connection)]);
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_agent(service));
+        server.start().await.unwrap();
+        dead.wait_for(|dead| *dead).await.ok();
+        server.disconnect().await;
+    });
+    agent
+}
+
+impl Agent {
+    /// The shim's end of a new stream.
+    pub fn stream(self: &Arc<Self>) -> io::Result<UnixStream> {
+        let (near, mut far) = UnixStream::pair()?;
+        let agent = self.clone();
+        tokio::spawn(async move {
+            let mut id = [0u8; 8];
+            if far.read_exact(&mut id).await.is_ok() {
+                lock(&agent.streams).insert(u64::from_le_bytes(id), far);
+                agent.arrived.notify_waiters();
+            }
+        });
+        Ok(near)
+    }
+
+    /// Breaks the RPC connection and ends all processes.
+    pub fn die(&self) {
+        self.dead.send_replace(true);
+        for process in lock(&self.processes).values() {
+            kill(process.pid, libc::SIGKILL);
+        }
+        lock(&self.streams).clear();
+    }
+
+    async fn take_stream(&self, id: u64) -> Option<UnixStream> {
+        if id == 0 {
+            return None;
+        }
+        loop {
+            let arrived = self.arrived.notified();
+            if let Some(stream) = lock(&self.streams).remove(&id) {
+                return Some(stream);
+            }
+            arrived.await;
+        }
+    }
+
+    fn add(&self, key: (String, String), command: OciProcess, stdio: Stdio) -> Result<()> {
+        let mut processes = lock(&self.processes);
+        if processes.contains_key(&key) {
+            return Err(get_rpc_status(Code::ALREADY_EXISTS, "exists"));
+        }
+        let process = Process {
+            command,
+            stdio,
+            pid: 0,
+            exit: watch::Sender::new(None),
+        };
+        processes.insert(key, process);
+        Ok(())
+    }
+
+    async fn run(self: &Arc<Self>, key: (String, String)) -> Result<u32> {
+        let (command, stdio) = {
+            let processes = lock(&self.processes);
+            let process = processes.get(&key).ok_or_else(not_found)?;
+            (process.command.clone(), process.stdio.clone())
+        };
+        let args = command.args().clone().unwrap_or_default();
+        let mut child = Command::new(&args[0])
+            .args(&args[1..])
+            .stdin(ProcessStdio::piped())
+            .stdout(ProcessStdio::piped())
+            .stderr(ProcessStdio::piped())
+            .spawn()
+            .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
+        let pid = child.id().unwrap();
+        lock(&self.processes)
+            .get_mut(&key)
+            .ok_or_else(not_found)?
+            .pid = pid;
+        let agent = self.clone();
+        tokio::spawn(async move {
+            let status = agent.supervise(&mut child, &stdio).await;
+            if let Some(process) = lock(&agent.processes).get(&key) {
+                process.exit.send_replace(Some(status));
+            }
+        });
+        Ok(pid)
+    }
+
+    /// Moves a child's streams and waits for its end.
+    async fn supervise(&self, child: &mut Child, stdio: &Stdio) -> u32 {
+        if let (Some(mut input), Some(mut pipe)) =
+            (self.take_stream(stdio.stdin).await, child.stdin.take())
+        {
+            tokio::spawn(async move { tokio::io::copy(&mut input, &mut pipe).await });
+        }
+        child.stdin = None;
+        let stdout = self.take_stream(stdio.stdout).await;
+        let stderr = self.take_stream(stdio.stderr).await;
+        let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let copy_out = async {
+            let mut sink = stdout?;
+            tokio::io::copy(&mut out, &mut sink).await.ok()?;
+            sink.shutdown().await.ok()
+        };
+        let copy_err = async {
+            let mut sink = stderr?;
+            tokio::io::copy(&mut err, &mut sink).await.ok()?;
+            sink.shutdown().await.ok()
+        };
+        let (status, _, _) = tokio::join!(child.wait(), copy_out, copy_err);
+        let status = status.unwrap();
+        let code = status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap());
+        code.unsigned_abs()
+    }
+
+    fn with<T>(&self, key: (String, String), f: impl FnOnce(&Process) -> T) -> Result<T> {
+        lock(&self.processes).get(&key).map(f).ok_or_else(not_found)
+    }
+}
+
+fn kill(pid: u32, signal: i32) {
+    if pid != 0 {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+        let signal = nix::sys::signal::Signal::try_from(signal).unwrap();
+        nix::sys::signal::kill(pid, signal).ok();
+    }
+}
+
+fn not_found() -> ttrpc::Error {
+    get_rpc_status(Code::NOT_FOUND, "no such process")
+}
+
+struct Service(Arc<Agent>);
+
+#[async_trait]
+impl agent_ttrpc::Agent for Service {
+    async fn configure_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: ConfigureSandboxRequest,
+    ) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> Result<ProcessStarted> {
+        let spec: Spec = serde_json::from_slice(&request.spec)
+            .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
+        let command = spec.process().clone().unwrap_or_default();
+        let stdio = request.stdio.unwrap_or_default();
+        self.0
+            .add((request.container_id, String::new()), command, stdio)?;
+        Ok(ProcessStarted::new())
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.0.run((request.container_id, String::new())).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ProcessStarted> {
+        let command: OciProcess = serde_json::from_slice(&request.process)
+            .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
+        let key = (request.container_id, request.exec_id);
+        self.0
+            .add(key.clone(), command, request.stdio.unwrap_or_default())?;
+        let started = self.0.run(key.clone()).await;
+        if started.is_err() {
+            lock(&self.0.processes).remove(&key);
+        }
+        Ok(ProcessStarted {
+            pid: started?,
+            ..Default::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        let key = (request.container_id, request.exec_id);
+        let signal = i32::try_from(request.signal).unwrap();
+        self.0.with(key, |process| {
+            if process.pid == 0 {
+                process.exit.send_replace(Some(128 + request.signal));
+            }
+            kill(process.pid, signal);
+        })?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
+        let key = (request.container_id, request.exec_id);
+        let mut exit = self.0.with(key, |process| process.exit.subscribe())?;
+        let status = exit
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| not_found())?;
+        Ok(WaitResponse {
+            exit_status: status.unwrap(),
+            ..Default::default()
+        })
+    }
+
+    async fn delete_exec(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        let key = (request.container_id, request.exec_id);
+        let removed = lock(&self.0.processes).remove(&key);
+        removed.map(|_| Empty::new()).ok_or_else(not_found)
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        lock(&self.0.processes).retain(|(id, _), _| *id != request.container_id);
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<StatsResponse> {
+        Ok(StatsResponse {
+            pids: Some(PidsStats {
+                current: 1,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        })
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,97 @@
+//! The boundary between the shim and whatever runs the guest.
+//!
+//! A [`Machine`] is made stopped, with a process that already stands in the
+//! pod's network namespace and cgroup, so that its pid can be shown to host
+//! hooks before the guest runs. [`VmMachine`] is the real one: the monitor
+//! process, told what to do over the control channel. Tests use a machine that
+//! runs an agent without a VM.
+//!
+//! Whoever waits for the guest also waits for [`Machine::stopped`]: it resolves
+//! once, for every caller, when the machine is dead, by whatever hand.
+
+mod vm;
+
+#[cfg(test)]
+pub mod fake;
+
+use std::io;
+
+use async_trait::async_trait;
+use nacre_protocol::channel::ChannelError;
+use nacre_protocol::vm::StopReason;
+use tokio::net::UnixStream;
+
+pub use vm::{Launch, VmMachine};
+
+/// Errors of a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The monitor process could not be started.
+    #[error("start the monitor")]
+    Spawn(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The control channel failed.
+    #[error("talk to the monitor")]
+    Channel(#[from] ChannelError),
+    /// A system call of the shim's side failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The failure.
+        source: io::Error,
+    },
+    /// The machine is dead.
+    #[error("the virtual machine is gone: {0}")]
+    Stopped(Stop),
+}
+
+impl MachineError {
+    /// For `map_err`.
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Why a machine is dead.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest stopped itself.
+    Guest(StopReason),
+    /// The monitor could not build or run the VM; its words.
+    Failed(String),
+    /// The monitor ended without a word, or was killed.
+    Died,
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Guest(StopReason::Shutdown) => f.write_str("the guest powered off"),
+            Self::Guest(StopReason::Reboot) => f.write_str("the guest rebooted"),
+            Self::Guest(StopReason::TripleFault) => f.write_str("the guest crashed (triple fault)"),
+            Self::Guest(StopReason::Panic) => f.write_str("the guest kernel panicked"),
+            Self::Failed(message) => write!(f, "the monitor failed: {message}"),
+            Self::Died => f.write_str("the monitor process ended"),
+        }
+    }
+}
+
+/// Something that runs an agent.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// Host pid of the process that is the pod, as containerd sees it.
+    fn pid(&self) -> u32;
+
+    /// Opens a stream to a port of the guest. A refusal shows as end of file.
+    async fn connect(&self, port: u32) -> Result<UnixStream, MachineError>;
+
+    /// The connection the agent made when it was ready. Resolves once; pending
+    /// until the agent is ready.
+    async fn agent(&self) -> Result<UnixStream, MachineError>;
+
+    /// Resolves when the machine is dead and its process reaped.
+    async fn stopped(&self) -> Stop;
+
+    /// Ends the machine at once. Idempotent; [`Machine::stopped`] tells when.
+    fn kill(&self);
+}

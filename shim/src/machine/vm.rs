@@ -1,0 +1,387 @@
+//! [`VmMachine`]: a monitor process and the control channel to it.
+//!
+//! ```text
+//! spawn() -> process in jail, waiting ... boot(config, fds) -> Booted -> Dialed -> ... -> dead
+//! ```
+//! One task, `watch`, reads the monitor's events and owns the process's end. It
+//! reports a stop only when the process is gone, so that cgroup and devices are
+//! free by then.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
+use nacre_protocol::guest::AGENT_PORT;
+use nacre_protocol::vm::{Event, Request, VmConfig};
+use nacre_vmm::jail;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tracing::{debug, error, info, warn};
+
+use super::{Machine, MachineError, Stop};
+
+/// What a monitor process starts with.
+pub struct Launch<'a> {
+    /// The shim's own executable: the monitor is one of its modes.
+    pub exe: &'a Path,
+    /// Where the monitor's messages go.
+    pub log: BorrowedFd<'a>,
+    /// The pod's network namespace.
+    pub netns: Option<BorrowedFd<'a>>,
+    /// The pod's cgroup directory.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// A monitor process.
+pub struct VmMachine {
+    pid: u32,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    channel: Arc<AsyncFd<ChannelHolder>>,
+    agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
+    stopped: watch::Receiver<Option<Stop>>,
+    _kill_on_drop: mpsc::Sender<()>,
+}
+
+/// Both directions of the channel. Sending takes `&Channel`, receiving `&mut`;
+/// they are separate objects on one socket.
+struct ChannelHolder(Channel);
+
+impl AsRawFd for ChannelHolder {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl VmMachine {
+    /// Starts the monitor process. It waits for [`VmMachine::boot`].
+    ///
+    /// # Errors
+    ///
+    /// When the process or the channel to it cannot be made.
+    pub fn spawn(launch: &Launch<'_>) -> Result<Self, MachineError> {
+        let (near, far) = Channel::pair().map_err(MachineError::io("make the control channel"))?;
+        let child = jail::spawn(jail::Spawn {
+            exe: launch.exe,
+            args: &["containerd-shim-nacre-v2", "monitor"],
+            control: far.into(),
+            stderr: launch.log,
+            netns: launch.netns,
+            cgroup: launch.cgroup,
+        })
+        .map_err(|error| MachineError::Spawn(error.into()))?;
+        let pid = u32::try_from(child.pid).map_err(|error| MachineError::Spawn(error.into()))?;
+        Self::adopt(near, pid, child.pidfd)
+    }
+
+    /// Takes charge of a monitor process that exists. Everything that follows
+    /// its start is here, so that tests can put another process in its place.
+    fn adopt(near: Channel, pid: u32, pidfd: OwnedFd) -> Result<Self, MachineError> {
+        set_nonblocking(near.as_fd())
+            .map_err(MachineError::io("make the control channel non-blocking"))?;
+        let reader = near
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(MachineError::io("duplicate the control channel"))?;
+        let watching = "watch the monitor";
+        let pidfd = Arc::new(register(pidfd).map_err(MachineError::io(watching))?);
+        let reader = register(ChannelHolder(reader.into())).map_err(MachineError::io(watching))?;
+        let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
+        let (agent_tx, agent_rx) = oneshot::channel();
+        let (stopped_tx, stopped_rx) = watch::channel(None);
+        let (kill_on_drop, dropped) = mpsc::channel(1);
+        tokio::spawn(watch_monitor(
+            reader,
+            pidfd.clone(),
+            agent_tx,
+            stopped_tx,
+            dropped,
+        ));
+        Ok(Self {
+            pid,
+            pidfd,
+            channel: Arc::new(channel),
+            agent: Mutex::new(Some(agent_rx)),
+            stopped: stopped_rx,
+            _kill_on_drop: kill_on_drop,
+        })
+    }
+
+    /// Tells the monitor to build and run the VM. The reply is an event: the
+    /// agent's connection, or the machine's end.
+    ///
+    /// # Errors
+    ///
+    /// When the monitor is gone or the message cannot be sent.
+    pub async fn boot(&self, config: VmConfig, fds: &FdList<'_>) -> Result<(), MachineError> {
+        self.send(&Request::Boot(Box::new(config)), fds).await
+    }
+
+    async fn send(&self, request: &Request, fds: &FdList<'_>) -> Result<(), MachineError> {
+        loop {
+            let mut guard = self
+                .channel
+                .writable()
+                .await
+                .map_err(MachineError::io("wait for the control channel"))?;
+            match self.channel.get_ref().0.send(request, fds) {
+                Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    guard.clear_ready();
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    fn stop_or(&self, otherwise: MachineError) -> MachineError {
+        match &*self.stopped.borrow() {
+            Some(stop) => MachineError::Stopped(stop.clone()),
+            None => otherwise,
+        }
+    }
+}
+
+#[async_trait]
+impl Machine for VmMachine {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    async fn connect(&self, port: u32) -> Result<UnixStream, MachineError> {
+        let (near, far) =
+            StdUnixStream::pair().map_err(MachineError::io("make a stream's socket pair"))?;
+        let mut fds = FdList::default();
+        let stream = fds.push(far.as_fd());
+        self.send(&Request::Connect { port, stream }, &fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        to_tokio(near)
+    }
+
+    async fn agent(&self) -> Result<UnixStream, MachineError> {
+        let receiver = self.agent.lock().await.take();
+        let Some(receiver) = receiver else {
+            return Err(self.stop_or(MachineError::Stopped(Stop::Died)));
+        };
+        tokio::select! {
+            biased;
+            fd = receiver => match fd {
+                Ok(fd) => to_tokio(StdUnixStream::from(fd)),
+                Err(_) => Err(MachineError::Stopped(self.stopped().await)),
+            },
+            stop = self.stopped() => Err(MachineError::Stopped(stop)),
+        }
+    }
+
+    async fn stopped(&self) -> Stop {
+        let mut stopped = self.stopped.clone();
+        match stopped.wait_for(Option::is_some).await {
+            Ok(stop) => stop.clone().unwrap_or(Stop::Died),
+            // The watcher is gone: the runtime is shutting down.
+            Err(_) => Stop::Died,
+        }
+    }
+
+    fn kill(&self) {
+        kill_pidfd(self.pidfd.as_fd());
+    }
+}
+
+fn to_tokio(stream: StdUnixStream) -> Result<UnixStream, MachineError> {
+    stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .map_err(MachineError::io("watch a guest stream"))
+}
+
+/// Watches a descriptor by its owner.
+fn register<T: OwnsFd>(owner: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: the owner has one descriptor for life and closes it when dropped.
+    unsafe { AsyncFd::register(owner) }.map_err(io::Error::from)
+}
+
+/// Owners of exactly one descriptor, which they close and never replace.
+trait OwnsFd: AsRawFd {}
+impl OwnsFd for OwnedFd {}
+impl OwnsFd for ChannelHolder {}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+fn kill_pidfd(pidfd: BorrowedFd<'_>) {
+    // A process that is gone already is what we want.
+    if let Err(error) = crate::rundir::pidfd_kill(pidfd)
+        && error.raw_os_error() != Some(libc::ESRCH)
+    {
+        error!(%error, "cannot kill the monitor");
+    }
+}
+
+/// Follows the monitor from its first event to its end.
+async fn watch_monitor(
+    reader: AsyncFd<ChannelHolder>,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    agent: oneshot::Sender<OwnedFd>,
+    stopped: watch::Sender<Option<Stop>>,
+    mut dropped: mpsc::Receiver<()>,
+) {
+    let mut agent = Some(agent);
+    let stop = tokio::select! {
+        stop = read_events(reader, &mut agent) => stop,
+        // Nobody holds the machine any more, so nobody could stop it later.
+        _ = dropped.recv() => Stop::Died,
+    };
+    // The channel is the monitor's only tie to us. Once it is broken or the VM
+    // has stopped, the process has nothing left to do.
+    let grace = tokio::time::timeout(std::time::Duration::from_millis(500), reap(&pidfd));
+    if grace.await.is_err() {
+        kill_pidfd(pidfd.as_fd());
+        reap(&pidfd).await;
+    }
+    info!(%stop, "machine stopped");
+    drop(agent);
+    stopped.send_replace(Some(stop));
+}
+
+/// Reads events until one ends the machine.
+async fn read_events(
+    mut reader: AsyncFd<ChannelHolder>,
+    agent: &mut Option<oneshot::Sender<OwnedFd>>,
+) -> Stop {
+    loop {
+        let (event, mut fds) = match next_event(&mut reader).await {
+            Ok(next) => next,
+            Err(ChannelError::Closed) => return Stop::Died,
+            Err(error) => return Stop::Failed(format!("control channel: {error}")),
+        };
+        match event {
+            Event::Booted => debug!("virtual machine runs"),
+            Event::Dialed { port, stream } => match (fds.take(stream), agent.take()) {
+                (Ok(fd), Some(sender)) if port == AGENT_PORT => {
+                    if sender.send(fd).is_err() {
+                        warn!("the agent connected after its start was given up");
+                    }
+                }
+                (_, kept) => {
+                    *agent = kept;
+                    warn!(port, "ignored a connection the guest may not make");
+                }
+            },
+            Event::Stopped(reason) => return Stop::Guest(reason),
+            Event::Failed { message } => return Stop::Failed(message),
+        }
+    }
+}
+
+async fn next_event(reader: &mut AsyncFd<ChannelHolder>) -> Result<(Event, Fds), ChannelError> {
+    loop {
+        let mut guard = reader.readable_mut().await?;
+        match guard.get_inner_mut().0.recv::<Event>() {
+            Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                guard.clear_ready();
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Waits for the process behind `pidfd` to end and reaps it.
+async fn reap(pidfd: &AsyncFd<OwnedFd>) {
+    loop {
+        let guard = match pidfd.readable().await {
+            Ok(guard) => guard,
+            Err(error) => {
+                error!(%error, "cannot wait for the monitor");
+                return;
+            }
+        };
+        match waitid(
+            Id::PIDFd(pidfd.as_fd()),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
+        ) {
+            Ok(nix::sys::wait::WaitStatus::StillAlive) => drop(guard),
+            Ok(status) => {
+                debug!(?status, "monitor process ended");
+                return;
+            }
+            // Not our child, or reaped already: gone is gone.
+            Err(error) => {
+                debug!(%error, "monitor process reaped elsewhere");
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::process::Command;
+
+    use nacre_protocol::vm::StopReason;
+
+    /// A machine whose monitor is `sleep`, and the monitor's end of its channel.
+    fn with_stand_in() -> (VmMachine, Channel) {
+        let (near, far) = Channel::pair().unwrap();
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pidfd = crate::rundir::pidfd_open(child.id()).unwrap();
+        (VmMachine::adopt(near, child.id(), pidfd).unwrap(), far)
+    }
+
+    #[tokio::test]
+    async fn events_reach_their_waiters() {
+        let (machine, mut monitor) = with_stand_in();
+        let (shim_end, mut guest_end) = StdUnixStream::pair().unwrap();
+        let mut fds = FdList::default();
+        let stream = fds.push(shim_end.as_fd());
+        monitor
+            .send(
+                &Event::Dialed {
+                    port: AGENT_PORT,
+                    stream,
+                },
+                &fds,
+            )
+            .unwrap();
+        drop(shim_end);
+        let agent = machine.agent().await.unwrap();
+        drop(agent);
+        let mut rest = String::new();
+        guest_end.read_to_string(&mut rest).unwrap();
+
+        let stream = machine.connect(7).await.unwrap();
+        let (request, _fds) = monitor.recv::<Request>().unwrap();
+        assert!(matches!(request, Request::Connect { port: 7, .. }));
+        drop(stream);
+
+        let reason = StopReason::Panic;
+        monitor
+            .send(&Event::Stopped(reason), &FdList::default())
+            .unwrap();
+        assert_eq!(machine.stopped().await, Stop::Guest(reason));
+    }
+
+    #[tokio::test]
+    async fn death_resolves_every_wait() {
+        let (machine, monitor) = with_stand_in();
+        machine.kill();
+        drop(monitor);
+        assert_eq!(machine.stopped().await, Stop::Died);
+        assert!(matches!(
+            machine.agent().await,
+            Err(MachineError::Stopped(_))
+        ));
+        assert!(machine.connect(7).await.is_err());
+        machine.kill();
+    }
+}

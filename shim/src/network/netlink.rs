@@ -1,0 +1,369 @@
+//! What a network namespace holds, read by rtnetlink(7), and the tc filters that
+//! join an interface to its tap.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use futures::{Stream, TryStreamExt};
+use nacre_protocol::agent;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use netlink_packet_route::tc::TcHandle;
+use rtnetlink::{Handle, LinkUnspec};
+
+use super::{NetworkError, system};
+
+/// Longest interface name (`IFNAMSIZ` less the terminator).
+const MAX_NAME_BYTES: usize = 15;
+/// Every protocol (linux/if_ether.h), in network order as tcm_info has it.
+const ETH_P_ALL: u16 = 0x0003u16.to_be();
+/// Handle of the ingress queueing discipline, `ffff:`.
+const INGRESS_HANDLE: u32 = 0xffff_0000;
+/// MTU where the kernel tells none.
+const DEFAULT_MTU: u32 = 1500;
+
+/// An interface a VM can stand in for.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub index: u32,
+    pub name: String,
+    pub mac: [u8; 6],
+    pub mtu: u16,
+}
+
+impl Link {
+    /// Name of its tap: `tap_` and as much of the name as fits. Interfaces whose
+    /// first 11 bytes agree would clash, so the index takes over for long ones.
+    pub fn tap_name(&self) -> String {
+        let name = format!("tap_{}", self.name);
+        if name.len() <= MAX_NAME_BYTES {
+            name
+        } else {
+            format!("tap_{}", self.index)
+        }
+    }
+}
+
+/// A connection to the kernel, in the namespace of the thread that opened it.
+pub(super) struct Netlink {
+    handle: Handle,
+}
+
+type Names<'a> = HashMap<u32, &'a str>;
+
+impl Netlink {
+    /// Opens the connection; its task runs on the current runtime.
+    pub fn open() -> Result<Self, NetworkError> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(system("open a netlink socket"))?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// The interfaces to hand over, by index.
+    pub async fn links(&self) -> Result<Vec<Link>, NetworkError> {
+        let messages = collect("list interfaces", self.handle.link().get().execute()).await?;
+        let mut links = Vec::new();
+        for message in messages {
+            if let Some(link) = link(&message)? {
+                links.push(link);
+            }
+        }
+        links.sort_by_key(|link| link.index);
+        Ok(links)
+    }
+
+    /// Redirects frames between `link` and the tap named `tap`, and sets the tap
+    /// up.
+    pub async fn join(&self, link: &Link, tap: &str) -> Result<(), NetworkError> {
+        let request = self.handle.link().get().match_name(tap).execute();
+        let messages = collect("find tap", request).await?;
+        let index = messages.first().map(|message| message.header.index).ok_or(
+            NetworkError::Interface {
+                interface: tap.into(),
+                what: "index",
+            },
+        )?;
+        quiet(tap);
+        let settings = LinkUnspec::new_with_index(index)
+            .mtu(u32::from(link.mtu))
+            .up()
+            .build();
+        let set = self.handle.link().set(settings).execute().await;
+        set.map_err(refused("set up", tap))?;
+        self.redirect(link.index, index, &link.name).await?;
+        self.redirect(index, link.index, tap).await
+    }
+
+    async fn redirect(&self, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
+        let index = i32::try_from(from).map_err(|_| NetworkError::Interface {
+            interface: name.into(),
+            what: "index",
+        })?;
+        let add = || self.handle.qdisc().add(index).ingress().execute();
+        if let Err(error) = add().await {
+            if !is_existing(&error) {
+                return Err(refused("add an ingress hook to", name)(error));
+            }
+            // Left by an earlier VM of this namespace, with a filter that points
+            // to a tap that is gone.
+            let mut delete = self.handle.qdisc().del(index);
+            delete.message_mut().header.parent = TcHandle::INGRESS;
+            delete
+                .execute()
+                .await
+                .map_err(refused("remove the old ingress hook of", name))?;
+            add()
+                .await
+                .map_err(refused("add an ingress hook to", name))?;
+        }
+        self.handle
+            .traffic_filter(index)
+            .add()
+            .parent(INGRESS_HANDLE)
+            .priority(1)
+            .protocol(ETH_P_ALL)
+            .redirect(to)
+            .map_err(refused("describe a redirect from", name))?
+            .execute()
+            .await
+            .map_err(refused("redirect frames from", name))
+    }
+
+    /// The interfaces with their addresses. Link-local IPv6 addresses are left
+    /// out: the guest's kernel makes the same ones from the same MAC address.
+    pub async fn interfaces(&self, links: &[Link]) -> Result<Vec<agent::Interface>, NetworkError> {
+        let messages = collect("list addresses", self.handle.address().get().execute()).await?;
+        Ok(links
+            .iter()
+            .map(|link| agent::Interface {
+                mac: mac_text(&link.mac),
+                name: link.name.clone(),
+                mtu: u32::from(link.mtu),
+                addresses: messages
+                    .iter()
+                    .filter(|message| message.header.index == link.index)
+                    .filter_map(address)
+                    .collect(),
+                ..Default::default()
+            })
+            .collect())
+    }
+
+    /// The routes of all tables, those without a gateway first: a gateway must
+    /// be reachable when a route through it is added.
+    pub async fn routes(&self, links: &[Link]) -> Result<Vec<agent::Route>, NetworkError> {
+        let names = names(links);
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            let request = self.handle.route().get(request).execute();
+            let messages = collect("list routes", request).await?;
+            routes.extend(messages.iter().filter_map(|message| route(message, &names)));
+        }
+        routes.sort_by_key(|route| !route.gateway.is_empty());
+        Ok(routes)
+    }
+
+    /// Neighbours that were put there to stay; the guest learns the others.
+    pub async fn neighbors(&self, links: &[Link]) -> Result<Vec<agent::Neighbor>, NetworkError> {
+        let names = names(links);
+        let request = self.handle.neighbours().get().execute();
+        let messages = collect("list neighbours", request).await?;
+        Ok(messages
+            .iter()
+            .filter_map(|message| neighbor(message, &names))
+            .collect())
+    }
+}
+
+/// Keeps the tap from announcing itself: it is a wire, and router solicitations
+/// of the namespace would reach the guest.
+fn quiet(tap: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
+    if let Err(error) = std::fs::write(&path, "1")
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::debug!(tap, %error, "cannot turn off IPv6 on a tap");
+    }
+}
+
+async fn collect<T>(
+    action: &'static str,
+    stream: impl Stream<Item = Result<T, rtnetlink::Error>>,
+) -> Result<Vec<T>, NetworkError> {
+    stream.try_collect().await.map_err(refused(action, ""))
+}
+
+fn refused(action: &'static str, interface: &str) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
+    let interface = interface.to_owned();
+    move |source| NetworkError::Netlink {
+        action,
+        interface,
+        source,
+    }
+}
+
+fn is_existing(error: &rtnetlink::Error) -> bool {
+    matches!(error, rtnetlink::Error::NetlinkError(message)
+        if message.raw_code() == -libc::EEXIST)
+}
+
+fn names(links: &[Link]) -> Names<'_> {
+    links
+        .iter()
+        .map(|link| (link.index, link.name.as_str()))
+        .collect()
+}
+
+/// An interface if it is one of those CNI plugins make for pods. Others (the
+/// loopback, a kernel's fallback tunnels, a device moved in whole) stay.
+fn link(message: &LinkMessage) -> Result<Option<Link>, NetworkError> {
+    let mut name = String::new();
+    let mut mac = None;
+    let mut mtu = DEFAULT_MTU;
+    let mut is_known = false;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name.clone_from(text),
+            LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
+            LinkAttribute::Mtu(value) => mtu = *value,
+            LinkAttribute::LinkInfo(infos) => is_known = infos.iter().any(is_pod_kind),
+            _ => {}
+        }
+    }
+    if message.header.flags.contains(LinkFlags::Loopback) {
+        return Ok(None);
+    }
+    if !is_known || message.header.link_layer_type != LinkLayerType::Ether {
+        if message.header.flags.contains(LinkFlags::Up) {
+            tracing::warn!(
+                interface = name,
+                "not a veth, macvlan or ipvlan: the VM does not get it"
+            );
+        }
+        return Ok(None);
+    }
+    let missing = |what| NetworkError::Interface {
+        interface: name.clone(),
+        what,
+    };
+    Ok(Some(Link {
+        index: message.header.index,
+        mac: mac.ok_or_else(|| missing("MAC address"))?,
+        mtu: u16::try_from(mtu).map_err(|_| missing("MTU"))?,
+        name,
+    }))
+}
+
+fn is_pod_kind(info: &LinkInfo) -> bool {
+    matches!(
+        info,
+        LinkInfo::Kind(InfoKind::Veth | InfoKind::MacVlan | InfoKind::IpVlan)
+    )
+}
+
+fn address(message: &AddressMessage) -> Option<String> {
+    if message.header.scope == AddressScope::Link && message.header.family == AddressFamily::Inet6 {
+        return None;
+    }
+    let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| {
+        message.attributes.iter().find_map(wanted)
+    };
+    // On a point-to-point link "address" is the peer's and "local" is ours.
+    let ip = find(|attribute| match attribute {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    })
+    .or_else(|| {
+        find(|attribute| match attribute {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })
+    })?;
+    Some(format!("{ip}/{}", message.header.prefix_len))
+}
+
+/// A route to give to the guest: unicast, by one of our interfaces, and not one
+/// the kernel makes by itself when an address is added.
+fn route(message: &RouteMessage, names: &Names<'_>) -> Option<agent::Route> {
+    let header = &message.header;
+    if header.kind != RouteType::Unicast || header.protocol == RouteProtocol::Kernel {
+        return None;
+    }
+    let mut table = u32::from(header.table);
+    let mut route = agent::Route {
+        scope: u32::from(u8::from(header.scope)),
+        ipv6: header.address_family == AddressFamily::Inet6,
+        ..Default::default()
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => {
+                let length = header.destination_prefix_length;
+                route.destination = format!("{}/{length}", ip(to)?);
+            }
+            RouteAttribute::Gateway(address) => route.gateway = ip(address)?.to_string(),
+            RouteAttribute::PrefSource(address) => route.source = ip(address)?.to_string(),
+            RouteAttribute::Oif(index) => route.device = (*names.get(index)?).into(),
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Table(id) => table = *id,
+            RouteAttribute::MultiPath(_) | RouteAttribute::Via(_) | RouteAttribute::Encap(_) => {
+                tracing::warn!(?message, "route with several paths or a tunnel: left out");
+                return None;
+            }
+            _ => {}
+        }
+    }
+    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        route.table = table;
+    }
+    (!route.device.is_empty()).then_some(route)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some((*ip).into()),
+        RouteAddress::Inet6(ip) => Some((*ip).into()),
+        _ => None,
+    }
+}
+
+fn neighbor(message: &NeighbourMessage, names: &Names<'_>) -> Option<agent::Neighbor> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let mut neighbor = agent::Neighbor {
+        device: (*names.get(&message.header.ifindex)?).into(),
+        ..Default::default()
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => {
+                neighbor.address = ip.to_string();
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => {
+                neighbor.address = ip.to_string();
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                neighbor.mac = mac_text(bytes.as_slice().try_into().ok()?);
+            }
+            _ => {}
+        }
+    }
+    (!neighbor.address.is_empty() && !neighbor.mac.is_empty()).then_some(neighbor)
+}
+
+fn mac_text(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}

@@ -1,0 +1,207 @@
+//! A namespace with a veth pair whose other end plays the node, and frames
+//! through it.
+
+use super::*;
+
+use std::io::{Read, Write};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// A network namespace.
+struct Netns(File);
+
+impl Netns {
+    /// A new namespace, or none where that is not allowed: the test is skipped.
+    fn new() -> Option<Self> {
+        let worker = std::thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
+            File::open("/proc/thread-self/ns/net")
+        });
+        match worker.join().unwrap() {
+            Ok(file) if tools_are_there() => Some(Self(file)),
+            Ok(_) => {
+                eprintln!("skipped: no ip(8) or no /dev/net/tun");
+                None
+            }
+            Err(error) => {
+                eprintln!("skipped: no network namespace: {error}");
+                None
+            }
+        }
+    }
+
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        in_netns(&self.0, || Ok(work())).unwrap()
+    }
+
+    fn ip(&self, arguments: &str) {
+        let status = self.run(|| {
+            Command::new("ip")
+                .args(arguments.split_whitespace())
+                .status()
+                .unwrap()
+        });
+        assert!(status.success(), "ip {arguments}");
+    }
+
+    /// A pod's namespace and the node's end of its veth.
+    fn pod_and_node() -> Option<(Self, Self)> {
+        let (pod, node) = (Self::new()?, Self::new()?);
+        pod.ip("link add eth0 address 02:00:00:00:00:05 mtu 1450 type veth peer name node0");
+        pod.move_link("node0", &node);
+        node.ip("link set node0 up");
+        node.ip("addr add 10.88.0.1/16 dev node0");
+        pod.ip("addr add 10.88.0.5/16 dev eth0");
+        pod.ip("link set lo up");
+        pod.ip("link set eth0 up");
+        pod.ip("route add default via 10.88.0.1");
+        pod.ip("route add 192.0.2.0/24 dev eth0 table 100");
+        pod.ip("neigh add 10.88.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
+        Some((pod, node))
+    }
+
+    fn move_link(&self, link: &str, to: &Self) {
+        use std::os::fd::AsRawFd;
+        // ip(8) takes a namespace by path; a child sees ours under its parent.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), to.0.as_raw_fd());
+        let status = self.run(|| {
+            Command::new("ip")
+                .args(["link", "set", link, "netns", &path])
+                .status()
+                .unwrap()
+        });
+        assert!(status.success());
+    }
+}
+
+fn tools_are_there() -> bool {
+    let ip = Command::new("ip").arg("-V").output();
+    ip.is_ok() && std::path::Path::new("/dev/net/tun").exists()
+}
+
+/// Reads frames from a tap until one satisfies `wanted`; without the header.
+fn await_frame(tap: &OwnedFd, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    let mut file = File::from(tap.try_clone().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < deadline {
+        let mut fds = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(100u8)).unwrap();
+        let mut buffer = [0; 2048];
+        match file.read(&mut buffer) {
+            Ok(len) if wanted(&buffer[12..len]) => return buffer[12..len].to_vec(),
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+    }
+    panic!("no such frame within five seconds");
+}
+
+/// Whether a frame is an ARP request for 10.88.0.5 (RFC 826).
+fn is_request(frame: &[u8]) -> bool {
+    frame[12..14] == [0x08, 0x06] && frame[20..22] == [0, 1] && frame[38..42] == [10, 88, 0, 5]
+}
+
+/// The reply of 02:00:00:00:00:05, with an empty virtio-net header before it.
+fn reply(request: &[u8]) -> Vec<u8> {
+    let mac = [2, 0, 0, 0, 0, 5];
+    let mut packet = vec![0; 12];
+    packet.extend(&request[6..12]);
+    packet.extend(mac);
+    packet.extend(&request[12..20]);
+    packet.extend([0, 2]);
+    packet.extend(mac);
+    packet.extend([10, 88, 0, 5]);
+    packet.extend(&request[22..32]);
+    packet
+}
+
+#[test]
+fn frames_cross_between_node_and_tap() {
+    let Some((pod, node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let network = prepare(&pod.0, 1).unwrap();
+    let [nic] = network.nics.as_slice() else {
+        panic!("{network:?}");
+    };
+    let send = || {
+        let socket = std::net::UdpSocket::bind("10.88.0.1:0").unwrap();
+        socket.send_to(b"over the wire", "10.88.0.5:7").unwrap();
+    };
+
+    node.run(send);
+    let request = await_frame(&nic.taps[0], is_request);
+    File::from(nic.taps[0].try_clone().unwrap())
+        .write_all(&reply(&request))
+        .unwrap();
+
+    // The datagram leaves only once the node got our answer.
+    let datagram = await_frame(&nic.taps[0], |frame| frame.ends_with(b"over the wire"));
+    assert_eq!(datagram[..6], [2, 0, 0, 0, 0, 5]);
+}
+
+#[test]
+fn what_the_namespace_holds_is_told() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let network = prepare(&pod.0, 2).unwrap();
+
+    let nic = &network.nics[0];
+    assert_eq!((nic.mac, nic.mtu), ([2, 0, 0, 0, 0, 5], 1450));
+    assert_eq!(nic.taps.len(), 2);
+    let interface = &network.interfaces[0];
+    assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1450));
+    assert_eq!(interface.mac, "02:00:00:00:00:05");
+    assert_eq!(interface.addresses, ["10.88.0.5/16"]);
+    let routes: Vec<_> = network
+        .routes
+        .iter()
+        .map(|r| (r.destination.as_str(), r.gateway.as_str(), r.table))
+        .collect();
+    assert_eq!(routes, [("192.0.2.0/24", "", 100), ("", "10.88.0.1", 0)]);
+    assert!(network.routes.iter().all(|route| route.device == "eth0"));
+    assert_eq!(network.neighbors.len(), 1);
+    assert_eq!(network.neighbors[0].address, "10.88.0.9");
+}
+
+#[test]
+fn a_second_vm_may_follow_in_the_same_namespace() {
+    let Some((pod, node)) = Netns::pod_and_node() else {
+        return;
+    };
+    drop(prepare(&pod.0, 1).unwrap());
+    let network = prepare(&pod.0, 1).unwrap();
+    node.run(|| {
+        let socket = std::net::UdpSocket::bind("10.88.0.1:0").unwrap();
+        socket.send_to(b"x", "10.88.0.5:7").unwrap();
+    });
+    await_frame(&network.nics[0].taps[0], is_request);
+}
+
+#[test]
+fn namespace_without_interfaces_gives_no_nic() {
+    let Some(netns) = Netns::new() else { return };
+    let network = prepare(&netns.0, 1).unwrap();
+    assert!(network.nics.is_empty() && network.routes.is_empty());
+}
+
+#[test]
+fn host_network_is_refused() {
+    let own = File::open("/proc/self/ns/net").unwrap();
+    let error = prepare(&own, 1).unwrap_err();
+    assert!(error.to_string().contains("hostNetwork: false"), "{error}");
+}
+
+#[test]
+fn queues_are_bounded() {
+    let own = File::open("/proc/self/ns/net").unwrap();
+    for queues in [0, 65] {
+        assert!(matches!(
+            prepare(&own, queues),
+            Err(NetworkError::Queues(_))
+        ));
+    }
+}

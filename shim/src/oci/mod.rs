@@ -1,0 +1,117 @@
+//! Translation of an OCI runtime spec from the host's view to the guest's.
+//!
+//! containerd writes `config.json` for a runtime that shares the host's kernel.
+//! What names host objects is taken out or replaced here; what describes the
+//! container itself (process, capabilities, seccomp, resources, device rules)
+//! passes through, and the agent enforces it in the guest.
+//!
+//! | in the spec | in the guest's spec |
+//! |---|---|
+//! | root path | the place where the agent assembles the root file system |
+//! | mounts | given by the caller, see [`crate::storage`] |
+//! | network namespace | none: the VM is the pod's network |
+//! | paths of other namespaces | dropped; pid, ipc, uts and mount are always new |
+//! | hooks | none, they are host programs |
+//! | cgroup path | `/<container id>` |
+//! | AppArmor profile, SELinux labels | none, the guest loads no policies |
+//! | devices below `/dev/vfio`, `/dev/iommu` | none, the devices themselves are in the VM |
+//! | Intel RDT, network devices | none, they are the host's |
+
+use std::path::{Path, PathBuf};
+
+use nacre_protocol::guest::CONTAINERS_DIR;
+use oci_spec::runtime::{
+    Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Root, RootBuilder, Spec,
+};
+
+/// Namespaces a container gets even where the spec asks for the host's: in the
+/// guest "the host" is the agent, which no container may see or signal.
+const ALWAYS_NEW: [LinuxNamespaceType; 4] = [
+    LinuxNamespaceType::Mount,
+    LinuxNamespaceType::Pid,
+    LinuxNamespaceType::Ipc,
+    LinuxNamespaceType::Uts,
+];
+
+/// A container's directory in the guest.
+pub fn container_dir(container_id: &str) -> PathBuf {
+    Path::new(CONTAINERS_DIR).join(container_id)
+}
+
+/// A container's root file system in the guest.
+pub fn guest_rootfs(container_id: &str) -> PathBuf {
+    container_dir(container_id).join("rootfs")
+}
+
+/// Translates `spec`; `mounts` are already the guest's.
+pub fn guest_spec(spec: &Spec, container_id: &str, mounts: Vec<Mount>) -> Spec {
+    let mut guest = spec.clone();
+    guest
+        .set_hooks(None)
+        .set_mounts(Some(mounts))
+        .set_root(Some(root(spec.root().as_ref(), container_id)));
+    if let Some(process) = guest.process_mut().as_mut() {
+        translate_process(process);
+    }
+    let mut linux = guest.linux().clone().unwrap_or_default();
+    translate_linux(&mut linux, container_id);
+    guest.set_linux(Some(linux));
+    guest
+}
+
+fn root(host: Option<&Root>, container_id: &str) -> Root {
+    let read_only = host.and_then(Root::readonly).unwrap_or(false);
+    RootBuilder::default()
+        .path(guest_rootfs(container_id))
+        .readonly(read_only)
+        .build()
+        .expect("every field of the root has a value")
+}
+
+/// Takes host policy out of a process, an exec's included.
+pub fn translate_process(process: &mut Process) {
+    process.set_apparmor_profile(None).set_selinux_label(None);
+}
+
+fn translate_linux(linux: &mut Linux, container_id: &str) {
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default());
+    let devices = linux.devices().clone().map(|devices| {
+        devices
+            .into_iter()
+            .filter(|device| !is_passthrough_node(device.path()))
+            .collect()
+    });
+    linux
+        .set_namespaces(Some(namespaces))
+        .set_devices(devices)
+        .set_cgroups_path(Some(Path::new("/").join(container_id)))
+        .set_mount_label(None)
+        .set_intel_rdt(None)
+        .set_net_devices(None);
+}
+
+fn namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
+    let mut types: Vec<_> = asked
+        .iter()
+        .map(LinuxNamespace::typ)
+        .filter(|typ| *typ != LinuxNamespaceType::Network)
+        .collect();
+    types.extend(ALWAYS_NEW);
+    let mut namespaces: Vec<LinuxNamespace> = Vec::new();
+    for typ in types {
+        if namespaces.iter().all(|known| known.typ() != typ) {
+            let mut namespace = LinuxNamespace::default();
+            namespace.set_typ(typ);
+            namespaces.push(namespace);
+        }
+    }
+    namespaces
+}
+
+/// Device nodes that stand for a device handed to the VM as a whole.
+fn is_passthrough_node(path: &Path) -> bool {
+    path.starts_with("/dev/vfio") || path == Path::new("/dev/iommu")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,290 @@
+//! A sandbox: one pod's running machine and the agent in it.
+//!
+//! ```text
+//! Host::prepare(container)  files and mounts of a container, before and after boot
+//! Host::boot(container) ->  Sandbox    once, by the pod's first container
+//! Host::teardown()                     any number of times, from any point
+//! ```
+//!
+//! [`VmHost`] does that for real; it owns everything of the pod that lives on
+//! the host. [`Sandbox`] is what the Task API talks to: it only knows a
+//! [`Machine`] and an agent.
+
+mod cmdline;
+mod sizing;
+mod vm_host;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use containerd_shim_protos::types::mount::Mount;
+use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::agent_ttrpc::AgentClient;
+use nacre_protocol::guest::STREAM_PORT;
+use oci_spec::runtime::Spec;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+
+use crate::cgroup::CgroupError;
+use crate::config::ConfigError;
+use crate::hooks::HookError;
+use crate::machine::{Machine, MachineError, Stop};
+use crate::network::NetworkError;
+use crate::rundir::RunDirError;
+use crate::storage::{Prepared, StorageError};
+use crate::task::agent_message;
+use crate::virtiofsd::VirtiofsdError;
+
+pub use vm_host::VmHost;
+
+/// Time the agent has to set the sandbox up.
+const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Errors of a sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The pod wants the host's network, which a VM cannot be in.
+    #[error(
+        "container {container_id} asks for the host's network, which a virtual machine cannot \
+         share; give it a network namespace (hostNetwork: false, no --net-host)"
+    )]
+    HostNetwork {
+        /// The container that asked.
+        container_id: String,
+    },
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A container needs what its pod's machine was not built with.
+    #[error(
+        "container {container_id} needs {what}, which the pod's running virtual machine was \
+         built without"
+    )]
+    NoHotplug {
+        /// The container.
+        container_id: String,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The agent refused.
+    #[error("guest: {what}: {}", agent_message(answer))]
+    Agent {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        answer: ttrpc::Error,
+    },
+    /// The agent did not connect.
+    #[error(
+        "the guest's agent did not answer within {seconds} s of the start; debug_console = true \
+         shows the guest's console"
+    )]
+    AgentSilent {
+        /// The configured limit.
+        seconds: u64,
+    },
+    /// The sandbox was shut down.
+    #[error("the sandbox was shut down")]
+    Stopped,
+    /// A system call failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// The failure.
+        source: std::io::Error,
+    },
+    /// The run directory failed.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The pod's network could not be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The pod's cgroup could not be set up.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The virtio-fs daemon could not be started.
+    #[error(transparent)]
+    Virtiofsd(#[from] VirtiofsdError),
+    /// A host hook failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+}
+
+/// A container as containerd describes it when it creates it.
+#[derive(Debug, Clone)]
+pub struct ContainerConfig {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Mounts of its root file system.
+    pub rootfs: Vec<Mount>,
+    /// Its spec, for the host.
+    pub spec: Arc<Spec>,
+}
+
+/// What carries a sandbox.
+pub enum Host {
+    /// A virtual machine.
+    Vm(Box<VmHost>),
+    /// An agent without one.
+    #[cfg(test)]
+    Fake(crate::machine::fake::FakeHost),
+}
+
+impl Host {
+    /// Prepares a container's storage. `booted`: the machine runs and gets no
+    /// more disks.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::storage`]; nothing is left behind.
+    pub async fn prepare(
+        &self,
+        config: &ContainerConfig,
+        booted: bool,
+    ) -> Result<Prepared, StorageError> {
+        match self {
+            Self::Vm(host) => host.prepare(config, booted).await,
+            #[cfg(test)]
+            Self::Fake(host) => host.prepare(config, booted),
+        }
+    }
+
+    /// Builds the machine for the pod's first container and waits for its agent.
+    ///
+    /// # Errors
+    ///
+    /// Anything on the way; what was made by then is taken down again.
+    pub async fn boot(
+        &self,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+    ) -> Result<Sandbox, SandboxError> {
+        match self {
+            Self::Vm(host) => host.boot(config, prepared).await,
+            #[cfg(test)]
+            Self::Fake(host) => host.boot().await,
+        }
+    }
+
+    /// Undoes [`Host::prepare`]; failures are logged.
+    pub async fn release(&self, container_id: &str) {
+        match self {
+            Self::Vm(host) => host.release(container_id).await,
+            #[cfg(test)]
+            Self::Fake(_) => (),
+        }
+    }
+
+    /// Kills the machine and frees what the pod has on the host. Idempotent.
+    pub async fn teardown(&self) {
+        match self {
+            Self::Vm(host) => host.teardown().await,
+            #[cfg(test)]
+            Self::Fake(_) => (),
+        }
+    }
+}
+
+/// A running machine with a configured agent.
+pub struct Sandbox {
+    machine: Arc<dyn Machine>,
+    agent: AgentClient,
+    shares_directory: bool,
+    next_stream: AtomicU64,
+}
+
+impl Sandbox {
+    /// Waits for the machine's agent and configures it.
+    ///
+    /// # Errors
+    ///
+    /// When the machine dies, the agent stays silent for `boot_timeout`, or
+    /// refuses.
+    pub async fn attach(
+        machine: Arc<dyn Machine>,
+        boot_timeout: Duration,
+        request: &ConfigureSandboxRequest,
+    ) -> Result<Self, SandboxError> {
+        let connection = tokio::time::timeout(boot_timeout, machine.agent())
+            .await
+            .map_err(|_| SandboxError::AgentSilent {
+                seconds: boot_timeout.as_secs(),
+            })??;
+        let agent = AgentClient::new(Client::new(Socket::new(connection)));
+        let context = ttrpc::context::with_duration(CONFIGURE_TIMEOUT);
+        agent
+            .configure_sandbox(context, request)
+            .await
+            .map_err(|answer| SandboxError::Agent {
+                what: "configure the sandbox",
+                answer,
+            })?;
+        Ok(Self {
+            machine,
+            agent,
+            shares_directory: request.shared_dir,
+            next_stream: AtomicU64::new(1),
+        })
+    }
+
+    /// The pod's host pid.
+    pub fn pid(&self) -> u32 {
+        self.machine.pid()
+    }
+
+    /// The agent.
+    pub fn agent(&self) -> &AgentClient {
+        &self.agent
+    }
+
+    /// Whether the guest has the pod's shared directory.
+    pub fn shares_directory(&self) -> bool {
+        self.shares_directory
+    }
+
+    /// Opens a stdio stream; returns its id with it.
+    ///
+    /// # Errors
+    ///
+    /// When the machine is gone or does not take the id.
+    pub async fn open_stream(&self) -> Result<(u64, UnixStream), MachineError> {
+        let id = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let mut stream = self.machine.connect(STREAM_PORT).await?;
+        stream
+            .write_all(&id.to_le_bytes())
+            .await
+            .map_err(MachineError::io("name a guest stream"))?;
+        Ok((id, stream))
+    }
+
+    /// Resolves when the machine is dead.
+    pub async fn stopped(&self) -> Stop {
+        self.machine.stopped().await
+    }
+
+    /// Ends the machine at once.
+    pub fn kill(&self) {
+        self.machine.kill();
+    }
+}
+
+/// The current time as the agent takes it.
+fn with_time(mut request: ConfigureSandboxRequest) -> ConfigureSandboxRequest {
+    let now = crate::events::timestamp(std::time::SystemTime::now());
+    request.time_seconds = now.seconds;
+    request.time_nanos = now.nanos.unsigned_abs();
+    request
+}

@@ -1,0 +1,123 @@
+//! How large a pod's virtual machine is.
+//!
+//! One rule: what the pod's containers may use together, plus a fixed reserve
+//! for the guest's kernel and agent. CRI sums its containers' limits up in
+//! annotations of the sandbox; elsewhere the first container's own resources
+//! are the pod's. No limit: the configured default.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::Spec;
+
+use crate::config::Config;
+
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What guest kernel and agent need beside the containers.
+const GUEST_RESERVE_MIB: u64 = 64;
+/// The least a guest boots in.
+const MIN_MEMORY_MIB: u64 = 128;
+/// As the configuration's own limits.
+const MAX_MEMORY_MIB: u64 = 1 << 20;
+const MAX_VCPUS: u64 = 64;
+const DEFAULT_PERIOD_USEC: u64 = 100_000;
+
+/// Size of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory.
+    pub memory_mib: u32,
+}
+
+/// The size for a pod whose first container has `spec`.
+pub fn size_of(spec: &Spec, config: &Config) -> Size {
+    let empty = HashMap::new();
+    let annotations = spec.annotations().as_ref().unwrap_or(&empty);
+    let memory_mib = annotated(annotations, MEMORY)
+        .or_else(|| spec_memory(spec))
+        .map(|bytes| bytes.div_ceil(1 << 20).saturating_add(GUEST_RESERVE_MIB))
+        .map(|mib| mib.clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB))
+        .and_then(|mib| u32::try_from(mib).ok())
+        .unwrap_or(config.default_memory_mib);
+    let quota = annotated(annotations, CPU_QUOTA)
+        .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
+        .or_else(|| spec_cpu(spec));
+    let vcpus = quota
+        .map(|(quota, period)| quota.div_ceil(period.unwrap_or(DEFAULT_PERIOD_USEC)))
+        .map(|vcpus| vcpus.clamp(1, MAX_VCPUS))
+        .and_then(|vcpus| u8::try_from(vcpus).ok())
+        .unwrap_or(config.default_vcpus);
+    Size { vcpus, memory_mib }
+}
+
+/// A positive number; anything else means "no limit".
+fn annotated(annotations: &HashMap<String, String>, name: &str) -> Option<u64> {
+    annotations
+        .get(name)?
+        .parse()
+        .ok()
+        .filter(|value| *value > 0)
+}
+
+fn positive(value: Option<i64>) -> Option<u64> {
+    u64::try_from(value?).ok().filter(|value| *value > 0)
+}
+
+fn spec_memory(spec: &Spec) -> Option<u64> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    positive(resources.memory().as_ref()?.limit())
+}
+
+fn spec_cpu(spec: &Spec) -> Option<(u64, Option<u64>)> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    let cpu = resources.cpu().as_ref()?;
+    Some((
+        positive(cpu.quota())?,
+        cpu.period().filter(|period| *period > 0),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn size(value: serde_json::Value) -> (u8, u32) {
+        let mut spec = json!({"ociVersion": "1.0.2"});
+        spec.as_object_mut()
+            .unwrap()
+            .extend(value.as_object().unwrap().clone());
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        let size = size_of(&spec, &Config::default());
+        (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn limits_and_their_absence() {
+        let config = Config::default();
+        let default = (config.default_vcpus, config.default_memory_mib);
+        assert_eq!(size(json!({})), default);
+        let spec = json!({"linux": {"resources": {
+            "memory": {"limit": 256 << 20},
+            "cpu": {"quota": 150_000, "period": 100_000},
+        }}});
+        assert_eq!(size(spec), (2, 320));
+        let unlimited = json!({"linux": {"resources": {
+            "memory": {"limit": -1}, "cpu": {"quota": -1},
+        }}});
+        assert_eq!(size(unlimited), default);
+    }
+
+    #[test]
+    fn annotations_win_and_cannot_overflow() {
+        let pod = json!({"annotations": {MEMORY: "1073741824", CPU_QUOTA: "400000", CPU_PERIOD: "100000"}});
+        assert_eq!(size(pod), (4, 1088));
+        let huge = u64::MAX.to_string();
+        let pod = json!({"annotations": {MEMORY: huge, CPU_QUOTA: huge, CPU_PERIOD: "0"}});
+        assert_eq!(size(pod), (64, 1 << 20));
+    }
+}

@@ -1,0 +1,456 @@
+//! [`VmHost`]: everything a pod's virtual machine has on the host.
+//!
+//! ```text
+//! boot: netns -> uid, cgroup -> monitor process -> host hooks -> taps -> virtiofsd -> Boot -> agent
+//! ```
+//! What each step makes is put into [`Parts`] and the run directory's state
+//! before the next begins, so that [`VmHost::teardown`], or `delete` after a
+//! killed shim, can undo any prefix of it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::channel::FdList;
+use nacre_protocol::guest::SHARED_TAG;
+use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, Nic, SharedDir, VmConfig};
+use nix::sched::{CloneFlags, unshare};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use tracing::{info, warn};
+
+use super::sizing::{Size, size_of};
+use super::{ContainerConfig, Sandbox, SandboxError, cmdline, with_time};
+use crate::cgroup::{Limits, PodCgroup};
+use crate::config::Config;
+use crate::error::chain;
+use crate::hooks;
+use crate::machine::{Launch, Machine, VmMachine};
+use crate::network::{self, PodNetwork};
+use crate::rundir::{Proc, RunDir, State};
+use crate::storage::{self, HostBacking, HostDisk, Prepared, StorageError};
+use crate::virtiofsd;
+
+/// How long a killed monitor may take to be gone.
+const DEATH_WAIT: Duration = Duration::from_secs(2);
+/// This very program, whatever happened to its file since it started.
+const SELF_EXE: &str = "/proc/self/exe";
+/// CRI's word for what a container is to its pod.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const GROUP: &str = "io.containerd.runc.v2.group";
+
+/// What lives on the host for the pod.
+#[derive(Default)]
+struct Parts {
+    machine: Option<Arc<VmMachine>>,
+    virtiofsd: Option<Child>,
+    cgroup: Option<PodCgroup>,
+    state: State,
+}
+
+/// See the module.
+pub struct VmHost {
+    config: Config,
+    run_dir: RunDir,
+    sandbox_id: String,
+    parts: Mutex<Parts>,
+}
+
+/// The machine's network namespace.
+struct NetNs {
+    file: File,
+    path: Option<PathBuf>,
+}
+
+impl VmHost {
+    /// The host side of pod `sandbox_id`; touches nothing yet.
+    pub fn new(config: Config, run_dir: RunDir, sandbox_id: String, state: State) -> Self {
+        Self {
+            config,
+            run_dir,
+            sandbox_id,
+            parts: Mutex::new(Parts {
+                state,
+                ..Parts::default()
+            }),
+        }
+    }
+
+    /// See [`super::Host::prepare`].
+    pub async fn prepare(
+        &self,
+        config: &ContainerConfig,
+        booted: bool,
+    ) -> Result<Prepared, StorageError> {
+        let config = config.clone();
+        let shared_root = self.run_dir.shared_root();
+        let prepare = if booted {
+            storage::prepare_without_disks
+        } else {
+            storage::prepare
+        };
+        blocking(move || {
+            prepare(
+                &config.bundle,
+                &config.id,
+                &config.rootfs,
+                &config.spec,
+                &shared_root,
+            )
+        })
+        .await
+    }
+
+    /// See [`super::Host::release`].
+    pub async fn release(&self, container_id: &str) {
+        let (shared_root, id) = (self.run_dir.shared_root(), container_id.to_owned());
+        if let Err(error) = blocking(move || storage::release(&shared_root, &id)).await {
+            warn!(container_id, error = chain(&error), "storage not released");
+        }
+    }
+
+    /// See [`super::Host::boot`].
+    pub async fn boot(
+        &self,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+    ) -> Result<Sandbox, SandboxError> {
+        let result = self.try_boot(config, prepared).await;
+        if let Err(error) = &result {
+            warn!(error = chain(error), "sandbox not booted");
+            self.teardown().await;
+        }
+        result
+    }
+
+    async fn try_boot(
+        &self,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+    ) -> Result<Sandbox, SandboxError> {
+        let size = size_of(&config.spec, &self.config);
+        info!(id = self.sandbox_id, ?size, "booting");
+        let netns = open_netns(&config.spec, &config.id)?;
+        let uid = self.claim_identity(&config.spec, &netns)?;
+        let machine = self.start_monitor(&netns)?;
+        hooks::run(
+            hooks::Stage::Create,
+            &config.spec,
+            &config.id,
+            &config.bundle,
+            machine.pid(),
+        )
+        .await?;
+        let (netns, queues) = (netns.file, self.config.net_queues);
+        let network = blocking(move || network::prepare(&netns, queues)).await?;
+        let shares = prepared.uses_shared_dir || may_grow(&config.spec);
+        let socket = shares.then(|| self.start_virtiofsd()).transpose()?;
+        let fds = BootFds {
+            kvm: open(Path::new("/dev/kvm"), true)?,
+            kernel: open(&self.config.kernel, false)?,
+            initrd: open(&self.config.initrd, false)?,
+            console: self.open_console()?,
+            disks: std::mem::take(&mut prepared.disks),
+            socket,
+        };
+        self.send_boot(&machine, &fds, &network, size, uid).await?;
+        let request = ConfigureSandboxRequest {
+            hostname: config.spec.hostname().clone().unwrap_or_default(),
+            interfaces: network.interfaces,
+            routes: network.routes,
+            neighbors: network.neighbors,
+            shared_dir: shares,
+            ..Default::default()
+        };
+        let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
+        Sandbox::attach(machine, timeout, &with_time(request)).await
+    }
+
+    /// The monitor's uid and the pod's cgroup.
+    fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<u32, SandboxError> {
+        let uid = self
+            .run_dir
+            .allocate_uid(self.config.uid_base, self.config.uid_count)?;
+        let path = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().clone())
+            .map(|path| path.display().to_string())
+            .filter(|path| !path.is_empty());
+        self.record(|parts| {
+            parts.state.uid = Some(uid);
+            parts.state.cgroup.clone_from(&path);
+            parts.state.netns.clone_from(&netns.path);
+        })?;
+        if let Some(path) = path {
+            let limits = Limits::of(spec, self.config.overhead_memory_mib);
+            let cgroup = PodCgroup::create(&path, &limits)?;
+            self.record(|parts| parts.cgroup = Some(cgroup))?;
+        }
+        Ok(uid)
+    }
+
+    fn start_monitor(&self, netns: &NetNs) -> Result<Arc<VmMachine>, SandboxError> {
+        let log = self.run_dir.open_log()?;
+        let machine = {
+            let parts = crate::task::lock(&self.parts);
+            VmMachine::spawn(&Launch {
+                exe: Path::new(SELF_EXE),
+                log: log.as_fd(),
+                netns: Some(netns.file.as_fd()),
+                cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
+            })?
+        };
+        let machine = Arc::new(machine);
+        self.record(|parts| {
+            parts.state.monitor = Proc::of(machine.pid());
+            parts.machine = Some(machine.clone());
+        })?;
+        Ok(machine)
+    }
+
+    fn start_virtiofsd(&self) -> Result<StdUnixStream, SandboxError> {
+        let log = self.run_dir.open_log()?;
+        let (child, socket) = {
+            let parts = crate::task::lock(&self.parts);
+            let cgroup = parts.cgroup.as_ref().map(PodCgroup::dir_fd);
+            let shared_root = self.run_dir.shared_root();
+            virtiofsd::spawn(&self.config.virtiofsd, &shared_root, log, cgroup)?
+        };
+        self.record(|parts| {
+            parts.state.virtiofsd = Proc::of(child.id());
+            parts.virtiofsd = Some(child);
+        })?;
+        Ok(socket)
+    }
+
+    fn open_console(&self) -> Result<Option<File>, SandboxError> {
+        if !self.config.debug_console {
+            return Ok(None);
+        }
+        let path = self.run_dir.path().join("console");
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .map(Some)
+            .map_err(io_error(format!("open {}", path.display())))
+    }
+
+    async fn send_boot(
+        &self,
+        machine: &VmMachine,
+        fds: &BootFds,
+        network: &PodNetwork,
+        size: Size,
+        uid: u32,
+    ) -> Result<(), SandboxError> {
+        let mut list = FdList::default();
+        let config = VmConfig {
+            sandbox_id: self.sandbox_id.clone(),
+            jail: Jail { uid, gid: uid },
+            kvm: list.push(fds.kvm.as_fd()),
+            vcpus: size.vcpus,
+            memory: Memory {
+                size_mib: size.memory_mib,
+                hugepages: self.config.hugepages,
+            },
+            kernel: list.push(fds.kernel.as_fd()),
+            initrd: list.push(fds.initrd.as_fd()),
+            cmdline: cmdline::cmdline(fds.console.is_some()),
+            disks: fds
+                .disks
+                .iter()
+                .map(|disk| vm_disk(disk, &mut list))
+                .collect(),
+            nics: vm_nics(network, &mut list),
+            shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
+                tag: SHARED_TAG.into(),
+                socket: list.push(socket.as_fd()),
+            }),
+            console: fds.console.as_ref().map(|file| list.push(file.as_fd())),
+        };
+        Ok(machine.boot(config, &list).await?)
+    }
+
+    /// Notes a change of what is there, in memory and on disk.
+    fn record(&self, change: impl FnOnce(&mut Parts)) -> Result<(), SandboxError> {
+        let mut parts = crate::task::lock(&self.parts);
+        change(&mut parts);
+        Ok(self.run_dir.save(&parts.state)?)
+    }
+
+    /// See [`super::Host::teardown`].
+    pub async fn teardown(&self) {
+        let (machine, virtiofsd, cgroup) = {
+            let mut parts = crate::task::lock(&self.parts);
+            (
+                parts.machine.take(),
+                parts.virtiofsd.take(),
+                parts.cgroup.take(),
+            )
+        };
+        if let Some(machine) = machine {
+            machine.kill();
+            if tokio::time::timeout(DEATH_WAIT, machine.stopped())
+                .await
+                .is_err()
+            {
+                warn!("the monitor does not die");
+            }
+        }
+        let result = blocking(move || {
+            if let Some(mut child) = virtiofsd {
+                child.kill()?;
+                child.wait()?;
+            }
+            cgroup.map_or(Ok(()), |cgroup| cgroup.remove().map_err(io::Error::other))
+        });
+        if let Err(error) = result.await {
+            warn!(error = chain(&error), "teardown incomplete");
+        }
+    }
+}
+
+/// Descriptors the Boot message borrows.
+struct BootFds {
+    kvm: File,
+    kernel: File,
+    initrd: File,
+    console: Option<File>,
+    disks: Vec<HostDisk>,
+    socket: Option<StdUnixStream>,
+}
+
+fn vm_disk<'a>(disk: &'a HostDisk, list: &mut FdList<'a>) -> Disk {
+    Disk {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+        backing: match &disk.backing {
+            HostBacking::Whole(file) => DiskBacking::Whole(list.push(file.as_fd())),
+            HostBacking::Partitions(files) => {
+                DiskBacking::Partitions(files.iter().map(|file| list.push(file.as_fd())).collect())
+            }
+        },
+        queues: 1,
+    }
+}
+
+fn vm_nics<'a>(network: &'a PodNetwork, list: &mut FdList<'a>) -> Vec<Nic> {
+    network
+        .nics
+        .iter()
+        .map(|nic| Nic {
+            mac: nic.mac,
+            mtu: nic.mtu,
+            taps: nic.taps.iter().map(|fd| list.push(fd.as_fd())).collect(),
+            vhost: nic.vhost.iter().map(|fd| list.push(fd.as_fd())).collect(),
+        })
+        .collect()
+}
+
+/// Whether containers may join the pod later, whose files nobody knows yet.
+fn may_grow(spec: &Spec) -> bool {
+    spec.annotations().as_ref().is_some_and(|annotations| {
+        annotations
+            .get(CONTAINER_TYPE)
+            .is_some_and(|kind| kind == "sandbox")
+            || annotations.contains_key(GROUP)
+    })
+}
+
+fn open_netns(spec: &Spec, container_id: &str) -> Result<NetNs, SandboxError> {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default();
+    let network = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+        .ok_or_else(|| SandboxError::HostNetwork {
+            container_id: container_id.to_owned(),
+        })?;
+    match network.path() {
+        Some(path) => Ok(NetNs {
+            file: open(path, false)?,
+            path: Some(path.clone()),
+        }),
+        None => Ok(NetNs {
+            file: new_netns().map_err(io_error("make a network namespace"))?,
+            path: None,
+        }),
+    }
+}
+
+/// A network namespace that lives as long as something refers to it. A thread
+/// makes it, since the caller must stay where it is.
+fn new_netns() -> io::Result<File> {
+    std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        File::open("/proc/thread-self/ns/net")
+    })
+    .join()
+    .map_err(|_| io::Error::other("the thread that makes the namespace died"))?
+}
+
+fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map_err(io_error(format!("open {}", path.display())))
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
+    let what = what.into();
+    move |source| SandboxError::Io { what, source }
+}
+
+/// Runs file system work where it may block. A panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(value: serde_json::Value) -> Spec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn host_network_is_refused_by_name() {
+        let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "pid"}]}}));
+        let error = open_netns(&spec, "web").err().unwrap();
+        assert!(matches!(error, SandboxError::HostNetwork { .. }));
+        assert!(error.to_string().contains("container web"), "{error}");
+    }
+
+    #[test]
+    fn named_namespace_is_opened() {
+        let namespace = json!([{"type": "network", "path": "/proc/self/ns/net"}]);
+        let with_path = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespace}}));
+        let netns = open_netns(&with_path, "c").unwrap();
+        assert_eq!(netns.path, Some(PathBuf::from("/proc/self/ns/net")));
+    }
+
+    #[test]
+    fn pods_may_grow_and_single_containers_not() {
+        let pod = json!({"ociVersion": "1.0.2", "annotations": {CONTAINER_TYPE: "sandbox"}});
+        assert!(may_grow(&spec(pod)));
+        assert!(!may_grow(&spec(json!({"ociVersion": "1.0.2"}))));
+    }
+}

@@ -1,0 +1,251 @@
+//! A container's files: from what containerd hands over to what the guest gets.
+//!
+//! The shim calls [`prepare`] when a container is created and [`release`] when
+//! it is gone. What happens in between:
+//!
+//! ```text
+//!  rootfs overlay, bind   --mount(2)--> shared_root/<id>/rootfs     --virtio-fs--> bind
+//!  rootfs EROFS, ext4     --open(2)---> HostDisk                    --virtio-blk-> mount, overlay
+//!  volume directory       --mount(2)--> shared_root/<id>/mounts/<n> --virtio-fs--> bind
+//!  small read-only file   --read(2)---> File                        --agent RPC--> bind
+//! ```
+//!
+//! `shared_root` is what the pod's virtio-fs daemon serves, all of it, to a
+//! hostile guest. Two rules follow. Read-only is set on the host's mount, since
+//! the guest's own `ro` flag binds only an honest kernel; and everything shared
+//! is mounted `nodev`. The mounts live in the shim's mount namespace.
+//!
+//! `docs/storage.md` has the table of what goes which way, and why.
+
+mod host;
+mod rootfs;
+mod volumes;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::types::mount::Mount;
+use nacre_protocol::agent;
+use oci_spec::runtime::Spec;
+
+/// A container's storage, host and guest side.
+#[derive(Debug)]
+pub struct Prepared {
+    /// virtio-blk devices the guest needs before the container is created.
+    pub disks: Vec<HostDisk>,
+    /// Whether the container needs the pod's shared directory.
+    pub uses_shared_dir: bool,
+    /// Mounts the agent makes, in this order.
+    pub storages: Vec<agent::Storage>,
+    /// Files the agent writes.
+    pub files: Vec<agent::File>,
+    /// The container's spec as the agent gets it.
+    pub guest_spec: Spec,
+}
+
+/// A virtio-blk device to be.
+#[derive(Debug)]
+pub struct HostDisk {
+    /// Serial number the guest finds it by, at most 20 bytes.
+    pub serial: String,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// Where the bytes are.
+    pub backing: HostBacking,
+}
+
+/// The bytes of a [`HostDisk`].
+#[derive(Debug)]
+pub enum HostBacking {
+    /// One file or block device.
+    Whole(File),
+    /// Read-only files, each a partition.
+    Partitions(Vec<File>),
+}
+
+/// Errors of this module.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// A container id that cannot be a directory name.
+    #[error("container id {0:?} is not a plain name")]
+    ContainerId(String),
+    /// A rootfs mount of a kind nacre has no answer to.
+    #[error("container {container_id}: rootfs mount of type {fstype:?} is not supported: {reason}")]
+    UnsupportedRootfs {
+        /// Whose.
+        container_id: String,
+        /// Type as containerd named it.
+        fstype: String,
+        /// What would work.
+        reason: String,
+    },
+    /// A rootfs mount that contradicts itself.
+    #[error("container {container_id}: rootfs mount {fstype:?} has a bad option {option:?}")]
+    RootfsOption {
+        /// Whose.
+        container_id: String,
+        /// Type as containerd named it.
+        fstype: String,
+        /// The option.
+        option: String,
+    },
+    /// Neither mounts nor a root path.
+    #[error("container {0}: neither rootfs mounts nor a root path")]
+    NoRootfs(String),
+    /// The VM runs, and this rootfs would need a new disk in it.
+    #[error(
+        "container {container_id}: rootfs mount of type {fstype:?} needs a disk, \
+         which a running VM does not get; use the overlayfs snapshotter for pods"
+    )]
+    NeedsDisk {
+        /// Whose.
+        container_id: String,
+        /// Type as containerd named it.
+        fstype: String,
+    },
+    /// A volume whose source is not there.
+    #[error("mount {destination}: source {source_path} of container {container_id}")]
+    VolumeSource {
+        /// Whose.
+        container_id: String,
+        /// Where it would be mounted.
+        destination: PathBuf,
+        /// What is missing or unreadable.
+        source_path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A volume that makes no sense in a VM.
+    #[error("mount {destination}: {source_path} of container {container_id} {reason}")]
+    VolumeRefused {
+        /// Whose.
+        container_id: String,
+        /// Where it would be mounted.
+        destination: PathBuf,
+        /// What was asked for.
+        source_path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A system call on the host failed.
+    #[error("cannot {action} {}", path.display())]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl StorageError {
+    fn host(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Host {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+/// Prepares a container's storage for a VM that has yet to boot.
+///
+/// # Errors
+///
+/// Anything that cannot be given to the guest as asked; nothing stays mounted.
+pub fn prepare(
+    bundle: &Path,
+    container_id: &str,
+    rootfs: &[Mount],
+    spec: &Spec,
+    shared_root: &Path,
+) -> Result<Prepared, StorageError> {
+    prepare_with(bundle, container_id, rootfs, spec, shared_root, true)
+}
+
+/// Prepares the storage of a container that joins a running VM, which can get
+/// no more disks: EROFS layers that containerd has mounted are then shared.
+///
+/// # Errors
+///
+/// Those of [`prepare`], and `NeedsDisk`.
+pub fn prepare_without_disks(
+    bundle: &Path,
+    container_id: &str,
+    rootfs: &[Mount],
+    spec: &Spec,
+    shared_root: &Path,
+) -> Result<Prepared, StorageError> {
+    prepare_with(bundle, container_id, rootfs, spec, shared_root, false)
+}
+
+fn prepare_with(
+    bundle: &Path,
+    container_id: &str,
+    rootfs: &[Mount],
+    spec: &Spec,
+    shared_root: &Path,
+    disks: bool,
+) -> Result<Prepared, StorageError> {
+    check_id(container_id)?;
+    let source = rootfs::Source::of(bundle, container_id, rootfs, spec, disks)?;
+    let prepared = assemble(&source, container_id, spec, shared_root);
+    if prepared.is_err()
+        && let Err(error) = release(shared_root, container_id)
+    {
+        tracing::warn!(container_id, %error, "cannot undo half-made mounts");
+    }
+    prepared
+}
+
+fn assemble(
+    source: &rootfs::Source,
+    container_id: &str,
+    spec: &Spec,
+    shared_root: &Path,
+) -> Result<Prepared, StorageError> {
+    let root = source.realize(container_id, shared_root)?;
+    let volumes = volumes::translate(spec, container_id, shared_root)?;
+    Ok(Prepared {
+        uses_shared_dir: root.shared || volumes.shared,
+        disks: root.disks,
+        storages: root.storages,
+        files: volumes.files,
+        guest_spec: crate::oci::guest_spec(spec, container_id, volumes.mounts),
+    })
+}
+
+/// Unmounts and removes what [`prepare`] made. Doing so twice is no error.
+///
+/// # Errors
+///
+/// A mount that does not come off. The files below it are never touched: only
+/// empty directories and the placeholders of bind mounts are removed.
+pub fn release(shared_root: &Path, container_id: &str) -> Result<(), StorageError> {
+    check_id(container_id)?;
+    let dir = shared_root.join(container_id);
+    host::unmount_below(&dir)?;
+    host::remove_placeholders(&dir.join("mounts"))?;
+    host::remove_dir(&dir.join("rootfs"))?;
+    host::remove_dir(&dir)
+}
+
+/// containerd checks ids too, but this one becomes a host path.
+fn check_id(container_id: &str) -> Result<(), StorageError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if !container_id.is_empty()
+        && container_id.len() <= 128
+        && container_id.bytes().all(plain)
+        && !container_id.starts_with('.')
+    {
+        Ok(())
+    } else {
+        Err(StorageError::ContainerId(container_id.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,200 @@
+use super::*;
+
+use serde_json::json;
+
+fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+    Mount {
+        type_: kind.into(),
+        source: source.into(),
+        options: options.iter().map(|o| (*o).to_owned()).collect(),
+        ..Default::default()
+    }
+}
+
+fn spec() -> Spec {
+    serde_json::from_value(json!({"ociVersion": "1.1.0", "root": {"path": "rootfs"}})).unwrap()
+}
+
+fn source_of(mounts: &[Mount]) -> Result<Source, StorageError> {
+    Source::of(Path::new("/bundle"), "c1", mounts, &spec(), true)
+}
+
+#[test]
+fn no_mounts_means_the_specs_root() {
+    assert_eq!(
+        source_of(&[]).unwrap(),
+        Source::Host(vec![HostMount::Bind {
+            source: "/bundle/rootfs".into(),
+            read_only: false
+        }])
+    );
+}
+
+#[test]
+fn overlay_of_plain_directories_is_mounted_on_the_host() {
+    let options = [
+        "lowerdir=/s/1/fs:/s/2/fs",
+        "upperdir=/s/3/fs",
+        "workdir=/s/3/work",
+    ];
+    let source = source_of(&[mount("overlay", "overlay", &options)]).unwrap();
+    assert_eq!(
+        source,
+        Source::Host(vec![HostMount::Overlay {
+            options: options.map(str::to_owned).into()
+        }])
+    );
+}
+
+#[test]
+fn overlay_of_erofs_mounts_becomes_their_blobs() {
+    let dir = tempfile::tempdir().unwrap();
+    for layer in ["1", "2"] {
+        std::fs::create_dir_all(dir.path().join(layer).join("fs")).unwrap();
+        std::fs::write(dir.path().join(layer).join("layer.erofs"), "x").unwrap();
+    }
+    let root = dir.path().display();
+    let lower = format!("lowerdir={root}/2/fs:{root}/1/fs");
+    let mounts = [mount("overlay", "overlay", &[&lower, "upperdir=/s/3/fs"])];
+
+    assert_eq!(
+        source_of(&mounts).unwrap(),
+        Source::Layers {
+            images: vec![
+                dir.path().join("2/layer.erofs"),
+                dir.path().join("1/layer.erofs")
+            ],
+            upper: Upper::Tmpfs,
+        }
+    );
+    let running = Source::of(Path::new("/b"), "c1", &mounts, &spec(), false).unwrap();
+    assert!(matches!(running, Source::Host(_)));
+}
+
+#[test]
+fn raw_erofs_layers_are_resolved() {
+    let mounts = [
+        mount("erofs", "/s/9/layer.erofs", &["ro", "loop"]),
+        mount("erofs", "/s/8/layer.erofs", &["ro", "loop"]),
+        mount(
+            "format/mkdir/overlay",
+            "overlay",
+            &[
+                "workdir=/s/10/work",
+                "upperdir=/s/10/fs",
+                "lowerdir={{ overlay 0 1 }}",
+            ],
+        ),
+    ];
+    assert_eq!(
+        source_of(&mounts).unwrap(),
+        Source::Layers {
+            images: vec!["/s/9/layer.erofs".into(), "/s/8/layer.erofs".into()],
+            upper: Upper::Tmpfs,
+        }
+    );
+}
+
+#[test]
+fn block_mode_upper_goes_with_its_image() {
+    let mounts = [
+        mount("ext4", "/s/10/rwlayer.img", &["rw", "loop"]),
+        mount("erofs", "/s/9/layer.erofs", &["ro", "loop"]),
+        mount(
+            "format/mkdir/overlay",
+            "overlay",
+            &[
+                "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
+                "workdir={{ mount 0 }}/work",
+                "upperdir={{ mount 0 }}/upper",
+                "lowerdir={{ mount 1 }}",
+            ],
+        ),
+    ];
+    assert_eq!(
+        source_of(&mounts).unwrap(),
+        Source::Layers {
+            images: vec!["/s/9/layer.erofs".into()],
+            upper: Upper::Disk {
+                path: "/s/10/rwlayer.img".into(),
+                upper: "upper".into(),
+                work: "work".into(),
+            },
+        }
+    );
+}
+
+#[test]
+fn templates_that_point_nowhere_are_errors() {
+    let erofs = mount("erofs", "/s/9/layer.erofs", &["ro"]);
+    for lower in [
+        "{{ overlay 0 7 }}",
+        "{{ mount 1 }}",
+        "{{ exec 0 }}",
+        "/s/9/fs",
+    ] {
+        let option = format!("lowerdir={lower}");
+        let overlay = mount("format/overlay", "overlay", &[&option]);
+        let result = source_of(&[erofs.clone(), overlay]);
+        assert!(
+            matches!(result, Err(StorageError::RootfsOption { .. })),
+            "{lower}: {result:?}"
+        );
+    }
+}
+
+#[test]
+fn upper_directory_may_not_climb() {
+    assert_eq!(directory_on("{{ mount 0 }}/../etc"), None);
+    assert_eq!(directory_on("{{ mount 0 }}/"), None);
+    assert_eq!(directory_on("{{ mount 3 }}/a/b"), Some((3, "a/b")));
+}
+
+#[test]
+fn unknown_type_names_type_and_container() {
+    let error = source_of(&[mount("zfs", "pool/x", &[])]).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("c1") && message.contains("\"zfs\""),
+        "{message}"
+    );
+    assert!(source_of(&[mount("mkfs/ext4", "/s/1/rw.img", &[])]).is_err());
+}
+
+#[test]
+fn running_vm_gets_no_image() {
+    let mounts = [mount("ext4", "/dev/mapper/x", &["rw"])];
+    let result = Source::of(Path::new("/b"), "c1", &mounts, &spec(), false);
+    assert!(matches!(result, Err(StorageError::NeedsDisk { .. })));
+}
+
+#[test]
+fn layers_become_one_disk_and_an_overlay() {
+    let dir = tempfile::tempdir().unwrap();
+    let images: Vec<_> = ["a", "b"].map(|name| dir.path().join(name)).into();
+    for image in &images {
+        std::fs::write(image, "erofs").unwrap();
+    }
+
+    let root = layers(&images, &Upper::Tmpfs, "c1").unwrap();
+
+    let [disk] = root.disks.as_slice() else {
+        panic!("{} disks", root.disks.len());
+    };
+    assert!(disk.read_only && disk.serial.len() <= 20);
+    assert!(matches!(&disk.backing, HostBacking::Partitions(files) if files.len() == 2));
+    let kinds: Vec<_> = root.storages.iter().map(|s| s.fstype.as_str()).collect();
+    assert_eq!(kinds, ["erofs", "erofs", "tmpfs", "overlay"]);
+    assert_eq!(root.storages[1].source, format!("serial:{}:2", disk.serial));
+    let base = "/run/nacre/containers/c1";
+    assert_eq!(
+        root.storages[3].options,
+        [
+            format!("lowerdir={base}/layers/1:{base}/layers/2"),
+            format!("upperdir={base}/scratch/upper"),
+            format!("workdir={base}/scratch/work"),
+        ]
+    );
+    assert_eq!(root.storages[3].target, format!("{base}/rootfs"));
+    assert!(!root.shared);
+}

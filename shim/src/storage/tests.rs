@@ -1,0 +1,209 @@
+//! Real mounts, each test in a mount namespace of its thread.
+
+use super::*;
+
+use nix::mount::MsFlags;
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+
+/// Gives the calling thread its own mounts. Without the right to do so the test
+/// is skipped, and says so.
+fn own_mounts() -> bool {
+    let private = || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+    };
+    match private() {
+        Ok(()) => true,
+        Err(errno) => {
+            eprintln!("skipped: no mount namespace: {errno}");
+            false
+        }
+    }
+}
+
+fn spec(mounts: &Value) -> Spec {
+    serde_json::from_value(json!({
+        "ociVersion": "1.1.0", "root": {"path": "rootfs"}, "mounts": mounts,
+    }))
+    .unwrap()
+}
+
+fn bind_mount(source: &Path) -> Mount {
+    Mount {
+        type_: "bind".into(),
+        source: source.display().to_string(),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Default::default()
+    }
+}
+
+/// A host directory with a root file system, volumes, and a shared directory.
+struct Host(tempfile::TempDir);
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["snapshot", "data", "shared"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        std::fs::write(dir.path().join("snapshot/hello"), "hi").unwrap();
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn prepare(&self, mounts: &Value) -> Result<Prepared, StorageError> {
+        let rootfs = [bind_mount(&self.path("snapshot"))];
+        let shared = self.path("shared");
+        prepare(self.0.path(), "c1", &rootfs, &spec(mounts), &shared)
+    }
+}
+
+#[test]
+fn shared_rootfs_is_written_through_and_released() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let prepared = host.prepare(&json!([])).unwrap();
+
+    let shared = host.path("shared/c1/rootfs");
+    assert_eq!(std::fs::read_to_string(shared.join("hello")).unwrap(), "hi");
+    std::fs::write(shared.join("written"), "x").unwrap();
+    assert!(host.path("snapshot/written").exists());
+    assert!(prepared.uses_shared_dir && prepared.disks.is_empty());
+    assert_eq!(prepared.storages[0].source, "/run/nacre/shared/c1/rootfs");
+
+    release(&host.path("shared"), "c1").unwrap();
+    release(&host.path("shared"), "c1").unwrap();
+    assert!(!host.path("shared/c1").exists());
+    assert!(host.path("snapshot/hello").exists());
+}
+
+#[test]
+fn overlay_with_more_layer_paths_than_a_page() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    // An overlay cannot lie on an overlay's upper; a tmpfs does everywhere.
+    let layers = host.path("layers");
+    std::fs::create_dir(&layers).unwrap();
+    nix::mount::mount(
+        Some("tmpfs"),
+        &layers,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+    let name = |n: usize| layers.join(format!("{n}-{}", "x".repeat(100))).join("fs");
+    let lower: Vec<String> = (0..40)
+        .map(|n| {
+            std::fs::create_dir_all(name(n)).unwrap();
+            std::fs::write(name(n).join(format!("file{n}")), "").unwrap();
+            name(n).display().to_string()
+        })
+        .collect();
+    // Relative to their common directory they fit; with it they do not.
+    let data: usize = lower.iter().map(String::len).sum();
+    assert!(data > 4096);
+    let options = [format!("lowerdir={}", lower[..38].join(":")), "ro".into()];
+    let mount = Mount {
+        type_: "overlay".into(),
+        source: "overlay".into(),
+        options: options.into(),
+        ..Default::default()
+    };
+    let shared = host.path("shared");
+
+    prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared).unwrap();
+
+    assert!(shared.join("c1/rootfs/file37").exists());
+    release(&shared, "c1").unwrap();
+}
+
+#[test]
+fn volumes_are_shared_copied_or_replaced() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    std::fs::write(host.path("resolv.conf"), "nameserver 10.0.0.1\n").unwrap();
+    std::fs::write(host.path("log"), "").unwrap();
+    let prepared = host
+        .prepare(&json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/data", "type": "bind", "source": host.path("data"), "options": ["rbind", "ro"]},
+            {"destination": "/etc/resolv.conf", "type": "bind", "source": host.path("resolv.conf"), "options": ["rbind", "rw"]},
+            {"destination": "/dev/termination-log", "type": "bind", "source": host.path("log"), "options": ["rbind", "rw"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/nonexistent/shm", "options": ["rbind"]},
+        ]))
+        .unwrap();
+
+    let mounts = prepared.guest_spec.mounts().as_ref().unwrap();
+    let sources: Vec<_> = mounts
+        .iter()
+        .map(|mount| mount.source().as_ref().unwrap().to_str().unwrap())
+        .collect();
+    assert_eq!(
+        sources,
+        [
+            "proc",
+            "/run/nacre/shared/c1/mounts/1",
+            "/run/nacre/containers/c1/files/2",
+            "/run/nacre/shared/c1/mounts/3",
+            "shm",
+        ]
+    );
+    assert_eq!(prepared.files.len(), 1);
+    assert_eq!(prepared.files[0].contents, b"nameserver 10.0.0.1\n");
+    let shared = host.path("shared/c1/mounts");
+    assert!(
+        std::fs::write(shared.join("1/new"), "").is_err(),
+        "read-only holds on the host"
+    );
+    std::fs::write(shared.join("3"), "done").unwrap();
+    assert_eq!(std::fs::read_to_string(host.path("log")).unwrap(), "done");
+    release(&host.path("shared"), "c1").unwrap();
+    assert!(host.path("data").exists() && host.path("log").exists());
+}
+
+#[test]
+fn refused_volume_leaves_nothing_mounted() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    for (source, needle) in [
+        ("/dev/null", "device node"),
+        ("/dev", "/dev"),
+        ("/proc", "/proc"),
+        ("/nonexistent", "/nonexistent"),
+    ] {
+        let mounts = json!([
+            {"destination": "/data", "type": "bind", "source": host.path("data"), "options": ["rbind"]},
+            {"destination": "/volume", "type": "bind", "source": source, "options": ["rbind"]},
+        ]);
+        let message = host.prepare(&mounts).unwrap_err().to_string();
+        assert!(
+            message.contains("/volume") && message.contains(needle),
+            "{message}"
+        );
+        assert!(!host.path("shared/c1").exists());
+    }
+}
+
+#[test]
+fn container_ids_are_plain_names() {
+    for id in ["", ".", "..", "a/b", "../x", "a b", "a\0"] {
+        assert!(check_id(id).is_err(), "{id:?}");
+    }
+    for id in ["c1", "web-1.2_x", &"a".repeat(64)] {
+        assert!(check_id(id).is_ok(), "{id:?}");
+    }
+}

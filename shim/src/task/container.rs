@@ -1,0 +1,573 @@
+//! One container: its init process, its execs, and what can be done to them.
+//!
+//! Each process, once the guest has it, has a task that waits for its end:
+//!
+//! ```text
+//! agent.Wait or machine dead -> output drained -> TaskExit queued, Stopped
+//! ```
+//! The guest is asked with a deadline always; only `Wait` may take forever.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use containerd_shim_protos::api::{ExecProcessRequest, KillRequest, StateResponse};
+use containerd_shim_protos::events::task::{
+    TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
+};
+use nacre_protocol::agent;
+use oci_spec::runtime::{LinuxResources, Process as OciProcess};
+use tracing::{error, info, warn};
+
+use super::TaskError;
+use super::io::{StdioPaths, Streams};
+use super::process::{Exit, Phase, Process, lock};
+use crate::events::{Publisher, timestamp};
+use crate::sandbox::{ContainerConfig, Sandbox};
+
+/// Time the agent has for a call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time output has to reach its readers after the exit.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time a process has to die of SIGKILL.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Status of a process that went down with its machine: 128 + SIGKILL.
+pub const LOST_STATUS: u32 = 137;
+/// Status of an exec that could not be started.
+const NOT_STARTED_STATUS: u32 = 255;
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+
+/// A container.
+pub struct Container {
+    config: ContainerConfig,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    sandbox: Arc<Sandbox>,
+    publisher: Publisher,
+}
+
+/// A call's deadline.
+pub fn deadline(limit: Duration) -> ttrpc::context::Context {
+    ttrpc::context::with_duration(limit)
+}
+
+/// For `map_err` on the agent's answers.
+pub fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> TaskError {
+    move |answer| TaskError::Agent { what, answer }
+}
+
+impl Container {
+    /// A container the guest has just created.
+    pub fn new(
+        config: ContainerConfig,
+        init: Process,
+        sandbox: Arc<Sandbox>,
+        publisher: Publisher,
+    ) -> Self {
+        Self {
+            config,
+            init: Arc::new(init),
+            execs: Mutex::new(HashMap::new()),
+            sandbox,
+            publisher,
+        }
+    }
+
+    /// As containerd described it.
+    pub fn config(&self) -> &ContainerConfig {
+        &self.config
+    }
+
+    /// The init process.
+    pub fn init(&self) -> &Process {
+        &self.init
+    }
+
+    /// The pod's host pid: what containerd gets for every process.
+    pub fn pid(&self) -> u32 {
+        self.sandbox.pid()
+    }
+
+    /// Finds a process; an empty `exec_id` means the init process.
+    ///
+    /// # Errors
+    ///
+    /// `NoExec`.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        lock(&self.execs)
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| TaskError::NoExec {
+                container_id: self.config.id.clone(),
+                exec_id: exec_id.to_owned(),
+            })
+    }
+
+    /// containerd's view of a process.
+    ///
+    /// # Errors
+    ///
+    /// `NoExec`.
+    pub fn state(&self, exec_id: &str) -> Result<StateResponse, TaskError> {
+        let bundle = self.config.bundle.display().to_string();
+        Ok(self.process(exec_id)?.state(&bundle, self.pid()))
+    }
+
+    /// Waits for the init process's end from now on.
+    pub fn watch_init(self: &Arc<Self>) {
+        self.watch(self.init.clone());
+    }
+
+    fn watch(self: &Arc<Self>, process: Arc<Process>) {
+        let container = self.clone();
+        tokio::spawn(async move {
+            let exit = container.wait_in_guest(&process).await;
+            if let Some(streams) = process.detach() {
+                streams.drain(DRAIN_TIMEOUT).await;
+            }
+            info!(process = process.name(), status = exit.status, "exited");
+            process
+                .finish(exit, |exit| container.report_exit(&process, exit))
+                .await;
+        });
+    }
+
+    /// The exit as the guest tells it, or the machine's end.
+    async fn wait_in_guest(&self, process: &Process) -> Exit {
+        let request = self.process_request(process);
+        let context = ttrpc::context::Context::default();
+        let answer = tokio::select! {
+            answer = self.sandbox.agent().wait(context, &request) => answer,
+            _ = self.sandbox.stopped() => return Exit::now(LOST_STATUS),
+        };
+        match answer {
+            // The host's clock counts: the guest may claim any time.
+            Ok(answer) => Exit::now(answer.exit_status.min(255)),
+            Err(answer) => {
+                // Without an exit to wait for the pod could never be deleted.
+                error!(
+                    process = process.name(),
+                    error = super::agent_message(&answer),
+                    "lost"
+                );
+                self.sandbox.kill();
+                self.sandbox.stopped().await;
+                Exit::now(LOST_STATUS)
+            }
+        }
+    }
+
+    fn report_exit(&self, process: &Process, exit: Exit) {
+        let id = if process.exec_id.is_empty() {
+            &process.container_id
+        } else {
+            &process.exec_id
+        };
+        self.publisher.publish(&TaskExit {
+            container_id: process.container_id.clone(),
+            id: id.clone(),
+            pid: self.pid(),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        });
+    }
+
+    /// Starts the init process or an exec.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` unless it is Created; the guest's refusal. A refused exec is
+    /// Stopped, a refused init process Created again.
+    pub async fn start(self: &Arc<Self>, exec_id: &str) -> Result<(), TaskError> {
+        let process = self.process(exec_id)?;
+        process.advance("start", |phase| {
+            (phase == Phase::Created).then_some(Phase::Starting)
+        })?;
+        if exec_id.is_empty() {
+            self.start_init(&process).await
+        } else {
+            self.start_exec(&process).await
+        }
+    }
+
+    async fn start_init(&self, process: &Process) -> Result<(), TaskError> {
+        let started = self
+            .sandbox
+            .agent()
+            .start_container(deadline(CALL_TIMEOUT), &self.container_request())
+            .await;
+        process.advance("start", |_| match started {
+            Ok(_) => {
+                self.publisher.publish(&TaskStart {
+                    container_id: self.config.id.clone(),
+                    pid: self.pid(),
+                    ..Default::default()
+                });
+                Some(Phase::Running)
+            }
+            Err(_) => Some(Phase::Created),
+        })?;
+        started
+            .map(drop)
+            .map_err(agent_error("start the container"))
+    }
+
+    async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<(), TaskError> {
+        match self.exec_in_guest(process).await {
+            Ok(streams) => {
+                process.attach(streams);
+                process.advance("start", |_| {
+                    self.publisher.publish(&TaskExecStarted {
+                        container_id: self.config.id.clone(),
+                        exec_id: process.exec_id.clone(),
+                        pid: self.pid(),
+                        ..Default::default()
+                    });
+                    Some(Phase::Running)
+                })?;
+                self.watch(process.clone());
+                Ok(())
+            }
+            Err(error) => {
+                let exit = Exit::now(NOT_STARTED_STATUS);
+                process.advance("start", |_| Some(Phase::Stopped(exit)))?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn exec_in_guest(&self, process: &Process) -> Result<Streams, TaskError> {
+        let (streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio).await?;
+        (stdio.width, stdio.height) = process.size();
+        let request = agent::ExecRequest {
+            container_id: self.config.id.clone(),
+            exec_id: process.exec_id.clone(),
+            process: process.command.clone(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.sandbox
+            .agent()
+            .exec(deadline(CALL_TIMEOUT), &request)
+            .await
+            .map_err(agent_error("run the command"))?;
+        Ok(streams)
+    }
+
+    /// Adds an exec; the guest hears of it when it is started.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` unless the container runs, `ExecExists`, `Spec`.
+    pub fn exec(&self, request: ExecProcessRequest) -> Result<(), TaskError> {
+        let phase = self.init.phase();
+        if phase != Phase::Running {
+            return Err(self.init.wrong_phase("exec in", phase));
+        }
+        crate::rundir::check_id(&request.exec_id)
+            .map_err(|error| TaskError::Invalid(error.to_string()))?;
+        let command = self.exec_command(&request.spec.value)?;
+        let stdio = StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let process = Process::new(&self.config.id, &request.exec_id, stdio, command);
+        let mut execs = lock(&self.execs);
+        if execs.contains_key(&request.exec_id) {
+            return Err(TaskError::ExecExists {
+                container_id: self.config.id.clone(),
+                exec_id: request.exec_id,
+            });
+        }
+        self.publisher.publish(&TaskExecAdded {
+            container_id: self.config.id.clone(),
+            exec_id: request.exec_id.clone(),
+            ..Default::default()
+        });
+        execs.insert(request.exec_id, Arc::new(process));
+        Ok(())
+    }
+
+    /// An exec's OCI process, translated for the guest.
+    fn exec_command(&self, json: &[u8]) -> Result<Vec<u8>, TaskError> {
+        let unusable = |error: serde_json::Error| TaskError::Spec {
+            container_id: self.config.id.clone(),
+            what: "process of the exec",
+            source: error.into(),
+        };
+        let mut process: OciProcess = serde_json::from_slice(json).map_err(unusable)?;
+        crate::oci::translate_process(&mut process);
+        serde_json::to_vec(&process).map_err(unusable)
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    ///
+    /// `Finished` for a process that has exited, `WrongPhase` for an exec that
+    /// was not started, the guest's refusal.
+    pub async fn kill(&self, request: &KillRequest) -> Result<(), TaskError> {
+        let process = self.process(&request.exec_id)?;
+        match process.phase() {
+            Phase::Stopped(_) | Phase::Deleting(_) => {
+                return Err(TaskError::Finished {
+                    process: process.name(),
+                });
+            }
+            phase @ (Phase::Created | Phase::Starting) if !process.exec_id.is_empty() => {
+                return Err(process.wrong_phase("signal", phase));
+            }
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {
+                ()
+            }
+        }
+        self.signal(&process, request.signal, request.all).await
+    }
+
+    async fn signal(&self, process: &Process, signal: u32, all: bool) -> Result<(), TaskError> {
+        let request = agent::SignalRequest {
+            container_id: self.config.id.clone(),
+            exec_id: process.exec_id.clone(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.sandbox
+            .agent()
+            .signal(deadline(CALL_TIMEOUT), &request)
+            .await
+            .map(drop)
+            .map_err(agent_error("signal"))
+    }
+
+    /// Freezes the container.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` unless it runs; the guest's refusal, after which it runs.
+    pub async fn pause(&self) -> Result<(), TaskError> {
+        self.init.advance("pause", |phase| {
+            (phase == Phase::Running).then_some(Phase::Pausing)
+        })?;
+        let paused = self
+            .sandbox
+            .agent()
+            .pause(deadline(CALL_TIMEOUT), &self.container_request())
+            .await;
+        self.init.advance("pause", |phase| match (phase, &paused) {
+            (Phase::Pausing, Ok(_)) => {
+                self.publisher.publish(&TaskPaused {
+                    container_id: self.config.id.clone(),
+                    ..Default::default()
+                });
+                Some(Phase::Paused)
+            }
+            (Phase::Pausing, Err(_)) => Some(Phase::Running),
+            // It exited meanwhile.
+            _ => None,
+        })?;
+        paused.map(drop).map_err(agent_error("pause"))
+    }
+
+    /// Thaws the container.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` unless it is paused; the guest's refusal.
+    pub async fn resume(&self) -> Result<(), TaskError> {
+        let phase = self.init.phase();
+        if phase != Phase::Paused {
+            return Err(self.init.wrong_phase("resume", phase));
+        }
+        self.sandbox
+            .agent()
+            .resume(deadline(CALL_TIMEOUT), &self.container_request())
+            .await
+            .map_err(agent_error("resume"))?;
+        self.init.advance("resume", |phase| {
+            (phase == Phase::Paused).then(|| {
+                self.publisher.publish(&TaskResumed {
+                    container_id: self.config.id.clone(),
+                    ..Default::default()
+                });
+                Phase::Running
+            })
+        })?;
+        Ok(())
+    }
+
+    /// Changes the size of a process's terminal, or notes it for the start of an
+    /// exec.
+    ///
+    /// # Errors
+    ///
+    /// `NoExec`, `Finished`, the guest's refusal.
+    pub async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), TaskError> {
+        let process = self.process(exec_id)?;
+        process.set_size(width, height);
+        match process.phase() {
+            Phase::Created | Phase::Starting if !exec_id.is_empty() => return Ok(()),
+            Phase::Stopped(_) | Phase::Deleting(_) => {
+                return Err(TaskError::Finished {
+                    process: process.name(),
+                });
+            }
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {
+                ()
+            }
+        }
+        let request = agent::ResizeTerminalRequest {
+            container_id: self.config.id.clone(),
+            exec_id: exec_id.to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        self.sandbox
+            .agent()
+            .resize_terminal(deadline(CALL_TIMEOUT), &request)
+            .await
+            .map(drop)
+            .map_err(agent_error("resize the terminal"))
+    }
+
+    /// Applies new limits in the guest.
+    ///
+    /// # Errors
+    ///
+    /// `Spec` for resources that are none; the guest's refusal.
+    pub async fn update(&self, json: &[u8]) -> Result<(), TaskError> {
+        let unusable = |error: serde_json::Error| TaskError::Spec {
+            container_id: self.config.id.clone(),
+            what: "resources",
+            source: error.into(),
+        };
+        // Read and written anew: the guest gets only what OCI knows.
+        let resources: LinuxResources = serde_json::from_slice(json).map_err(unusable)?;
+        let request = agent::UpdateRequest {
+            container_id: self.config.id.clone(),
+            resources: serde_json::to_vec(&resources).map_err(unusable)?,
+            ..Default::default()
+        };
+        self.sandbox
+            .agent()
+            .update(deadline(CALL_TIMEOUT), &request)
+            .await
+            .map(drop)
+            .map_err(agent_error("update the limits"))
+    }
+
+    /// The container's counters.
+    ///
+    /// # Errors
+    ///
+    /// The guest's refusal.
+    pub async fn stats(&self) -> Result<agent::StatsResponse, TaskError> {
+        self.sandbox
+            .agent()
+            .stats(deadline(CALL_TIMEOUT), &self.container_request())
+            .await
+            .map_err(agent_error("read the counters"))
+    }
+
+    /// Forgets an exec that has exited or was never started.
+    ///
+    /// # Errors
+    ///
+    /// `NoExec`, `WrongPhase` while it runs.
+    pub async fn delete_exec(&self, exec_id: &str) -> Result<Exit, TaskError> {
+        let process = self.process(exec_id)?;
+        let before = process.advance("delete", |phase| match phase {
+            Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
+            Phase::Created => Some(Phase::Deleting(Exit::now(NOT_STARTED_STATUS))),
+            _ => None,
+        })?;
+        if before != Phase::Created {
+            let request = self.process_request(&process);
+            let answer = self
+                .sandbox
+                .agent()
+                .delete_exec(deadline(CALL_TIMEOUT), &request)
+                .await;
+            self.note_cleanup("exec", answer);
+        }
+        lock(&self.execs).remove(exec_id);
+        let exit = process.phase().exit();
+        Ok(exit.unwrap_or_else(|| Exit::now(NOT_STARTED_STATUS)))
+    }
+
+    /// Removes the container from the guest. One that was created and never
+    /// started is killed first.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` while it runs or is being deleted.
+    pub async fn delete(&self) -> Result<Exit, TaskError> {
+        if self.init.phase() == Phase::Created {
+            self.kill_created().await?;
+        }
+        self.init.advance("delete", |phase| match phase {
+            Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
+            _ => None,
+        })?;
+        let answer = self
+            .sandbox
+            .agent()
+            .delete_container(deadline(CALL_TIMEOUT), &self.container_request())
+            .await;
+        self.note_cleanup("container", answer);
+        Ok(self.init.exited().await)
+    }
+
+    async fn kill_created(&self) -> Result<(), TaskError> {
+        if let Err(error) = self.signal(&self.init, SIGKILL, true).await {
+            // It may have ended by itself, which the wait below will tell.
+            info!(
+                error = crate::error::chain(&error),
+                "created container not signalled"
+            );
+        }
+        tokio::time::timeout(KILL_TIMEOUT, self.init.exited())
+            .await
+            .map(drop)
+            .map_err(|_| TaskError::Timeout {
+                what: "killing the container",
+                seconds: KILL_TIMEOUT.as_secs(),
+            })
+    }
+
+    /// What the guest could not clean up dies with it at the latest. It must not
+    /// be able to keep the host from forgetting the container.
+    fn note_cleanup(&self, what: &str, answer: ttrpc::Result<agent::Empty>) {
+        match answer {
+            Ok(_) => (),
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => (),
+            Err(error) => warn!(
+                container_id = self.config.id,
+                error = super::agent_message(&error),
+                "the guest keeps the {what}"
+            ),
+        }
+    }
+
+    fn container_request(&self) -> agent::ContainerRequest {
+        agent::ContainerRequest {
+            container_id: self.config.id.clone(),
+            ..Default::default()
+        }
+    }
+
+    fn process_request(&self, process: &Process) -> agent::ProcessRequest {
+        agent::ProcessRequest {
+            container_id: self.config.id.clone(),
+            exec_id: process.exec_id.clone(),
+            ..Default::default()
+        }
+    }
+}

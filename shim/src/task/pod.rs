@@ -1,0 +1,356 @@
+//! The containers of one pod and the sandbox they share.
+//!
+//! The first Create boots the sandbox; a Create that comes meanwhile waits for
+//! it, nobody else does. When the sandbox's machine dies, every container's
+//! processes end (each has a task that waits for that), but the containers stay
+//! until containerd deletes them.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse};
+use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskOOM};
+use nacre_protocol::agent;
+use oci_spec::runtime::Spec;
+use tokio::sync::{OnceCell, watch};
+use tracing::{info, warn};
+
+use super::TaskError;
+use super::container::{Container, agent_error, deadline};
+use super::io::{StdioPaths, Streams};
+use super::process::{Process, lock};
+use crate::events::{Publisher, timestamp};
+use crate::hooks;
+use crate::sandbox::{ContainerConfig, Host, Sandbox, SandboxError};
+use crate::storage::Prepared;
+
+/// Time the agent has to mount a container's storage and make it.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Least time between two reports of one guest's lack of memory: a guest must
+/// not flood containerd.
+const OOM_PAUSE: Duration = Duration::from_millis(500);
+
+/// A pod.
+pub struct Pod {
+    host: Host,
+    publisher: Publisher,
+    sandbox: OnceCell<Arc<Sandbox>>,
+    /// `None`: being created.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    ended: watch::Sender<bool>,
+}
+
+impl Pod {
+    /// A pod without containers.
+    pub fn new(host: Host, publisher: Publisher) -> Arc<Self> {
+        Arc::new(Self {
+            host,
+            publisher,
+            sandbox: OnceCell::new(),
+            containers: Mutex::new(HashMap::new()),
+            ended: watch::Sender::new(false),
+        })
+    }
+
+    /// Host pid of the pod, 0 before it boots.
+    pub fn pid(&self) -> u32 {
+        self.sandbox.get().map_or(0, |sandbox| sandbox.pid())
+    }
+
+    /// Finds a container.
+    ///
+    /// # Errors
+    ///
+    /// `NoContainer`.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .flatten()
+            .ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+    }
+
+    /// Creates a container, and with the first one the sandbox. Returns the pod's
+    /// pid.
+    ///
+    /// # Errors
+    ///
+    /// Anything on the way; nothing of the container is left then.
+    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, TaskError> {
+        if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
+            return Err(TaskError::Unsupported("restoring a checkpoint"));
+        }
+        let id = request.id.clone();
+        self.reserve(&id)?;
+        let result = self.create_reserved(request).await;
+        let mut containers = lock(&self.containers);
+        match result {
+            Ok(container) => {
+                let pid = container.pid();
+                self.publisher.publish(&create_event(&container, pid));
+                container.watch_init();
+                containers.insert(id, Some(container));
+                Ok(pid)
+            }
+            Err(error) => {
+                containers.remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(&self, id: &str) -> Result<(), TaskError> {
+        crate::rundir::check_id(id).map_err(|error| TaskError::Invalid(error.to_string()))?;
+        if *self.ended.borrow() {
+            return Err(SandboxError::Stopped.into());
+        }
+        let mut containers = lock(&self.containers);
+        if containers.contains_key(id) {
+            return Err(TaskError::ContainerExists(id.to_owned()));
+        }
+        containers.insert(id.to_owned(), None);
+        Ok(())
+    }
+
+    async fn create_reserved(
+        self: &Arc<Self>,
+        request: CreateTaskRequest,
+    ) -> Result<Arc<Container>, TaskError> {
+        let bundle = PathBuf::from(&request.bundle);
+        let config = ContainerConfig {
+            id: request.id,
+            spec: Arc::new(load_spec(&bundle)?),
+            bundle,
+            rootfs: request.rootfs,
+        };
+        let stdio = StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let created = async {
+            let (sandbox, prepared) = self.sandbox_for(&config).await?;
+            self.create_in(sandbox, &config, prepared, stdio).await
+        };
+        let result = created.await;
+        if result.is_err() {
+            self.host.release(&config.id).await;
+        }
+        result
+    }
+
+    /// The sandbox, booted for this container if need be, and the container's
+    /// storage.
+    async fn sandbox_for(
+        self: &Arc<Self>,
+        config: &ContainerConfig,
+    ) -> Result<(Arc<Sandbox>, Prepared), TaskError> {
+        let mut first = None;
+        let boot = async {
+            let mut prepared = self.host.prepare(config, false).await?;
+            let sandbox = Arc::new(self.host.boot(config, &mut prepared).await?);
+            tokio::spawn(follow_events(self.clone(), sandbox.clone()));
+            first = Some(prepared);
+            Ok::<_, TaskError>(sandbox)
+        };
+        let sandbox = self.sandbox.get_or_try_init(|| boot).await?.clone();
+        let prepared = match first {
+            Some(prepared) => prepared,
+            None => self.join(config, &sandbox).await?,
+        };
+        Ok((sandbox, prepared))
+    }
+
+    /// Prepares a container for a machine that runs already.
+    async fn join(
+        &self,
+        config: &ContainerConfig,
+        sandbox: &Sandbox,
+    ) -> Result<Prepared, TaskError> {
+        let prepared = self.host.prepare(config, true).await?;
+        if prepared.uses_shared_dir && !sandbox.shares_directory() {
+            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
+                container_id: config.id.clone(),
+                what: "a directory shared with the host",
+            }));
+        }
+        let pid = sandbox.pid();
+        let stage = hooks::Stage::Create;
+        hooks::run(stage, &config.spec, &config.id, &config.bundle, pid)
+            .await
+            .map_err(SandboxError::Hook)?;
+        Ok(prepared)
+    }
+
+    async fn create_in(
+        &self,
+        sandbox: Arc<Sandbox>,
+        config: &ContainerConfig,
+        prepared: Prepared,
+        stdio: StdioPaths,
+    ) -> Result<Arc<Container>, TaskError> {
+        let spec = serde_json::to_vec(&prepared.guest_spec).map_err(|error| TaskError::Spec {
+            container_id: config.id.clone(),
+            what: "guest spec",
+            source: error.into(),
+        })?;
+        let (streams, ids) = Streams::open(&sandbox, &stdio).await?;
+        let request = agent::CreateContainerRequest {
+            container_id: config.id.clone(),
+            spec,
+            storages: prepared.storages,
+            files: prepared.files,
+            stdio: Some(ids).into(),
+            ..Default::default()
+        };
+        sandbox
+            .agent()
+            .create_container(deadline(CREATE_TIMEOUT), &request)
+            .await
+            .map_err(agent_error("create the container"))?;
+        let init = Process::new(&config.id, "", stdio, Vec::new());
+        init.attach(streams);
+        Ok(Arc::new(Container::new(
+            config.clone(),
+            init,
+            sandbox,
+            self.publisher.clone(),
+        )))
+    }
+
+    /// Deletes an exec, or a container and all that belongs to it.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` while it runs.
+    pub async fn delete(&self, request: &DeleteRequest) -> Result<DeleteResponse, TaskError> {
+        let container = self.container(&request.id)?;
+        let (pid, exit) = if request.exec_id.is_empty() {
+            let exit = container.delete().await?;
+            self.forget(&container).await;
+            (container.pid(), exit)
+        } else {
+            (
+                container.pid(),
+                container.delete_exec(&request.exec_id).await?,
+            )
+        };
+        if request.exec_id.is_empty() {
+            self.publisher.publish(&TaskDelete {
+                container_id: request.id.clone(),
+                pid,
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at)).into(),
+                ..Default::default()
+            });
+        }
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    /// What the host keeps of a container that is gone from the guest.
+    async fn forget(&self, container: &Container) {
+        let config = container.config();
+        self.host.release(&config.id).await;
+        let stage = hooks::Stage::Stopped;
+        let run = hooks::run(stage, &config.spec, &config.id, &config.bundle, 0);
+        if let Err(error) = run.await {
+            // The container is gone whatever a hook says (runtime-spec,
+            // "Lifecycle", step 13: log and go on).
+            warn!(
+                container_id = config.id,
+                error = crate::error::chain(&error),
+                "hook"
+            );
+        }
+        lock(&self.containers).remove(&config.id);
+    }
+
+    /// Ends the pod if it has no containers any more; else does nothing, as
+    /// containerd asks after each container.
+    pub async fn shutdown(&self) {
+        if lock(&self.containers).is_empty() {
+            self.stop().await;
+        }
+    }
+
+    /// Kills the machine, frees what the pod has on the host, and lets
+    /// [`Pod::ended`] resolve. The guest is not asked to power off: containers'
+    /// file systems were unmounted with their deletion, and it has nothing else.
+    pub async fn stop(&self) {
+        self.host.teardown().await;
+        self.ended.send_replace(true);
+    }
+
+    /// Resolves after [`Pod::stop`].
+    pub async fn ended(&self) {
+        let mut ended = self.ended.subscribe();
+        // Fails only without the sender, which `self` holds.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+}
+
+fn load_spec(bundle: &std::path::Path) -> Result<Spec, TaskError> {
+    let path = bundle.join("config.json");
+    Spec::load(&path).map_err(|error| TaskError::Invalid(format!("{}: {error}", path.display())))
+}
+
+fn create_event(container: &Container, pid: u32) -> TaskCreate {
+    let config = container.config();
+    let stdio = container.init().stdio.clone();
+    TaskCreate {
+        container_id: config.id.clone(),
+        bundle: config.bundle.display().to_string(),
+        rootfs: config.rootfs.clone(),
+        io: Some(TaskIO {
+            stdin: stdio.stdin,
+            stdout: stdio.stdout,
+            stderr: stdio.stderr,
+            terminal: stdio.terminal,
+            ..Default::default()
+        })
+        .into(),
+        pid,
+        ..Default::default()
+    }
+}
+
+/// Passes the agent's events on until the machine dies.
+async fn follow_events(pod: Arc<Pod>, sandbox: Arc<Sandbox>) {
+    let request = agent::Empty::default();
+    loop {
+        let context = ttrpc::context::Context::default();
+        let next = tokio::select! {
+            next = sandbox.agent().next_event(context, &request) => next,
+            stop = sandbox.stopped() => return info!(%stop, "no more events"),
+        };
+        match next {
+            Ok(event) => pod.report(&event),
+            Err(error) => return warn!(%error, "the agent tells no events"),
+        }
+        tokio::time::sleep(OOM_PAUSE).await;
+    }
+}
+
+impl Pod {
+    /// The container's name comes from the guest: only one we know is passed on.
+    fn report(&self, event: &agent::Event) {
+        if !event.has_oom_kill() {
+            return;
+        }
+        match self.container(&event.container_id) {
+            Ok(container) => self.publisher.publish(&TaskOOM {
+                container_id: container.config().id.clone(),
+                ..Default::default()
+            }),
+            Err(_) => warn!("the guest reports on a container it does not have"),
+        }
+    }
+}

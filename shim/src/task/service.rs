@@ -1,0 +1,193 @@
+//! The ttrpc trait. Every method only unpacks, delegates and packs.
+//!
+//! containerd.task.v2.Task and v3.Task are the same messages under two names,
+//! so one implementation is registered as both. ttrpc drops a call when its
+//! connection goes away, so calls that change something run as tasks of their
+//! own: containerd's restart must not leave a container half made.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::*;
+use containerd_shim_protos::shim_async::{Task, create_task};
+use ttrpc::asynchronous::{Service, TtrpcContext};
+
+use super::pod::Pod;
+use super::{TaskError, stats};
+use crate::events::timestamp;
+
+const V2: &str = "containerd.task.v2.Task";
+
+/// The services of a pod, for a server.
+pub fn create(pod: &Arc<Pod>) -> HashMap<String, Service> {
+    let service = Arc::new(TaskService { pod: pod.clone() });
+    let mut services = create_task(service.clone());
+    let v2 = create_task(service).into_values().next();
+    services.extend(v2.map(|service| (V2.to_owned(), service)));
+    services
+}
+
+struct TaskService {
+    pod: Arc<Pod>,
+}
+
+/// Runs `work` to its end, whatever becomes of the caller.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let result = tokio::spawn(work).await;
+    Ok(result.unwrap_or(Err(TaskError::Cancelled))?)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        Ok(self.pod.container(&request.id)?.state(&request.exec_id)?)
+    }
+
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let pod = self.pod.clone();
+        let pid = detached(async move { pod.create(request).await }).await?;
+        Ok(CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.pod.container(&request.id)?;
+        let pid = container.pid();
+        detached(async move { container.start(&request.exec_id).await }).await?;
+        Ok(StartResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        let pod = self.pod.clone();
+        detached(async move { pod.delete(&request).await }).await
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        // Pids are the host's; of these the pod has one.
+        let process = ProcessInfo {
+            pid: self.pod.container(&request.id)?.pid(),
+            ..Default::default()
+        };
+        Ok(PidsResponse {
+            processes: vec![process],
+            ..Default::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let container = self.pod.container(&request.id)?;
+        detached(async move { container.pause().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let container = self.pod.container(&request.id)?;
+        detached(async move { container.resume().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(TaskError::Unsupported("checkpointing").into())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        self.pod.container(&request.id)?.kill(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        self.pod.container(&request.id)?.exec(request)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.pod
+            .container(&request.id)?
+            .resize(&request.exec_id, request.width, request.height)
+            .await?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        if request.stdin {
+            process.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.pod.container(&request.id)?;
+        container.update(&request.resources.value).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let exit = process.exited().await;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let counters = self.pod.container(&request.id)?.stats().await?;
+        let packed = stats::metrics(counters)
+            .map_err(|error| ttrpc::Error::Others(format!("encode the counters: {error}")))?;
+        Ok(StatsResponse {
+            stats: Some(packed).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        let task_pid = match self.pod.container(&request.id) {
+            Ok(container) => container.pid(),
+            // containerd asks before there is a container, too.
+            Err(_) => self.pod.pid(),
+        };
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid,
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        detached(async move {
+            pod.shutdown().await;
+            Ok(())
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,169 @@
+//! The agent's counters as `io.containerd.cgroups.v2.Metrics`.
+//!
+//! The names are cgroup v2's on both sides. CRI's working set is usage minus
+//! `inactive_file`, so both come from the same reading of the guest's cgroup.
+
+use std::collections::HashMap;
+
+use containerd_shim_protos::cgroups_v2::metrics::{
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+};
+use nacre_protocol::agent;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageFull};
+
+/// Packs the counters.
+///
+/// # Errors
+///
+/// When they cannot be encoded.
+pub fn metrics(stats: agent::StatsResponse) -> protobuf::Result<Any> {
+    let (memory, memory_events) = stats.memory.into_option().map(memory).unzip();
+    let metrics = Metrics {
+        pids: stats.pids.into_option().map(pids).into(),
+        cpu: stats.cpu.into_option().map(cpu).into(),
+        memory: memory.into(),
+        memory_events: memory_events.into(),
+        io: Some(IOStat {
+            usage: stats.io.into_iter().map(io).collect(),
+            ..Default::default()
+        })
+        .into(),
+        hugetlb: stats.hugetlb.into_iter().map(hugetlb).collect(),
+        ..Default::default()
+    };
+    Ok(Any {
+        type_url: Metrics::descriptor().full_name().to_owned(),
+        value: metrics.write_to_bytes()?,
+        ..Default::default()
+    })
+}
+
+fn pids(pids: agent::PidsStats) -> PidsStat {
+    PidsStat {
+        current: pids.current,
+        limit: pids.limit,
+        ..Default::default()
+    }
+}
+
+fn cpu(cpu: agent::CpuStats) -> CPUStat {
+    CPUStat {
+        usage_usec: cpu.usage_usec,
+        user_usec: cpu.user_usec,
+        system_usec: cpu.system_usec,
+        nr_periods: cpu.nr_periods,
+        nr_throttled: cpu.nr_throttled,
+        throttled_usec: cpu.throttled_usec,
+        ..Default::default()
+    }
+}
+
+fn memory(memory: agent::MemoryStats) -> (MemoryStat, MemoryEvents) {
+    let mut stat = memory_stat(&memory.stat);
+    stat.usage = memory.usage;
+    stat.usage_limit = memory.usage_limit;
+    stat.swap_usage = memory.swap_usage;
+    stat.swap_limit = memory.swap_limit;
+    stat.max_usage = memory.max_usage;
+    let events = MemoryEvents {
+        low: memory.low_events,
+        high: memory.high_events,
+        max: memory.max_events,
+        oom: memory.oom_events,
+        oom_kill: memory.oom_kill_events,
+        ..Default::default()
+    };
+    (stat, events)
+}
+
+fn memory_stat(stat: &HashMap<String, u64>) -> MemoryStat {
+    macro_rules! by_name {
+        ($($field:ident),* $(,)?) => {
+            MemoryStat {
+                $($field: stat.get(stringify!($field)).copied().unwrap_or_default(),)*
+                ..Default::default()
+            }
+        };
+    }
+    by_name!(
+        anon,
+        file,
+        kernel_stack,
+        slab,
+        sock,
+        shmem,
+        file_mapped,
+        file_dirty,
+        file_writeback,
+        anon_thp,
+        inactive_anon,
+        active_anon,
+        inactive_file,
+        active_file,
+        unevictable,
+        slab_reclaimable,
+        slab_unreclaimable,
+        pgfault,
+        pgmajfault,
+        workingset_refault,
+        workingset_activate,
+        workingset_nodereclaim,
+        pgrefill,
+        pgscan,
+        pgsteal,
+        pgactivate,
+        pgdeactivate,
+        pglazyfree,
+        pglazyfreed,
+        thp_fault_alloc,
+        thp_collapse_alloc,
+    )
+}
+
+fn io(io: agent::IoStats) -> IOEntry {
+    IOEntry {
+        major: io.major,
+        minor: io.minor,
+        rbytes: io.rbytes,
+        wbytes: io.wbytes,
+        rios: io.rios,
+        wios: io.wios,
+        ..Default::default()
+    }
+}
+
+fn hugetlb(hugetlb: agent::HugetlbStats) -> HugeTlbStat {
+    HugeTlbStat {
+        current: hugetlb.current,
+        max: hugetlb.max,
+        pagesize: hugetlb.page_size,
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_arrive_under_their_names() {
+        let stats = agent::StatsResponse {
+            memory: Some(agent::MemoryStats {
+                usage: 100,
+                oom_kill_events: 2,
+                stat: HashMap::from([("inactive_file".into(), 40), ("unknown".into(), 1)]),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let any = metrics(stats).unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(metrics.memory.usage, 100);
+        assert_eq!(metrics.memory.inactive_file, 40);
+        assert_eq!(metrics.memory_events.oom_kill, 2);
+        assert!(metrics.cpu.is_none());
+    }
+}
