@@ -59,6 +59,8 @@ unit: setup
 
 # The end-to-end tests: one lab, all tests. E2E='name' runs those that match.
 e2e: stage
+	@cargo build --release --locked -p nacre-vmm --example boot
+	@install -m 755 target/release/examples/boot $(STAGE)$(PREFIX)/bin/boot
 	@cargo test --release --locked -p nacre-tests --no-run
 	@install -m 755 "$$(cargo test --release --locked -p nacre-tests --no-run --message-format=json 2>/dev/null | \
 	  sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/nacre-e2e

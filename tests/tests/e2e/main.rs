@@ -1,4 +1,7 @@
 //! End-to-end tests: real containerd, real KVM, real guests. See `tests/lab`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
+
+mod boot;
 
 use nacre_tests::{Machine, Scene, ctr, run};
 

@@ -1,0 +1,85 @@
+//! The monitor alone: our kernel on real KVM, started by vmm's example `boot`
+//! with an initramfs of busybox. What the guest does last decides how it ends.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use nacre_tests::{Machine, Said, run};
+
+const KERNEL: &str = "/usr/local/share/nacre/vmlinux";
+
+/// Boots a guest whose init runs `script`, and returns what it said.
+fn boot(script: &str, options: &[&str]) -> Said {
+    let directory = std::env::temp_dir().join(format!("boot-{:?}", std::thread::current().id()));
+    let tree = directory.join("tree");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::create_dir_all(tree.join("proc")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+    let init = format!(
+        "#!/bin/busybox sh\nPATH=/bin\nbusybox --install -s /bin\nmount -t proc proc /proc\n{script}\n"
+    );
+    fs::write(tree.join("init"), init).unwrap();
+    fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
+    let initrd = directory.join("initrd.img");
+    pack(&tree, &initrd);
+    let mut arguments = vec!["--kernel", KERNEL, "--initrd", initrd.to_str().unwrap()];
+    let console = "quiet loglevel=1 console=ttyS0 panic=-1 rdinit=/init";
+    arguments.extend(["--cmdline", console]);
+    arguments.extend(options);
+    let said = run("boot", &arguments);
+    fs::remove_dir_all(&directory).unwrap();
+    said
+}
+
+fn pack(tree: &Path, initrd: &Path) {
+    let status = Command::new("sh")
+        .args(["-c", "find . | busybox cpio -o -H newc > \"$0\""])
+        .arg(initrd)
+        .current_dir(tree)
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn kernel_boots_and_powers_off() {
+    let before = Machine::now();
+    let said = boot("echo kernel $(uname -r); poweroff -f", &[]).exits(0);
+    let host = run("uname", &["-r"]).stdout;
+    let guest = said
+        .stdout
+        .lines()
+        .find_map(|line| line.strip_prefix("kernel "))
+        .expect("the guest says its release");
+    assert_ne!(guest.trim(), host.trim());
+    println!("guest {guest}, {}", said.stderr.trim());
+    before.await_return();
+}
+
+#[test]
+fn processors_are_all_there() {
+    let said = boot(
+        "echo processors $(grep -c ^processor /proc/cpuinfo); poweroff -f",
+        &["--vcpus", "4"],
+    );
+    assert!(
+        said.clone().exits(0).stdout.contains("processors 4"),
+        "{said:#?}"
+    );
+}
+
+#[test]
+fn reboot_panic_and_power_off_are_told_apart() {
+    boot("reboot -f", &[]).exits(1).complains(&["Reboot"]);
+    boot("echo c > /proc/sysrq-trigger", &[])
+        .exits(1)
+        .complains(&["Panic"]);
+}
+
+#[test]
+fn missing_kernel_is_named() {
+    let said = run("boot", &["--kernel", "/none", "--initrd", "/none"]);
+    said.exits(1).complains(&["No such file"]);
+}
