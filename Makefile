@@ -13,7 +13,7 @@ LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
-  debootstrap debian-archive-keyring busybox-static
+  debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
 .PHONY: setup build test unit lint demo bench lab e2e install kernel stage clean
 

@@ -73,6 +73,11 @@ impl Publisher {
         }
     }
 
+    /// The containerd namespace events are published in.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Queues an event.
     pub fn publish<E: TaskEvent>(&self, event: &E) {
         let payload = match event.write_to_bytes() {

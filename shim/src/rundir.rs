@@ -179,6 +179,18 @@ pub struct State {
     pub socket: Option<PathBuf>,
 }
 
+impl State {
+    /// What is known of a pod whose daemon has just been started.
+    pub fn of_daemon(pid: u32, bundle: PathBuf, socket: &Path) -> Self {
+        Self {
+            bundle,
+            daemon: Proc::of(pid),
+            socket: Some(socket.to_owned()),
+            ..Self::default()
+        }
+    }
+}
+
 /// A pod's run directory.
 #[derive(Debug, Clone)]
 pub struct RunDir {

@@ -4,7 +4,7 @@
 //! boot --kernel vmlinux --initrd initrd --cmdline 'console=ttyS0' --memory 256 --vcpus 1
 //! ```
 //!
-//! `--serial off` leaves the serial port out, to count a boot's exits without it.
+//! `--disk FILE` adds a read-only disk, `--serial off` leaves the serial port out, to count a boot's exits without it.
 //! Ends with the machine and prints how, and the vCPUs' exits, to standard error.
 
 use std::fs::File;
@@ -16,6 +16,9 @@ use nacre_protocol::vm::StopReason;
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
+use nacre_vmm::virtio::VirtioDevice;
+use nacre_vmm::virtio::block::{Backing, Block};
+use nacre_vmm::virtio::rng::Rng;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 type Error = Box<dyn std::error::Error>;
@@ -28,6 +31,7 @@ struct Options {
     memory_mib: u32,
     vcpus: u8,
     no_serial: bool,
+    disks: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -60,6 +64,7 @@ fn options() -> Result<Options, Error> {
             "--cmdline" => options.cmdline = value,
             "--memory" => options.memory_mib = value.parse()?,
             "--vcpus" => options.vcpus = value.parse()?,
+            "--disk" => options.disks.push(value),
             "--serial" => options.no_serial = value == "off",
             _ => return Err(format!("{name}: unknown option").into()),
         }
@@ -70,6 +75,11 @@ fn options() -> Result<Options, Error> {
 fn run(options: &Options) -> Result<Outcome, Error> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
     let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::new())];
+    for disk in &options.disks {
+        let backing = Backing::Whole(File::open(disk)?);
+        devices.push(Box::new(Block::new("disk", true, backing, 1)?));
+    }
     let machine = Machine::new(Parts {
         kvm: kvm.into(),
         vcpus: options.vcpus,
@@ -77,7 +87,7 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         kernel: File::open(&options.kernel)?,
         initrd: File::open(&options.initrd)?,
         cmdline: options.cmdline.clone(),
-        devices: Vec::new(),
+        devices,
         serial: (!options.no_serial).then(|| stdout.into()),
     })?;
     let running = machine.start()?;

@@ -32,7 +32,9 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 /// ACPI tables, the RSDP first.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// End of the space for ACPI tables.
-pub const ACPI_TABLES_END: u64 = 0x10_0000;
+pub const ACPI_TABLES_END: u64 = 0xf_0000;
+/// Where real-mode code would find the firmware's reset entry, `ffff:0000`.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Kernel and everything else start at one mebibyte.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 

@@ -19,7 +19,7 @@ use ttrpc::asynchronous::transport::Listener;
 use super::{Args, BootstrapError};
 use crate::config::Config;
 use crate::events::Publisher;
-use crate::rundir::{Proc, RunDir, State};
+use crate::rundir::{RunDir, State};
 use crate::sandbox::{Host, VmHost};
 use crate::task::{Pod, service};
 
@@ -73,15 +73,7 @@ fn become_daemon() -> Result<(), BootstrapError> {
 
 async fn run(args: &Args, config: Config) -> Result<(), BootstrapError> {
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, &args.id)?;
-    run_dir.create()?;
-    let state = State {
-        bundle: args.bundle()?,
-        daemon: Proc::of(std::process::id()),
-        socket: Some(args.socket.clone().into())
-            .filter(|path: &std::path::PathBuf| !path.as_os_str().is_empty()),
-        ..State::default()
-    };
-    run_dir.save(&state)?;
+    let state = State::of_daemon(std::process::id(), args.bundle()?, Path::new(&args.socket));
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
     let host = VmHost::new(config, run_dir.clone(), args.id.clone(), state);

@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Args, BootstrapError, group_of};
 use crate::config::Config;
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, State};
 
 /// Where containerd expects shim sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -181,10 +181,13 @@ fn spawn(
     {
         command.env(TTRPC_ADDRESS, address);
     }
-    command
+    let daemon = command
         .arg("serve")
         .spawn()
         .map_err(BootstrapError::io("start the daemon"))?;
+    // Before anyone hears of the daemon: a `delete` must find it. Its own first
+    // write comes with the pod's Create, which follows our answer.
+    run_dir.save(&State::of_daemon(daemon.id(), bundle.to_owned(), socket))?;
     Ok(())
 }
 

@@ -45,8 +45,14 @@ pub(super) fn run(out: &mut impl Write) -> io::Result<bool> {
     let mut findings = vec![cpu(), kvm(), tun(), vhost_net(), cgroup()];
     match Config::load() {
         Ok(config) => {
-            let path = Config::path().display().to_string();
-            findings.push(found("configuration", &path));
+            let path = Config::path();
+            let kind = if path.exists() {
+                ""
+            } else {
+                ": not there, defaults"
+            };
+            let detail = format!("{}{kind}", path.display());
+            findings.push(found("configuration", &detail));
             findings.extend([
                 kernel(&config.kernel),
                 initrd(&config.initrd),

@@ -331,6 +331,8 @@ mod tests {
     use nacre_protocol::vm::StopReason;
 
     /// A machine whose monitor is `sleep`, and the monitor's end of its channel.
+    /// The machine reaps it.
+    #[allow(clippy::zombie_processes)]
     fn with_stand_in() -> (VmMachine, Channel) {
         let (near, far) = Channel::pair().unwrap();
         let child = Command::new("sleep").arg("60").spawn().unwrap();

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn size(value: serde_json::Value) -> (u8, u32) {
+    fn size(value: &serde_json::Value) -> (u8, u32) {
         let mut spec = json!({"ociVersion": "1.0.2"});
         spec.as_object_mut()
             .unwrap()
@@ -100,24 +100,24 @@ mod tests {
     fn limits_and_their_absence() {
         let config = Config::default();
         let default = (config.default_vcpus, config.default_memory_mib);
-        assert_eq!(size(json!({})), default);
+        assert_eq!(size(&json!({})), default);
         let spec = json!({"linux": {"resources": {
             "memory": {"limit": 256 << 20},
             "cpu": {"quota": 150_000, "period": 100_000},
         }}});
-        assert_eq!(size(spec), (2, 320));
+        assert_eq!(size(&spec), (2, 320));
         let unlimited = json!({"linux": {"resources": {
             "memory": {"limit": -1}, "cpu": {"quota": -1},
         }}});
-        assert_eq!(size(unlimited), default);
+        assert_eq!(size(&unlimited), default);
     }
 
     #[test]
     fn annotations_win_and_cannot_overflow() {
         let pod = json!({"annotations": {MEMORY: "1073741824", CPU_QUOTA: "400000", CPU_PERIOD: "100000"}});
-        assert_eq!(size(pod), (4, 1088));
+        assert_eq!(size(&pod), (4, 1088));
         let huge = u64::MAX.to_string();
         let pod = json!({"annotations": {MEMORY: huge, CPU_QUOTA: huge, CPU_PERIOD: "0"}});
-        assert_eq!(size(pod), (64, 1 << 20));
+        assert_eq!(size(&pod), (64, 1 << 20));
     }
 }

@@ -29,6 +29,9 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
 
+/// Below a container's shared directory: EROFS layers the host had to mount.
+const LAYERS_DIR: &str = "layers";
+
 /// A container's storage, host and guest side.
 #[derive(Debug)]
 pub struct Prepared {
@@ -167,7 +170,7 @@ pub fn prepare(
 }
 
 /// Prepares the storage of a container that joins a running VM, which can get
-/// no more disks: EROFS layers that containerd has mounted are then shared.
+/// no more disks: EROFS layers are then mounted on the host and shared.
 ///
 /// # Errors
 ///
@@ -229,6 +232,7 @@ pub fn release(shared_root: &Path, container_id: &str) -> Result<(), StorageErro
     let dir = shared_root.join(container_id);
     host::unmount_below(&dir)?;
     host::remove_placeholders(&dir.join("mounts"))?;
+    host::remove_placeholders(&dir.join(LAYERS_DIR))?;
     host::remove_dir(&dir.join("rootfs"))?;
     host::remove_dir(&dir)
 }

@@ -1,6 +1,7 @@
 //! The root file system: which of the ways it takes, and taking it.
 //!
-//! [`Source::of`] only looks; [`Source::realize`] mounts and opens. The forms
+//! [`Source::of`] only looks; [`Source::realize`] (in `realize.rs`) mounts and
+//! opens. The forms
 //! containerd's snapshotters use:
 //!
 //! | snapshotter | mounts | source |
@@ -12,19 +13,16 @@
 //! | devmapper, blockfile | `ext4` | image |
 //! | `ctr run --rootfs` | none, a root path | host |
 
+mod realize;
+
 use std::ffi::OsStr;
-use std::fs::File;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
-use nacre_protocol::guest::SHARED_DIR;
 use oci_spec::runtime::Spec;
-use sha2::{Digest, Sha256};
 
-use super::{HostBacking, HostDisk, StorageError, host};
-use crate::oci::{container_dir, guest_rootfs};
+use super::{HostDisk, StorageError};
 
 /// Layer blob of containerd's erofs snapshotter, beside the layer's mount point.
 const LAYER_BLOB: &str = "layer.erofs";
@@ -36,6 +34,12 @@ pub(super) enum Source {
     Host(Vec<HostMount>),
     /// EROFS images, uppermost first, overlaid in the guest.
     Layers { images: Vec<PathBuf>, upper: Upper },
+    /// The same for a VM that takes no more disks: mounted on the host, one
+    /// over the other, and shared. `options` are the overlay's without layers.
+    HostLayers {
+        images: Vec<PathBuf>,
+        options: Vec<String>,
+    },
     /// An ext4 image, whole.
     Image { path: PathBuf, read_only: bool },
 }
@@ -104,15 +108,6 @@ impl Source {
             Ok(Self::Host(mounts.collect::<Result<_, _>>()?))
         }
     }
-
-    /// Mounts or opens the source.
-    pub fn realize(&self, container_id: &str, shared_root: &Path) -> Result<Root, StorageError> {
-        match self {
-            Self::Host(mounts) => share(mounts, container_id, shared_root),
-            Self::Layers { images, upper } => layers(images, upper, container_id),
-            Self::Image { path, read_only } => image(path, *read_only, container_id),
-        }
-    }
 }
 
 /// Reads containerd's mounts for one container.
@@ -125,9 +120,13 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn single(&self, mount: &Mount) -> Result<Source, StorageError> {
         match kind_of(mount) {
-            "erofs" => Ok(Source::Layers {
+            "erofs" if self.disks => Ok(Source::Layers {
                 images: vec![self.layer(mount)?],
                 upper: Upper::Tmpfs,
+            }),
+            "erofs" => Ok(Source::HostLayers {
+                images: vec![self.layer(mount)?],
+                options: Vec::new(),
             }),
             "ext4" => Ok(Source::Image {
                 path: self.image(mount)?,
@@ -177,17 +176,21 @@ impl Reader<'_> {
                           set fs_merge_threshold = 0 in the erofs snapshotter";
             return Err(self.unsupported(mount, reason));
         }
-        self.image(mount)
+        Ok(mount.source.clone().into())
     }
 
     fn image(&self, mount: &Mount) -> Result<PathBuf, StorageError> {
         if self.disks {
             Ok(mount.source.clone().into())
         } else {
-            Err(StorageError::NeedsDisk {
-                container_id: self.container_id.into(),
-                fstype: mount.type_.clone(),
-            })
+            Err(self.needs_disk(mount))
+        }
+    }
+
+    fn needs_disk(&self, mount: &Mount) -> StorageError {
+        StorageError::NeedsDisk {
+            container_id: self.container_id.into(),
+            fstype: mount.type_.clone(),
         }
     }
 
@@ -197,31 +200,49 @@ impl Reader<'_> {
         if kind_of(overlay) != "overlay" {
             return Err(self.unsupported(overlay, "image files before it need an overlay last"));
         }
+        let images = self.referenced_layers(overlay)?;
+        if self.disks {
+            return Ok(Source::Layers {
+                images,
+                upper: self.upper(overlay)?,
+            });
+        }
+        let options: Vec<_> = overlay
+            .options
+            .iter()
+            .filter(|option| !option.starts_with("lowerdir=") && !option.starts_with("X-"))
+            .cloned()
+            .collect();
+        if options.iter().any(|option| option.contains("{{")) {
+            return Err(self.needs_disk(overlay));
+        }
+        Ok(Source::HostLayers { images, options })
+    }
+
+    fn referenced_layers(&self, overlay: &Mount) -> Result<Vec<PathBuf>, StorageError> {
         let lower = option_value(overlay, "lowerdir")
             .ok_or_else(|| self.unsupported(overlay, "it has no lowerdir"))?;
+        let bad = || self.bad_option(overlay, lower);
         let mut images = Vec::new();
         for part in lower.split(':') {
-            let range = referenced(part).ok_or_else(|| self.bad_option(overlay, lower))?;
+            let (first, last) = referenced(part)
+                .filter(|(first, last)| (*first).max(*last) < self.mounts.len())
+                .ok_or_else(bad)?;
             // Backwards when the first number is the greater.
-            let (first, last) = (*range.start(), *range.end());
-            let indices: Vec<usize> = if first <= last {
-                range.collect()
-            } else {
-                (last..=first).rev().collect()
-            };
-            for index in indices {
-                let mount = self
-                    .mounts
-                    .get(index)
-                    .filter(|mount| kind_of(mount) == "erofs")
-                    .ok_or_else(|| self.bad_option(overlay, lower))?;
+            let step = |n: usize| first.min(last) + n;
+            let count = first.abs_diff(last) + 1;
+            let mut indices: Vec<usize> = (0..count).map(step).collect();
+            if first > last {
+                indices.reverse();
+            }
+            for mount in indices.iter().filter_map(|&index| self.mounts.get(index)) {
+                if kind_of(mount) != "erofs" {
+                    return Err(bad());
+                }
                 images.push(self.layer(mount)?);
             }
         }
-        Ok(Source::Layers {
-            images,
-            upper: self.upper(overlay)?,
-        })
+        Ok(images)
     }
 
     /// An upper directory on an image goes into the guest with the image. One
@@ -304,15 +325,15 @@ fn erofs_layers(overlay: &Mount) -> Option<Vec<PathBuf>> {
         .collect()
 }
 
-/// Indices a template stands for.
-fn referenced(template: &str) -> Option<RangeInclusive<usize>> {
+/// First and last of the indices a template stands for.
+fn referenced(template: &str) -> Option<(usize, usize)> {
     let inner = template.trim().strip_prefix("{{")?.strip_suffix("}}")?;
     let words: Vec<&str> = inner.split_whitespace().collect();
     match words.as_slice() {
-        ["overlay", first, last] => Some(first.parse().ok()?..=last.parse().ok()?),
+        ["overlay", first, last] => Some((first.parse().ok()?, last.parse().ok()?)),
         ["mount", index] => {
             let index = index.parse().ok()?;
-            Some(index..=index)
+            Some((index, index))
         }
         _ => None,
     }
@@ -322,151 +343,11 @@ fn referenced(template: &str) -> Option<RangeInclusive<usize>> {
 /// guest's mount of the image, so it may not climb.
 fn directory_on(path: &str) -> Option<(usize, &str)> {
     let (template, directory) = path.split_once("}}/")?;
-    let index = *referenced(&format!("{template}}}}}"))?.start();
+    let (index, _) = referenced(&format!("{template}}}}}"))?;
     let plain = Path::new(directory)
         .components()
         .all(|part| matches!(part, std::path::Component::Normal(_)));
     (plain && !directory.is_empty()).then_some((index, directory))
-}
-
-fn share(
-    mounts: &[HostMount],
-    container_id: &str,
-    shared_root: &Path,
-) -> Result<Root, StorageError> {
-    let target = shared_root.join(container_id).join("rootfs");
-    host::make_dir(&target)?;
-    for mount in mounts {
-        match mount {
-            HostMount::Bind { source, read_only } => host::bind(source, &target, *read_only)?,
-            HostMount::Overlay { options } => {
-                host::overlay(&target, &host::Options::parse(options))?;
-            }
-        }
-    }
-    let source = Path::new(SHARED_DIR).join(container_id).join("rootfs");
-    let storage = storage(
-        &text(&source),
-        &guest_rootfs(container_id),
-        "bind",
-        ["rbind"],
-    );
-    Ok(Root {
-        disks: Vec::new(),
-        storages: vec![storage],
-        shared: true,
-    })
-}
-
-fn image(path: &Path, read_only: bool, container_id: &str) -> Result<Root, StorageError> {
-    let serial = serial('r', container_id);
-    let options = [if read_only { "ro" } else { "rw" }];
-    let source = format!("serial:{serial}");
-    Ok(Root {
-        storages: vec![storage(
-            &source,
-            &guest_rootfs(container_id),
-            "ext4",
-            options,
-        )],
-        disks: vec![whole_disk(serial, path, read_only)?],
-        shared: false,
-    })
-}
-
-fn layers(images: &[PathBuf], upper: &Upper, container_id: &str) -> Result<Root, StorageError> {
-    let dir = container_dir(container_id);
-    let layer_serial = serial('l', container_id);
-    let mut root = Root::default();
-    let mut files = Vec::new();
-    let mut lower = Vec::new();
-    for (number, path) in (1..).zip(images) {
-        files.push(open(path, false)?);
-        let target = dir.join("layers").join(number.to_string());
-        let source = format!("serial:{layer_serial}:{number}");
-        root.storages
-            .push(storage(&source, &target, "erofs", ["ro"]));
-        lower.push(text(&target));
-    }
-    root.disks.push(HostDisk {
-        serial: layer_serial,
-        read_only: true,
-        backing: HostBacking::Partitions(files),
-    });
-
-    let scratch = dir.join("scratch");
-    let (upper_dir, work_dir) = match upper {
-        Upper::Tmpfs => {
-            root.storages
-                .push(storage("tmpfs", &scratch, "tmpfs", ["mode=0755"]));
-            ("upper", "work")
-        }
-        Upper::Disk { path, upper, work } => {
-            let serial = serial('u', container_id);
-            let source = format!("serial:{serial}");
-            root.storages
-                .push(storage(&source, &scratch, "ext4", ["rw"]));
-            root.disks.push(whole_disk(serial, path, false)?);
-            (upper.as_str(), work.as_str())
-        }
-    };
-    let options = [
-        format!("lowerdir={}", lower.join(":")),
-        format!("upperdir={}", text(&scratch.join(upper_dir))),
-        format!("workdir={}", text(&scratch.join(work_dir))),
-    ];
-    let options = options.each_ref().map(String::as_str);
-    root.storages.push(storage(
-        "overlay",
-        &guest_rootfs(container_id),
-        "overlay",
-        options,
-    ));
-    Ok(root)
-}
-
-fn storage<const N: usize>(
-    source: &str,
-    target: &Path,
-    fstype: &str,
-    options: [&str; N],
-) -> agent::Storage {
-    agent::Storage {
-        source: source.into(),
-        target: text(target),
-        fstype: fstype.into(),
-        options: options.map(str::to_owned).into(),
-        ..Default::default()
-    }
-}
-
-/// Guest paths are made of our constants and a checked id: always UTF-8.
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-fn whole_disk(serial: String, path: &Path, read_only: bool) -> Result<HostDisk, StorageError> {
-    Ok(HostDisk {
-        serial,
-        read_only,
-        backing: HostBacking::Whole(open(path, !read_only)?),
-    })
-}
-
-fn open(path: &Path, write: bool) -> Result<File, StorageError> {
-    File::options()
-        .read(true)
-        .write(write)
-        .open(path)
-        .map_err(StorageError::host("open", path))
-}
-
-/// A serial number of 17 bytes: what the disk is, and whose. Container ids are
-/// longer than the 20 bytes a serial number has.
-fn serial(role: char, container_id: &str) -> String {
-    let digest = Sha256::digest(container_id.as_bytes());
-    let hex: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
-    format!("{role}{hex}")
 }
 
 #[cfg(test)]

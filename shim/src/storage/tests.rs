@@ -127,6 +127,69 @@ fn overlay_with_more_layer_paths_than_a_page() {
     release(&shared, "c1").unwrap();
 }
 
+/// An EROFS image of one file, or none without mkfs.erofs.
+fn erofs_image(host: &Host, name: &str) -> Option<String> {
+    let tree = host.path(&format!("{name}.d"));
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::write(tree.join(name), name).unwrap();
+    let image = host.path(&format!("{name}.erofs"));
+    let made = std::process::Command::new("mkfs.erofs")
+        .args([&image, &tree])
+        .output();
+    match made {
+        Ok(output) if output.status.success() => Some(image.display().to_string()),
+        other => {
+            eprintln!("skipped: mkfs.erofs: {other:?}");
+            None
+        }
+    }
+}
+
+#[test]
+fn erofs_layers_of_a_running_vm_are_mounted_by_the_host() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let (Some(low), Some(high)) = (erofs_image(&host, "low"), erofs_image(&host, "high")) else {
+        return;
+    };
+    let layer = |source: String| Mount {
+        type_: "erofs".into(),
+        source,
+        options: vec!["ro".into(), "loop".into()],
+        ..Default::default()
+    };
+    let overlay = Mount {
+        type_: "format/mkdir/overlay".into(),
+        source: "overlay".into(),
+        options: vec!["lowerdir={{ overlay 0 1 }}".into()],
+        ..Default::default()
+    };
+    let rootfs = [layer(high), layer(low), overlay];
+    let shared = host.path("shared");
+
+    let prepared = prepare_without_disks(host.0.path(), "c1", &rootfs, &spec(&json!([])), &shared);
+
+    match prepared {
+        Err(StorageError::Host {
+            action: "mount",
+            source,
+            ..
+        }) => {
+            eprintln!("skipped: no EROFS here: {source}");
+            return;
+        }
+        prepared => assert!(prepared.unwrap().uses_shared_dir),
+    }
+    for file in ["low", "high"] {
+        let path = shared.join("c1/rootfs").join(file);
+        assert_eq!(std::fs::read_to_string(path).unwrap(), file);
+    }
+    release(&shared, "c1").unwrap();
+    assert!(!shared.join("c1").exists());
+}
+
 #[test]
 fn volumes_are_shared_copied_or_replaced() {
     if !own_mounts() {

@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 
 use super::TaskError;
 use super::io::{StdioPaths, Streams};
+use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
 use crate::events::{Publisher, timestamp};
 use crate::sandbox::{ContainerConfig, Sandbox};
@@ -49,6 +50,16 @@ pub struct Container {
 /// A call's deadline.
 pub fn deadline(limit: Duration) -> ttrpc::context::Context {
     ttrpc::context::with_duration(limit)
+}
+
+/// Gives a process's output time to be read. What is not read by then goes on
+/// being copied until the process is deleted.
+async fn drain(process: &Process) {
+    if let Some(streams) = process.detach()
+        && let Some(unread) = streams.drain(DRAIN_TIMEOUT).await
+    {
+        process.attach(unread);
+    }
 }
 
 /// For `map_err` on the agent's answers.
@@ -125,9 +136,7 @@ impl Container {
         let container = self.clone();
         tokio::spawn(async move {
             let exit = container.wait_in_guest(&process).await;
-            if let Some(streams) = process.detach() {
-                streams.drain(DRAIN_TIMEOUT).await;
-            }
+            drain(&process).await;
             info!(process = process.name(), status = exit.status, "exited");
             process
                 .finish(exit, |exit| container.report_exit(&process, exit))
@@ -241,7 +250,11 @@ impl Container {
     }
 
     async fn exec_in_guest(&self, process: &Process) -> Result<Streams, TaskError> {
-        let (streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio).await?;
+        let owner = Owner {
+            namespace: self.publisher.namespace(),
+            id: &process.exec_id,
+        };
+        let (streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio, owner).await?;
         (stdio.width, stdio.height) = process.size();
         let request = agent::ExecRequest {
             container_id: self.config.id.clone(),
@@ -323,9 +336,7 @@ impl Container {
             phase @ (Phase::Created | Phase::Starting) if !process.exec_id.is_empty() => {
                 return Err(process.wrong_phase("signal", phase));
             }
-            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {
-                ()
-            }
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {}
         }
         self.signal(&process, request.signal, request.all).await
     }
@@ -418,9 +429,7 @@ impl Container {
                     process: process.name(),
                 });
             }
-            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {
-                ()
-            }
+            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {}
         }
         let request = agent::ResizeTerminalRequest {
             container_id: self.config.id.clone(),
@@ -497,6 +506,8 @@ impl Container {
                 .await;
             self.note_cleanup("exec", answer);
         }
+        drain(&process).await;
+        process.detach();
         lock(&self.execs).remove(exec_id);
         let exit = process.phase().exit();
         Ok(exit.unwrap_or_else(|| Exit::now(NOT_STARTED_STATUS)))
@@ -522,6 +533,8 @@ impl Container {
             .delete_container(deadline(CALL_TIMEOUT), &self.container_request())
             .await;
         self.note_cleanup("container", answer);
+        drain(&self.init).await;
+        self.init.detach();
         Ok(self.init.exited().await)
     }
 

@@ -8,6 +8,7 @@
 //! | empty | no such stream; the guest gives the process `/dev/null` |
 //! | path of a FIFO | containerd, `ctr` or the CRI plugin is at its other end |
 //! | `file:///path`, path of a file | output is appended to it |
+//! | `binary:///program` as stdout | a logger takes both outputs, see [`super::logger`] |
 //!
 //! FIFOs are opened so that nothing here ever blocks or breaks when the other
 //! end comes late or goes away for a while (containerd restarts): for output
@@ -28,6 +29,7 @@ use tokio::net::unix::pipe;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
 
+use super::logger::{self, Owner};
 use crate::machine::MachineError;
 use crate::sandbox::Sandbox;
 
@@ -48,7 +50,7 @@ pub enum StreamError {
         source: io::Error,
     },
     /// A URI of a kind nacre does not serve.
-    #[error("{stream} {uri:?} is of a kind nacre does not serve; use a FIFO or file://")]
+    #[error("{stream} {uri:?} is of a kind nacre does not serve; use a FIFO, file:// or binary://")]
     Scheme {
         /// Which stream.
         stream: &'static str,
@@ -106,6 +108,7 @@ impl Streams {
     pub async fn open(
         sandbox: &Sandbox,
         paths: &StdioPaths,
+        owner: Owner<'_>,
     ) -> Result<(Self, agent::Stdio), StreamError> {
         let mut streams = Self {
             outputs: JoinSet::new(),
@@ -123,15 +126,13 @@ impl Streams {
             let keeper = Some(keeper);
             streams.stdin = Some(Stdin { keeper, copy });
         }
-        if !paths.stdout.is_empty() {
-            let sink = open_output("stdout", &paths.stdout)?;
+        let (stdout, stderr) = open_outputs(paths, owner).await?;
+        if let Some(sink) = stdout {
             let guest;
             (ids.stdout, guest) = connect(sandbox, "stdout").await?;
             streams.outputs.spawn(copy_out(guest, sink, "stdout"));
         }
-        // A terminal has one output.
-        if !paths.stderr.is_empty() && !paths.terminal {
-            let sink = open_output("stderr", &paths.stderr)?;
+        if let Some(sink) = stderr {
             let guest;
             (ids.stderr, guest) = connect(sandbox, "stderr").await?;
             streams.outputs.spawn(copy_out(guest, sink, "stderr"));
@@ -146,14 +147,15 @@ impl Streams {
         }
     }
 
-    /// Waits until all output has reached the host and its ends are closed, but
-    /// no longer than `limit`: a reader that has stopped reading must not hide
-    /// the exit. Then closes whatever is left.
-    pub async fn drain(mut self, limit: Duration) {
+    /// Closes the input and waits until all output has reached the host and its
+    /// ends are closed, but no longer than `limit`: a reader that has stopped
+    /// reading must not hide the exit. Returns what is still being copied then.
+    pub async fn drain(mut self, limit: Duration) -> Option<Self> {
         self.stdin = None;
         let all = async { while self.outputs.join_next().await.is_some() {} };
-        if tokio::time::timeout(limit, all).await.is_err() {
-            debug!("output not read in time; the rest is dropped");
+        match tokio::time::timeout(limit, all).await {
+            Ok(()) => None,
+            Err(_) => Some(self),
         }
     }
 }
@@ -193,6 +195,35 @@ fn open_input(path: &str) -> Result<(pipe::Receiver, std::fs::File), StreamError
 }
 
 type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// The host's ends of both outputs. A terminal has one output.
+async fn open_outputs(
+    paths: &StdioPaths,
+    owner: Owner<'_>,
+) -> Result<(Option<Sink>, Option<Sink>), StreamError> {
+    if paths.stdout.starts_with("binary://") {
+        let spawned = logger::spawn(&paths.stdout, owner).await;
+        let (stdout, stderr) = spawned.map_err(|source| StreamError::Open {
+            stream: "stdout",
+            path: paths.stdout.clone(),
+            source,
+        })?;
+        let stderr = (!paths.terminal).then(|| Box::new(stderr) as Sink);
+        return Ok((Some(Box::new(stdout)), stderr));
+    }
+    let open = |stream, path: &str| {
+        (!path.is_empty())
+            .then(|| open_output(stream, path))
+            .transpose()
+    };
+    let stdout = open("stdout", &paths.stdout)?;
+    let stderr = if paths.terminal {
+        None
+    } else {
+        open("stderr", &paths.stderr)?
+    };
+    Ok((stdout, stderr))
+}
 
 fn open_output(stream: &'static str, uri: &str) -> Result<Sink, StreamError> {
     let failed = |source| StreamError::Open {
@@ -317,7 +348,7 @@ mod tests {
         copy_out(guest, sink, "stdout").await;
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "old new");
         assert!(matches!(
-            open_output("stdout", "binary:///bin/logger"),
+            open_output("stdout", "tcp://host:1"),
             Err(StreamError::Scheme { .. })
         ));
         assert!(open_input("/nowhere/at/all").is_err());

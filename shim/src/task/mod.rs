@@ -6,6 +6,7 @@
 //! container.rs  what can be done to one container and its execs
 //! process.rs    one process's state machine
 //! io.rs         FIFOs and files on the host, streams to the guest
+//! logger.rs     logging programs (`binary://`)
 //! stats.rs      the agent's counters as containerd's message
 //! ```
 //!
@@ -16,6 +17,7 @@
 
 mod container;
 mod io;
+mod logger;
 mod pod;
 mod process;
 pub mod service;

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::TaskError;
 use super::container::{Container, agent_error, deadline};
 use super::io::{StdioPaths, Streams};
+use super::logger::Owner;
 use super::process::{Process, lock};
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
@@ -197,7 +198,11 @@ impl Pod {
             what: "guest spec",
             source: error.into(),
         })?;
-        let (streams, ids) = Streams::open(&sandbox, &stdio).await?;
+        let owner = Owner {
+            namespace: self.publisher.namespace(),
+            id: &config.id,
+        };
+        let (streams, ids) = Streams::open(&sandbox, &stdio, owner).await?;
         let request = agent::CreateContainerRequest {
             container_id: config.id.clone(),
             spec,

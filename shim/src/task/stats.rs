@@ -18,14 +18,14 @@ use protobuf::{Message, MessageFull};
 ///
 /// When they cannot be encoded.
 pub fn metrics(stats: agent::StatsResponse) -> protobuf::Result<Any> {
-    let (memory, memory_events) = stats.memory.into_option().map(memory).unzip();
+    let (memory, memory_events) = stats.memory.as_ref().map(memory).unzip();
     let metrics = Metrics {
-        pids: stats.pids.into_option().map(pids).into(),
-        cpu: stats.cpu.into_option().map(cpu).into(),
+        pids: stats.pids.as_ref().map(pids).into(),
+        cpu: stats.cpu.as_ref().map(cpu).into(),
         memory: memory.into(),
         memory_events: memory_events.into(),
         io: Some(IOStat {
-            usage: stats.io.into_iter().map(io).collect(),
+            usage: stats.io.iter().map(io).collect(),
             ..Default::default()
         })
         .into(),
@@ -39,7 +39,7 @@ pub fn metrics(stats: agent::StatsResponse) -> protobuf::Result<Any> {
     })
 }
 
-fn pids(pids: agent::PidsStats) -> PidsStat {
+fn pids(pids: &agent::PidsStats) -> PidsStat {
     PidsStat {
         current: pids.current,
         limit: pids.limit,
@@ -47,7 +47,7 @@ fn pids(pids: agent::PidsStats) -> PidsStat {
     }
 }
 
-fn cpu(cpu: agent::CpuStats) -> CPUStat {
+fn cpu(cpu: &agent::CpuStats) -> CPUStat {
     CPUStat {
         usage_usec: cpu.usage_usec,
         user_usec: cpu.user_usec,
@@ -59,7 +59,7 @@ fn cpu(cpu: agent::CpuStats) -> CPUStat {
     }
 }
 
-fn memory(memory: agent::MemoryStats) -> (MemoryStat, MemoryEvents) {
+fn memory(memory: &agent::MemoryStats) -> (MemoryStat, MemoryEvents) {
     let mut stat = memory_stat(&memory.stat);
     stat.usage = memory.usage;
     stat.usage_limit = memory.usage_limit;
@@ -121,7 +121,7 @@ fn memory_stat(stat: &HashMap<String, u64>) -> MemoryStat {
     )
 }
 
-fn io(io: agent::IoStats) -> IOEntry {
+fn io(io: &agent::IoStats) -> IOEntry {
     IOEntry {
         major: io.major,
         minor: io.minor,

@@ -14,8 +14,8 @@ use linux_loader::loader::elf::start_info::{
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use crate::layout;
 use crate::virtio::GuestMemory;
+use crate::{layout, power};
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const START_MAGIC: u32 = 0x336e_c578;
@@ -81,7 +81,28 @@ pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, Boot
     let module = load_initrd(memory, payload.initrd, kernel.kernel_end)?;
     write_cmdline(memory, payload.cmdline)?;
     write_start_info(memory, module)?;
+    memory.write_slice(&reset_code(), GuestAddress(layout::RESET_VECTOR))?;
     Ok(entry.0)
+}
+
+/// What runs when the kernel jumps to the firmware to reset: a write to the
+/// reset register. Linux with EFI support does so on hardware-reduced ACPI,
+/// where it takes EFI for granted and, without it, turns to the BIOS.
+fn reset_code() -> [u8; 7] {
+    const MOV_DX: u8 = 0xba;
+    const MOV_AL: u8 = 0xb0;
+    const OUT_DX_AL: u8 = 0xee;
+    const HLT: u8 = 0xf4;
+    let [low, high] = layout::PORT_RESET.to_le_bytes();
+    [
+        MOV_DX,
+        low,
+        high,
+        MOV_AL,
+        power::RESET_VALUE,
+        OUT_DX_AL,
+        HLT,
+    ]
 }
 
 /// Puts the initramfs at the top of low memory, out of the kernel's way.
@@ -157,7 +178,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<hvm_memmap_table_entry> {
     };
     let mut map = vec![
         entry(0, layout::LOW_RAM_END, TYPE_RAM),
-        entry(layout::ACPI_TABLES, layout::ACPI_TABLES_END, TYPE_RESERVED),
+        entry(layout::ACPI_TABLES, layout::HIGH_RAM_START, TYPE_RESERVED),
         entry(
             layout::ECAM_START,
             layout::ECAM_START + layout::ECAM_SIZE,

@@ -166,8 +166,8 @@ impl Agent {
         code.unsigned_abs()
     }
 
-    fn with<T>(&self, key: (String, String), f: impl FnOnce(&Process) -> T) -> Result<T> {
-        lock(&self.processes).get(&key).map(f).ok_or_else(not_found)
+    fn with<T>(&self, key: &(String, String), f: impl FnOnce(&Process) -> T) -> Result<T> {
+        lock(&self.processes).get(key).map(f).ok_or_else(not_found)
     }
 }
 
@@ -233,7 +233,7 @@ impl agent_ttrpc::Agent for Service {
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
         let key = (request.container_id, request.exec_id);
         let signal = i32::try_from(request.signal).unwrap();
-        self.0.with(key, |process| {
+        self.0.with(&key, |process| {
             if process.pid == 0 {
                 process.exit.send_replace(Some(128 + request.signal));
             }
@@ -244,7 +244,7 @@ impl agent_ttrpc::Agent for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
         let key = (request.container_id, request.exec_id);
-        let mut exit = self.0.with(key, |process| process.exit.subscribe())?;
+        let mut exit = self.0.with(&key, |process| process.exit.subscribe())?;
         let status = exit
             .wait_for(Option::is_some)
             .await

@@ -1,4 +1,6 @@
+use super::realize::layers;
 use super::*;
+use crate::storage::HostBacking;
 
 use serde_json::json;
 
@@ -129,6 +131,7 @@ fn templates_that_point_nowhere_are_errors() {
     let erofs = mount("erofs", "/s/9/layer.erofs", &["ro"]);
     for lower in [
         "{{ overlay 0 7 }}",
+        "{{ overlay 0 18446744073709551615 }}",
         "{{ mount 1 }}",
         "{{ exec 0 }}",
         "/s/9/fs",
@@ -159,6 +162,32 @@ fn unknown_type_names_type_and_container() {
         "{message}"
     );
     assert!(source_of(&[mount("mkfs/ext4", "/s/1/rw.img", &[])]).is_err());
+}
+
+#[test]
+fn running_vm_gets_raw_layers_by_the_host() {
+    let mut mounts = [
+        mount("erofs", "/s/8/layer.erofs", &["ro", "loop"]),
+        mount("erofs", "/s/9/layer.erofs", &["ro", "loop"]),
+        mount(
+            "format/mkdir/overlay",
+            "overlay",
+            &["upperdir=/s/10/fs", "lowerdir={{ overlay 1 0 }}"],
+        ),
+    ];
+    let source = |mounts: &[Mount]| Source::of(Path::new("/b"), "c1", mounts, &spec(), false);
+    assert_eq!(
+        source(&mounts).unwrap(),
+        Source::HostLayers {
+            images: vec!["/s/9/layer.erofs".into(), "/s/8/layer.erofs".into()],
+            options: vec!["upperdir=/s/10/fs".into()],
+        }
+    );
+    mounts[2].options[0] = "upperdir={{ mount 0 }}/upper".into();
+    assert!(matches!(
+        source(&mounts),
+        Err(StorageError::NeedsDisk { .. })
+    ));
 }
 
 #[test]

@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as spec;
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::Disk;
@@ -28,6 +27,9 @@ const WRITE_ZEROES: u32 = spec::VIRTIO_BLK_T_WRITE_ZEROES;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
+
+/// Address, length, whether the device writes it.
+type Buffer = (u64, u32, bool);
 
 fn file_of(bytes: &[u8]) -> File {
     let file = tempfile::tempfile().unwrap();
@@ -71,12 +73,7 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 }
 
 /// Sends a request with these data buffers; its status and used length.
-fn request(
-    driver: &mut Driver<'_>,
-    kind: u32,
-    sector: u64,
-    data: &[(u64, u32, bool)],
-) -> (u8, u32) {
+fn request(driver: &mut Driver<'_>, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
     driver.store(HEADER, &header(kind, sector));
     driver.store(STATUS, &[0xff]);
     let mut chain = vec![(HEADER, 16, false)];
@@ -145,7 +142,7 @@ fn requests_that_make_no_sense_are_answered_and_change_nothing() {
     let mut block = whole(&file, false);
     let mut driver = Driver::new(&memory, 0, 16);
     activate(&mut block, &memory, &[&driver]);
-    let cases: [(&str, u32, u64, &[(u64, u32, bool)]); 9] = [
+    let cases: [(&str, u32, u64, &[Buffer]); 9] = [
         ("past the end", IN, 8, &[(DATA, 512, true)]),
         ("across the end", OUT, 7, &[(DATA, 1024, false)]),
         ("sector overflows", IN, u64::MAX / 512, &[(DATA, 512, true)]),
@@ -177,8 +174,8 @@ fn malformed_chains_are_given_back() {
     let mut driver = Driver::new(&memory, 0, 16);
     activate(&mut block, &memory, &[&driver]);
     driver.store(HEADER, &header(OUT, 0));
-    let huge = u32::MAX;
-    let unanswered: [&[(u64, u32, bool)]; 3] = [
+    let huge = 3 << 30;
+    let unanswered: [&[Buffer]; 3] = [
         &[(HEADER, 16, false), (DATA, 512, false)],
         &[(HEADER, 16, false), (DATA, huge, true), (STATUS, 1, true)],
         &[(HEADER, 16, false), (1 << 40, 1, true)],
@@ -188,7 +185,7 @@ fn malformed_chains_are_given_back() {
         driver.kick();
         assert_eq!(driver.wait(), (head, 0));
     }
-    let answered: [&[(u64, u32, bool)]; 3] = [
+    let answered: [&[Buffer]; 3] = [
         &[(HEADER, 8, false), (STATUS, 1, true)],
         &[(HEADER, 16, false), (DATA, huge, false), (STATUS, 1, true)],
         &[(STATUS, 1, true)],
@@ -423,10 +420,8 @@ proptest! {
         let disk = Disk::open("", read_only, backing).unwrap();
         let service = Service { disk, serial: [0; 20] };
         let mut server = Server::new(&memory, &service, driver.active(), false);
-        // The driver can make at most 2^16 chains available before it has to
-        // see one used; a disk's bytes read into the rings may do so, too.
+        // Bounded however the disk's bytes, read into the rings, change them.
         let ended = (0..10_000).any(|_| !matches!(server.work(), Ok(true)));
         prop_assert!(ended);
-        prop_assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).is_ok(), true);
     }
 }

@@ -187,7 +187,7 @@ impl<'m, 's> Server<'m, 's> {
     fn report(&mut self, result: Result<(), Failure>) -> usize {
         let room = self.to.len();
         let Some(last) = room.checked_sub(1) else {
-            self.complain(result.err().unwrap_or(Failure::NoStatus));
+            self.complain(&result.err().unwrap_or(Failure::NoStatus));
             return 0;
         };
         let status = result
@@ -197,13 +197,13 @@ impl<'m, 's> Server<'m, 's> {
         match result {
             Ok(()) => room,
             Err(failure) => {
-                self.complain(failure);
+                self.complain(&failure);
                 if last == 0 { 1 } else { 0 }
             }
         }
     }
 
-    fn complain(&mut self, failure: Failure) {
+    fn complain(&mut self, failure: &Failure) {
         if self.complaints < MAX_COMPLAINTS {
             self.complaints += 1;
             tracing::warn!(error = %failure, "disk request fails");

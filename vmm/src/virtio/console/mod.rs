@@ -1,9 +1,12 @@
 //! virtio-console (virtio 1.2, 5.3), one port, for debugging only.
 //!
-//! What the guest writes goes to a file; nothing ever comes from it. Without
+//! What the guest writes goes to a file, up to a limit; nothing ever comes from
+//! it. The file should be one whose writes do not wait, or a non-blocking pipe:
+//! what it does not take at once is dropped. Without
 //! `VIRTIO_CONSOLE_F_MULTIPORT` there are two queues, receive (0) and transmit
 //! (1), and no control messages.
 
+use std::fmt::Display;
 use std::fs::File;
 
 use vmm_sys_util::epoll::EventSet;
@@ -19,6 +22,12 @@ use crate::worker::{Poller, Worker};
 /// Device type (virtio 1.2, 5.3.1).
 const DEVICE_TYPE: u16 = 3;
 const QUEUE_SIZE: u16 = 64;
+/// The transmit queue (virtio 1.2, 5.3.2).
+const TRANSMIT: usize = 1;
+/// Most bytes between a reset and the next: a guest cannot fill the host's disk.
+const MAX_OUTPUT_BYTES: u64 = 64 << 20;
+/// Most warnings about the guest's mistakes and the host's failures.
+const MAX_COMPLAINTS: u32 = 16;
 
 /// The device.
 pub struct Console {
@@ -56,8 +65,8 @@ impl VirtioDevice for Console {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let memory = activation.memory;
-        let transmit = activation.queues.into_iter().nth(1).flatten();
-        let transmit = transmit.ok_or(ActivateError::QueueDisabled(1))?;
+        let transmit = activation.queues.into_iter().nth(TRANSMIT).flatten();
+        let transmit = transmit.ok_or(ActivateError::QueueDisabled(TRANSMIT))?;
         let output = self.output.take().ok_or(ActivateError::Unavailable)?;
         let worker = Worker::spawn("virtio-console", move |poller| {
             if let Err(error) = work(poller, &memory, transmit, &output) {
@@ -76,6 +85,12 @@ impl VirtioDevice for Console {
     }
 }
 
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
 fn work(
     mut poller: Poller,
     memory: &GuestMemory,
@@ -83,53 +98,81 @@ fn work(
     output: &File,
 ) -> Result<(), RingError> {
     let mut ring = Ring::new(memory, queue);
+    let mut sink = Sink {
+        output,
+        left: MAX_OUTPUT_BYTES,
+        complaints: 0,
+    };
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
     poller
         .add(ring.kick(), edge, 0)
         .map_err(RingError::Interrupt)?;
-    loop {
-        transmit(&mut ring, memory, output)?;
-        if poller.wait(-1).map_err(RingError::Interrupt)?.is_none() {
-            return Ok(());
-        }
+    let mut busy = true;
+    while poller
+        .wait(if busy { 0 } else { -1 })
+        .map_err(RingError::Interrupt)?
+        .is_some()
+    {
+        busy = transmit(&mut ring, memory, &mut sink)?;
     }
+    Ok(())
 }
 
+/// Takes as many buffers as the ring has. Returns whether there may be more: a
+/// guest that never stops writing must not keep the thread from ending.
 fn transmit<'m>(
     ring: &mut Ring<'m>,
     memory: &'m GuestMemory,
-    output: &File,
-) -> Result<(), RingError> {
+    sink: &mut Sink<'_>,
+) -> Result<bool, RingError> {
     let mut buffers = Buffers::default();
-    loop {
-        while let Some(chain) = ring.take()? {
-            let head = chain.head_index();
-            buffers.clear();
-            match buffers.append(memory, chain, Direction::FromGuest) {
-                Ok(len) => write(&mut buffers, output, len),
-                Err(error) => tracing::warn!(%error, "console output refused"),
-            }
-            ring.give(head, 0)?;
+    for _ in 0..ring.size() {
+        let Some(chain) = ring.take()? else {
+            break;
+        };
+        let head = chain.head_index();
+        buffers.clear();
+        match buffers.append(memory, chain, Direction::FromGuest) {
+            Ok(len) => sink.write(&mut buffers, len),
+            Err(error) => sink.complain(&error),
         }
-        ring.flush()?;
-        if !ring.await_kick()? {
-            return Ok(());
-        }
+        ring.give(head, 0)?;
     }
+    ring.flush()?;
+    ring.await_kick()
 }
 
-/// Debug output is dropped where its file takes no more: it must not stop the
-/// guest.
-fn write(buffers: &mut Buffers<'_>, output: &File, len: usize) {
-    let mut done = 0;
-    while done < len {
-        match buffers.write_to(output, done, len - done) {
-            Ok(0) => return,
-            Ok(count) => done += count,
-            Err(error) => {
-                tracing::warn!(%error, "console output lost");
-                return;
+/// Where the output goes. It is dropped where the file takes no more, because
+/// it must not stop the guest.
+struct Sink<'f> {
+    output: &'f File,
+    left: u64,
+    complaints: u32,
+}
+
+impl Sink<'_> {
+    fn write(&mut self, buffers: &mut Buffers<'_>, len: usize) {
+        let mut done = 0;
+        while done < len && self.left > 0 {
+            let room = usize::try_from(self.left).unwrap_or(usize::MAX);
+            match buffers.write_to(self.output, done, room.min(len - done)) {
+                Ok(0) => return,
+                Ok(count) => {
+                    done += count;
+                    self.left = self.left.saturating_sub(count as u64);
+                    if self.left == 0 {
+                        self.complain(&format_args!("{MAX_OUTPUT_BYTES} bytes are enough"));
+                    }
+                }
+                Err(error) => return self.complain(&error),
             }
+        }
+    }
+
+    fn complain(&mut self, error: &dyn Display) {
+        if self.complaints < MAX_COMPLAINTS {
+            self.complaints += 1;
+            tracing::warn!(%error, "console output lost");
         }
     }
 }
@@ -141,8 +184,32 @@ mod tests {
     use std::sync::Arc;
 
     use crate::virtio::driver::{Driver, memory};
+    use virtio_queue::QueueOwnedT;
     use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::eventfd::EventFd;
+
+    #[test]
+    fn output_ends_at_the_limit() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 16);
+        let mut queue = driver.queue();
+        driver.add(&[(0x10_0000, 100, false)]);
+        let chain = queue.iter(&memory).unwrap().next().unwrap();
+        let mut buffers = Buffers::default();
+        buffers
+            .append(&memory, chain, Direction::FromGuest)
+            .unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut sink = Sink {
+            output: &file,
+            left: 150,
+            complaints: 0,
+        };
+        for _ in 0..3 {
+            sink.write(&mut buffers, 100);
+        }
+        assert_eq!(file.metadata().unwrap().len(), 150);
+    }
 
     #[test]
     fn output_reaches_the_file_also_after_a_reset() {

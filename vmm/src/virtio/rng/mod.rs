@@ -18,7 +18,11 @@ use crate::worker::{Poller, Worker};
 const DEVICE_TYPE: u16 = 4;
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes one request gets.
-pub const MAX_BYTES: usize = 4096;
+pub const MAX_BYTES: usize = 64 << 10;
+/// Bytes asked of the kernel at a time.
+const PIECE_BYTES: usize = 4096;
+/// Most warnings about the guest's mistakes and the host's failures.
+const MAX_COMPLAINTS: u32 = 16;
 
 /// The device.
 #[derive(Default)]
@@ -75,53 +79,81 @@ impl VirtioDevice for Rng {
     }
 }
 
+impl Drop for Rng {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
 fn work(mut poller: Poller, memory: &GuestMemory, queue: ActiveQueue) -> Result<(), RingError> {
     let mut ring = Ring::new(memory, queue);
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
     poller
         .add(ring.kick(), edge, 0)
         .map_err(RingError::Interrupt)?;
-    loop {
-        serve(&mut ring, memory)?;
-        if poller.wait(-1).map_err(RingError::Interrupt)?.is_none() {
-            return Ok(());
-        }
+    let mut complaints = 0;
+    let mut busy = true;
+    while poller
+        .wait(if busy { 0 } else { -1 })
+        .map_err(RingError::Interrupt)?
+        .is_some()
+    {
+        busy = serve(&mut ring, memory, &mut complaints)?;
     }
+    Ok(())
 }
 
-fn serve<'m>(ring: &mut Ring<'m>, memory: &'m GuestMemory) -> Result<(), RingError> {
+/// Fills as many requests as the ring has. Returns whether there may be more:
+/// a guest that never stops asking must not keep the thread from ending.
+fn serve<'m>(
+    ring: &mut Ring<'m>,
+    memory: &'m GuestMemory,
+    complaints: &mut u32,
+) -> Result<bool, RingError> {
     let mut buffers = Buffers::default();
-    loop {
-        while let Some(chain) = ring.take()? {
-            let head = chain.head_index();
-            buffers.clear();
-            let written = match buffers.append(memory, chain, Direction::ToGuest) {
-                Ok(_) => fill(&buffers),
-                Err(error) => {
-                    tracing::warn!(%error, "rng request refused");
-                    0
-                }
-            };
-            ring.give(head, written)?;
+    for _ in 0..ring.size() {
+        let Some(chain) = ring.take()? else {
+            break;
+        };
+        let head = chain.head_index();
+        buffers.clear();
+        let gathered = buffers.append(memory, chain, Direction::ToGuest);
+        if let Err(error) = &gathered
+            && *complaints < MAX_COMPLAINTS
+        {
+            *complaints += 1;
+            tracing::warn!(%error, "rng request refused");
         }
-        ring.flush()?;
-        if !ring.await_kick()? {
-            return Ok(());
-        }
+        let written = gathered.map_or(0, |_| fill(&buffers, complaints));
+        ring.give(head, written)?;
     }
+    ring.flush()?;
+    ring.await_kick()
 }
 
 /// Puts random bytes into the buffers; how many.
-fn fill(buffers: &Buffers<'_>) -> usize {
-    let mut bytes = [0u8; MAX_BYTES];
+fn fill(buffers: &Buffers<'_>, complaints: &mut u32) -> usize {
     let wanted = buffers.len().min(MAX_BYTES);
-    let part = bytes.get_mut(..wanted).unwrap_or_default();
-    // Fails for no other reason than a kernel older than 3.17.
-    if let Err(error) = getrandom::fill(part) {
-        tracing::warn!(%error, "getrandom");
-        return 0;
+    let mut bytes = [0; PIECE_BYTES];
+    let mut done = 0;
+    while done < wanted {
+        let count = PIECE_BYTES.min(wanted - done);
+        let piece = bytes.get_mut(..count).unwrap_or_default();
+        // Fails for no other reason than a kernel older than 3.17.
+        if let Err(error) = getrandom::fill(piece) {
+            if *complaints < MAX_COMPLAINTS {
+                *complaints += 1;
+                tracing::warn!(%error, "getrandom");
+            }
+            break;
+        }
+        let written = buffers.write(done, piece);
+        done += written;
+        if written < count {
+            break;
+        }
     }
-    buffers.write(0, part)
+    done
 }
 
 #[cfg(test)]
@@ -154,7 +186,10 @@ mod tests {
             assert_ne!(driver.load(0x10_0000, 64), vec![0; 64]);
             let large = driver.add(&[(0x20_0000, 1 << 20, true)]);
             driver.kick();
-            assert_eq!(driver.wait(), (large, 4096));
+            assert_eq!(driver.wait(), (large, 64 << 10));
+            let last = driver.load(0x20_0000 + (60 << 10), 8 << 10);
+            assert_ne!(last[..4096], [0; 4096]);
+            assert_eq!(last[4096..], [0; 4096]);
             let outside = driver.add(&[(1 << 40, 64, true)]);
             driver.kick();
             assert_eq!(driver.wait(), (outside, 0));

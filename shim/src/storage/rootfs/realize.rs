@@ -1,0 +1,199 @@
+//! Taking the way a [`Source`] says: mounts on the host, descriptors for disks,
+//! and the mounts the agent is to make.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use nacre_protocol::agent;
+use nacre_protocol::guest::SHARED_DIR;
+use sha2::{Digest, Sha256};
+
+use super::{HostMount, Root, Source, Upper};
+use crate::oci::{container_dir, guest_rootfs};
+use crate::storage::{HostBacking, HostDisk, LAYERS_DIR, StorageError, host};
+
+impl Source {
+    /// Mounts or opens the source.
+    pub fn realize(&self, container_id: &str, shared_root: &Path) -> Result<Root, StorageError> {
+        match self {
+            Self::Host(mounts) => share(mounts, container_id, shared_root),
+            Self::Layers { images, upper } => layers(images, upper, container_id),
+            Self::HostLayers { images, options } => {
+                share_layers(images, options, container_id, shared_root)
+            }
+            Self::Image { path, read_only } => image(path, *read_only, container_id),
+        }
+    }
+}
+
+fn share(
+    mounts: &[HostMount],
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<Root, StorageError> {
+    let target = shared_root.join(container_id).join("rootfs");
+    host::make_dir(&target)?;
+    for mount in mounts {
+        match mount {
+            HostMount::Bind { source, read_only } => host::bind(source, &target, *read_only)?,
+            HostMount::Overlay { options } => {
+                host::overlay(&target, &host::Options::parse(options))?;
+            }
+        }
+    }
+    Ok(shared(container_id))
+}
+
+/// A root file system in the shared directory.
+fn shared(container_id: &str) -> Root {
+    let source = Path::new(SHARED_DIR).join(container_id).join("rootfs");
+    let target = guest_rootfs(container_id);
+    Root {
+        disks: Vec::new(),
+        storages: vec![storage(&text(&source), &target, "bind", ["rbind"])],
+        shared: true,
+    }
+}
+
+/// Mounts EROFS images below the container's shared directory, where `release`
+/// finds them, and an overlay over them.
+fn share_layers(
+    images: &[PathBuf],
+    options: &[String],
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<Root, StorageError> {
+    let dir = shared_root.join(container_id);
+    let target = dir.join("rootfs");
+    host::make_dir(&target)?;
+    if let ([image], []) = (images, options) {
+        host::erofs(image, &target)?;
+        return Ok(shared(container_id));
+    }
+    let mut lower = Vec::new();
+    for (number, image) in (1..).zip(images) {
+        let layer = dir.join(LAYERS_DIR).join(number.to_string());
+        host::make_dir(&layer)?;
+        host::erofs(image, &layer)?;
+        lower.push(text(&layer));
+    }
+    let mut options = options.to_vec();
+    options.push(format!("lowerdir={}", lower.join(":")));
+    host::overlay(&target, &host::Options::parse(&options))?;
+    Ok(shared(container_id))
+}
+
+fn image(path: &Path, read_only: bool, container_id: &str) -> Result<Root, StorageError> {
+    let serial = serial('r', container_id);
+    let options = [if read_only { "ro" } else { "rw" }];
+    let source = format!("serial:{serial}");
+    Ok(Root {
+        storages: vec![storage(
+            &source,
+            &guest_rootfs(container_id),
+            "ext4",
+            options,
+        )],
+        disks: vec![whole_disk(serial, path, read_only)?],
+        shared: false,
+    })
+}
+
+pub(super) fn layers(
+    images: &[PathBuf],
+    upper: &Upper,
+    container_id: &str,
+) -> Result<Root, StorageError> {
+    let dir = container_dir(container_id);
+    let layer_serial = serial('l', container_id);
+    let mut root = Root::default();
+    let mut files = Vec::new();
+    let mut lower = Vec::new();
+    for (number, path) in (1..).zip(images) {
+        files.push(open(path, false)?);
+        let target = dir.join("layers").join(number.to_string());
+        let source = format!("serial:{layer_serial}:{number}");
+        root.storages
+            .push(storage(&source, &target, "erofs", ["ro"]));
+        lower.push(text(&target));
+    }
+    root.disks.push(HostDisk {
+        serial: layer_serial,
+        read_only: true,
+        backing: HostBacking::Partitions(files),
+    });
+
+    let scratch = dir.join("scratch");
+    let (upper_dir, work_dir) = match upper {
+        Upper::Tmpfs => {
+            root.storages
+                .push(storage("tmpfs", &scratch, "tmpfs", ["mode=0755"]));
+            ("upper", "work")
+        }
+        Upper::Disk { path, upper, work } => {
+            let serial = serial('u', container_id);
+            let source = format!("serial:{serial}");
+            root.storages
+                .push(storage(&source, &scratch, "ext4", ["rw"]));
+            root.disks.push(whole_disk(serial, path, false)?);
+            (upper.as_str(), work.as_str())
+        }
+    };
+    let options = [
+        format!("lowerdir={}", lower.join(":")),
+        format!("upperdir={}", text(&scratch.join(upper_dir))),
+        format!("workdir={}", text(&scratch.join(work_dir))),
+    ];
+    let options = options.each_ref().map(String::as_str);
+    root.storages.push(storage(
+        "overlay",
+        &guest_rootfs(container_id),
+        "overlay",
+        options,
+    ));
+    Ok(root)
+}
+
+fn storage<const N: usize>(
+    source: &str,
+    target: &Path,
+    fstype: &str,
+    options: [&str; N],
+) -> agent::Storage {
+    agent::Storage {
+        source: source.into(),
+        target: text(target),
+        fstype: fstype.into(),
+        options: options.map(str::to_owned).into(),
+        ..Default::default()
+    }
+}
+
+/// Guest paths are made of our constants and a checked id: always UTF-8.
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn whole_disk(serial: String, path: &Path, read_only: bool) -> Result<HostDisk, StorageError> {
+    Ok(HostDisk {
+        serial,
+        read_only,
+        backing: HostBacking::Whole(open(path, !read_only)?),
+    })
+}
+
+fn open(path: &Path, write: bool) -> Result<File, StorageError> {
+    File::options()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map_err(StorageError::host("open", path))
+}
+
+/// A serial number of 17 bytes: what the disk is, and whose. Container ids are
+/// longer than the 20 bytes a serial number has.
+fn serial(role: char, container_id: &str) -> String {
+    let digest = Sha256::digest(container_id.as_bytes());
+    let hex: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
+    format!("{role}{hex}")
+}

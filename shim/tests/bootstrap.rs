@@ -1,0 +1,155 @@
+//! The shim's binary as containerd runs it: `start`, a call or two, `delete`.
+//! No VM runs; what is tested is the daemon around it.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::{
+    ConnectRequest, CreateTaskRequest, DeleteResponse, ShutdownRequest,
+};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use protobuf::Message;
+use ttrpc::context::with_duration;
+
+struct Host {
+    directory: tempfile::TempDir,
+}
+
+impl Host {
+    /// `None`, with the reason on stderr, where the daemon cannot run.
+    fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: the daemon leaves its mount namespace, which takes root");
+            return None;
+        }
+        let host = Self {
+            directory: tempfile::tempdir().unwrap(),
+        };
+        let config = format!("run_dir = {:?}\n", host.path("run"));
+        std::fs::write(host.path("nacre.toml"), config).unwrap();
+        std::fs::create_dir(host.path("bundle")).unwrap();
+        std::fs::write(
+            host.path("bundle/config.json"),
+            r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"linux":{"namespaces":[]}}"#,
+        )
+        .unwrap();
+        std::fs::create_dir(host.path("bundle/rootfs")).unwrap();
+        Some(host)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn run(&self, id: &str, action: &str, input: &[u8]) -> Vec<u8> {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_containerd-shim-nacre-v2"))
+            .args(["-namespace", "test", "-address", "/no/containerd.sock"])
+            .args(["-publish-binary", "containerd", "-id", id, "-bundle"])
+            .arg(self.path("bundle"))
+            .arg(action)
+            .current_dir(self.path("bundle"))
+            .env("NACRE_CONFIG", self.path("nacre.toml"))
+            .env_remove("TTRPC_ADDRESS")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{action}: {output:?}");
+        output.stdout
+    }
+
+    fn start(&self, id: &str) -> String {
+        let params = BootstrapParams {
+            instance_id: id.into(),
+            socket_dir: Some(self.path("s").to_str().unwrap().into()),
+            ..Default::default()
+        };
+        let answer = self.run(id, "start", &params.write_to_bytes().unwrap());
+        let result = BootstrapResult::parse_from_bytes(&answer).unwrap();
+        assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
+        result.address
+    }
+
+    fn run_dir(&self, id: &str) -> PathBuf {
+        self.path("run").join("test").join(id)
+    }
+
+    fn log(&self, id: &str) -> String {
+        std::fs::read_to_string(self.run_dir(id).join("log")).unwrap_or_default()
+    }
+}
+
+/// Waits until the daemon's end of a connection closes, that is, until it is gone.
+fn wait_for_end(connection: UnixStream) {
+    connection
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let mut line = String::new();
+    let end = BufReader::new(connection).read_line(&mut line);
+    assert!(matches!(end, Ok(0)), "{end:?}");
+}
+
+fn connect(address: &str) -> UnixStream {
+    UnixStream::connect(address.strip_prefix("unix://").unwrap()).unwrap()
+}
+
+fn wait_until_gone(path: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while path.exists() {
+        assert!(Instant::now() < deadline, "{} stays", path.display());
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_serves_refuses_and_leaves_nothing() {
+    let Some(host) = Host::new() else { return };
+    let address = host.start("pod");
+    assert_eq!(host.start("pod"), address, "a live daemon is found again");
+    let witness = connect(&address);
+    let client = TaskClient::new(Client::connect(&address).await.unwrap());
+    let context = || with_duration(Duration::from_secs(10));
+
+    let connected = client.connect(context(), &ConnectRequest::default()).await;
+    assert_ne!(connected.unwrap().shim_pid, std::process::id());
+    let create = CreateTaskRequest {
+        id: "pod".into(),
+        bundle: host.path("bundle").to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let refused = client.create(context(), &create).await.unwrap_err();
+    let ttrpc::Error::RpcStatus(status) = refused else {
+        panic!("{refused}: {}", host.log("pod"));
+    };
+    assert_eq!(status.code(), ttrpc::Code::INVALID_ARGUMENT, "{status}");
+    assert!(status.message().contains("host's network"), "{status}");
+
+    // The daemon may be gone before its answer is out.
+    let _ = client
+        .shutdown(context(), &ShutdownRequest::default())
+        .await;
+    wait_for_end(witness);
+    wait_until_gone(&host.run_dir("pod"));
+    assert!(!Path::new(address.strip_prefix("unix://").unwrap()).exists());
+}
+
+#[test]
+fn delete_ends_a_daemon_and_can_be_repeated() {
+    let Some(host) = Host::new() else { return };
+    let address = host.start("pod");
+    let witness = connect(&address);
+    for _ in 0..2 {
+        let answer = host.run("pod", "delete", b"");
+        let response = DeleteResponse::parse_from_bytes(&answer).unwrap();
+        assert_eq!(response.exit_status, 137);
+    }
+    wait_for_end(witness);
+    assert!(!host.run_dir("pod").exists());
+}
