@@ -15,7 +15,7 @@ LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench lab e2e install kernel stage clean
+.PHONY: setup build test unit lint demo lab e2e install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -45,6 +45,11 @@ stage: build kernel
 	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
 
+# The monitor without shim and agent, for tests and the demonstration.
+stage-boot: stage
+	@cargo build --release --locked -p nacre-vmm --example boot
+	@install -m 755 target/release/examples/boot $(STAGE)$(PREFIX)/bin/boot
+
 install: stage
 	@cp -r --no-preserve=ownership $(STAGE)/. $(DESTDIR)/
 	@echo "installed below $(or $(DESTDIR),/); next: nacre check"
@@ -58,9 +63,7 @@ unit: setup
 	RUST_BACKTRACE=1 cargo test --locked --workspace --exclude nacre-tests
 
 # The end-to-end tests: one lab, all tests. E2E='name' runs those that match.
-e2e: stage
-	@cargo build --release --locked -p nacre-vmm --example boot
-	@install -m 755 target/release/examples/boot $(STAGE)$(PREFIX)/bin/boot
+e2e: stage stage-boot
 	@cargo test --release --locked -p nacre-tests --no-run
 	@install -m 755 "$$(cargo test --release --locked -p nacre-tests --no-run --message-format=json 2>/dev/null | \
 	  sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/nacre-e2e
@@ -68,7 +71,7 @@ e2e: stage
 
 test: lint unit e2e
 
-demo: stage
+demo: stage stage-boot
 	@$(LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
 
 lab: stage

@@ -275,6 +275,22 @@ impl Sandbox {
         self.machine.stopped().await
     }
 
+    /// A call to the agent that is over when the machine is, at the latest.
+    ///
+    /// # Errors
+    ///
+    /// The call's own; `RemoteClosed` when the machine is dead.
+    pub async fn unless_stopped<T>(
+        &self,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> ttrpc::Result<T> {
+        tokio::select! {
+            biased;
+            _ = self.stopped() => Err(ttrpc::Error::RemoteClosed),
+            answer = call => answer,
+        }
+    }
+
     /// Ends the machine at once.
     pub fn kill(&self) {
         self.machine.kill();

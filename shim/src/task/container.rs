@@ -1,4 +1,5 @@
-//! One container: its init process, its execs, and what can be done to them.
+//! One container: its init process and its execs, from start to deletion. What
+//! can be done to them in between is in `control.rs`.
 //!
 //! Each process, once the guest has it, has a task that waits for its end:
 //!
@@ -11,12 +12,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use containerd_shim_protos::api::{ExecProcessRequest, KillRequest, StateResponse};
-use containerd_shim_protos::events::task::{
-    TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
-};
+use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
 use nacre_protocol::agent;
-use oci_spec::runtime::{LinuxResources, Process as OciProcess};
+use oci_spec::runtime::Process as OciProcess;
 use tracing::{error, info, warn};
 
 use super::TaskError;
@@ -27,7 +26,7 @@ use crate::events::{Publisher, timestamp};
 use crate::sandbox::{ContainerConfig, Sandbox};
 
 /// Time the agent has for a call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time output has to reach its readers after the exit.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time a process has to die of SIGKILL.
@@ -40,11 +39,11 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// A container.
 pub struct Container {
-    config: ContainerConfig,
-    init: Arc<Process>,
+    pub(super) config: ContainerConfig,
+    pub(super) init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
-    sandbox: Arc<Sandbox>,
-    publisher: Publisher,
+    pub(super) sandbox: Arc<Sandbox>,
+    pub(super) publisher: Publisher,
 }
 
 /// A call's deadline.
@@ -319,172 +318,6 @@ impl Container {
         serde_json::to_vec(&process).map_err(unusable)
     }
 
-    /// Sends a signal.
-    ///
-    /// # Errors
-    ///
-    /// `Finished` for a process that has exited, `WrongPhase` for an exec that
-    /// was not started, the guest's refusal.
-    pub async fn kill(&self, request: &KillRequest) -> Result<(), TaskError> {
-        let process = self.process(&request.exec_id)?;
-        match process.phase() {
-            Phase::Stopped(_) | Phase::Deleting(_) => {
-                return Err(TaskError::Finished {
-                    process: process.name(),
-                });
-            }
-            phase @ (Phase::Created | Phase::Starting) if !process.exec_id.is_empty() => {
-                return Err(process.wrong_phase("signal", phase));
-            }
-            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {}
-        }
-        self.signal(&process, request.signal, request.all).await
-    }
-
-    async fn signal(&self, process: &Process, signal: u32, all: bool) -> Result<(), TaskError> {
-        let request = agent::SignalRequest {
-            container_id: self.config.id.clone(),
-            exec_id: process.exec_id.clone(),
-            signal,
-            all,
-            ..Default::default()
-        };
-        self.sandbox
-            .agent()
-            .signal(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("signal"))
-    }
-
-    /// Freezes the container.
-    ///
-    /// # Errors
-    ///
-    /// `WrongPhase` unless it runs; the guest's refusal, after which it runs.
-    pub async fn pause(&self) -> Result<(), TaskError> {
-        self.init.advance("pause", |phase| {
-            (phase == Phase::Running).then_some(Phase::Pausing)
-        })?;
-        let paused = self
-            .sandbox
-            .agent()
-            .pause(deadline(CALL_TIMEOUT), &self.container_request())
-            .await;
-        self.init.advance("pause", |phase| match (phase, &paused) {
-            (Phase::Pausing, Ok(_)) => {
-                self.publisher.publish(&TaskPaused {
-                    container_id: self.config.id.clone(),
-                    ..Default::default()
-                });
-                Some(Phase::Paused)
-            }
-            (Phase::Pausing, Err(_)) => Some(Phase::Running),
-            // It exited meanwhile.
-            _ => None,
-        })?;
-        paused.map(drop).map_err(agent_error("pause"))
-    }
-
-    /// Thaws the container.
-    ///
-    /// # Errors
-    ///
-    /// `WrongPhase` unless it is paused; the guest's refusal.
-    pub async fn resume(&self) -> Result<(), TaskError> {
-        let phase = self.init.phase();
-        if phase != Phase::Paused {
-            return Err(self.init.wrong_phase("resume", phase));
-        }
-        self.sandbox
-            .agent()
-            .resume(deadline(CALL_TIMEOUT), &self.container_request())
-            .await
-            .map_err(agent_error("resume"))?;
-        self.init.advance("resume", |phase| {
-            (phase == Phase::Paused).then(|| {
-                self.publisher.publish(&TaskResumed {
-                    container_id: self.config.id.clone(),
-                    ..Default::default()
-                });
-                Phase::Running
-            })
-        })?;
-        Ok(())
-    }
-
-    /// Changes the size of a process's terminal, or notes it for the start of an
-    /// exec.
-    ///
-    /// # Errors
-    ///
-    /// `NoExec`, `Finished`, the guest's refusal.
-    pub async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), TaskError> {
-        let process = self.process(exec_id)?;
-        process.set_size(width, height);
-        match process.phase() {
-            Phase::Created | Phase::Starting if !exec_id.is_empty() => return Ok(()),
-            Phase::Stopped(_) | Phase::Deleting(_) => {
-                return Err(TaskError::Finished {
-                    process: process.name(),
-                });
-            }
-            Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {}
-        }
-        let request = agent::ResizeTerminalRequest {
-            container_id: self.config.id.clone(),
-            exec_id: exec_id.to_owned(),
-            width,
-            height,
-            ..Default::default()
-        };
-        self.sandbox
-            .agent()
-            .resize_terminal(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("resize the terminal"))
-    }
-
-    /// Applies new limits in the guest.
-    ///
-    /// # Errors
-    ///
-    /// `Spec` for resources that are none; the guest's refusal.
-    pub async fn update(&self, json: &[u8]) -> Result<(), TaskError> {
-        let unusable = |error: serde_json::Error| TaskError::Spec {
-            container_id: self.config.id.clone(),
-            what: "resources",
-            source: error.into(),
-        };
-        // Read and written anew: the guest gets only what OCI knows.
-        let resources: LinuxResources = serde_json::from_slice(json).map_err(unusable)?;
-        let request = agent::UpdateRequest {
-            container_id: self.config.id.clone(),
-            resources: serde_json::to_vec(&resources).map_err(unusable)?,
-            ..Default::default()
-        };
-        self.sandbox
-            .agent()
-            .update(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("update the limits"))
-    }
-
-    /// The container's counters.
-    ///
-    /// # Errors
-    ///
-    /// The guest's refusal.
-    pub async fn stats(&self) -> Result<agent::StatsResponse, TaskError> {
-        self.sandbox
-            .agent()
-            .stats(deadline(CALL_TIMEOUT), &self.container_request())
-            .await
-            .map_err(agent_error("read the counters"))
-    }
-
     /// Forgets an exec that has exited or was never started.
     ///
     /// # Errors
@@ -499,11 +332,11 @@ impl Container {
         })?;
         if before != Phase::Created {
             let request = self.process_request(&process);
-            let answer = self
+            let call = self
                 .sandbox
                 .agent()
-                .delete_exec(deadline(CALL_TIMEOUT), &request)
-                .await;
+                .delete_exec(deadline(CALL_TIMEOUT), &request);
+            let answer = self.sandbox.unless_stopped(call).await;
             self.note_cleanup("exec", answer);
         }
         drain(&process).await;
@@ -527,11 +360,12 @@ impl Container {
             Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
             _ => None,
         })?;
-        let answer = self
+        let request = self.container_request();
+        let call = self
             .sandbox
             .agent()
-            .delete_container(deadline(CALL_TIMEOUT), &self.container_request())
-            .await;
+            .delete_container(deadline(CALL_TIMEOUT), &request);
+        let answer = self.sandbox.unless_stopped(call).await;
         self.note_cleanup("container", answer);
         drain(&self.init).await;
         self.init.detach();
@@ -569,7 +403,7 @@ impl Container {
         }
     }
 
-    fn container_request(&self) -> agent::ContainerRequest {
+    pub(super) fn container_request(&self) -> agent::ContainerRequest {
         agent::ContainerRequest {
             container_id: self.config.id.clone(),
             ..Default::default()

@@ -3,7 +3,8 @@
 //! ```text
 //! service.rs    the ttrpc trait; each method only delegates
 //! pod.rs        the containers of one pod, its one sandbox, create and shutdown
-//! container.rs  what can be done to one container and its execs
+//! container.rs  one container and its execs, from start to deletion
+//! control.rs    signals, pause, terminal size, limits, counters
 //! process.rs    one process's state machine
 //! io.rs         FIFOs and files on the host, streams to the guest
 //! logger.rs     logging programs (`binary://`)
@@ -16,6 +17,7 @@
 //! status or a counter, and nothing on the host depends on its being true.
 
 mod container;
+mod control;
 mod io;
 mod logger;
 mod pod;

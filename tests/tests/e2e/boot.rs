@@ -1,5 +1,6 @@
 //! The monitor alone: our kernel on real KVM, started by vmm's example `boot`
 //! with an initramfs of busybox. What the guest does last decides how it ends.
+//! It speaks by kernel messages of the one level that a quiet kernel prints.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,10 +16,12 @@ fn boot(script: &str, options: &[&str]) -> Said {
     let directory = std::env::temp_dir().join(format!("boot-{:?}", std::thread::current().id()));
     let tree = directory.join("tree");
     fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::create_dir_all(tree.join("dev")).unwrap();
     fs::create_dir_all(tree.join("proc")).unwrap();
     fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
     let init = format!(
-        "#!/bin/busybox sh\nPATH=/bin\nbusybox --install -s /bin\nmount -t proc proc /proc\n{script}\n"
+        "#!/bin/busybox sh\nPATH=/bin\nbusybox mount -t proc proc /proc\nbusybox --install -s /bin\n\
+         mount -t devtmpfs dev /dev\nsay() {{ echo \"<0>$*\" >/dev/kmsg; }}\n{script}\n"
     );
     fs::write(tree.join("init"), init).unwrap();
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
@@ -46,7 +49,7 @@ fn pack(tree: &Path, initrd: &Path) {
 #[test]
 fn kernel_boots_and_powers_off() {
     let before = Machine::now();
-    let said = boot("echo kernel $(uname -r); poweroff -f", &[]).exits(0);
+    let said = boot("say kernel $(uname -r); poweroff -f", &[]).exits(0);
     let host = run("uname", &["-r"]).stdout;
     let guest = said
         .stdout
@@ -61,7 +64,7 @@ fn kernel_boots_and_powers_off() {
 #[test]
 fn processors_are_all_there() {
     let said = boot(
-        "echo processors $(grep -c ^processor /proc/cpuinfo); poweroff -f",
+        "say processors $(grep -c ^processor /proc/cpuinfo); poweroff -f",
         &["--vcpus", "4"],
     );
     assert!(
