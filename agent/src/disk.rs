@@ -1,0 +1,133 @@
+//! virtio-blk disks by serial number.
+//!
+//! /sys/block/vdX/serial asks the device (virtio 1.2, 5.2.6.1). Disks that are
+//! there at boot are found at once; one that was just attached shows up in
+//! /dev, which is watched.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::inotify::AddWatchFlags;
+
+use crate::error::{Context, Error, Result};
+use crate::watch::Watch;
+
+/// How long a disk may take to appear.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A disk or one of its partitions, as a `Storage` source names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskRef {
+    serial: String,
+    partition: Option<u32>,
+}
+
+impl DiskRef {
+    /// Parses "serial:X" and "serial:X:n"; `None` for any other source.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidArgument` for an empty serial or a partition below 1.
+    pub fn parse(source: &str) -> Result<Option<Self>> {
+        let Some(rest) = source.strip_prefix("serial:") else {
+            return Ok(None);
+        };
+        let bad = || Error::InvalidArgument(format!("disk {source:?}"));
+        let (serial, partition) = match rest.split_once(':') {
+            None => (rest, None),
+            Some((serial, number)) => (serial, Some(number.parse().map_err(|_| bad())?)),
+        };
+        if serial.is_empty() || partition == Some(0) {
+            return Err(bad());
+        }
+        Ok(Some(Self {
+            serial: serial.into(),
+            partition,
+        }))
+    }
+
+    /// Looks the disk up, waiting for it if need be.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it does not appear in time.
+    pub async fn wait(&self) -> Result<PathBuf> {
+        let (sys, dev) = (Path::new("/sys/block"), Path::new("/dev"));
+        if let Some(path) = self.find(sys, dev).context("look for a disk")? {
+            return Ok(path);
+        }
+        let watch = Watch::new(dev, AddWatchFlags::IN_CREATE).context("watch /dev")?;
+        let appear = async {
+            loop {
+                if let Some(path) = self.find(sys, dev).context("look for a disk")? {
+                    return Ok(path);
+                }
+                watch.changed().await.context("watch /dev")?;
+            }
+        };
+        tokio::time::timeout(LIMIT, appear)
+            .await
+            .unwrap_or_else(|_| Err(Error::NotFound(format!("disk with serial {:?}", self.serial))))
+    }
+
+    fn find(&self, sys: &Path, dev: &Path) -> io::Result<Option<PathBuf>> {
+        for entry in fs::read_dir(sys)? {
+            let entry = entry?;
+            // Disks of other kinds have no such file.
+            let Ok(serial) = fs::read_to_string(entry.path().join("serial")) else {
+                continue;
+            };
+            if serial.trim_end_matches(['\n', '\0']) != self.serial {
+                continue;
+            }
+            let disk = entry.file_name().to_string_lossy().into_owned();
+            let name = match self.partition {
+                None => disk,
+                Some(number) => format!("{disk}{number}"),
+            };
+            return Ok(Some(dev.join(name)).filter(|path| path.exists()));
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources() {
+        let parse = |source| DiskRef::parse(source).unwrap();
+        assert_eq!(parse("tmpfs"), None);
+        let whole = parse("serial:layers").unwrap();
+        assert_eq!((whole.serial.as_str(), whole.partition), ("layers", None));
+        let part = parse("serial:layers:12").unwrap();
+        assert_eq!(part.partition, Some(12));
+        for bad in ["serial:", "serial:x:0", "serial:x:y", "serial::1"] {
+            assert!(DiskRef::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks_are_found_by_serial() {
+        let (sys, dev) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for (disk, serial) in [("vda", "one\n"), ("vdb", "two")] {
+            fs::create_dir(sys.path().join(disk)).unwrap();
+            fs::write(sys.path().join(disk).join("serial"), serial).unwrap();
+        }
+        fs::create_dir(sys.path().join("loop0")).unwrap();
+        fs::write(dev.path().join("vdb"), "").unwrap();
+        fs::write(dev.path().join("vdb2"), "").unwrap();
+        let find = |source: &str| {
+            let disk = DiskRef::parse(source).unwrap().unwrap();
+            disk.find(sys.path(), dev.path()).unwrap()
+        };
+        assert_eq!(find("serial:two"), Some(dev.path().join("vdb")));
+        assert_eq!(find("serial:two:2"), Some(dev.path().join("vdb2")));
+        assert_eq!(find("serial:two:3"), None, "partition not there yet");
+        assert_eq!(find("serial:one"), None, "node not there yet");
+        assert_eq!(find("serial:three"), None);
+    }
+}

@@ -1,0 +1,300 @@
+//! The helper program, `nacre-agent init`: one thread, short-lived.
+//!
+//! It joins namespaces and the container's cgroup, forks a sibling (so that
+//! the new process is the agent's child), reports its PID and exits. The
+//! sibling becomes the container's process.
+
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use nix::sched::{CloneFlags, setns};
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec};
+use serde::{Deserialize, Serialize};
+
+use super::error::{InitError, Step};
+use super::process::Launch;
+use super::rootfs;
+use super::sync::{self, Report};
+use super::sys::{self, WindowSize};
+
+/// First argument that makes the agent's program the helper.
+pub const COMMAND: &str = "init";
+/// Descriptor of the request, a memfd.
+pub const REQUEST_FD: RawFd = 3;
+/// Descriptor of the socket to the agent.
+pub const SYNC_FD: RawFd = 4;
+
+/// What the helper is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// The container's cgroup.
+    pub cgroup: PathBuf,
+    /// Initial size of the terminal.
+    pub window: Option<WindowSize>,
+    /// Which process.
+    pub kind: Kind,
+}
+
+/// The kinds of processes.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Kind {
+    /// The first process of a container.
+    Create(Box<Spec>),
+    /// A further one.
+    Exec {
+        /// PID of the container's first process.
+        container_pid: i32,
+        /// The process.
+        process: Box<Process>,
+        /// The container's profile.
+        seccomp: Option<LinuxSeccomp>,
+    },
+}
+
+/// Runs the helper; the exit code is for whoever looks at it.
+pub fn main() -> ExitCode {
+    let socket = sys::inherited(SYNC_FD);
+    let request = File::from(sys::inherited(REQUEST_FD));
+    let Err(error) = run(request, &socket) else {
+        return ExitCode::SUCCESS;
+    };
+    // The agent learns of an undelivered report by the end of file and by the
+    // exit status.
+    let _ = sync::send(&socket, &Report::Failed(error.into()), None);
+    ExitCode::from(127)
+}
+
+/// Returns in the helper; the sibling leaves by execve or an error.
+fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
+    let mut body = Vec::new();
+    file.rewind().and_then(|()| file.read_to_end(&mut body)).step(|| "read the request")?;
+    drop(file);
+    let request: Request = serde_json::from_slice(&body).step(|| "parse the request")?;
+    drop(body);
+    sys::cloexec_from(SYNC_FD).step(|| "set close-on-exec")?;
+    sys::set_undumpable().step(|| "hide the helper")?;
+    let flags = match &request.kind {
+        Kind::Create(spec) => {
+            join_cgroup(&request.cgroup, None)?;
+            join_listed(spec)?
+        }
+        Kind::Exec { container_pid, .. } => {
+            join_cgroup(&request.cgroup, Some(*container_pid))?;
+            join_container(*container_pid)?;
+            0
+        }
+    };
+    match sys::fork_sibling(flags).step(|| "fork into new namespaces")? {
+        Some(pid) => {
+            sync::send(socket, &Report::Pid(pid.as_raw()), None).step(|| "report the pid")
+        }
+        None => match become_process(&request, socket)? {},
+    }
+}
+
+fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, InitError> {
+    nix::unistd::setsid().step(|| "setsid")?;
+    match &request.kind {
+        Kind::Create(spec) => create(spec, request, socket),
+        Kind::Exec {
+            process, seccomp, ..
+        } => {
+            set_oom_score(process)?;
+            let launch = Launch {
+                process,
+                seccomp: seccomp.as_ref(),
+                window: request.window,
+                waits: false,
+                console: false,
+            };
+            launch.run(socket)
+        }
+    }
+}
+
+fn create(spec: &Spec, request: &Request, socket: &OwnedFd) -> Result<Infallible, InitError> {
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| InitError::Invalid("the specification has no process".into()))?;
+    let linux = spec.linux().as_ref();
+    // These go through the guest's /proc, which is gone after pivot_root.
+    set_oom_score(process)?;
+    set_sysctls(spec)?;
+    set_names(spec)?;
+    if is_new(spec, LinuxNamespaceType::Network) {
+        sys::loopback_up().step(|| "bring up loopback")?;
+    }
+    rootfs::enter(spec, &request.cgroup)?;
+    let launch = Launch {
+        process,
+        seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
+        window: request.window,
+        waits: true,
+        console: true,
+    };
+    launch.run(socket)
+}
+
+/// Enters the cgroup, or the one the container's init has moved to: an init
+/// system that enabled controllers below made its own cgroup unenterable.
+fn join_cgroup(cgroup: &Path, container_pid: Option<i32>) -> Result<(), InitError> {
+    let enter = |cgroup: &Path| fs::write(cgroup.join("cgroup.procs"), "0");
+    let result = match (enter(cgroup), container_pid) {
+        (Err(error), Some(pid)) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let text = fs::read_to_string(format!("/proc/{pid}/cgroup"));
+            let text = text.step(|| format!("read the cgroup of {pid}"))?;
+            let name = cgroup.file_name().unwrap_or_default().to_string_lossy();
+            let below = text
+                .lines()
+                .find_map(|line| line.strip_prefix("0::"))
+                .and_then(|path| path.split_once(&format!("/{name}/")))
+                .map(|(_, below)| cgroup.join(below));
+            below.map_or(Err(error), |cgroup| enter(&cgroup))
+        }
+        (result, _) => result,
+    };
+    result.step(|| format!("enter cgroup {}", cgroup.display()))
+}
+
+fn clone_flag(kind: LinuxNamespaceType) -> libc::c_int {
+    match kind {
+        LinuxNamespaceType::Mount => libc::CLONE_NEWNS,
+        LinuxNamespaceType::Cgroup => libc::CLONE_NEWCGROUP,
+        LinuxNamespaceType::Uts => libc::CLONE_NEWUTS,
+        LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC,
+        LinuxNamespaceType::User => libc::CLONE_NEWUSER,
+        LinuxNamespaceType::Pid => libc::CLONE_NEWPID,
+        LinuxNamespaceType::Network => libc::CLONE_NEWNET,
+        LinuxNamespaceType::Time => 0x80,
+    }
+}
+
+/// Joins the namespaces the specification names by path; returns the clone
+/// flags of those to be made.
+fn join_listed(spec: &Spec) -> Result<libc::c_int, InitError> {
+    let linux = spec.linux().as_ref();
+    let listed = linux.and_then(|linux| linux.namespaces().as_deref());
+    // The container always has its own mounts: pivot_root in the agent's mount
+    // namespace would be the end of the guest.
+    let mut flags = libc::CLONE_NEWNS;
+    let mut joined = Vec::new();
+    for namespace in listed.unwrap_or_default() {
+        let kind = namespace.typ();
+        if matches!(kind, LinuxNamespaceType::User | LinuxNamespaceType::Time) {
+            return Err(InitError::Invalid(format!(
+                "{kind} namespaces are not supported"
+            )));
+        }
+        let path = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
+        match path {
+            Some(path) if kind == LinuxNamespaceType::Mount => {
+                return Err(InitError::Invalid(format!(
+                    "cannot join mount namespace {}",
+                    path.display()
+                )));
+            }
+            Some(path) => {
+                let what = || format!("join {kind} namespace {}", path.display());
+                joined.push((File::open(path).step(what)?, kind, path));
+            }
+            None => flags |= clone_flag(kind),
+        }
+    }
+    for (file, kind, path) in joined {
+        setns(file, CloneFlags::from_bits_truncate(clone_flag(kind)))
+            .step(|| format!("join {kind} namespace {}", path.display()))?;
+    }
+    Ok(flags)
+}
+
+/// Joins all namespaces of the container's first process.
+fn join_container(pid: i32) -> Result<(), InitError> {
+    let what = || format!("join the namespaces of process {pid}");
+    let pidfd = sys::pidfd_open(Pid::from_raw(pid)).step(what)?;
+    let all = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWCGROUP
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET;
+    setns(pidfd.as_fd(), all).step(what)
+}
+
+fn is_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    linux
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default()
+        .iter()
+        .any(|namespace| namespace.typ() == kind && namespace.path().is_none())
+}
+
+fn set_oom_score(process: &Process) -> Result<(), InitError> {
+    let Some(score) = process.oom_score_adj() else {
+        return Ok(());
+    };
+    fs::write("/proc/self/oom_score_adj", score.to_string())
+        .step(|| format!("set oom_score_adj to {score}"))
+}
+
+fn set_sysctls(spec: &Spec) -> Result<(), InitError> {
+    let linux = spec.linux().as_ref();
+    for (key, value) in linux.and_then(|linux| linux.sysctl().as_ref()).into_iter().flatten() {
+        let path = sysctl_path(key)?;
+        fs::write(&path, value).step(|| format!("set sysctl {key} to {value:?}"))?;
+    }
+    Ok(())
+}
+
+/// "net.ipv4.ip_forward" and, for names with dots, "net/ipv4/conf/eth0.1/...".
+fn sysctl_path(key: &str) -> Result<PathBuf, InitError> {
+    let relative = if key.contains('/') {
+        key.to_owned()
+    } else {
+        key.replace('.', "/")
+    };
+    let outside = relative.split('/').any(|part| matches!(part, "" | "." | ".."));
+    if outside {
+        return Err(InitError::Invalid(format!("sysctl {key:?}")));
+    }
+    Ok(Path::new("/proc/sys").join(relative))
+}
+
+fn set_names(spec: &Spec) -> Result<(), InitError> {
+    if !is_new(spec, LinuxNamespaceType::Uts) {
+        return Ok(());
+    }
+    if let Some(name) = spec.hostname().as_deref().filter(|name| !name.is_empty()) {
+        nix::unistd::sethostname(name).step(|| format!("set hostname {name:?}"))?;
+    }
+    if let Some(name) = spec.domainname().as_deref().filter(|name| !name.is_empty()) {
+        sys::set_domain_name(name).step(|| format!("set domainname {name:?}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names() {
+        let path = |key| sysctl_path(key).unwrap();
+        assert_eq!(
+            path("net.ipv4.ip_forward"),
+            Path::new("/proc/sys/net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            path("net/ipv4/conf/eth0.1/forwarding"),
+            Path::new("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
+        );
+        assert!(sysctl_path("net..ipv4").is_err());
+        assert!(sysctl_path("../../etc/passwd").is_err());
+    }
+}

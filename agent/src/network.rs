@@ -1,0 +1,284 @@
+//! The guest's network, as the shim found it in the pod's namespace.
+//!
+//! Interfaces are found by MAC address, the one thing both sides know. IPv6
+//! addresses are set without duplicate address detection: the host's interface
+//! has done it, and a tentative address would refuse connections for a second.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures::TryStreamExt;
+use nacre_protocol::agent::{Interface, Neighbor, Route};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
+use netlink_packet_route::link::LinkAttribute;
+use netlink_packet_route::route::{RouteMessage, RouteScope};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+
+use crate::error::{Context, Error, Result};
+
+/// A connection to the kernel's routing tables.
+pub struct Network {
+    handle: Handle,
+    /// Indices by interface name, kept over the calls of one configuration.
+    indices: HashMap<String, u32>,
+}
+
+impl Network {
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// Those of socket(2).
+    pub fn connect() -> Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection().context("netlink socket")?;
+        tokio::spawn(connection);
+        Ok(Self {
+            handle,
+            indices: HashMap::new(),
+        })
+    }
+
+    /// Sets everything up, in the order in which things refer to each other.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidArgument` for addresses that do not parse, `NotFound` for
+    /// interfaces that do not exist, else what the kernel says.
+    pub async fn configure(
+        &mut self,
+        interfaces: &[Interface],
+        routes: &[Route],
+        neighbors: &[Neighbor],
+    ) -> Result<()> {
+        for interface in interfaces {
+            self.set_interface(interface).await?;
+        }
+        // Gateways are reached by the routes on link.
+        let (on_link, by_gateway): (Vec<_>, Vec<_>) =
+            routes.iter().partition(|route| route.gateway.is_empty());
+        for route in on_link.into_iter().chain(by_gateway) {
+            self.add_route(route).await?;
+        }
+        for neighbor in neighbors {
+            self.add_neighbor(neighbor).await?;
+        }
+        Ok(())
+    }
+
+    async fn set_interface(&mut self, interface: &Interface) -> Result<()> {
+        let mac = parse_mac(&interface.mac)?;
+        let index = self.index_by_mac(mac, &interface.mac).await?;
+        let mut link = LinkUnspec::new_with_index(index);
+        if !interface.name.is_empty() {
+            link = link.name(&interface.name);
+            self.indices.insert(interface.name.clone(), index);
+        }
+        if interface.mtu != 0 {
+            link = link.mtu(interface.mtu);
+        }
+        let what = || format!("interface {} ({})", interface.name, interface.mac);
+        let request = self.handle.link().set(link.up().build());
+        netlink(request.execute().await, what)?;
+        for address in &interface.addresses {
+            let (ip, prefix) = parse_cidr(address)?;
+            let mut request = self.handle.address().add(index, ip, prefix).replace();
+            if ip.is_ipv6() {
+                let message = request.message_mut();
+                message.header.flags |= AddressHeaderFlags::Nodad;
+                message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            }
+            netlink(request.execute().await, || format!("address {address}"))?;
+        }
+        Ok(())
+    }
+
+    async fn index_by_mac(&self, mac: [u8; 6], text: &str) -> Result<u32> {
+        let mut links = self.handle.link().get().execute();
+        while let Some(link) = netlink(links.try_next().await, || "list interfaces")? {
+            let is_it = |attribute: &LinkAttribute| {
+                matches!(attribute, LinkAttribute::Address(bytes) if bytes.as_slice() == mac)
+            };
+            if link.attributes.iter().any(is_it) {
+                return Ok(link.header.index);
+            }
+        }
+        Err(Error::NotFound(format!("interface with MAC {text}")))
+    }
+
+    async fn index_by_name(&mut self, name: &str) -> Result<u32> {
+        if let Some(index) = self.indices.get(name) {
+            return Ok(*index);
+        }
+        let mut links = self.handle.link().get().match_name(name).execute();
+        let link = netlink(links.try_next().await, || format!("interface {name}"))?;
+        let link = link.ok_or_else(|| Error::NotFound(format!("interface {name}")))?;
+        self.indices.insert(name.to_owned(), link.header.index);
+        Ok(link.header.index)
+    }
+
+    async fn add_route(&mut self, route: &Route) -> Result<()> {
+        let index = match route.device.as_str() {
+            "" => None,
+            name => Some(self.index_by_name(name).await?),
+        };
+        let message = route_message(route, index)?;
+        // The kernel has made the routes of the addresses' prefixes itself.
+        let request = self.handle.route().add(message).replace();
+        netlink(request.execute().await, || {
+            let destination = match route.destination.as_str() {
+                "" => "default",
+                destination => destination,
+            };
+            format!("route {destination} via {:?} dev {}", route.gateway, route.device)
+        })
+    }
+
+    async fn add_neighbor(&mut self, neighbor: &Neighbor) -> Result<()> {
+        let address: IpAddr = parse_ip(&neighbor.address)?;
+        let mac = parse_mac(&neighbor.mac)?;
+        let index = self.index_by_name(&neighbor.device).await?;
+        let request = self
+            .handle
+            .neighbours()
+            .add(index, address)
+            .link_layer_address(&mac)
+            .replace();
+        netlink(request.execute().await, || format!("neighbour {address}"))
+    }
+}
+
+fn netlink<T, D: std::fmt::Display>(
+    result: std::result::Result<T, rtnetlink::Error>,
+    what: impl FnOnce() -> D,
+) -> Result<T> {
+    result.map_err(|error| match error {
+        rtnetlink::Error::NetlinkError(message) => Error::Io {
+            what: what().to_string(),
+            source: message.to_io(),
+        },
+        other => Error::Internal(format!("{}: {other}", what())),
+    })
+}
+
+fn route_message(route: &Route, device: Option<u32>) -> Result<RouteMessage> {
+    let invalid = |error: &dyn std::fmt::Display| Error::InvalidArgument(format!("route: {error}"));
+    let (destination, prefix) = match route.destination.as_str() {
+        "" if is_ipv6(route) => (IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
+        "" => (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+        cidr => parse_cidr(cidr)?,
+    };
+    let scope = u8::try_from(route.scope).map_err(|error| invalid(&error))?;
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(destination, prefix)
+        .map_err(|error| invalid(&error))?
+        .scope(RouteScope::from(scope));
+    if !route.gateway.is_empty() {
+        let gateway = parse_ip(&route.gateway)?;
+        builder = builder.gateway(gateway).map_err(|error| invalid(&error))?;
+    }
+    if !route.source.is_empty() {
+        let source = parse_ip(&route.source)?;
+        builder = builder.pref_source(source).map_err(|error| invalid(&error))?;
+    }
+    if let Some(index) = device {
+        builder = builder.output_interface(index);
+    }
+    if route.table != 0 {
+        builder = builder.table_id(route.table);
+    }
+    if route.metric != 0 {
+        builder = builder.priority(route.metric);
+    }
+    Ok(builder.build())
+}
+
+fn is_ipv6(route: &Route) -> bool {
+    route.ipv6 || route.gateway.contains(':')
+}
+
+fn parse_ip(text: &str) -> Result<IpAddr> {
+    text.parse()
+        .map_err(|_| Error::InvalidArgument(format!("IP address {text:?}")))
+}
+
+/// "10.88.0.5/16"; without a slash, the one address.
+fn parse_cidr(text: &str) -> Result<(IpAddr, u8)> {
+    let (address, prefix) = match text.split_once('/') {
+        Some((address, prefix)) => (address, Some(prefix)),
+        None => (text, None),
+    };
+    let address = parse_ip(address)?;
+    let max = if address.is_ipv4() { 32 } else { 128 };
+    let prefix = prefix.map_or(Ok(max), str::parse).ok().filter(|prefix| *prefix <= max);
+    let prefix = prefix.ok_or_else(|| Error::InvalidArgument(format!("CIDR {text:?}")))?;
+    Ok((address, prefix))
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).ok())
+        .collect();
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or_else(|| Error::InvalidArgument(format!("MAC address {text:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use netlink_packet_route::AddressFamily;
+    use netlink_packet_route::route::RouteAttribute;
+
+    #[test]
+    fn addresses() {
+        assert_eq!(parse_mac("02:00:00:00:00:0a").unwrap(), [2, 0, 0, 0, 0, 10]);
+        assert!(parse_mac("02:00").is_err() && parse_mac("").is_err());
+        assert_eq!(
+            parse_cidr("10.88.0.5/16").unwrap(),
+            ("10.88.0.5".parse().unwrap(), 16)
+        );
+        assert_eq!(parse_cidr("fd00::1").unwrap().1, 128);
+        assert!(parse_cidr("10.0.0.1/33").is_err() && parse_cidr("x/1").is_err());
+    }
+
+    #[test]
+    fn default_routes_of_both_families() {
+        let route = |gateway: &str| Route {
+            gateway: gateway.into(),
+            ..Route::default()
+        };
+        let v4 = route_message(&route("10.88.0.1"), Some(2)).unwrap();
+        assert_eq!(v4.header.address_family, AddressFamily::Inet);
+        assert_eq!(v4.header.destination_prefix_length, 0);
+        assert!(v4.attributes.contains(&RouteAttribute::Oif(2)));
+        let v6 = route_message(&route("fe80::1"), Some(2)).unwrap();
+        assert_eq!(v6.header.address_family, AddressFamily::Inet6);
+    }
+
+    #[test]
+    fn table_scope_source_and_metric() {
+        let route = Route {
+            destination: "10.1.0.0/24".into(),
+            source: "10.1.0.7".into(),
+            scope: 253,
+            table: 1000,
+            metric: 50,
+            ..Route::default()
+        };
+        let message = route_message(&route, None).unwrap();
+        assert_eq!(message.header.scope, RouteScope::Link);
+        assert!(message.attributes.contains(&RouteAttribute::Table(1000)));
+        assert!(message.attributes.contains(&RouteAttribute::Priority(50)));
+    }
+
+    #[test]
+    fn mixed_families_are_refused() {
+        let route = Route {
+            destination: "10.1.0.0/24".into(),
+            source: "fd00::1".into(),
+            ..Route::default()
+        };
+        assert!(route_message(&route, None).is_err());
+    }
+}

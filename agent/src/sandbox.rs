@@ -1,0 +1,337 @@
+//! The operations of `agent.proto` as plain methods; `service.rs` only
+//! translates.
+//!
+//! Containers live in a map behind a lock that is never held across an await:
+//! no call waits for another container.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nacre_protocol::agent::{
+    ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, StatsResponse,
+};
+use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
+use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::boot;
+use crate::cgroup::oom::OomWatch;
+use crate::cgroup::{Cgroup, CgroupBase};
+use crate::container::{Container, Parts, Process};
+use crate::engine::init::{Kind, Request};
+use crate::engine::sys;
+use crate::error::{Context, Error, Result};
+use crate::network::Network;
+use crate::reaper::{Exit, Reaper};
+use crate::stdio;
+use crate::storage;
+use crate::streams::StreamHub;
+
+/// What the agent is part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// PID 1 of a guest: the machine is ours.
+    Guest,
+    /// A test on an ordinary Linux: its clock is not ours, and powering off is
+    /// leaving.
+    Serve,
+}
+
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+}
+
+/// The sandbox.
+pub struct Sandbox {
+    mode: Mode,
+    cgroups: CgroupBase,
+    reaper: Arc<Reaper>,
+    streams: Arc<StreamHub>,
+    containers: Mutex<HashMap<String, Slot>>,
+    oom_sender: UnboundedSender<(String, u64)>,
+    oom_receiver: tokio::sync::Mutex<UnboundedReceiver<(String, u64)>>,
+}
+
+impl Sandbox {
+    /// An empty sandbox.
+    #[must_use]
+    pub fn new(
+        mode: Mode,
+        cgroups: CgroupBase,
+        reaper: Arc<Reaper>,
+        streams: Arc<StreamHub>,
+    ) -> Self {
+        let (oom_sender, oom_receiver) = unbounded_channel();
+        Self {
+            mode,
+            cgroups,
+            reaper,
+            streams,
+            containers: Mutex::default(),
+            oom_sender,
+            oom_receiver: oom_receiver.into(),
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A container that was created.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        match self.slots().get(id) {
+            Some(Slot::Ready(container)) => Ok(container.clone()),
+            _ => Err(Error::NotFound(format!("container {id}"))),
+        }
+    }
+
+    /// Sets up what all containers share.
+    ///
+    /// # Errors
+    ///
+    /// Those of the steps.
+    pub async fn configure(&self, request: ConfigureSandboxRequest) -> Result<()> {
+        if request.time_seconds != 0 && self.mode == Mode::Guest {
+            sys::set_time(request.time_seconds, request.time_nanos).context("set the clock")?;
+        }
+        if !request.hostname.is_empty() {
+            nix::unistd::sethostname(&request.hostname)
+                .with_context(|| format!("set hostname {:?}", request.hostname))?;
+        }
+        if !request.interfaces.is_empty()
+            || !request.routes.is_empty()
+            || !request.neighbors.is_empty()
+        {
+            Network::connect()?
+                .configure(&request.interfaces, &request.routes, &request.neighbors)
+                .await?;
+        }
+        if request.shared_dir {
+            tokio::task::spawn_blocking(mount_shared)
+                .await
+                .map_err(|error| Error::Internal(error.to_string()))??;
+        }
+        Ok(())
+    }
+
+    /// Makes a container up to the execution of its process; returns its PID.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyExists`; `InvalidArgument` for a specification that cannot be
+    /// carried out; those of the steps. Nothing is left behind.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
+        let id = request.container_id.clone();
+        storage::check_id(&id)?;
+        {
+            let mut slots = self.slots();
+            if slots.contains_key(&id) {
+                return Err(Error::AlreadyExists(format!("container {id}")));
+            }
+            slots.insert(id.clone(), Slot::Creating);
+        }
+        match self.try_create(request).await {
+            Ok(container) => {
+                let pid = container.init.pid.unsigned_abs();
+                self.slots().insert(id, Slot::Ready(Arc::new(container)));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.undo_create(&id).await;
+                self.slots().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_create(&self, request: CreateContainerRequest) -> Result<Container> {
+        let id = request.container_id;
+        let stdio = request.stdio.unwrap_or_default();
+        let mut spec: Spec = parse(&request.spec, "spec")?;
+        if let Some(process) = spec.process_mut() {
+            process.set_terminal(Some(stdio.terminal));
+        }
+        let dir = storage::container_dir(&id)?;
+        std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        for storage in request.storages {
+            storage::mount_storage(&dir, storage).await?;
+        }
+        for file in &request.files {
+            storage::write_file(&dir, file)?;
+        }
+        let connections = stdio::claim(&self.streams, &stdio).await?;
+        let cgroup = self.cgroups.create(&id)?;
+        limit(&cgroup, &spec)?;
+        let request = Request {
+            cgroup: cgroup.path().to_owned(),
+            window: stdio::window(&stdio),
+            kind: Kind::Create(Box::new(spec)),
+        };
+        let (init, spawning) = Process::launch(&self.reaper, &request, connections).await?;
+        let Kind::Create(spec) = request.kind else {
+            return Err(Error::Internal("not a creation".into()));
+        };
+        let parts = Parts {
+            oom: OomWatch::new(&id, &cgroup, self.oom_sender.clone()),
+            id,
+            dir,
+            cgroup,
+            init,
+            spawning,
+        };
+        Ok(Container::new(parts, &spec))
+    }
+
+    async fn undo_create(&self, id: &str) {
+        let removed = match self.cgroups.create(id) {
+            Ok(cgroup) => cgroup.remove().await,
+            Err(error) => Err(error),
+        };
+        let unmounted = storage::container_dir(id).and_then(|dir| storage::remove(&dir));
+        for error in [removed, unmounted].into_iter().filter_map(Result::err) {
+            tracing::warn!("container {id}: {}", error.full());
+        }
+    }
+
+    /// Runs a further process in a container; returns its PID.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Container::exec`].
+    pub async fn exec(&self, request: ExecRequest) -> Result<u32> {
+        let container = self.container(&request.container_id)?;
+        storage::check_id(&request.exec_id)?;
+        let stdio = request.stdio.unwrap_or_default();
+        let mut process: OciProcess = parse(&request.process, "process")?;
+        process.set_terminal(Some(stdio.terminal));
+        let connections = stdio::claim(&self.streams, &stdio).await?;
+        let window = stdio::window(&stdio);
+        let pid = container
+            .exec(&self.reaper, &request.exec_id, process, connections, window)
+            .await?;
+        Ok(pid.unsigned_abs())
+    }
+
+    /// Waits for a process's exit and its last output.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`.
+    pub async fn wait(&self, container_id: &str, exec_id: &str) -> Result<Exit> {
+        let container = self.container(container_id)?;
+        let process = container.process(exec_id)?;
+        let (mut exit, drained) = (process.exit.clone(), process.io.drained());
+        drop(process);
+        exit.wait().await;
+        drained.await;
+        container.oom.check();
+        exit.get()
+            .ok_or_else(|| Error::Internal("the reaper is gone".into()))
+    }
+
+    /// Frees a stopped container.
+    ///
+    /// # Errors
+    ///
+    /// `FailedPrecondition` while its init runs, else those of the steps; the
+    /// call may be repeated.
+    pub async fn delete(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        if !container.init.exit.has_exited() {
+            return Err(Error::FailedPrecondition(format!("container {id} is running")));
+        }
+        if container.cgroup.path().exists() && container.cgroup.is_frozen()? {
+            container.cgroup.thaw().await?;
+        }
+        container.cgroup.remove().await?;
+        let dir = container.dir.clone();
+        tokio::task::spawn_blocking(move || storage::remove(&dir))
+            .await
+            .map_err(|error| Error::Internal(error.to_string()))??;
+        self.slots().remove(id);
+        Ok(())
+    }
+
+    /// Applies new limits.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Cgroup::apply`].
+    pub fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let container = self.container(id)?;
+        let resources: LinuxResources = parse(resources, "resources")?;
+        container.cgroup.apply(&resources)
+    }
+
+    /// A container's counters.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`.
+    pub fn stats(&self, id: &str) -> Result<StatsResponse> {
+        self.container(id)?.cgroup.stats()
+    }
+
+    /// Waits for the next kill for want of memory: container and count.
+    ///
+    /// # Errors
+    ///
+    /// `FailedPrecondition` if someone else is waiting.
+    pub async fn next_oom(&self) -> Result<(String, u64)> {
+        let mut receiver = self
+            .oom_receiver
+            .try_lock()
+            .map_err(|_| Error::FailedPrecondition("another caller waits for events".into()))?;
+        receiver
+            .recv()
+            .await
+            .ok_or_else(|| Error::Internal("no more events".into()))
+    }
+
+    /// Ends the machine, or in a test the agent with its containers.
+    pub async fn shutdown(&self) {
+        if self.mode == Mode::Guest {
+            boot::power_off();
+        }
+        let ids: Vec<String> = self.slots().keys().cloned().collect();
+        for id in ids {
+            self.undo_create(&id).await;
+        }
+        if let Err(error) = self.cgroups.remove() {
+            tracing::warn!("remove the cgroup base: {error}");
+        }
+        std::process::exit(0);
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {
+    serde_json::from_slice(json).map_err(|error| Error::InvalidArgument(format!("{what}: {error}")))
+}
+
+fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    if let Some(resources) = resources {
+        cgroup.apply(resources)?;
+    }
+    cgroup.restrict_devices(resources)
+}
+
+fn mount_shared() -> Result<()> {
+    let what = || format!("mount the share on {SHARED_DIR}");
+    std::fs::create_dir_all(SHARED_DIR).with_context(what)?;
+    nix::mount::mount(
+        Some(SHARED_TAG),
+        Path::new(SHARED_DIR),
+        Some("virtiofs"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .with_context(what)
+}

@@ -1,0 +1,166 @@
+//! The ttrpc service: requests to [`Sandbox`] methods, results to messages.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use nacre_protocol::agent::{
+    ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, Empty, Event, ExecRequest,
+    ListProcessesResponse, OomKill, ProcessRequest, ProcessStarted, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+};
+use nacre_protocol::agent_ttrpc::Agent;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::Error;
+use crate::sandbox::Sandbox;
+use crate::stdio;
+
+/// The service.
+pub struct Service(pub Arc<Sandbox>);
+
+fn started(pid: u32) -> ProcessStarted {
+    ProcessStarted {
+        pid,
+        ..ProcessStarted::default()
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn configure_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureSandboxRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.0.configure(request).await?;
+        Ok(Empty::default())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<ProcessStarted> {
+        Ok(started(self.0.create(request).await?))
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        container.start().await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessStarted> {
+        Ok(started(self.0.exec(request).await?))
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.0.delete(&request.container_id).await?;
+        Ok(Empty::default())
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        if request.all {
+            container.signal_all(request.signal)?;
+        } else {
+            container.process(&request.exec_id)?.signal(request.signal)?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self.0.wait(&request.container_id, &request.exec_id).await?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at_seconds: exit.seconds,
+            exited_at_nanos: exit.nanos,
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn delete_exec(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
+        if request.exec_id.is_empty() {
+            return Err(Error::InvalidArgument("no exec id".into()).into());
+        }
+        let container = self.0.container(&request.container_id)?;
+        container.delete_exec(&request.exec_id)?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        let process = container.process(&request.exec_id)?;
+        if let Some(size) = stdio::size(request.width, request.height) {
+            process.io.resize(size)?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let container = self.0.container(&request.container_id)?;
+        Ok(ListProcessesResponse {
+            pids: container.cgroup.processes()?,
+            ..ListProcessesResponse::default()
+        })
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<StatsResponse> {
+        Ok(self.0.stats(&request.container_id)?)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        container.cgroup.freeze().await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        container.cgroup.thaw().await?;
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        self.0.update(&request.container_id, &request.resources)?;
+        Ok(Empty::default())
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
+        let (container_id, count) = self.0.next_oom().await?;
+        let mut event = Event {
+            container_id,
+            ..Event::default()
+        };
+        event.set_oom_kill(OomKill {
+            count,
+            ..OomKill::default()
+        });
+        Ok(event)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.0.shutdown().await;
+        Ok(Empty::default())
+    }
+}

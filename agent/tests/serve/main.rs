@@ -1,0 +1,241 @@
+//! The real agent on this machine: `nacre-agent serve` with containers made
+//! from a static busybox. Skipped, with the reason, where it cannot run.
+
+mod fixture;
+
+use std::io::{Read, Write};
+
+use fixture::{container, context, process, process_request, spec, start, status};
+use nacre_protocol::agent::{ResizeTerminalRequest, UpdateRequest};
+use serde_json::json;
+use ttrpc::Code;
+
+#[tokio::test]
+async fn output_exit_code_and_removal() {
+    let Some(agent) = start() else { return };
+    let script = "echo out; echo err >&2; cat; hostname; exit 7";
+    let script = script.replace("hostname", "cat /proc/sys/kernel/hostname");
+    let mut ends = agent.run("c1", &spec("c1", &["sh", "-c", &script]), 1).await;
+    ends.stdin.write_all(b"input\n").unwrap();
+    ends.close_stdin();
+    let exit = agent.wait("c1", "").await;
+    assert_eq!(ends.stdout(), "out\ninput\nbox\n");
+    assert_eq!(ends.stderr(), "err\n");
+    assert_eq!(exit.exit_status, 7);
+    assert!(exit.exited_at_seconds > 1_600_000_000);
+    assert_eq!(agent.wait("c1", "").await.exit_status, 7, "the status stays");
+    agent.delete("c1").await.unwrap();
+    assert!(agent.is_clean("c1"));
+    let request = process_request("c1", "");
+    let error = agent.client.wait(context(), &request).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_container_sees_its_own_world() {
+    let Some(agent) = start() else { return };
+    let mut spec = spec(
+        "c1",
+        &["sh", "-c", "
+            echo pid $$
+            id -u; id -g; id -G
+            echo home $HOME
+            ulimit -n
+            grep -E 'NoNewPrivs|Seccomp:|CapEff|CapBnd' /proc/self/status
+            cat /etc/resolv.conf
+            echo x > /data/file 2>/dev/null || echo read-only
+            echo 1 > /proc/sys/kernel/hostname 2>/dev/null || echo protected
+            echo > /dev/null && head -c 3 /dev/zero | wc -c
+            ls -l /dev/fd /dev/ptmx | wc -l
+            stat -c %a /tmp
+            pwd; umask
+            echo again > /dev/stdout
+            cat /proc/kcore | wc -c
+        ".replace("grep", "busybox grep").replace("head", "busybox head")
+            .replace("wc", "busybox wc").replace("stat ", "busybox stat ").as_str()],
+    );
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [5, 6], "umask": 0o27});
+    spec["process"]["cwd"] = json!("/made/for/it");
+    spec["root"]["readonly"] = json!(true);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/etc/resolv.conf", "type": "bind",
+        "source": "/run/nacre/containers/c1/files/resolv.conf", "options": ["bind", "ro"]}));
+    mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "options": ["mode=1777"]}));
+    let mut ends = agent.run("c1", &spec, 1).await;
+    ends.close_stdin();
+    let exit = agent.wait("c1", "").await;
+    let expected = "pid 1\n1000\n1000\n1000 5 6\nhome /home/u\n512\n\
+        CapEff:\t0000000000000000\nCapBnd:\t00000000000000e1\nNoNewPrivs:\t1\nSeccomp:\t2\n\
+        nameserver 192.0.2.1\nread-only\nprotected\n3\n2\n1777\n/made/for/it\n0027\nagain\n0\n";
+    assert_eq!((ends.stdout().as_str(), ends.stderr().as_str()), (expected, ""));
+    assert_eq!(exit.exit_status, 0);
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn commands_that_cannot_be_executed() {
+    let Some(agent) = start() else { return };
+    let cases = [
+        ("no-such", "exec: \"no-such\": executable file not found in $PATH"),
+        ("/no/such", "exec: \"/no/such\": stat /no/such: no such file or directory"),
+        ("/etc/not-a-program", "exec: \"/etc/not-a-program\": permission denied"),
+    ];
+    for (command, message) in cases {
+        let stdio = nacre_protocol::agent::Stdio::default();
+        let error = agent.create("c1", &spec("c1", &[command]), stdio).await.unwrap_err();
+        assert_eq!(status(&error), (Code::INVALID_ARGUMENT, message.into()));
+        assert!(agent.is_clean("c1"), "nothing is left of {command}");
+    }
+    let _ends = agent.run("c2", &spec("c2", &["sleep", "1000"]), 1).await;
+    for (command, message) in cases {
+        let stdio = nacre_protocol::agent::Stdio::default();
+        let error = agent.exec("c2", "e", &process(&[command]), stdio).await.unwrap_err();
+        assert_eq!(status(&error), (Code::INVALID_ARGUMENT, message.into()));
+    }
+    agent.kill("c2", 9, false).await.unwrap();
+    assert_eq!(agent.wait("c2", "").await.exit_status, 137);
+    agent.delete("c2").await.unwrap();
+}
+
+#[tokio::test]
+async fn exec_and_its_bookkeeping() {
+    let Some(agent) = start() else { return };
+    let _init = agent.run("c1", &spec("c1", &["sleep", "1000"]), 1).await;
+    let (mut ends, stdio) = agent.streams(11);
+    let script = ["sh", "-c", "cat; cat /proc/1/comm; echo $$ >/dev/null; exit 3"];
+    agent.exec("c1", "e1", &process(&script), stdio).await.unwrap();
+    ends.stdin.write_all(b"hello\n").unwrap();
+    ends.close_stdin();
+    assert_eq!(agent.wait("c1", "e1").await.exit_status, 3);
+    assert_eq!((ends.stdout(), ends.stderr()), ("hello\nsleep\n".into(), String::new()));
+
+    let stdio = nacre_protocol::agent::Stdio::default();
+    let again = agent.exec("c1", "e1", &process(&["true"]), stdio).await;
+    assert_eq!(status(&again.unwrap_err()).0, Code::ALREADY_EXISTS);
+    let request = process_request("c1", "e1");
+    agent.client.delete_exec(context(), &request).await.unwrap();
+    let gone = agent.client.wait(context(), &request).await.unwrap_err();
+    assert_eq!(status(&gone).0, Code::NOT_FOUND);
+
+    let error = agent.delete("c1").await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    agent.kill("c1", 9, true).await.unwrap();
+    agent.wait("c1", "").await;
+    let error = agent.kill("c1", 9, false).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::NOT_FOUND);
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_grandchild_with_the_pipe_does_not_hold_up_wait() {
+    let Some(agent) = start() else { return };
+    let _init = agent.run("c1", &spec("c1", &["sleep", "1000"]), 1).await;
+    let (mut ends, stdio) = agent.streams(11);
+    let script = ["sh", "-c", "echo first; sleep 1000 & exit 0"];
+    agent.exec("c1", "e1", &process(&script), stdio).await.unwrap();
+    assert_eq!(agent.wait("c1", "e1").await.exit_status, 0);
+    let mut text = [0; 6];
+    ends.stdout.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"first\n");
+    agent.kill("c1", 9, true).await.unwrap();
+    agent.wait("c1", "").await;
+    assert_eq!(ends.stdout(), "", "the stream ends with its last holder");
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn large_output_is_complete_before_wait_returns() {
+    let Some(agent) = start() else { return };
+    let script = "busybox head -c 3000000 /dev/zero";
+    let mut ends = agent.run("c1", &spec("c1", &["sh", "-c", script]), 1).await;
+    let reader = std::thread::spawn(move || ends.stdout().len());
+    assert_eq!(agent.wait("c1", "").await.exit_status, 0);
+    assert_eq!(reader.join().unwrap(), 3_000_000);
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn terminals() {
+    let Some(agent) = start() else { return };
+    let (mut ends, stdio) = agent.terminal(1);
+    let script = "stty size; echo ready; read line; echo got $line; stty size; \
+        test -c /dev/console && test -t 0 && exit 4";
+    agent.create("c1", &spec("c1", &["sh", "-c", script]), stdio).await.unwrap();
+    agent.start("c1").await.unwrap();
+    let mut seen = String::new();
+    while !seen.contains("ready") {
+        let mut chunk = [0; 256];
+        let bytes = ends.stdout.read(&mut chunk).unwrap();
+        seen.push_str(std::str::from_utf8(&chunk[..bytes]).unwrap());
+    }
+    let request = ResizeTerminalRequest {
+        container_id: "c1".into(),
+        width: 100,
+        height: 40,
+        ..ResizeTerminalRequest::default()
+    };
+    agent.client.resize_terminal(context(), &request).await.unwrap();
+    ends.stdin.write_all(b"word\n").unwrap();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 4);
+    seen.push_str(&ends.stdout());
+    assert_eq!(seen, "33 91\r\nready\r\nword\r\ngot word\r\n40 100\r\n");
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn pause_and_statistics() {
+    let Some(agent) = start() else { return };
+    let _ends = agent.run("c1", &spec("c1", &["sleep", "1000"]), 1).await;
+    let request = container("c1");
+    let pids = agent.client.list_processes(context(), &request).await.unwrap();
+    assert_eq!(pids.pids.len(), 1);
+    agent.client.pause(context(), &request).await.unwrap();
+    let stdio = nacre_protocol::agent::Stdio::default();
+    let error = agent.exec("c1", "e", &process(&["true"]), stdio).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    agent.client.resume(context(), &request).await.unwrap();
+    assert!(agent.client.stats(context(), &request).await.unwrap().cpu.is_some());
+    let update = UpdateRequest {
+        container_id: "c1".into(),
+        resources: br#"{"pids": {"limit": 50}}"#.to_vec(),
+        ..UpdateRequest::default()
+    };
+    agent.client.update(context(), &update).await.unwrap();
+    agent.kill("c1", 15, false).await.unwrap();
+    agent.kill("c1", 9, false).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 137);
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_created_container_can_be_killed_and_ids_are_unique() {
+    let Some(agent) = start() else { return };
+    let stdio = nacre_protocol::agent::Stdio::default();
+    let spec = spec("c1", &["true"]);
+    agent.create("c1", &spec, stdio.clone()).await.unwrap();
+    let error = agent.create("c1", &spec, stdio.clone()).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::ALREADY_EXISTS);
+    let error = agent.exec("c1", "e", &process(&["true"]), stdio).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    agent.kill("c1", 9, false).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 137);
+    let error = agent.start("c1").await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    agent.delete("c1").await.unwrap();
+}
+
+#[tokio::test]
+async fn requests_that_make_no_sense() {
+    let Some(agent) = start() else { return };
+    let stdio = nacre_protocol::agent::Stdio::default();
+    let error = agent.create("../x", &spec("x", &["true"]), stdio.clone()).await;
+    assert_eq!(status(&error.unwrap_err()).0, Code::INVALID_ARGUMENT);
+    let mut with_user = spec("c1", &["true"]);
+    with_user["linux"]["namespaces"] = json!([{"type": "user"}]);
+    let error = agent.create("c1", &with_user, stdio.clone()).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+    let error = agent.create("c1", &json!({"root": 1}), stdio).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+    let error = agent.start("nobody").await.unwrap_err();
+    assert_eq!(status(&error).0, Code::NOT_FOUND);
+}
