@@ -45,9 +45,19 @@ const MOUNTS: [Mount; 8] = [
     ("proc", "/proc", NO_SUID.union(NO_DEV).union(NO_EXEC), ""),
     ("sysfs", "/sys", NO_SUID.union(NO_DEV).union(NO_EXEC), ""),
     ("devtmpfs", "/dev", NO_SUID, "mode=755"),
-    ("devpts", "/dev/pts", NO_SUID.union(NO_EXEC), "mode=620,ptmxmode=666"),
+    (
+        "devpts",
+        "/dev/pts",
+        NO_SUID.union(NO_EXEC),
+        "mode=620,ptmxmode=666",
+    ),
     ("tmpfs", "/dev/shm", NO_SUID.union(NO_DEV), "mode=1777"),
-    ("cgroup2", CGROUP_ROOT, NO_SUID.union(NO_DEV).union(NO_EXEC), ""),
+    (
+        "cgroup2",
+        CGROUP_ROOT,
+        NO_SUID.union(NO_DEV).union(NO_EXEC),
+        "",
+    ),
     // Container files and image layers live here: no noexec, no nodev.
     ("tmpfs", "/run", NO_SUID, "mode=755"),
     ("tmpfs", "/tmp", NO_SUID.union(NO_DEV), "mode=1777"),
@@ -133,7 +143,10 @@ pub fn ensure_standard_streams() -> io::Result<()> {
         Err(Errno::EEXIST) => Ok(()),
         result => result,
     };
-    ignore_existing(nix::unistd::mkdir("/dev", FileMode::from_bits_truncate(0o755)))?;
+    ignore_existing(nix::unistd::mkdir(
+        "/dev",
+        FileMode::from_bits_truncate(0o755),
+    ))?;
     let mode = FileMode::from_bits_truncate(0o666);
     ignore_existing(mknod("/dev/null", SFlag::S_IFCHR, mode, makedev(1, 3)))?;
     while !(0..=2).all(open) {
@@ -148,7 +161,13 @@ pub fn ensure_standard_streams() -> io::Result<()> {
 /// it, empty but for this program.
 fn move_root() -> io::Result<()> {
     fs::create_dir_all("/root")?;
-    mount(Some("root"), "/root", Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
+    mount(
+        Some("root"),
+        "/root",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755"),
+    )?;
     nix::unistd::chdir("/root")?;
     mount(Some("."), "/", NONE, MsFlags::MS_MOVE, NONE)?;
     nix::unistd::chroot(".")?;
@@ -164,7 +183,10 @@ fn mount_at(kind: &str, target: &str, flags: MsFlags, data: &str) -> io::Result<
 /// Standard input and output are nobody's; standard error stays the console
 /// where there is one.
 fn open_standard_streams() -> io::Result<()> {
-    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
+    let null = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
     sys::dup_to(&null, 0)?;
     sys::dup_to(&null, 1)
 }

@@ -47,7 +47,7 @@ impl Process {
     ) -> Result<(Self, Spawning)> {
         let (streams, plumbing) = connections.plumb()?;
         let launching = reaper.launching();
-        let spawning = spawn(request, streams)?;
+        let mut spawning = spawn(request, streams)?;
         let pid = spawning.pid().await?;
         let exit = launching.watch(pid);
         // From here on a failure leaves a process that is about to exit by
@@ -275,7 +275,9 @@ impl Container {
     /// `NotFound`; `FailedPrecondition` while it runs.
     pub fn delete_exec(&self, exec_id: &str) -> Result<()> {
         if !self.process(exec_id)?.exit.has_exited() {
-            return Err(Error::FailedPrecondition(format!("exec {exec_id} is running")));
+            return Err(Error::FailedPrecondition(format!(
+                "exec {exec_id} is running"
+            )));
         }
         self.execs().remove(exec_id);
         Ok(())
@@ -321,7 +323,5 @@ fn has_own_pids(spec: &Spec) -> bool {
         .and_then(|linux| linux.namespaces().as_deref())
         .unwrap_or_default()
         .iter()
-        .any(|namespace| {
-            namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none()
-        })
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
 }

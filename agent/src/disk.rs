@@ -69,7 +69,12 @@ impl DiskRef {
         };
         tokio::time::timeout(LIMIT, appear)
             .await
-            .unwrap_or_else(|_| Err(Error::NotFound(format!("disk with serial {:?}", self.serial))))
+            .unwrap_or_else(|_| {
+                Err(Error::NotFound(format!(
+                    "disk with serial {:?}",
+                    self.serial
+                )))
+            })
     }
 
     fn find(&self, sys: &Path, dev: &Path) -> io::Result<Option<PathBuf>> {

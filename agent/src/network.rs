@@ -85,7 +85,9 @@ impl Network {
             if ip.is_ipv6() {
                 let message = request.message_mut();
                 message.header.flags |= AddressHeaderFlags::Nodad;
-                message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+                message
+                    .attributes
+                    .push(AddressAttribute::Flags(AddressFlags::Nodad));
             }
             netlink(request.execute().await, || format!("address {address}"))?;
         }
@@ -95,9 +97,7 @@ impl Network {
     async fn index_by_mac(&self, mac: [u8; 6], text: &str) -> Result<u32> {
         let mut links = self.handle.link().get().execute();
         while let Some(link) = netlink(links.try_next().await, || "list interfaces")? {
-            let is_it = |attribute: &LinkAttribute| {
-                matches!(attribute, LinkAttribute::Address(bytes) if bytes.as_slice() == mac)
-            };
+            let is_it = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Address(bytes) if bytes.as_slice() == mac);
             if link.attributes.iter().any(is_it) {
                 return Ok(link.header.index);
             }
@@ -129,7 +129,10 @@ impl Network {
                 "" => "default",
                 destination => destination,
             };
-            format!("route {destination} via {:?} dev {}", route.gateway, route.device)
+            format!(
+                "route {destination} via {:?} dev {}",
+                route.gateway, route.device
+            )
         })
     }
 
@@ -178,7 +181,9 @@ fn route_message(route: &Route, device: Option<u32>) -> Result<RouteMessage> {
     }
     if !route.source.is_empty() {
         let source = parse_ip(&route.source)?;
-        builder = builder.pref_source(source).map_err(|error| invalid(&error))?;
+        builder = builder
+            .pref_source(source)
+            .map_err(|error| invalid(&error))?;
     }
     if let Some(index) = device {
         builder = builder.output_interface(index);
@@ -209,7 +214,10 @@ fn parse_cidr(text: &str) -> Result<(IpAddr, u8)> {
     };
     let address = parse_ip(address)?;
     let max = if address.is_ipv4() { 32 } else { 128 };
-    let prefix = prefix.map_or(Ok(max), str::parse).ok().filter(|prefix| *prefix <= max);
+    let prefix = prefix
+        .map_or(Ok(max), str::parse)
+        .ok()
+        .filter(|prefix| *prefix <= max);
     let prefix = prefix.ok_or_else(|| Error::InvalidArgument(format!("CIDR {text:?}")))?;
     Ok((address, prefix))
 }

@@ -24,7 +24,9 @@ pub struct Exit {
 
 impl Exit {
     fn now(status: u32) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Self {
             status,
             seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),

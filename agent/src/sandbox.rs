@@ -76,7 +76,9 @@ impl Sandbox {
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A container that was created.
@@ -244,7 +246,9 @@ impl Sandbox {
     pub async fn delete(&self, id: &str) -> Result<()> {
         let container = self.container(id)?;
         if !container.init.exit.has_exited() {
-            return Err(Error::FailedPrecondition(format!("container {id} is running")));
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is running"
+            )));
         }
         if container.cgroup.path().exists() && container.cgroup.is_frozen()? {
             container.cgroup.thaw().await?;

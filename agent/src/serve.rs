@@ -174,7 +174,12 @@ mod tests {
         };
         let text = "--rpc-fd 3 --streams-fd 4 --root /tmp/x";
         assert_eq!(parse(text).unwrap(), expected);
-        for bad in ["", "--rpc-fd", "--rpc-fd 3 --streams-fd x --root /", "--what 3"] {
+        for bad in [
+            "",
+            "--rpc-fd",
+            "--rpc-fd 3 --streams-fd x --root /",
+            "--what 3",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -72,7 +72,9 @@ impl Agent for Service {
         if request.all {
             container.signal_all(request.signal)?;
         } else {
-            container.process(&request.exec_id)?.signal(request.signal)?;
+            container
+                .process(&request.exec_id)?
+                .signal(request.signal)?;
         }
         Ok(Empty::default())
     }

@@ -59,7 +59,9 @@ pub struct Plumbing {
 /// `FailedPrecondition` for connections that do not come.
 pub async fn claim(hub: &StreamHub, stdio: &Stdio) -> Result<Connections> {
     if stdio.terminal && stdio.stderr != 0 {
-        return Err(Error::InvalidArgument("a terminal has no stderr of its own".into()));
+        return Err(Error::InvalidArgument(
+            "a terminal has no stderr of its own".into(),
+        ));
     }
     Ok(Connections {
         stdin: hub.claim(stdio.stdin).await?,

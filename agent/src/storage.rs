@@ -118,7 +118,11 @@ fn make_target(target: &Path, is_file: bool) -> io::Result<()> {
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent)?;
     }
-    fs::File::options().create(true).append(true).open(target).map(drop)
+    fs::File::options()
+        .create(true)
+        .append(true)
+        .open(target)
+        .map(drop)
 }
 
 /// Writes one file, with its directories.
@@ -165,7 +169,10 @@ pub fn remove(dir: &Path) -> Result<()> {
         result.with_context(|| format!("unmount {}", target.display()))?;
     }
     if let Some(left) = mounts_below(dir)?.first() {
-        return Err(Error::Internal(format!("{} is still mounted", left.display())));
+        return Err(Error::Internal(format!(
+            "{} is still mounted",
+            left.display()
+        )));
     }
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -192,9 +199,14 @@ fn points_below(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
 
 /// Undoes the octal escapes of space, tab, newline and backslash.
 fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 #[cfg(test)]

@@ -26,7 +26,10 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
     if let Some(pids) = resources.pids() {
         // 0 in the specification means "no limit", as does -1.
         let limit = pids.limit();
-        settings.add("pids.max", if limit == 0 { "max".into() } else { max(limit) });
+        settings.add(
+            "pids.max",
+            if limit == 0 { "max".into() } else { max(limit) },
+        );
     }
     if let Some(io) = resources.block_io() {
         settings.io(io);
@@ -89,7 +92,10 @@ impl Settings {
         let period = cpu.period().filter(|period| *period != 0);
         if quota.is_some() || period.is_some() {
             let quota = quota.map_or("max".into(), max);
-            self.add("cpu.max", format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD)));
+            self.add(
+                "cpu.max",
+                format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD)),
+            );
         }
         if let Some(burst) = cpu.burst() {
             self.add("cpu.max.burst", burst.to_string());
@@ -132,7 +138,10 @@ impl Settings {
         for device in io.weight_device().iter().flatten() {
             if let Some(weight) = device.weight() {
                 let weight = io_weight(weight);
-                self.add("io.weight", format!("{}:{} {weight}", device.major(), device.minor()));
+                self.add(
+                    "io.weight",
+                    format!("{}:{} {weight}", device.major(), device.minor()),
+                );
             }
         }
         self.throttle("rbps", io.throttle_read_bps_device());
@@ -167,18 +176,35 @@ mod tests {
     fn cpu() {
         check(
             serde_json::json!({"cpu": {"shares": 1024, "quota": 50000, "period": 100000, "cpus": "0-1"}}),
-            &[("cpu.weight", "39"), ("cpu.max", "50000 100000"), ("cpuset.cpus", "0-1")],
+            &[
+                ("cpu.weight", "39"),
+                ("cpu.max", "50000 100000"),
+                ("cpuset.cpus", "0-1"),
+            ],
         );
-        check(serde_json::json!({"cpu": {"quota": -1}}), &[("cpu.max", "max 100000")]);
-        check(serde_json::json!({"cpu": {"shares": 2}}), &[("cpu.weight", "1")]);
-        check(serde_json::json!({"cpu": {"shares": 262_144}}), &[("cpu.weight", "10000")]);
+        check(
+            serde_json::json!({"cpu": {"quota": -1}}),
+            &[("cpu.max", "max 100000")],
+        );
+        check(
+            serde_json::json!({"cpu": {"shares": 2}}),
+            &[("cpu.weight", "1")],
+        );
+        check(
+            serde_json::json!({"cpu": {"shares": 262_144}}),
+            &[("cpu.weight", "10000")],
+        );
     }
 
     #[test]
     fn memory_and_swap() {
         check(
             serde_json::json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}}),
-            &[("memory.swap.max", "500"), ("memory.max", "1000"), ("memory.low", "500")],
+            &[
+                ("memory.swap.max", "500"),
+                ("memory.max", "1000"),
+                ("memory.low", "500"),
+            ],
         );
         check(
             serde_json::json!({"memory": {"limit": -1, "swap": -1}}),
@@ -189,8 +215,14 @@ mod tests {
 
     #[test]
     fn pids_io_and_hugepages() {
-        check(serde_json::json!({"pids": {"limit": 100}}), &[("pids.max", "100")]);
-        check(serde_json::json!({"pids": {"limit": 0}}), &[("pids.max", "max")]);
+        check(
+            serde_json::json!({"pids": {"limit": 100}}),
+            &[("pids.max", "100")],
+        );
+        check(
+            serde_json::json!({"pids": {"limit": 0}}),
+            &[("pids.max", "max")],
+        );
         check(
             serde_json::json!({"blockIO": {"weight": 1000,
                 "throttleReadBpsDevice": [{"major": 254, "minor": 0, "rate": 1048576}]}}),

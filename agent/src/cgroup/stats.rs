@@ -167,17 +167,26 @@ mod tests {
     #[test]
     fn every_file_is_read() {
         let (_dir, cgroup) = cgroup(&[
-            ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 3\nnr_throttled 2\nthrottled_usec 1\n"),
+            (
+                "cpu.stat",
+                "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 3\nnr_throttled 2\nthrottled_usec 1\n",
+            ),
             ("memory.current", "4096\n"),
             ("memory.max", "max\n"),
             ("memory.peak", "8192\n"),
             ("memory.swap.current", "5\n"),
             ("memory.swap.max", "6\n"),
             ("memory.stat", "anon 1\ninactive_file 2\n"),
-            ("memory.events", "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 0\n"),
+            (
+                "memory.events",
+                "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 0\n",
+            ),
             ("pids.current", "7\n"),
             ("pids.max", "100\n"),
-            ("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n254:16 \n"),
+            (
+                "io.stat",
+                "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n254:16 \n",
+            ),
             ("hugetlb.2MB.current", "2097152\n"),
             ("hugetlb.2MB.max", "max\n"),
             ("hugetlb.2MB.rsvd.current", "0\n"),

@@ -40,7 +40,9 @@ pub fn find(name: &str, env: &[String]) -> Result<PathBuf, InitError> {
         .map(|directory| Path::new("").join(directory).join(name))
         .find(|candidate| check(candidate).is_ok())
         .ok_or_else(|| {
-            InitError::Command(format!("exec: {name:?}: executable file not found in $PATH"))
+            InitError::Command(format!(
+                "exec: {name:?}: executable file not found in $PATH"
+            ))
         })
 }
 
@@ -91,7 +93,9 @@ mod tests {
     use super::*;
 
     fn message(name: &str, path: &str) -> String {
-        find(name, &[format!("PATH={path}")]).unwrap_err().to_string()
+        find(name, &[format!("PATH={path}")])
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -112,7 +116,10 @@ mod tests {
         let file = dir.path().join("data");
         fs::write(&file, "x").unwrap();
         let name = file.to_str().unwrap();
-        assert_eq!(message(name, ""), format!("exec: {name:?}: permission denied"));
+        assert_eq!(
+            message(name, ""),
+            format!("exec: {name:?}: permission denied")
+        );
         let directory = dir.path().to_str().unwrap();
         assert!(message(directory, "").ends_with("is a directory"));
         assert!(message("data", directory).ends_with("not found in $PATH"));

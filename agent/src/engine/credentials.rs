@@ -156,9 +156,8 @@ fn drop_bounding(keep: u64) -> Result<(), InitError> {
 /// Those of setrlimit(2), with the limit's name.
 pub fn set_rlimits(rlimits: &[PosixRlimit]) -> Result<(), InitError> {
     for limit in rlimits {
-        sys::set_rlimit(resource(limit.typ()), limit.soft(), limit.hard()).step(|| {
-            format!("set {} to {}:{}", limit.typ(), limit.soft(), limit.hard())
-        })?;
+        sys::set_rlimit(resource(limit.typ()), limit.soft(), limit.hard())
+            .step(|| format!("set {} to {}:{}", limit.typ(), limit.soft(), limit.hard()))?;
     }
     Ok(())
 }

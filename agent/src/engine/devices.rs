@@ -40,12 +40,19 @@ pub fn create(spec: &Spec) -> Result<(), InitError> {
     let foreign = mounts.iter().any(|mount| {
         mount.destination() == Path::new("/dev")
             && (mount.typ().as_deref() == Some("bind")
-                || mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind"))
+                || mount
+                    .options()
+                    .iter()
+                    .flatten()
+                    .any(|o| o == "bind" || o == "rbind"))
     });
     if foreign {
         return Ok(());
     }
-    let listed = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref());
+    let listed = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_deref());
     let listed = listed.unwrap_or_default();
     for device in listed {
         create_listed(device).step(|| format!("create device {}", device.path().display()))?;

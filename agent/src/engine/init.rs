@@ -72,7 +72,9 @@ pub fn main() -> ExitCode {
 /// Returns in the helper; the sibling leaves by execve or an error.
 fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
     let mut body = Vec::new();
-    file.rewind().and_then(|()| file.read_to_end(&mut body)).step(|| "read the request")?;
+    file.rewind()
+        .and_then(|()| file.read_to_end(&mut body))
+        .step(|| "read the request")?;
     drop(file);
     let request: Request = serde_json::from_slice(&body).step(|| "parse the request")?;
     drop(body);
@@ -90,9 +92,7 @@ fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
         }
     };
     match sys::fork_sibling(flags).step(|| "fork into new namespaces")? {
-        Some(pid) => {
-            sync::send(socket, &Report::Pid(pid.as_raw()), None).step(|| "report the pid")
-        }
+        Some(pid) => sync::send(socket, &Report::Pid(pid.as_raw()), None).step(|| "report the pid"),
         None => match become_process(&request, socket)? {},
     }
 }
@@ -191,7 +191,10 @@ fn join_listed(spec: &Spec) -> Result<libc::c_int, InitError> {
                 "{kind} namespaces are not supported"
             )));
         }
-        let path = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
+        let path = namespace
+            .path()
+            .as_ref()
+            .filter(|path| !path.as_os_str().is_empty());
         match path {
             Some(path) if kind == LinuxNamespaceType::Mount => {
                 return Err(InitError::Invalid(format!(
@@ -245,7 +248,11 @@ fn set_oom_score(process: &Process) -> Result<(), InitError> {
 
 fn set_sysctls(spec: &Spec) -> Result<(), InitError> {
     let linux = spec.linux().as_ref();
-    for (key, value) in linux.and_then(|linux| linux.sysctl().as_ref()).into_iter().flatten() {
+    for (key, value) in linux
+        .and_then(|linux| linux.sysctl().as_ref())
+        .into_iter()
+        .flatten()
+    {
         let path = sysctl_path(key)?;
         fs::write(&path, value).step(|| format!("set sysctl {key} to {value:?}"))?;
     }
@@ -259,7 +266,9 @@ fn sysctl_path(key: &str) -> Result<PathBuf, InitError> {
     } else {
         key.replace('.', "/")
     };
-    let outside = relative.split('/').any(|part| matches!(part, "" | "." | ".."));
+    let outside = relative
+        .split('/')
+        .any(|part| matches!(part, "" | "." | ".."));
     if outside {
         return Err(InitError::Invalid(format!("sysctl {key:?}")));
     }

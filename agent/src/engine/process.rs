@@ -79,7 +79,11 @@ impl Launch<'_> {
         Err(command::failed(name, &sys::exec(&path, &args, &env)))
     }
 
-    fn announce(&self, socket: &OwnedFd, terminal: Option<BorrowedFd<'_>>) -> Result<(), InitError> {
+    fn announce(
+        &self,
+        socket: &OwnedFd,
+        terminal: Option<BorrowedFd<'_>>,
+    ) -> Result<(), InitError> {
         sync::send(socket, &Report::Ready, terminal).step(|| "report to the agent")?;
         if self.waits {
             sync::wait_go(socket).step(|| "wait for start")?;

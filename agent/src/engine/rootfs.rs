@@ -238,8 +238,7 @@ fn make_cwd(spec: &Spec) -> Result<(), InitError> {
 /// Applies `readonlyPaths` and `maskedPaths`.
 fn protect(linux: &Linux) -> Result<(), InitError> {
     for path in linux.readonly_paths().iter().flatten() {
-        skip_missing(make_readonly(Path::new(path)))
-            .step(|| format!("make {path} read-only"))?;
+        skip_missing(make_readonly(Path::new(path))).step(|| format!("make {path} read-only"))?;
     }
     for path in linux.masked_paths().iter().flatten() {
         skip_missing(mask(Path::new(path))).step(|| format!("mask {path}"))?;
@@ -268,9 +267,16 @@ fn make_readonly(path: &Path) -> io::Result<()> {
 
 fn mask(path: &Path) -> io::Result<()> {
     if fs::metadata(path)?.is_dir() {
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("tmpfs"), path, Some("tmpfs"), flags, Some("size=0,nr_inodes=1"))
-            .or_else(|_| mount(Some("tmpfs"), path, Some("tmpfs"), flags, NONE))?;
+        let flags =
+            MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(
+            Some("tmpfs"),
+            path,
+            Some("tmpfs"),
+            flags,
+            Some("size=0,nr_inodes=1"),
+        )
+        .or_else(|_| mount(Some("tmpfs"), path, Some("tmpfs"), flags, NONE))?;
         return Ok(());
     }
     let null = sys::clone_mount(Path::new("/dev/null"), false)?;
@@ -284,7 +290,10 @@ fn seal_root(spec: &Spec, readonly: bool) -> Result<(), InitError> {
     if readonly {
         set_attr(root, READ_ONLY, false).step(|| "make the root read-only")?;
     }
-    let wanted = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
+    let wanted = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.rootfs_propagation().as_deref());
     let Some(name) = wanted.filter(|name| !name.is_empty()) else {
         return Ok(());
     };

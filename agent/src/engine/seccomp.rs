@@ -78,7 +78,9 @@ impl Filter {
             .as_ref()
             .is_some_and(|list| list.contains(&Arch::ScmpArchX86));
         let native = section(profile, default, |name| {
-            syscalls::x86_64::Sysno::from_str(name).ok().map(|nr| nr as u32)
+            syscalls::x86_64::Sysno::from_str(name)
+                .ok()
+                .map(|nr| nr as u32)
         })?;
         let mut program = vec![
             statement(LOAD, ARCH),
@@ -90,7 +92,9 @@ impl Filter {
             program.push(branch(JEQ, AUDIT_ARCH_I386, 1, 0));
             program.push(statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS));
             program.extend(section(profile, default, |name| {
-                syscalls::x86::Sysno::from_str(name).ok().map(|nr| nr as u32)
+                syscalls::x86::Sysno::from_str(name)
+                    .ok()
+                    .map(|nr| nr as u32)
             })?);
         } else {
             program.push(statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS));
@@ -151,7 +155,10 @@ fn section(
         let action = action(call.action(), call.errno_ret())?;
         let tests = call.args().as_deref().unwrap_or_default();
         for nr in call.names().iter().filter_map(|name| number(name)) {
-            by_number.entry(nr).or_default().push(Rule { action, tests });
+            by_number
+                .entry(nr)
+                .or_default()
+                .push(Rule { action, tests });
         }
     }
     let mut code = vec![

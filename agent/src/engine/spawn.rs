@@ -38,8 +38,11 @@ impl Streams {
 }
 
 /// A process that is being made.
+#[derive(Debug)]
 pub struct Spawning {
     socket: AsyncFd<OwnedFd>,
+    /// `Ready`, if it overtook `Pid`: two processes report.
+    early: Option<(Report, Option<OwnedFd>)>,
 }
 
 /// Starts the helper.
@@ -49,7 +52,9 @@ pub struct Spawning {
 /// `Io` if it could not be started; what it finds out itself comes by
 /// [`Spawning::pid`] and [`Spawning::ready`].
 pub fn spawn(request: &Request, streams: Streams) -> Result<Spawning> {
-    let body = serde_json::to_vec(request).map_err(io::Error::from).context("encode request")?;
+    let body = serde_json::to_vec(request)
+        .map_err(io::Error::from)
+        .context("encode request")?;
     let memfd = memfd_create("request", MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
     let mut memfd = File::from(memfd);
     memfd.write_all(&body).context("write request")?;
@@ -71,7 +76,10 @@ pub fn spawn(request: &Request, streams: Streams) -> Result<Spawning> {
     drop(command.spawn().context("start helper")?);
     nonblocking(&ours).context("sync socket")?;
     let socket = register(ours).context("sync socket")?;
-    Ok(Spawning { socket })
+    Ok(Spawning {
+        socket,
+        early: None,
+    })
 }
 
 /// Moves two descriptors to the numbers the helper expects. They may sit on
@@ -123,10 +131,13 @@ impl Spawning {
     /// # Errors
     ///
     /// What the helper reports.
-    pub async fn pid(&self) -> Result<i32> {
-        match self.next().await? {
-            Some((Report::Pid(pid), _)) => Ok(pid),
-            other => Err(unexpected(other.map(|(report, _)| report))),
+    pub async fn pid(&mut self) -> Result<i32> {
+        loop {
+            match self.next().await? {
+                Some((Report::Pid(pid), _)) => return Ok(pid),
+                Some(ready) if self.early.is_none() => self.early = Some(ready),
+                other => return Err(unexpected(other.map(|(report, _)| report))),
+            }
         }
     }
 
@@ -135,8 +146,12 @@ impl Spawning {
     /// # Errors
     ///
     /// What the process reports: above all a command that is missing.
-    pub async fn ready(&self) -> Result<Option<OwnedFd>> {
-        match self.next().await? {
+    pub async fn ready(&mut self) -> Result<Option<OwnedFd>> {
+        let report = match self.early.take() {
+            Some(early) => Some(early),
+            None => self.next().await?,
+        };
+        match report {
             Some((Report::Ready, terminal)) => Ok(terminal),
             other => Err(unexpected(other.map(|(report, _)| report))),
         }

@@ -11,6 +11,8 @@
 //!     |<--- Failed: at any point --------------------|
 //! ```
 //!
+//! Two processes report, so `Ready` may overtake `Pid`.
+//!
 //! A `SOCK_SEQPACKET` pair: one packet is one message. The process's end is
 //! close-on-exec, so a successful execve(2) is the end of file.
 
@@ -109,7 +111,9 @@ pub fn recv(socket: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> 
             if let ControlMessageOwned::ScmRights(fds) = item {
                 // SAFETY: the kernel installed these descriptors for this
                 // message; nothing else knows them.
-                let owned = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+                let owned = fds
+                    .into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 fd = owned.last();
             }
         }

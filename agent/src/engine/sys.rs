@@ -41,7 +41,11 @@ pub fn fork_sibling(flags: libc::c_int) -> io::Result<Option<Pid>> {
     // SAFETY: without CLONE_VM the child works on a copy of our memory; the
     // argument structure outlives the call and its size is passed along.
     let pid = check(unsafe {
-        libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>())
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
     })?;
     Ok(match libc::pid_t::try_from(pid) {
         Ok(0) | Err(_) => None,
@@ -335,7 +339,11 @@ pub fn set_window_size(terminal: impl AsFd, size: WindowSize) -> io::Result<()> 
     };
     // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
     Errno::result(unsafe {
-        libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size)
+        libc::ioctl(
+            terminal.as_fd().as_raw_fd(),
+            libc::TIOCSWINSZ,
+            &raw const size,
+        )
     })?;
     Ok(())
 }
@@ -494,7 +502,14 @@ pub fn bpf_load_device(program: &[crate::cgroup::devices::Instruction]) -> io::R
     };
     // SAFETY: the pointers in the structure and the structure itself outlive
     // the call; the kernel only reads them.
-    owned(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<Load>()) })
+    owned(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const attr,
+            size_of::<Load>(),
+        )
+    })
 }
 
 /// Attaches a device program to a cgroup, besides those that may be there.
@@ -520,7 +535,14 @@ pub fn bpf_attach_device(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io:
         flags: BPF_F_ALLOW_MULTI,
     };
     // SAFETY: the structure outlives the call; the kernel only reads it.
-    check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<Attach>()) })?;
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attr,
+            size_of::<Attach>(),
+        )
+    })?;
     Ok(())
 }
 

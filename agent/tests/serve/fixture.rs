@@ -27,6 +27,7 @@ const APPLETS: [&str; 9] = [
 pub struct Agent {
     pub client: AgentClient,
     child: Child,
+    rpc: UnixStream,
     streams: PathBuf,
     dir: tempfile::TempDir,
 }
@@ -76,12 +77,14 @@ pub fn start() -> Option<Agent> {
         });
     }
     let child = command.spawn().unwrap();
+    let rpc = near.try_clone().unwrap();
     near.set_nonblocking(true).unwrap();
     let near = tokio::net::UnixStream::from_std(near).unwrap();
     let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(near)));
     Some(Agent {
         client,
         child,
+        rpc,
         streams,
         dir,
     })
@@ -137,7 +140,7 @@ pub fn spec(id: &str, args: &[&str]) -> Value {
         ],
         "linux": {
             "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}],
-            "maskedPaths": ["/proc/kcore", "/proc/scsi", "/no/such/path"],
+            "maskedPaths": ["/proc/version", "/proc/scsi", "/no/such/path"],
             "readonlyPaths": ["/proc/sys", "/proc/bus"],
             "resources": {"devices": [{"allow": false, "access": "rwm"}], "pids": {"limit": 100}},
             "seccomp": {
@@ -305,10 +308,13 @@ impl Agent {
 }
 
 impl Drop for Agent {
-    /// The broken connection ends the agent, once the client is gone.
+    /// The broken connection ends the agent and all it made.
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.rpc.shutdown(std::net::Shutdown::Both);
+        let status = self.child.wait().unwrap();
+        if !std::thread::panicking() {
+            assert!(status.success(), "agent: {status}");
+        }
     }
 }
 

@@ -10,7 +10,10 @@ fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) 
     loop {
         let insn = program[pc];
         pc += 1;
-        let (to, from) = (usize::from(insn.registers & 15), usize::from(insn.registers >> 4));
+        let (to, from) = (
+            usize::from(insn.registers & 15),
+            usize::from(insn.registers >> 4),
+        );
         let immediate = i64::from(insn.immediate);
         let jump = usize::try_from(insn.offset).unwrap();
         match insn.code {
@@ -21,7 +24,13 @@ fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) 
             SHIFT_RIGHT => registers[to] >>= immediate,
             JUMP_EQ => pc += if registers[to] == immediate { jump } else { 0 },
             JUMP_NE => pc += if registers[to] != immediate { jump } else { 0 },
-            JUMP_NE_REGISTER => pc += if registers[to] != registers[from] { jump } else { 0 },
+            JUMP_NE_REGISTER => {
+                pc += if registers[to] != registers[from] {
+                    jump
+                } else {
+                    0
+                }
+            }
             EXIT => return registers[0] == 1,
             code => panic!("instruction {code:#x}"),
         }
