@@ -105,7 +105,9 @@ fn boot() -> Result<()> {
     log::init_guest();
     fs::create_dir_all(CONTAINERS_DIR).with_context(|| format!("create {CONTAINERS_DIR}"))?;
     links().context("links in /dev")?;
-    set_limits()?;
+    if let Err(error) = set_limits() {
+        tracing::warn!("{}", error.full());
+    }
     sys::loopback_up().context("bring up loopback")?;
     let cgroups = own_cgroup()?;
     for (name, value) in SYSCTLS {
@@ -198,7 +200,10 @@ fn links() -> io::Result<()> {
         ("/proc/self/fd/1", "/dev/stdout"),
         ("/proc/self/fd/2", "/dev/stderr"),
     ] {
-        std::os::unix::fs::symlink(target, link)?;
+        match std::os::unix::fs::symlink(target, link) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
     }
     // devtmpfs has a ptmx of its own, of the first devpts instance: ours.
     Ok(())

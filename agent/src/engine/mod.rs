@@ -2,11 +2,12 @@
 //!
 //! It is our own rather than the `libcontainer` crate. libcontainer clones the
 //! calling process without exec, so it would have had to run in a re-executed
-//! helper anyway; it reports a command that cannot be executed as a line on
-//! standard error after `start` returned, where containerd wants an error of
-//! the call in runc's words; its seccomp support needs libseccomp's static
-//! library from a distribution; and it keeps state in directories the agent
-//! has no use for. What remains is small: the kernel does the work.
+//! helper all the same. It looks a command up before "created", as wanted, but
+//! says so in words of its own where containerd's clients look for runc's, and
+//! an execve(2) that fails at "start" is a log line, not an error. Its seccomp
+//! support needs a distribution's static libseccomp, and it keeps state in
+//! directories an agent has no use for. What remains is small: the kernel does
+//! the work.
 //!
 //! ```text
 //!   agent (spawn.rs) --exec self--> helper (init.rs) --clone3--> process

@@ -114,7 +114,7 @@ pub fn recv(socket: impl AsFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> 
                 let owned = fds
                     .into_iter()
                     .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-                fd = owned.last();
+                fd = owned.fold(None, |_, fd| Some(fd));
             }
         }
         message.bytes

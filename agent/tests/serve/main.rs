@@ -1,5 +1,7 @@
 //! The real agent on this machine: `nacre-agent serve` with containers made
 //! from a static busybox. Skipped, with the reason, where it cannot run.
+// The lint's exception for tests covers `#[test]` functions, not their helpers.
+#![allow(clippy::unwrap_used)]
 
 mod fixture;
 

@@ -23,12 +23,12 @@ fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) 
             AND => registers[to] &= immediate,
             SHIFT_RIGHT => registers[to] >>= immediate,
             JUMP_EQ => pc += if registers[to] == immediate { jump } else { 0 },
-            JUMP_NE => pc += if registers[to] != immediate { jump } else { 0 },
+            JUMP_NE => pc += if registers[to] == immediate { 0 } else { jump },
             JUMP_NE_REGISTER => {
-                pc += if registers[to] != registers[from] {
-                    jump
-                } else {
+                pc += if registers[to] == registers[from] {
                     0
+                } else {
+                    jump
                 }
             }
             EXIT => return registers[0] == 1,

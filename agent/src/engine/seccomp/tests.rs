@@ -117,7 +117,8 @@ fn comparisons_hold_over_64_bits() {
         0x0000_0005_0000_0000,
         u64::MAX,
     ];
-    let operators: [(&str, fn(u64) -> bool); 6] = [
+    type Operator = (&'static str, fn(u64) -> bool);
+    let operators: [Operator; 6] = [
         ("SCMP_CMP_EQ", |x| x == V),
         ("SCMP_CMP_NE", |x| x != V),
         ("SCMP_CMP_LT", |x| x < V),
