@@ -8,10 +8,11 @@ SHELL := /bin/bash
 PREFIX ?= /usr/local
 # Everything is staged under target/ with the paths it is installed to.
 STAGE := target/stage
+TARGET := x86_64-unknown-linux-gnu
 LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
-PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils kmod \
+PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
 .PHONY: setup build test unit lint demo lab e2e install kernel stage stage-boot clean
@@ -29,14 +30,19 @@ setup:
 kernel: setup
 	@$(MAKE) --no-print-directory -C guest-kernel
 
+# The agent is PID 1 of an initramfs that holds nothing else, so it is static.
 build: setup
 	@echo "build: shim, monitor, nacre"
 	@cargo build --release --locked -p nacre-shim
+	@echo "build: agent (static)"
+	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p nacre-agent --target $(TARGET)
 
 stage: build kernel
-	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre
+	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre target/initramfs
 	@install -m 755 target/release/containerd-shim-nacre-v2 target/release/nacre $(STAGE)$(PREFIX)/bin/
 	@install -m 644 "$$($(MAKE) -s --no-print-directory -C guest-kernel path)" $(STAGE)$(PREFIX)/share/nacre/vmlinux
+	@install -m 755 target/$(TARGET)/release/nacre-agent target/initramfs/init
+	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
 
 # The monitor without shim and agent, for tests and the demonstration.
