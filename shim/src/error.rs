@@ -46,7 +46,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped => Code::UNAVAILABLE,
-        SandboxError::NoHotplug { .. } => Code::FAILED_PRECONDITION,
+        SandboxError::NoHotplug { .. } | SandboxError::NotBooted { .. } => {
+            Code::FAILED_PRECONDITION
+        }
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)

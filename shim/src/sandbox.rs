@@ -1,10 +1,16 @@
 //! A sandbox: one pod's running machine and the agent in it.
 //!
 //! ```text
-//! Host::prepare(container)  files and mounts of a container, before and after boot
-//! Host::boot(container) ->  Sandbox    once, by the pod's first container
+//! Host::prepare(container)             files and mounts of a container, before and after boot
+//! Host::open(container) -> Sandbox     once, by the pod's first container: a process in the pod's
+//!                                      network namespace, host hooks run, no guest yet
+//! Host::boot(Sandbox)                  once, as soon as the pod's network is known
 //! Host::teardown()                     any number of times, from any point
 //! ```
+//!
+//! Opening and booting are two steps for the sake of clients that set the
+//! network up only when they have a pid, between Create and Start, as `ctr run
+//! --cni` does: a machine gets its network cards when it boots.
 //!
 //! [`VmHost`] does that for real; it owns everything of the pod that lives on
 //! the host. [`Sandbox`] is what the Task API talks to: it only knows a
@@ -15,8 +21,8 @@ mod sizing;
 mod vm_host;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
@@ -69,6 +75,15 @@ pub enum SandboxError {
         container_id: String,
         /// What is missing.
         what: &'static str,
+    },
+    /// A second container came before the first was started.
+    #[error(
+        "container {container_id} joins a pod whose virtual machine boots with the start of its \
+         first container: start that one first"
+    )]
+    NotBooted {
+        /// The container that came.
+        container_id: String,
     },
     /// The machine failed.
     #[error(transparent)]
@@ -162,20 +177,44 @@ impl Host {
         }
     }
 
-    /// Builds the machine for the pod's first container and waits for its agent.
+    /// Makes the machine for the pod's first container, not booted.
     ///
     /// # Errors
     ///
     /// Anything on the way; what was made by then is taken down again.
+    pub async fn open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+        match self {
+            Self::Vm(host) => host.open(config).await,
+            #[cfg(test)]
+            Self::Fake(host) => Ok(host.open()),
+        }
+    }
+
+    /// Whether the pod's network is as it will be. If not, it is when the first
+    /// container starts.
+    pub fn knows_network(&self) -> bool {
+        match self {
+            Self::Vm(host) => host.knows_network(),
+            #[cfg(test)]
+            Self::Fake(host) => host.knows_network,
+        }
+    }
+
+    /// Boots the machine and waits for its agent.
+    ///
+    /// # Errors
+    ///
+    /// Anything on the way; the machine is taken down then.
     pub async fn boot(
         &self,
+        sandbox: &Sandbox,
         config: &ContainerConfig,
         prepared: &mut Prepared,
-    ) -> Result<Sandbox, SandboxError> {
+    ) -> Result<(), SandboxError> {
         match self {
-            Self::Vm(host) => host.boot(config, prepared).await,
+            Self::Vm(host) => host.boot(sandbox, config, prepared).await,
             #[cfg(test)]
-            Self::Fake(host) => host.boot().await,
+            Self::Fake(_) => crate::machine::fake::boot(sandbox).await,
         }
     }
 
@@ -198,27 +237,41 @@ impl Host {
     }
 }
 
-/// A running machine with a configured agent.
+/// A machine and, once it has booted, its configured agent.
 pub struct Sandbox {
     machine: Arc<dyn Machine>,
-    agent: AgentClient,
-    shares_directory: bool,
+    guest: OnceLock<Guest>,
     next_stream: AtomicU64,
 }
 
+/// What there is after the boot.
+struct Guest {
+    agent: AgentClient,
+    shares_directory: bool,
+}
+
 impl Sandbox {
-    /// Waits for the machine's agent and configures it.
+    /// A sandbox that has not booted.
+    pub fn new(machine: Arc<dyn Machine>) -> Self {
+        Self {
+            machine,
+            guest: OnceLock::new(),
+            next_stream: AtomicU64::new(1),
+        }
+    }
+
+    /// Waits for the booting machine's agent and configures it.
     ///
     /// # Errors
     ///
     /// When the machine dies, the agent stays silent for `boot_timeout`, or
     /// refuses.
     pub async fn attach(
-        machine: Arc<dyn Machine>,
+        &self,
         boot_timeout: Duration,
         request: &ConfigureSandboxRequest,
-    ) -> Result<Self, SandboxError> {
-        let connection = tokio::time::timeout(boot_timeout, machine.agent())
+    ) -> Result<(), SandboxError> {
+        let connection = tokio::time::timeout(boot_timeout, self.machine.agent())
             .await
             .map_err(|_| SandboxError::AgentSilent {
                 seconds: boot_timeout.as_secs(),
@@ -232,12 +285,13 @@ impl Sandbox {
                 what: "configure the sandbox",
                 answer,
             })?;
-        Ok(Self {
-            machine,
+        let shares_directory = request.shared_dir;
+        // Attached once: the one caller is the one boot.
+        self.guest.get_or_init(|| Guest {
             agent,
-            shares_directory: request.shared_dir,
-            next_stream: AtomicU64::new(1),
-        })
+            shares_directory,
+        });
+        Ok(())
     }
 
     /// The pod's host pid.
@@ -245,14 +299,14 @@ impl Sandbox {
         self.machine.pid()
     }
 
-    /// The agent.
-    pub fn agent(&self) -> &AgentClient {
-        &self.agent
+    /// The agent, after the boot.
+    pub fn agent(&self) -> Option<&AgentClient> {
+        self.guest.get().map(|guest| &guest.agent)
     }
 
     /// Whether the guest has the pod's shared directory.
     pub fn shares_directory(&self) -> bool {
-        self.shares_directory
+        self.guest.get().is_some_and(|guest| guest.shares_directory)
     }
 
     /// Opens a stdio stream; returns its id with it.

@@ -92,6 +92,8 @@ impl Drop for FakeMachine {
 pub struct FakeHost {
     /// The machine it made, for tests to shoot.
     pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
+    /// Whether machines boot with their creation or with the start.
+    pub knows_network: bool,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -102,6 +104,7 @@ impl FakeHost {
     pub fn scripted() -> Self {
         Self {
             machine: Arc::default(),
+            knows_network: true,
             agent_exe: None,
             root: tempfile::tempdir().unwrap(),
         }
@@ -139,15 +142,21 @@ impl FakeHost {
         })
     }
 
-    /// Starts an agent and attaches to it.
-    pub async fn boot(&self) -> Result<Sandbox, SandboxError> {
+    /// Starts an agent.
+    pub fn open(&self) -> Sandbox {
         let machine = Arc::new(match &self.agent_exe {
             None => scripted_machine(),
             Some(exe) => real_machine(exe, self.root.path()),
         });
         *lock(&self.machine) = Some(machine.clone());
-        Sandbox::attach(machine, BOOT_TIMEOUT, &ConfigureSandboxRequest::default()).await
+        Sandbox::new(machine)
     }
+}
+
+/// Attaches to a machine's agent.
+pub async fn boot(sandbox: &Sandbox) -> Result<(), SandboxError> {
+    let request = ConfigureSandboxRequest::default();
+    sandbox.attach(BOOT_TIMEOUT, &request).await
 }
 
 fn scripted_machine() -> FakeMachine {

@@ -1,7 +1,8 @@
 //! [`VmHost`]: everything a pod's virtual machine has on the host.
 //!
 //! ```text
-//! boot: netns -> uid, cgroup -> monitor process -> host hooks -> taps -> virtiofsd -> Boot -> agent
+//! open: netns -> uid, cgroup -> monitor process -> host hooks -> taps
+//! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
@@ -51,6 +52,9 @@ struct Parts {
     machine: Option<Arc<VmMachine>>,
     virtiofsd: Option<Child>,
     cgroup: Option<PodCgroup>,
+    netns: Option<NetNs>,
+    /// As far as it is known.
+    network: Option<PodNetwork>,
     state: State,
 }
 
@@ -115,29 +119,19 @@ impl VmHost {
         }
     }
 
-    /// See [`super::Host::boot`].
-    pub async fn boot(
-        &self,
-        config: &ContainerConfig,
-        prepared: &mut Prepared,
-    ) -> Result<Sandbox, SandboxError> {
-        let result = self.try_boot(config, prepared).await;
+    /// See [`super::Host::open`].
+    pub async fn open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+        let result = self.try_open(config).await;
         if let Err(error) = &result {
-            warn!(error = chain(error), "sandbox not booted");
+            warn!(error = chain(error), "sandbox not made");
             self.teardown().await;
         }
         result
     }
 
-    async fn try_boot(
-        &self,
-        config: &ContainerConfig,
-        prepared: &mut Prepared,
-    ) -> Result<Sandbox, SandboxError> {
-        let size = size_of(&config.spec, &self.config);
-        info!(id = self.sandbox_id, ?size, "booting");
+    async fn try_open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
         let netns = open_netns(&config.spec, &config.id)?;
-        let uid = self.claim_identity(&config.spec, &netns)?;
+        self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
         hooks::run(
             hooks::Stage::Create,
@@ -147,8 +141,64 @@ impl VmHost {
             machine.pid(),
         )
         .await?;
-        let (netns, queues) = (netns.file, self.config.net_queues);
-        let network = blocking(move || network::prepare(&netns, queues)).await?;
+        let network = self.join_network(&netns).await?;
+        // A namespace that came with a path is its owner's finished work. Into
+        // one of our own somebody may yet put an interface.
+        let known = netns.path.is_some() || !network.nics.is_empty();
+        let mut parts = crate::task::lock(&self.parts);
+        parts.network = known.then_some(network);
+        parts.netns = Some(netns);
+        Ok(Sandbox::new(machine))
+    }
+
+    async fn join_network(&self, netns: &NetNs) -> Result<PodNetwork, SandboxError> {
+        let netns = netns
+            .file
+            .try_clone()
+            .map_err(io_error("duplicate a descriptor"))?;
+        let queues = self.config.net_queues;
+        Ok(blocking(move || network::prepare(&netns, queues)).await?)
+    }
+
+    /// See [`super::Host::knows_network`].
+    pub fn knows_network(&self) -> bool {
+        crate::task::lock(&self.parts).network.is_some()
+    }
+
+    /// See [`super::Host::boot`].
+    pub async fn boot(
+        &self,
+        sandbox: &Sandbox,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+    ) -> Result<(), SandboxError> {
+        let result = self.try_boot(sandbox, config, prepared).await;
+        if let Err(error) = &result {
+            warn!(error = chain(error), "sandbox not booted");
+            self.teardown().await;
+        }
+        result
+    }
+
+    async fn try_boot(
+        &self,
+        sandbox: &Sandbox,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+    ) -> Result<(), SandboxError> {
+        let size = size_of(&config.spec, &self.config);
+        info!(id = self.sandbox_id, ?size, "booting");
+        let (machine, netns, network, uid) = {
+            let mut parts = crate::task::lock(&self.parts);
+            let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
+            let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
+            (machine, parts.netns.take(), parts.network.take(), uid)
+        };
+        let network = match (network, netns) {
+            (Some(network), _) => network,
+            (None, Some(netns)) => self.join_network(&netns).await?,
+            (None, None) => return Err(SandboxError::Stopped),
+        };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
         let socket = shares.then(|| self.start_virtiofsd()).transpose()?;
         let fds = BootFds {
@@ -169,11 +219,11 @@ impl VmHost {
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
-        Sandbox::attach(machine, timeout, &with_time(request)).await
+        sandbox.attach(timeout, &with_time(request)).await
     }
 
     /// The monitor's uid and the pod's cgroup.
-    fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<u32, SandboxError> {
+    fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<(), SandboxError> {
         let uid = self
             .run_dir
             .allocate_uid(self.config.uid_base, self.config.uid_count)?;
@@ -193,7 +243,7 @@ impl VmHost {
             let cgroup = PodCgroup::create(&path, &limits)?;
             self.record(|parts| parts.cgroup = Some(cgroup))?;
         }
-        Ok(uid)
+        Ok(())
     }
 
     fn start_monitor(&self, netns: &NetNs) -> Result<Arc<VmMachine>, SandboxError> {
@@ -291,6 +341,7 @@ impl VmHost {
     pub async fn teardown(&self) {
         let (machine, virtiofsd, cgroup) = {
             let mut parts = crate::task::lock(&self.parts);
+            (parts.network, parts.netns) = (None, None);
             (
                 parts.machine.take(),
                 parts.virtiofsd.take(),

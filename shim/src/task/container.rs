@@ -6,6 +6,8 @@
 //! ```text
 //! agent.Wait or machine dead -> output drained -> TaskExit queued, Stopped
 //! ```
+//! The guest gets the container with Create, or with Start where the machine
+//! boots only then ([`crate::sandbox`]); until then it is [`Pending`] here.
 //! The guest is asked with a deadline always; only `Wait` may take forever.
 
 use std::collections::HashMap;
@@ -15,7 +17,9 @@ use std::time::Duration;
 use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
 use nacre_protocol::agent;
+use nacre_protocol::agent_ttrpc::AgentClient;
 use oci_spec::runtime::Process as OciProcess;
+use tokio::sync::SetOnce;
 use tracing::{error, info, warn};
 
 use super::TaskError;
@@ -23,17 +27,20 @@ use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
 use crate::events::{Publisher, timestamp};
-use crate::sandbox::{ContainerConfig, Sandbox};
+use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
+use crate::storage::Prepared;
 
 /// Time the agent has for a call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time the agent has to mount a container's storage and make it.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time output has to reach its readers after the exit.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time a process has to die of SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Status of a process that went down with its machine: 128 + SIGKILL.
 pub const LOST_STATUS: u32 = 137;
-/// Status of an exec that could not be started.
+/// Status of a process that could not be started.
 const NOT_STARTED_STATUS: u32 = 255;
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
@@ -44,6 +51,15 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) publisher: Publisher,
+    pending: Mutex<Option<Pending>>,
+    /// Set once the guest has the container.
+    in_guest: SetOnce<()>,
+}
+
+/// What the guest needs to make the container.
+pub struct Pending {
+    /// The machine's disks, too, if it has not booted.
+    pub prepared: Prepared,
 }
 
 /// A call's deadline.
@@ -67,20 +83,86 @@ pub fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> TaskError
 }
 
 impl Container {
-    /// A container the guest has just created.
+    /// A container the guest does not have yet.
     pub fn new(
         config: ContainerConfig,
-        init: Process,
+        stdio: StdioPaths,
+        prepared: Prepared,
         sandbox: Arc<Sandbox>,
         publisher: Publisher,
     ) -> Self {
+        let init = Process::new(&config.id, "", stdio, Vec::new());
         Self {
             config,
             init: Arc::new(init),
             execs: Mutex::new(HashMap::new()),
             sandbox,
             publisher,
+            pending: Mutex::new(Some(Pending { prepared })),
+            in_guest: SetOnce::new(),
         }
+    }
+
+    /// The sandbox it is in.
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+
+    /// What the guest needs of it; `None` once it was taken.
+    pub fn take_pending(&self) -> Option<Pending> {
+        lock(&self.pending).take()
+    }
+
+    /// Whether the guest does not have it yet.
+    pub(super) fn is_pending(&self) -> bool {
+        !self.in_guest.initialized()
+    }
+
+    /// The agent, if the guest has the container.
+    ///
+    /// # Errors
+    ///
+    /// `WrongPhase` before that.
+    pub(super) fn agent(&self, action: &'static str) -> Result<&AgentClient, TaskError> {
+        self.sandbox
+            .agent()
+            .filter(|_| !self.is_pending())
+            .ok_or_else(|| self.init.wrong_phase(action, self.init.phase()))
+    }
+
+    /// Makes the container in the booted guest.
+    ///
+    /// # Errors
+    ///
+    /// When its streams cannot be opened; the guest's refusal.
+    pub async fn enter_guest(&self, prepared: Prepared) -> Result<(), TaskError> {
+        let spec = serde_json::to_vec(&prepared.guest_spec).map_err(|error| TaskError::Spec {
+            container_id: self.config.id.clone(),
+            what: "guest spec",
+            source: error.into(),
+        })?;
+        let owner = Owner {
+            namespace: self.publisher.namespace(),
+            id: &self.config.id,
+        };
+        let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
+        (ids.width, ids.height) = self.init.size();
+        let request = agent::CreateContainerRequest {
+            container_id: self.config.id.clone(),
+            spec,
+            storages: prepared.storages,
+            files: prepared.files,
+            stdio: Some(ids).into(),
+            ..Default::default()
+        };
+        let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
+        agent
+            .create_container(deadline(CREATE_TIMEOUT), &request)
+            .await
+            .map_err(agent_error("create the container"))?;
+        self.init.attach(streams);
+        // Once: whoever has the pending container.
+        self.in_guest.set(()).map_err(|_| TaskError::Cancelled)
     }
 
     /// As containerd described it.
@@ -143,13 +225,22 @@ impl Container {
         });
     }
 
-    /// The exit as the guest tells it, or the machine's end.
+    /// The exit as the guest tells it, or the machine's end, or that of a
+    /// process which the guest never got.
     async fn wait_in_guest(&self, process: &Process) -> Exit {
         let request = self.process_request(process);
         let context = ttrpc::context::Context::default();
+        let in_guest = async {
+            self.in_guest.wait().await;
+            match self.agent("wait for") {
+                Ok(agent) => agent.wait(context, &request).await,
+                Err(_) => Err(ttrpc::Error::RemoteClosed),
+            }
+        };
         let answer = tokio::select! {
-            answer = self.sandbox.agent().wait(context, &request) => answer,
+            answer = in_guest => answer,
             _ = self.sandbox.stopped() => return Exit::now(LOST_STATUS),
+            exit = process.exited() => return exit,
         };
         match answer {
             // The host's clock counts: the guest may claim any time.
@@ -168,7 +259,7 @@ impl Container {
         }
     }
 
-    fn report_exit(&self, process: &Process, exit: Exit) {
+    pub(super) fn report_exit(&self, process: &Process, exit: Exit) {
         let id = if process.exec_id.is_empty() {
             &process.container_id
         } else {
@@ -184,30 +275,43 @@ impl Container {
         });
     }
 
-    /// Starts the init process or an exec.
+    /// Starts the init process or an exec; an init process after `enter`, which
+    /// has the guest make the container if it is still pending.
     ///
     /// # Errors
     ///
     /// `WrongPhase` unless it is Created; the guest's refusal. A refused exec is
     /// Stopped, a refused init process Created again.
-    pub async fn start(self: &Arc<Self>, exec_id: &str) -> Result<(), TaskError> {
+    pub async fn start(
+        self: &Arc<Self>,
+        exec_id: &str,
+        enter: impl Future<Output = Result<(), TaskError>>,
+    ) -> Result<(), TaskError> {
         let process = self.process(exec_id)?;
         process.advance("start", |phase| {
             (phase == Phase::Created).then_some(Phase::Starting)
         })?;
         if exec_id.is_empty() {
-            self.start_init(&process).await
+            self.start_init(&process, enter).await
         } else {
             self.start_exec(&process).await
         }
     }
 
-    async fn start_init(&self, process: &Process) -> Result<(), TaskError> {
-        let started = self
-            .sandbox
-            .agent()
-            .start_container(deadline(CALL_TIMEOUT), &self.container_request())
-            .await;
+    async fn start_init(
+        &self,
+        process: &Process,
+        enter: impl Future<Output = Result<(), TaskError>>,
+    ) -> Result<(), TaskError> {
+        let start = async {
+            enter.await?;
+            process.start_input()?;
+            self.agent("start")?
+                .start_container(deadline(CALL_TIMEOUT), &self.container_request())
+                .await
+                .map_err(agent_error("start the container"))
+        };
+        let started = start.await;
         process.advance("start", |_| match started {
             Ok(_) => {
                 self.publisher.publish(&TaskStart {
@@ -219,9 +323,14 @@ impl Container {
             }
             Err(_) => Some(Phase::Created),
         })?;
-        started
-            .map(drop)
-            .map_err(agent_error("start the container"))
+        if started.is_err() && self.is_pending() {
+            // What it takes to make the container is spent.
+            let exit = Exit::now(NOT_STARTED_STATUS);
+            process
+                .finish(exit, |exit| self.report_exit(process, exit))
+                .await;
+        }
+        started.map(drop)
     }
 
     async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<(), TaskError> {
@@ -253,7 +362,7 @@ impl Container {
             namespace: self.publisher.namespace(),
             id: &process.exec_id,
         };
-        let (streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio, owner).await?;
+        let (mut streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio, owner).await?;
         (stdio.width, stdio.height) = process.size();
         let request = agent::ExecRequest {
             container_id: self.config.id.clone(),
@@ -262,11 +371,11 @@ impl Container {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.sandbox
-            .agent()
+        self.agent("exec in")?
             .exec(deadline(CALL_TIMEOUT), &request)
             .await
             .map_err(agent_error("run the command"))?;
+        streams.start_input()?;
         Ok(streams)
     }
 
@@ -333,8 +442,7 @@ impl Container {
         if before != Phase::Created {
             let request = self.process_request(&process);
             let call = self
-                .sandbox
-                .agent()
+                .agent("delete")?
                 .delete_exec(deadline(CALL_TIMEOUT), &request);
             let answer = self.sandbox.unless_stopped(call).await;
             self.note_cleanup("exec", answer);
@@ -360,13 +468,12 @@ impl Container {
             Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
             _ => None,
         })?;
-        let request = self.container_request();
-        let call = self
-            .sandbox
-            .agent()
-            .delete_container(deadline(CALL_TIMEOUT), &request);
-        let answer = self.sandbox.unless_stopped(call).await;
-        self.note_cleanup("container", answer);
+        if let Ok(agent) = self.agent("delete") {
+            let request = self.container_request();
+            let call = agent.delete_container(deadline(CALL_TIMEOUT), &request);
+            let answer = self.sandbox.unless_stopped(call).await;
+            self.note_cleanup("container", answer);
+        }
         drain(&self.init).await;
         self.init.detach();
         Ok(self.init.exited().await)

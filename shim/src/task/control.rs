@@ -8,7 +8,10 @@ use oci_spec::runtime::LinuxResources;
 
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
-use super::process::{Phase, Process};
+use super::process::{Exit, Phase, Process};
+
+/// Added to a signal's number it makes a status, as in a shell.
+const SIGNAL_STATUS: u32 = 128;
 
 impl Container {
     /// Sends a signal.
@@ -33,13 +36,21 @@ impl Container {
         self.signal(&process, request.signal, request.all).await
     }
 
-    /// Sends a signal to a process, whatever its phase.
+    /// Sends a signal to a process, whatever its phase. Any signal ends a
+    /// container the guest does not have yet.
     pub(super) async fn signal(
         &self,
         process: &Process,
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
+        if self.take_pending().is_some() {
+            let exit = Exit::now(SIGNAL_STATUS + signal);
+            process
+                .finish(exit, |exit| self.report_exit(process, exit))
+                .await;
+            return Ok(());
+        }
         let request = agent::SignalRequest {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),
@@ -47,8 +58,7 @@ impl Container {
             all,
             ..Default::default()
         };
-        self.sandbox
-            .agent()
+        self.agent("signal")?
             .signal(deadline(CALL_TIMEOUT), &request)
             .await
             .map(drop)
@@ -65,8 +75,7 @@ impl Container {
             (phase == Phase::Running).then_some(Phase::Pausing)
         })?;
         let paused = self
-            .sandbox
-            .agent()
+            .agent("pause")?
             .pause(deadline(CALL_TIMEOUT), &self.container_request())
             .await;
         self.init.advance("pause", |phase| match (phase, &paused) {
@@ -94,8 +103,7 @@ impl Container {
         if phase != Phase::Paused {
             return Err(self.init.wrong_phase("resume", phase));
         }
-        self.sandbox
-            .agent()
+        self.agent("resume")?
             .resume(deadline(CALL_TIMEOUT), &self.container_request())
             .await
             .map_err(agent_error("resume"))?;
@@ -121,7 +129,10 @@ impl Container {
         let process = self.process(exec_id)?;
         process.set_size(width, height);
         match process.phase() {
-            Phase::Created | Phase::Starting if !exec_id.is_empty() => return Ok(()),
+            // Noted is enough: the guest gets the size with the process.
+            Phase::Created | Phase::Starting if !exec_id.is_empty() || self.is_pending() => {
+                return Ok(());
+            }
             Phase::Stopped(_) | Phase::Deleting(_) => {
                 return Err(TaskError::Finished {
                     process: process.name(),
@@ -136,8 +147,7 @@ impl Container {
             height,
             ..Default::default()
         };
-        self.sandbox
-            .agent()
+        self.agent("resize")?
             .resize_terminal(deadline(CALL_TIMEOUT), &request)
             .await
             .map(drop)
@@ -162,8 +172,7 @@ impl Container {
             resources: serde_json::to_vec(&resources).map_err(unusable)?,
             ..Default::default()
         };
-        self.sandbox
-            .agent()
+        self.agent("update")?
             .update(deadline(CALL_TIMEOUT), &request)
             .await
             .map(drop)
@@ -176,8 +185,7 @@ impl Container {
     ///
     /// The guest's refusal.
     pub async fn stats(&self) -> Result<agent::StatsResponse, TaskError> {
-        self.sandbox
-            .agent()
+        self.agent("read the counters of")?
             .stats(deadline(CALL_TIMEOUT), &self.container_request())
             .await
             .map_err(agent_error("read the counters"))

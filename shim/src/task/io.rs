@@ -13,7 +13,10 @@
 //! FIFOs are opened so that nothing here ever blocks or breaks when the other
 //! end comes late or goes away for a while (containerd restarts): for output
 //! read-write, so that there is always a reader; for input a writer of our own
-//! is held until CloseIO, so that there is no end of file before.
+//! is held until CloseIO, so that there is no end of file before. Input is
+//! opened when the process starts, not before: a client whose input is short
+//! would come to its end while Create is under way and have no task yet on which
+//! to call CloseIO.
 //!
 //! A guest stream is one connection (protocol, `Stdio`); its ids are the shim's.
 
@@ -86,21 +89,32 @@ pub struct Streams {
     stdin: Option<Stdin>,
 }
 
-struct Stdin {
-    /// Our own writer, which keeps the FIFO open.
-    keeper: Option<std::fs::File>,
-    copy: AbortHandle,
+enum Stdin {
+    /// To be opened.
+    Waiting {
+        path: String,
+        guest: UnixStream,
+        /// Whether CloseIO came already.
+        closed: bool,
+    },
+    Copied {
+        /// Our own writer, which keeps the FIFO open.
+        keeper: Option<std::fs::File>,
+        _copy: AbortOnDrop,
+    },
 }
 
-impl Drop for Stdin {
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
     fn drop(&mut self) {
-        self.copy.abort();
+        self.0.abort();
     }
 }
 
 impl Streams {
-    /// Opens the host's ends, connects the guest's, and starts copying. Also
-    /// returns how to name the streams to the agent.
+    /// Connects the guest's ends, opens the host's, and starts to copy output.
+    /// Also returns how to name the streams to the agent.
     ///
     /// # Errors
     ///
@@ -119,12 +133,13 @@ impl Streams {
             ..Default::default()
         };
         if !paths.stdin.is_empty() {
-            let (fifo, keeper) = open_input(&paths.stdin)?;
             let guest;
             (ids.stdin, guest) = connect(sandbox, "stdin").await?;
-            let copy = tokio::spawn(copy_in(fifo, guest)).abort_handle();
-            let keeper = Some(keeper);
-            streams.stdin = Some(Stdin { keeper, copy });
+            streams.stdin = Some(Stdin::Waiting {
+                path: paths.stdin.clone(),
+                guest,
+                closed: false,
+            });
         }
         let (stdout, stderr) = open_outputs(paths, owner).await?;
         if let Some(sink) = stdout {
@@ -140,10 +155,36 @@ impl Streams {
         Ok((streams, ids))
     }
 
+    /// Opens the input and starts to copy it.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened; the process then has no input.
+    pub fn start_input(&mut self) -> Result<(), StreamError> {
+        self.stdin = match self.stdin.take() {
+            Some(Stdin::Waiting {
+                path,
+                guest,
+                closed,
+            }) => {
+                let (fifo, keeper) = open_input(&path)?;
+                let copy = tokio::spawn(copy_in(fifo, guest)).abort_handle();
+                Some(Stdin::Copied {
+                    keeper: (!closed).then_some(keeper),
+                    _copy: AbortOnDrop(copy),
+                })
+            }
+            other => other,
+        };
+        Ok(())
+    }
+
     /// Lets the input end once containerd has closed its side too.
     pub fn close_stdin(&mut self) {
-        if let Some(stdin) = &mut self.stdin {
-            stdin.keeper = None;
+        match &mut self.stdin {
+            Some(Stdin::Waiting { closed, .. }) => *closed = true,
+            Some(Stdin::Copied { keeper, .. }) => *keeper = None,
+            None => (),
         }
     }
 

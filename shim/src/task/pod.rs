@@ -1,7 +1,8 @@
 //! The containers of one pod and the sandbox they share.
 //!
-//! The first Create boots the sandbox; a Create that comes meanwhile waits for
-//! it, nobody else does. When the sandbox's machine dies, every container's
+//! The first Create makes the sandbox; a Create that comes meanwhile waits for
+//! it, nobody else does. It boots it, too, if the pod's network is known by then,
+//! else the first Start does. When the sandbox's machine dies, every container's
 //! processes end (each has a task that waits for that), but the containers stay
 //! until containerd deletes them.
 
@@ -18,17 +19,14 @@ use tokio::sync::{OnceCell, watch};
 use tracing::{info, warn};
 
 use super::TaskError;
-use super::container::{Container, agent_error, deadline};
-use super::io::{StdioPaths, Streams};
-use super::logger::Owner;
-use super::process::{Process, lock};
+use super::container::Container;
+use super::io::StdioPaths;
+use super::process::lock;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
 use crate::sandbox::{ContainerConfig, Host, Sandbox, SandboxError};
 use crate::storage::Prepared;
 
-/// Time the agent has to mount a container's storage and make it.
-const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
 const OOM_PAUSE: Duration = Duration::from_millis(500);
@@ -134,7 +132,13 @@ impl Pod {
         };
         let created = async {
             let (sandbox, prepared) = self.sandbox_for(&config).await?;
-            self.create_in(sandbox, &config, prepared, stdio).await
+            let publisher = self.publisher.clone();
+            let container = Container::new(config.clone(), stdio, prepared, sandbox, publisher);
+            let booted = container.sandbox().agent().is_some();
+            if booted || self.host.knows_network() {
+                self.enter_guest(&container).await?;
+            }
+            Ok(Arc::new(container))
         };
         let result = created.await;
         if result.is_err() {
@@ -143,21 +147,48 @@ impl Pod {
         result
     }
 
-    /// The sandbox, booted for this container if need be, and the container's
+    /// Has the guest make a container it does not have yet, and boots it for
+    /// that if need be.
+    async fn enter_guest(self: &Arc<Self>, container: &Container) -> Result<(), TaskError> {
+        let Some(mut pending) = container.take_pending() else {
+            return Ok(());
+        };
+        let sandbox = container.sandbox();
+        if sandbox.agent().is_none() {
+            self.host
+                .boot(sandbox, container.config(), &mut pending.prepared)
+                .await?;
+            tokio::spawn(follow_events(self.clone(), sandbox.clone()));
+        }
+        container.enter_guest(pending.prepared).await
+    }
+
+    /// Starts a container or an exec.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Container::start`], and for a container that waits for its
+    /// machine those of the boot.
+    pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
+        let container = self.container(id)?;
+        let enter = self.enter_guest(&container);
+        container.start(exec_id, enter).await?;
+        Ok(container.pid())
+    }
+
+    /// The sandbox, made for this container if need be, and the container's
     /// storage.
     async fn sandbox_for(
         self: &Arc<Self>,
         config: &ContainerConfig,
     ) -> Result<(Arc<Sandbox>, Prepared), TaskError> {
         let mut first = None;
-        let boot = async {
-            let mut prepared = self.host.prepare(config, false).await?;
-            let sandbox = Arc::new(self.host.boot(config, &mut prepared).await?);
-            tokio::spawn(follow_events(self.clone(), sandbox.clone()));
-            first = Some(prepared);
-            Ok::<_, TaskError>(sandbox)
+        let open = async {
+            first = Some(self.host.prepare(config, false).await?);
+            let sandbox = self.host.open(config).await?;
+            Ok::<_, TaskError>(Arc::new(sandbox))
         };
-        let sandbox = self.sandbox.get_or_try_init(|| boot).await?.clone();
+        let sandbox = self.sandbox.get_or_try_init(|| open).await?.clone();
         let prepared = match first {
             Some(prepared) => prepared,
             None => self.join(config, &sandbox).await?,
@@ -165,14 +196,22 @@ impl Pod {
         Ok((sandbox, prepared))
     }
 
-    /// Prepares a container for a machine that runs already.
+    /// Prepares a container for a machine that is there already.
     async fn join(
         &self,
         config: &ContainerConfig,
         sandbox: &Sandbox,
     ) -> Result<Prepared, TaskError> {
-        let prepared = self.host.prepare(config, true).await?;
-        if prepared.uses_shared_dir && !sandbox.shares_directory() {
+        let booted = sandbox.agent().is_some();
+        // The pod's first container may be gone before it was ever started.
+        let alone = lock(&self.containers).len() == 1;
+        if !booted && !alone {
+            return Err(TaskError::Sandbox(SandboxError::NotBooted {
+                container_id: config.id.clone(),
+            }));
+        }
+        let prepared = self.host.prepare(config, booted).await?;
+        if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
             return Err(TaskError::Sandbox(SandboxError::NoHotplug {
                 container_id: config.id.clone(),
                 what: "a directory shared with the host",
@@ -184,46 +223,6 @@ impl Pod {
             .await
             .map_err(SandboxError::Hook)?;
         Ok(prepared)
-    }
-
-    async fn create_in(
-        &self,
-        sandbox: Arc<Sandbox>,
-        config: &ContainerConfig,
-        prepared: Prepared,
-        stdio: StdioPaths,
-    ) -> Result<Arc<Container>, TaskError> {
-        let spec = serde_json::to_vec(&prepared.guest_spec).map_err(|error| TaskError::Spec {
-            container_id: config.id.clone(),
-            what: "guest spec",
-            source: error.into(),
-        })?;
-        let owner = Owner {
-            namespace: self.publisher.namespace(),
-            id: &config.id,
-        };
-        let (streams, ids) = Streams::open(&sandbox, &stdio, owner).await?;
-        let request = agent::CreateContainerRequest {
-            container_id: config.id.clone(),
-            spec,
-            storages: prepared.storages,
-            files: prepared.files,
-            stdio: Some(ids).into(),
-            ..Default::default()
-        };
-        sandbox
-            .agent()
-            .create_container(deadline(CREATE_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("create the container"))?;
-        let init = Process::new(&config.id, "", stdio, Vec::new());
-        init.attach(streams);
-        Ok(Arc::new(Container::new(
-            config.clone(),
-            init,
-            sandbox,
-            self.publisher.clone(),
-        )))
     }
 
     /// Deletes an exec, or a container and all that belongs to it.
@@ -331,9 +330,10 @@ fn create_event(container: &Container, pid: u32) -> TaskCreate {
 async fn follow_events(pod: Arc<Pod>, sandbox: Arc<Sandbox>) {
     let request = agent::Empty::default();
     loop {
+        let Some(agent) = sandbox.agent() else { return };
         let context = ttrpc::context::Context::default();
         let next = tokio::select! {
-            next = sandbox.agent().next_event(context, &request) => next,
+            next = agent.next_event(context, &request) => next,
             stop = sandbox.stopped() => return info!(%stop, "no more events"),
         };
         match next {

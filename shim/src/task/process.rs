@@ -23,7 +23,7 @@ use containerd_shim_protos::api::{StateResponse, Status};
 use tokio::sync::watch;
 
 use super::TaskError;
-use super::io::{StdioPaths, Streams};
+use super::io::{StdioPaths, StreamError, Streams};
 use crate::events::timestamp;
 
 /// How a process ended.
@@ -224,6 +224,17 @@ impl Process {
     /// Takes the streams away; dropping them closes the host's ends.
     pub fn detach(&self) -> Option<Streams> {
         lock(&self.streams).take()
+    }
+
+    /// Starts to copy the input.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened.
+    pub fn start_input(&self) -> Result<(), StreamError> {
+        lock(&self.streams)
+            .as_mut()
+            .map_or(Ok(()), Streams::start_input)
     }
 
     /// Lets the input end once containerd has closed its side too.

@@ -61,9 +61,8 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let container = self.pod.container(&request.id)?;
-        let pid = container.pid();
-        detached(async move { container.start(&request.exec_id).await }).await?;
+        let pod = self.pod.clone();
+        let pid = detached(async move { pod.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse {
             pid,
             ..Default::default()

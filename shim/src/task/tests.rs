@@ -1,222 +1,23 @@
 //! The Task API against fake machines, called as containerd calls it: over
 //! ttrpc, with FIFOs, with events going to a listener that plays containerd.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+mod fixture;
+mod late_boot;
 
-use async_trait::async_trait;
+use std::path::Path;
+
 use containerd_shim_protos::api::*;
-use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
-use tokio::sync::mpsc;
 use ttrpc::Code;
-use ttrpc::asynchronous::transport::{Listener, Socket};
-use ttrpc::asynchronous::{Client, Server, TtrpcContext};
-use ttrpc::context::{Context, with_duration};
 
-use super::{Pod, service};
-use crate::events::Publisher;
+use super::service;
 use crate::machine::Machine;
-use crate::machine::fake::{FakeHost, FakeMachine};
-use crate::sandbox::Host;
+use crate::machine::fake::FakeHost;
 
-/// Plays containerd's event service.
-struct EventSink(mpsc::UnboundedSender<String>);
-
-#[async_trait]
-impl Events for EventSink {
-    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        self.0.send(request.envelope.topic.clone()).unwrap();
-        Ok(Empty::new())
-    }
-}
-
-/// A pod, a client of it, and its events.
-struct Fixture {
-    client: TaskClient,
-    pod: Arc<Pod>,
-    events: mpsc::UnboundedReceiver<String>,
-    directory: tempfile::TempDir,
-    machine: Arc<std::sync::Mutex<Option<Arc<FakeMachine>>>>,
-    _servers: Vec<Server>,
-}
-
-fn context() -> Context {
-    with_duration(Duration::from_secs(20))
-}
-
-impl Fixture {
-    async fn new() -> Self {
-        Self::on(FakeHost::scripted()).await
-    }
-
-    async fn on(host: FakeHost) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let (sender, events) = mpsc::unbounded_channel();
-        let address = directory.path().join("containerd.ttrpc");
-        let mut sink = Server::new()
-            .bind(&format!("unix://{}", address.display()))
-            .unwrap()
-            .register_service(create_events(Arc::new(EventSink(sender))));
-        sink.start().await.unwrap();
-        let machine = host.machine.clone();
-        let publisher = Publisher::new("test", address.to_str().unwrap());
-        let pod = Pod::new(Host::Fake(host), publisher);
-        let (near, far) = UnixStream::pair().unwrap();
-        let mut server = Server::new()
-            .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
-            .register_service(service::create(&pod));
-        server.start().await.unwrap();
-        Self {
-            client: TaskClient::new(Client::new(Socket::new(near))),
-            pod,
-            events,
-            directory,
-            machine,
-            _servers: vec![server, sink],
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn fifo(&self, name: &str) -> String {
-        let path = self.path(name);
-        mkfifo(&path, Mode::from_bits_retain(0o600)).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    /// A bundle whose init process is `sh -c script`.
-    fn bundle(&self, id: &str, script: &str) -> String {
-        let bundle = self.path(id);
-        std::fs::create_dir(&bundle).unwrap();
-        let spec = json!({
-            "ociVersion": "1.0.2",
-            "root": {"path": "/"},
-            "process": process(script),
-            "linux": {},
-        });
-        std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-        bundle.to_str().unwrap().to_owned()
-    }
-
-    async fn create(&self, id: &str, script: &str) -> ttrpc::Result<CreateTaskResponse> {
-        let request = CreateTaskRequest {
-            id: id.into(),
-            bundle: self.bundle(id, script),
-            ..Default::default()
-        };
-        self.client.create(context(), &request).await
-    }
-
-    async fn run(&self, id: &str, script: &str) {
-        self.create(id, script).await.unwrap();
-        self.start(id, "").await.unwrap();
-    }
-
-    async fn start(&self, id: &str, exec_id: &str) -> ttrpc::Result<StartResponse> {
-        let request = StartRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            ..Default::default()
-        };
-        self.client.start(context(), &request).await
-    }
-
-    async fn wait(&self, id: &str, exec_id: &str) -> u32 {
-        let request = WaitRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            ..Default::default()
-        };
-        let response = self.client.wait(context(), &request).await.unwrap();
-        assert!(response.exited_at.is_some());
-        response.exit_status
-    }
-
-    async fn kill(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
-        let request = KillRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            signal: 9,
-            ..Default::default()
-        };
-        self.client.kill(context(), &request).await
-    }
-
-    async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<DeleteResponse> {
-        let request = DeleteRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            ..Default::default()
-        };
-        self.client.delete(context(), &request).await
-    }
-
-    async fn exec(&self, id: &str, exec_id: &str, script: &str) -> ttrpc::Result<Empty> {
-        let request = ExecProcessRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            spec: Some(Any {
-                value: process(script).to_string().into_bytes(),
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        };
-        self.client.exec(context(), &request).await
-    }
-
-    async fn status(&self, id: &str) -> Status {
-        let request = StateRequest {
-            id: id.into(),
-            ..Default::default()
-        };
-        let state = self.client.state(context(), &request).await.unwrap();
-        state.status.unwrap()
-    }
-
-    /// The next events, in their order.
-    async fn expect(&mut self, topics: &[&str]) {
-        for topic in topics {
-            let event = tokio::time::timeout(Duration::from_secs(10), self.events.recv());
-            assert_eq!(event.await.unwrap().unwrap(), format!("/tasks/{topic}"));
-        }
-    }
-}
-
-fn process(script: &str) -> serde_json::Value {
-    json!({
-        "cwd": "/",
-        "user": {"uid": 0, "gid": 0},
-        "args": ["/bin/sh", "-c", script],
-        "env": ["PATH=/bin:/usr/bin"],
-    })
-}
-
-fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
-    match result.unwrap_err() {
-        ttrpc::Error::RpcStatus(status) => status.code(),
-        other => panic!("not a status: {other}"),
-    }
-}
-
-async fn read_all(path: &str) -> String {
-    let mut reader = pipe::OpenOptions::new()
-        .open_receiver(Path::new(path))
-        .unwrap();
-    let mut text = String::new();
-    reader.read_to_string(&mut text).await.unwrap();
-    text
-}
+use fixture::*;
 
 #[tokio::test]
 async fn a_container_s_life() {

@@ -203,6 +203,10 @@ impl agent_ttrpc::Agent for Service {
         let spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
         let command = spec.process().clone().unwrap_or_default();
+        let program = command.args().as_ref().and_then(|args| args.first());
+        if !program.is_some_and(|program| std::path::Path::new(program).exists()) {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not found"));
+        }
         let stdio = request.stdio.unwrap_or_default();
         self.0
             .add((request.container_id, String::new()), command, stdio)?;

@@ -1,0 +1,225 @@
+//! A pod on a fake machine, and containerd played: its client, its event
+//! service.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::*;
+use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+use ttrpc::Code;
+use ttrpc::asynchronous::transport::{Listener, Socket};
+use ttrpc::asynchronous::{Client, Server, TtrpcContext};
+use ttrpc::context::{Context, with_duration};
+
+use super::super::{Pod, service};
+use crate::events::Publisher;
+use crate::machine::fake::{FakeHost, FakeMachine};
+use crate::sandbox::Host;
+
+/// Plays containerd's event service.
+struct EventSink(mpsc::UnboundedSender<String>);
+
+#[async_trait]
+impl Events for EventSink {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        self.0.send(request.envelope.topic.clone()).unwrap();
+        Ok(Empty::new())
+    }
+}
+
+/// A pod, a client of it, and its events.
+pub struct Fixture {
+    pub client: TaskClient,
+    pub pod: Arc<Pod>,
+    pub events: mpsc::UnboundedReceiver<String>,
+    pub directory: tempfile::TempDir,
+    pub machine: Arc<std::sync::Mutex<Option<Arc<FakeMachine>>>>,
+    _servers: Vec<Server>,
+}
+
+pub fn context() -> Context {
+    with_duration(Duration::from_secs(20))
+}
+
+impl Fixture {
+    pub async fn new() -> Self {
+        Self::on(FakeHost::scripted()).await
+    }
+
+    pub async fn on(host: FakeHost) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, events) = mpsc::unbounded_channel();
+        let address = directory.path().join("containerd.ttrpc");
+        let mut sink = Server::new()
+            .bind(&format!("unix://{}", address.display()))
+            .unwrap()
+            .register_service(create_events(Arc::new(EventSink(sender))));
+        sink.start().await.unwrap();
+        let machine = host.machine.clone();
+        let publisher = Publisher::new("test", address.to_str().unwrap());
+        let pod = Pod::new(Host::Fake(host), publisher);
+        let (near, far) = UnixStream::pair().unwrap();
+        let mut server = Server::new()
+            .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
+            .register_service(service::create(&pod));
+        server.start().await.unwrap();
+        Self {
+            client: TaskClient::new(Client::new(Socket::new(near))),
+            pod,
+            events,
+            directory,
+            machine,
+            _servers: vec![server, sink],
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn fifo(&self, name: &str) -> String {
+        let path = self.path(name);
+        mkfifo(&path, Mode::from_bits_retain(0o600)).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A bundle whose init process is `sh -c script`.
+    pub fn bundle(&self, id: &str, script: &str) -> String {
+        self.bundle_of(id, json!(["/bin/sh", "-c", script]))
+    }
+
+    /// A bundle whose init process is `args`.
+    pub fn bundle_of(&self, id: &str, args: serde_json::Value) -> String {
+        let bundle = self.path(id);
+        std::fs::create_dir_all(&bundle).unwrap();
+        let mut process = process("");
+        process["args"] = args;
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "/"},
+            "process": process,
+            "linux": {},
+        });
+        std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        bundle.to_str().unwrap().to_owned()
+    }
+
+    pub async fn create(&self, id: &str, script: &str) -> ttrpc::Result<CreateTaskResponse> {
+        let request = CreateTaskRequest {
+            id: id.into(),
+            bundle: self.bundle(id, script),
+            ..Default::default()
+        };
+        self.client.create(context(), &request).await
+    }
+
+    pub async fn run(&self, id: &str, script: &str) {
+        self.create(id, script).await.unwrap();
+        self.start(id, "").await.unwrap();
+    }
+
+    pub async fn start(&self, id: &str, exec_id: &str) -> ttrpc::Result<StartResponse> {
+        let request = StartRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.client.start(context(), &request).await
+    }
+
+    pub async fn wait(&self, id: &str, exec_id: &str) -> u32 {
+        let request = WaitRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let response = self.client.wait(context(), &request).await.unwrap();
+        assert!(response.exited_at.is_some());
+        response.exit_status
+    }
+
+    pub async fn kill(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
+        let request = KillRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            signal: 9,
+            ..Default::default()
+        };
+        self.client.kill(context(), &request).await
+    }
+
+    pub async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<DeleteResponse> {
+        let request = DeleteRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.client.delete(context(), &request).await
+    }
+
+    pub async fn exec(&self, id: &str, exec_id: &str, script: &str) -> ttrpc::Result<Empty> {
+        let request = ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            spec: Some(Any {
+                value: process(script).to_string().into_bytes(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        self.client.exec(context(), &request).await
+    }
+
+    pub async fn status(&self, id: &str) -> Status {
+        let request = StateRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        let state = self.client.state(context(), &request).await.unwrap();
+        state.status.unwrap()
+    }
+
+    /// The next events, in their order.
+    pub async fn expect(&mut self, topics: &[&str]) {
+        for topic in topics {
+            let event = tokio::time::timeout(Duration::from_secs(10), self.events.recv());
+            assert_eq!(event.await.unwrap().unwrap(), format!("/tasks/{topic}"));
+        }
+    }
+}
+
+pub fn process(script: &str) -> serde_json::Value {
+    json!({
+        "cwd": "/",
+        "user": {"uid": 0, "gid": 0},
+        "args": ["/bin/sh", "-c", script],
+        "env": ["PATH=/bin:/usr/bin"],
+    })
+}
+
+pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => status.code(),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+pub async fn read_all(path: &str) -> String {
+    let mut reader = pipe::OpenOptions::new()
+        .open_receiver(Path::new(path))
+        .unwrap();
+    let mut text = String::new();
+    reader.read_to_string(&mut text).await.unwrap();
+    text
+}
