@@ -15,7 +15,7 @@ LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench lab e2e install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -60,7 +60,9 @@ lint: setup
 
 # Everything that needs no VM.
 unit: setup
-	RUST_BACKTRACE=1 cargo test --locked --workspace --exclude nacre-tests
+	cargo build --locked -p nacre-agent
+	NACRE_TEST_AGENT=$(CURDIR)/target/debug/nacre-agent RUST_BACKTRACE=1 \
+	  cargo test --locked --workspace --exclude nacre-tests
 
 # The end-to-end tests: one lab, all tests. E2E='name' runs those that match.
 e2e: stage stage-boot
@@ -73,6 +75,12 @@ test: lint unit e2e
 
 demo: stage stage-boot
 	@$(LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
+
+# Counts and times in the lab, whose clock counts instructions here.
+bench: stage
+	@cargo build --release --locked -p nacre-tests --bin nacre-bench
+	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
+	@$(LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 lab: stage
 ifdef CMD

@@ -7,10 +7,14 @@ use std::time::{Duration, Instant};
 
 use crate::PATIENCE;
 
-/// Parent of the cgroups of containerd's namespace "default". It belongs to the
-/// namespace, not to a pod: every runtime makes it when it is missing and none
-/// removes it.
-const NAMESPACE_CGROUP: &str = "cgroup /sys/fs/cgroup/default";
+/// What belongs to containerd's namespace "default", to the runtime or to the
+/// CNI plugins, not to a pod, and stays. What is *in* the directories counts.
+const PARENTS: [&str; 4] = [
+    "cgroup /sys/fs/cgroup/default",
+    "run directory /run/nacre/default",
+    "run directory /run/nacre/.uids",
+    "interface /sys/class/net/cni0",
+];
 
 /// Everything of the machine that a pod could leak: processes, mounts, network
 /// interfaces and namespaces, cgroups, sockets, run directories.
@@ -27,9 +31,11 @@ impl Machine {
         items.extend(entries("interface", Path::new("/sys/class/net"), 1));
         items.extend(entries("netns", Path::new("/run/netns"), 1));
         items.extend(entries("cgroup", Path::new("/sys/fs/cgroup"), 4));
-        items.remove(NAMESPACE_CGROUP);
         items.extend(entries("socket", Path::new("/run/containerd/s"), 1));
         items.extend(entries("run directory", Path::new("/run/nacre"), 3));
+        for parent in PARENTS {
+            items.remove(parent);
+        }
         Self(items)
     }
 
@@ -40,10 +46,16 @@ impl Machine {
     /// When something is left after [`PATIENCE`]; the message names it.
     pub fn await_return(&self) {
         let deadline = Instant::now() + PATIENCE;
+        let mut reported = Vec::new();
         loop {
             let left: Vec<String> = Self::now().0.difference(&self.0).cloned().collect();
             if left.is_empty() {
                 return;
+            }
+            if left != reported && deadline - Instant::now() < PATIENCE / 2 {
+                // Should the test be ended from outside, this was why it waited.
+                eprintln!("waiting for the end of {left:#?}");
+                reported.clone_from(&left);
             }
             assert!(Instant::now() < deadline, "left behind: {left:#?}");
             std::thread::sleep(Duration::from_millis(100));
@@ -69,11 +81,14 @@ fn processes() -> Vec<String> {
         .collect()
 }
 
+/// Mounts but those of containerd's snapshotters, which keep layers mounted as
+/// long as the layers exist.
 fn mounts() -> Vec<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo is readable");
     table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
+        .filter(|target| !target.contains("/io.containerd.snapshotter.v1."))
         .map(|target| format!("mount {target}"))
         .collect()
 }

@@ -7,7 +7,9 @@
 //! so again and fails naming what is left.
 
 mod leftovers;
+mod spec;
 
+use std::io::Write;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -86,6 +88,57 @@ pub fn ctr(arguments: &[&str]) -> Said {
     run("ctr", arguments)
 }
 
+/// Runs a program to its end with `input` on its standard input.
+pub fn run_with_input(mut command: Command, input: Vec<u8>) -> Said {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut stdin = child.stdin.take().expect("stdin is a pipe");
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let said = child.wait_with_output().expect("the child is ours").into();
+    let written = writer.join().expect("the writer does not panic");
+    if let Err(error) = written {
+        eprintln!("input not taken to its end: {error}; {said:#?}");
+    }
+    said
+}
+
+/// A containerd and its `ctr`.
+#[derive(Debug, Clone, Copy)]
+pub struct Containerd {
+    program: &'static str,
+    address: &'static str,
+}
+
+/// The machine's containerd 2.
+pub const CONTAINERD_2: Containerd = Containerd {
+    program: "ctr",
+    address: "/run/containerd/containerd.sock",
+};
+
+/// The lab's containerd 1.7; `/opt/lab/containerd-1.7` starts and stops it.
+pub const CONTAINERD_1_7: Containerd = Containerd {
+    program: "/opt/containerd-1.7/usr/bin/ctr",
+    address: "/run/containerd17/containerd.sock",
+};
+
+impl Containerd {
+    /// A call of its `ctr`.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.program);
+        command.args(["--address", self.address]).args(arguments);
+        command
+    }
+
+    /// Runs its `ctr` to the end.
+    pub fn ctr(&self, arguments: &[&str]) -> Said {
+        run_with_input(self.command(arguments), Vec::new())
+    }
+}
+
 /// Polls until `condition` holds; fails the test after [`PATIENCE`].
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
@@ -101,6 +154,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// One test's part of the machine.
 pub struct Scene {
+    containerd: Containerd,
     before: Machine,
     containers: Vec<String>,
 }
@@ -115,18 +169,30 @@ impl Scene {
     /// Notes what the machine looks like now.
     #[must_use]
     pub fn new() -> Self {
+        Self::on(CONTAINERD_2)
+    }
+
+    /// The same, with containers made by `containerd`.
+    #[must_use]
+    pub fn on(containerd: Containerd) -> Self {
         Self {
+            containerd,
             before: Machine::now(),
             containers: Vec::new(),
         }
     }
 
-    /// A container id nobody has used.
+    /// A container id nobody has used; what has it is removed with the scene.
     pub fn id(&mut self) -> String {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let id = format!("e2e-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         self.containers.push(id.clone());
         id
+    }
+
+    /// Runs `ctr` to its end.
+    pub fn ctr(&self, arguments: &[&str]) -> Said {
+        self.containerd.ctr(arguments)
     }
 
     /// `ctr run --rm` of busybox under nacre with further options.
@@ -141,22 +207,98 @@ impl Scene {
 
     /// `ctr run --rm` of any image under nacre.
     pub fn run_image(&mut self, image: &str, options: &[&str], command: &[&str]) -> Said {
+        let mut options = options.to_vec();
+        options.push("--rm");
+        run_with_input(self.command(image, &options, command).1, Vec::new())
+    }
+
+    /// `ctr run` under nacre, not yet started, and the container's id.
+    pub fn command(
+        &mut self,
+        image: &str,
+        options: &[&str],
+        command: &[&str],
+    ) -> (String, Command) {
         let id = self.id();
-        let mut arguments = vec!["run", "--rm", "--runtime", RUNTIME];
+        let mut arguments = vec!["run", "--runtime", RUNTIME];
         arguments.extend(options);
         arguments.extend([image, &id]);
         arguments.extend(command);
-        ctr(&arguments)
+        let command = self.containerd.command(&arguments);
+        (id, command)
+    }
+
+    /// Starts a container that runs on, and returns its id.
+    pub fn start(&mut self, options: &[&str], command: &[&str]) -> String {
+        let mut options = options.to_vec();
+        options.push("-d");
+        let (id, mut command) = self.command(BUSYBOX, &options, command);
+        // Its output would be this process's, which is not waited for.
+        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status();
+        let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        assert!(status.success(), "{command:?}: {status}");
+        id
     }
 
     /// Starts a container that sleeps, and returns its id.
     pub fn start_sleeper(&mut self, options: &[&str]) -> String {
+        self.start(options, &["sleep", "3600"])
+    }
+
+    /// Starts a container from a spec of its own, and returns its id. `change`
+    /// gets ctr's default spec with a root file system of busybox.
+    pub fn run_spec(&mut self, change: impl FnOnce(&mut serde_json::Value)) -> Said {
         let id = self.id();
-        let mut arguments = vec!["run", "-d", "--runtime", RUNTIME];
+        let spec = spec::write(&id, change);
+        let said = self.ctr(&[
+            "run",
+            "--rm",
+            "--runtime",
+            RUNTIME,
+            "--config",
+            &spec.path,
+            &id,
+        ]);
+        drop(spec);
+        said
+    }
+
+    /// `ctr task exec` of a command.
+    pub fn exec(&self, id: &str, options: &[&str], command: &[&str]) -> Said {
+        run_with_input(self.exec_command(id, options, command), Vec::new())
+    }
+
+    /// `ctr task exec`, not yet started.
+    pub fn exec_command(&self, id: &str, options: &[&str], command: &[&str]) -> Command {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let exec_id = format!("exec-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        self.exec_as(id, &exec_id, options, command)
+    }
+
+    /// `ctr task exec` with an exec id of one's own, not yet started.
+    pub fn exec_as(&self, id: &str, exec_id: &str, options: &[&str], command: &[&str]) -> Command {
+        let mut arguments = vec!["task", "exec", "--exec-id", exec_id];
         arguments.extend(options);
-        arguments.extend([BUSYBOX, &id, "sleep", "3600"]);
-        ctr(&arguments).exits(0);
-        id
+        arguments.push(id);
+        arguments.extend(command);
+        self.containerd.command(&arguments)
+    }
+
+    /// What `ctr task ls` says of a container; `None` if it has no task.
+    pub fn status(&self, id: &str) -> Option<String> {
+        let said = self.ctr(&["task", "ls"]).exits(0);
+        said.stdout.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some(id)).then(|| words.nth(1).unwrap_or_default().to_owned())
+        })
+    }
+
+    /// Waits until a container has a status.
+    #[track_caller]
+    pub fn await_status(&self, id: &str, status: &str) {
+        eventually(&format!("{id} is {status}"), || {
+            self.status(id).as_deref() == Some(status)
+        });
     }
 }
 
@@ -164,9 +306,11 @@ impl Drop for Scene {
     fn drop(&mut self) {
         for id in &self.containers {
             // Most are gone: these calls are for what a failed test left.
-            let _ = ctr(&["task", "rm", "-f", id]);
-            let _ = ctr(&["container", "rm", id]);
-            let _ = ctr(&["snapshot", "rm", id]);
+            let _ = self.ctr(&["task", "rm", "-f", id]);
+            let _ = self.ctr(&["container", "rm", id]);
+            for snapshotter in ["overlayfs", "native", "erofs", "blockfile"] {
+                let _ = self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", id]);
+            }
         }
         if !std::thread::panicking() {
             self.before.await_return();

@@ -122,7 +122,10 @@ fn pivot(root: &Path) -> Result<(), InitError> {
 }
 
 fn place(prepared: &Prepared<'_>) -> Result<(), InitError> {
-    let what = || format!("mount on {}", prepared.mount.destination().display());
+    let what = || {
+        let kind = prepared.mount.typ().as_deref().unwrap_or("bind");
+        format!("mount {kind} on {}", prepared.mount.destination().display())
+    };
     let target = make_target(prepared.mount.destination(), prepared.is_dir).step(what)?;
     match &prepared.tree {
         Some(tree) => attach(tree, &prepared.options, &target).step(what)?,

@@ -179,6 +179,21 @@ impl Container {
             .map_err(agent_error("update the limits"))
     }
 
+    /// The container's processes, by their pids in the guest: on the host they
+    /// are no processes.
+    ///
+    /// # Errors
+    ///
+    /// The guest's refusal.
+    pub async fn pids(&self) -> Result<Vec<u32>, TaskError> {
+        let answer = self
+            .agent("list the processes of")?
+            .list_processes(deadline(CALL_TIMEOUT), &self.container_request())
+            .await
+            .map_err(agent_error("list the processes"))?;
+        Ok(answer.pids)
+    }
+
     /// The container's counters.
     ///
     /// # Errors

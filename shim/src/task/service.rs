@@ -79,13 +79,13 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        // Pids are the host's; of these the pod has one.
-        let process = ProcessInfo {
-            pid: self.pod.container(&request.id)?.pid(),
+        let pids = self.pod.container(&request.id)?.pids().await?;
+        let process = |pid| ProcessInfo {
+            pid,
             ..Default::default()
         };
         Ok(PidsResponse {
-            processes: vec![process],
+            processes: pids.into_iter().map(process).collect(),
             ..Default::default()
         })
     }

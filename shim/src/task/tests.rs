@@ -3,8 +3,7 @@
 
 mod fixture;
 mod late_boot;
-
-use std::path::Path;
+mod real_agent;
 
 use containerd_shim_protos::api::*;
 use protobuf::well_known_types::any::Any;
@@ -15,7 +14,6 @@ use ttrpc::Code;
 
 use super::service;
 use crate::machine::Machine;
-use crate::machine::fake::FakeHost;
 
 use fixture::*;
 
@@ -277,54 +275,12 @@ async fn counters_and_pids() {
         ..Default::default()
     };
     let pids = fixture.client.pids(context(), &pids).await.unwrap();
-    assert_eq!(pids.processes.len(), 1);
+    let pids: Vec<u32> = pids.processes.iter().map(|process| process.pid).collect();
+    assert_eq!(pids, [71, 72], "the guest's");
     let connect = ConnectRequest {
         id: "c".into(),
         ..Default::default()
     };
     let connect = fixture.client.connect(context(), &connect).await.unwrap();
-    assert_eq!(connect.task_pid, pids.processes[0].pid);
-}
-
-/// The same life in a container the real agent makes, of the host's busybox.
-#[tokio::test]
-async fn the_real_agent_runs_a_container() {
-    let Some(host) = FakeHost::real() else { return };
-    let busybox = Path::new("/bin/busybox");
-    if !busybox.exists() {
-        eprintln!("skipped: no static busybox (Debian: busybox-static)");
-        return;
-    }
-    let mut fixture = Fixture::on(host).await;
-    let bundle = fixture.bundle("c", "echo hi; exit 7");
-    let rootfs = Path::new(&bundle).join("rootfs");
-    for directory in ["bin", "proc", "dev", "sys"] {
-        std::fs::create_dir_all(rootfs.join(directory)).unwrap();
-    }
-    std::fs::copy(busybox, rootfs.join("bin/sh")).unwrap();
-    let spec = json!({
-        "ociVersion": "1.0.2",
-        "root": {"path": rootfs},
-        "process": process("echo hi; exit 7"),
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
-    });
-    std::fs::write(Path::new(&bundle).join("config.json"), spec.to_string()).unwrap();
-    let stdout = fixture.fifo("stdout");
-    let output = tokio::spawn({
-        let stdout = stdout.clone();
-        async move { read_all(&stdout).await }
-    });
-    let request = CreateTaskRequest {
-        id: "c".into(),
-        bundle,
-        stdout,
-        ..Default::default()
-    };
-    fixture.client.create(context(), &request).await.unwrap();
-    fixture.start("c", "").await.unwrap();
-    assert_eq!(fixture.wait("c", "").await, 7);
-    assert_eq!(output.await.unwrap(), "hi\n");
-    fixture.delete("c", "").await.unwrap();
-    fixture.expect(&["create", "start", "exit", "delete"]).await;
+    assert_eq!(connect.task_pid, std::process::id(), "the machine's");
 }

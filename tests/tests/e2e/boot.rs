@@ -4,20 +4,19 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nacre_tests::{Machine, Said, run};
 
 const KERNEL: &str = "/usr/local/share/nacre/vmlinux";
 
-/// Boots a guest whose init runs `script`, and returns what it said.
-fn boot(script: &str, options: &[&str]) -> Said {
-    let directory = std::env::temp_dir().join(format!("boot-{:?}", std::thread::current().id()));
+/// Makes an initramfs in `directory` whose init runs `script`.
+pub fn initramfs(directory: &Path, script: &str) -> PathBuf {
     let tree = directory.join("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::create_dir_all(tree.join("dev")).unwrap();
-    fs::create_dir_all(tree.join("proc")).unwrap();
+    for name in ["bin", "dev", "proc"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
     fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
     let init = format!(
         "#!/bin/busybox sh\nPATH=/bin\nbusybox mount -t proc proc /proc\nbusybox --install -s /bin\n\
@@ -27,6 +26,13 @@ fn boot(script: &str, options: &[&str]) -> Said {
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
     let initrd = directory.join("initrd.img");
     pack(&tree, &initrd);
+    initrd
+}
+
+/// Boots a guest whose init runs `script`, and returns what it said.
+fn boot(script: &str, options: &[&str]) -> Said {
+    let directory = std::env::temp_dir().join(format!("boot-{:?}", std::thread::current().id()));
+    let initrd = initramfs(&directory, script);
     let mut arguments = vec!["--kernel", KERNEL, "--initrd", initrd.to_str().unwrap()];
     let console = "quiet loglevel=1 console=ttyS0 panic=-1 rdinit=/init";
     arguments.extend(["--cmdline", console]);

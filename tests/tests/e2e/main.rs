@@ -2,6 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod boot;
+mod exec;
+mod failures;
+mod limits;
+mod network;
+mod rootfs;
+mod run;
+mod several;
+mod streams;
 
 use nacre_tests::{Machine, Scene, ctr, run};
 

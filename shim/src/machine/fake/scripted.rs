@@ -278,6 +278,17 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        _: ContainerRequest,
+    ) -> Result<ListProcessesResponse> {
+        Ok(ListProcessesResponse {
+            pids: vec![71, 72],
+            ..Default::default()
+        })
+    }
+
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<StatsResponse> {
         Ok(StatsResponse {
             pids: Some(PidsStats {

@@ -1,0 +1,182 @@
+//! The Task API with the agent that runs in guests, as a process of this host:
+//! real containers, made of the host's busybox. `make unit` names the agent in
+//! `NACRE_TEST_AGENT`.
+
+use std::path::Path;
+
+use containerd_shim_protos::api::*;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+use ttrpc::Code;
+
+use super::fixture::*;
+use crate::machine::fake::FakeHost;
+
+/// A fixture on the real agent; `None`, with the reason on stderr, where that
+/// cannot be.
+async fn fixture() -> Option<Fixture> {
+    let host = FakeHost::real()?;
+    if !Path::new("/bin/busybox").exists() {
+        eprintln!("skipped: no static busybox (Debian: busybox-static)");
+        return None;
+    }
+    Some(Fixture::on(host).await)
+}
+
+/// A bundle with a root file system, whose init process is `args`.
+fn bundle(fixture: &Fixture, id: &str, args: serde_json::Value) -> String {
+    let bundle = fixture.bundle_of(id, json!([]));
+    let rootfs = Path::new(&bundle).join("rootfs");
+    for directory in ["bin", "proc", "dev", "sys", "etc"] {
+        std::fs::create_dir_all(rootfs.join(directory)).unwrap();
+    }
+    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+    for applet in ["sh", "cat", "sleep", "tty", "stty"] {
+        std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
+    }
+    std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").unwrap();
+    let mut process = process("");
+    process["args"] = args;
+    let spec = json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": rootfs},
+        "process": process,
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["newinstance", "ptmxmode=0666", "mode=0620"]},
+        ],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
+    });
+    std::fs::write(Path::new(&bundle).join("config.json"), spec.to_string()).unwrap();
+    bundle
+}
+
+fn reader(path: &str) -> JoinHandle<String> {
+    let path = path.to_owned();
+    tokio::spawn(async move { read_all(&path).await })
+}
+
+async fn create(
+    fixture: &Fixture,
+    id: &str,
+    args: serde_json::Value,
+) -> ttrpc::Result<CreateTaskResponse> {
+    let request = CreateTaskRequest {
+        id: id.into(),
+        bundle: bundle(fixture, id, args),
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await
+}
+
+#[tokio::test]
+async fn a_container_s_life() {
+    let Some(mut fixture) = fixture().await else {
+        return;
+    };
+    let (stdin, stdout) = (fixture.fifo("stdin"), fixture.fifo("stdout"));
+    let output = reader(&stdout);
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle(&fixture, "c", json!(["sh", "-c", "cat; exit 7"])),
+        stdin: stdin.clone(),
+        stdout,
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let mut writer = pipe::OpenOptions::new().open_sender(&stdin).unwrap();
+    writer.write_all(b"to and fro").await.unwrap();
+    drop(writer);
+    let close = CloseIORequest {
+        id: "c".into(),
+        stdin: true,
+        ..Default::default()
+    };
+    fixture.client.close_io(context(), &close).await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 7);
+    assert_eq!(output.await.unwrap(), "to and fro");
+    fixture.delete("c", "").await.unwrap();
+    fixture.expect(&["create", "start", "exit", "delete"]).await;
+}
+
+#[tokio::test]
+async fn commands_that_cannot_run_are_named_as_runc_names_them() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    for (command, complaint) in [
+        ("nope", "exec: \"nope\": executable file not found in $PATH"),
+        ("/etc/passwd", "exec: \"/etc/passwd\": permission denied"),
+        (
+            "/no/such",
+            "exec: \"/no/such\": stat /no/such: no such file or directory",
+        ),
+    ] {
+        let id = command.replace('/', "-");
+        let id = id.trim_start_matches('-');
+        let error = create(&fixture, id, json!([command])).await.unwrap_err();
+        let ttrpc::Error::RpcStatus(status) = &error else {
+            panic!("not a status: {error}");
+        };
+        assert_eq!(status.code(), Code::INVALID_ARGUMENT);
+        assert!(status.message().contains(complaint), "{}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn execs_with_their_streams_and_a_terminal() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    create(&fixture, "c", json!(["sleep", "60"])).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+
+    for (exec_id, script, terminal, expected) in [
+        ("plain", "echo out; exit 3", false, "out\n"),
+        ("tty", "stty size; exit 3", true, "33 101\r\n"),
+    ] {
+        let stdout = fixture.fifo(exec_id);
+        let output = reader(&stdout);
+        let request = ExecProcessRequest {
+            id: "c".into(),
+            exec_id: exec_id.into(),
+            stdout,
+            terminal,
+            spec: Some(Any {
+                value: {
+                    let mut process = process(script);
+                    process["terminal"] = json!(terminal);
+                    process.to_string().into_bytes()
+                },
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        fixture.client.exec(context(), &request).await.unwrap();
+        let resize = ResizePtyRequest {
+            id: "c".into(),
+            exec_id: exec_id.into(),
+            width: 101,
+            height: 33,
+            ..Default::default()
+        };
+        fixture.client.resize_pty(context(), &resize).await.unwrap();
+        fixture.start("c", exec_id).await.unwrap();
+        assert_eq!(fixture.wait("c", exec_id).await, 3);
+        assert_eq!(output.await.unwrap(), expected);
+        fixture.delete("c", exec_id).await.unwrap();
+    }
+    fixture.exec("c", "bad", "").await.unwrap();
+    fixture.delete("c", "bad").await.unwrap();
+
+    fixture.kill("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 137);
+    assert_eq!(fixture.delete("c", "").await.unwrap().exit_status, 137);
+}

@@ -1,0 +1,158 @@
+//! `ctr task exec`, signals, `ctr task ps` and `ctr task metrics`.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
+
+#[test]
+fn output_exit_code_input_and_user() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    scene
+        .exec(&id, &[], &["sh", "-c", "echo out; echo err >&2; exit 5"])
+        .exits(5)
+        .prints("out\n")
+        .complains(&["err\n"]);
+    let input = scene.exec_command(&id, &[], &["wc", "-c"]);
+    run_with_input(input, b"123".to_vec())
+        .exits(0)
+        .prints("3\n");
+    scene
+        .exec(&id, &["--user", "1000:50"], &["sh", "-c", "id -u; id -g"])
+        .exits(0)
+        .prints("1000\n50\n");
+    scene
+        .exec(&id, &["--cwd", "/var"], &["pwd"])
+        .exits(0)
+        .prints("/var\n");
+}
+
+#[test]
+fn ten_at_once() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let clients: Vec<_> = (0..10)
+        .map(|number| {
+            let script = format!("echo {number}; exit {number}");
+            let mut command = scene.exec_command(&id, &[], &["sh", "-c", &script]);
+            command.stdin(Stdio::null()).stdout(Stdio::piped());
+            command.spawn().unwrap()
+        })
+        .collect();
+    for (number, client) in (0..).zip(clients) {
+        let output = client.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(number));
+        assert_eq!(output.stdout, format!("{number}\n").as_bytes());
+    }
+}
+
+#[test]
+fn missing_command_is_answered_and_leaves_the_container_alone() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    scene
+        .exec(&id, &[], &["no-such-command"])
+        .exits(1)
+        .complains(&["exec: \"no-such-command\": executable file not found in $PATH"]);
+    scene
+        .exec(&id, &[], &["/etc/passwd"])
+        .exits(1)
+        .complains(&["exec: \"/etc/passwd\"", "permission denied"]);
+    scene.exec(&id, &[], &["true"]).exits(0);
+}
+
+#[test]
+fn exec_in_a_container_that_is_not_there() {
+    let scene = Scene::new();
+    scene
+        .exec("no-such-container", &[], &["true"])
+        .exits(1)
+        .complains(&["not found"]);
+}
+
+#[test]
+fn signals_reach_init_and_exec() {
+    let mut scene = Scene::new();
+    let script =
+        "trap 'exit 5' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep 0.1; done";
+    let (id, command) = scene.command(BUSYBOX, &["--rm"], &["sh", "-c", script]);
+    let mut init = Ready::spawn(command);
+    let script = script.replace("exit 5", "exit 6");
+    let mut exec = Ready::spawn(scene.exec_as(&id, "caught", &[], &["sh", "-c", &script]));
+
+    scene
+        .ctr(&["task", "kill", "-s", "TERM", "--exec-id", "caught", &id])
+        .exits(0);
+    assert_eq!(exec.end(), (Some(6), String::new()));
+
+    scene.ctr(&["task", "kill", "-s", "USR1", &id]).exits(0);
+    assert_eq!(init.line(), "usr1\n");
+    scene.ctr(&["task", "kill", "-s", "TERM", &id]).exits(0);
+    assert_eq!(init.end(), (Some(5), String::new()));
+}
+
+/// A client whose process has said that its traps are set.
+struct Ready {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Ready {
+    fn spawn(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut ready = Self { child, stdout };
+        assert_eq!(ready.line(), "ready\n");
+        ready
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line
+    }
+
+    /// The exit code and what was printed until then.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
+
+#[test]
+fn ps_and_metrics_make_sense() {
+    let mut scene = Scene::new();
+    let burn = "while :; do :; done & head -c 20m /dev/zero | tail -c 20m | sleep 3600";
+    let id = scene.start(&["--memory-limit", "134217728"], &["sh", "-c", burn]);
+    let said = scene.ctr(&["task", "ps", &id]).exits(0);
+    let pids: Vec<u32> = said
+        .stdout
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().next().unwrap().parse().unwrap())
+        .collect();
+    assert!(
+        pids.len() >= 2 && pids.iter().all(|&pid| pid > 0),
+        "{said:#?}"
+    );
+
+    let metric = |scene: &Scene, name: &str| -> f64 {
+        let text = scene.ctr(&["task", "metrics", &id]).exits(0).stdout;
+        let line = text.lines().find(|line| line.starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    assert_eq!(metric(&scene, "memory.usage_limit "), 134_217_728.0);
+    eventually("the memory in use is counted", || {
+        metric(&scene, "memory.usage ") > 20e6
+    });
+    assert!(metric(&scene, "memory.usage ") < 134_217_728.0);
+    let before = metric(&scene, "cpu.usage_usec ");
+    eventually("time is counted", || {
+        metric(&scene, "cpu.usage_usec ") > before
+    });
+    assert!(metric(&scene, "pids.current ") >= 3.0);
+}

@@ -1,0 +1,131 @@
+//! What cannot work is a clear error in the client and leaves nothing behind.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nacre_tests::{Scene, run};
+use serde_json::json;
+
+use crate::boot::initramfs;
+
+const CONFIG: &str = "/etc/nacre/nacre.toml";
+
+/// The configuration with one key changed, until this is dropped.
+struct Changed {
+    before: String,
+}
+
+impl Changed {
+    fn new(key: &str, value: &str) -> Self {
+        let before = fs::read_to_string(CONFIG).unwrap();
+        let mut found = false;
+        let after: Vec<String> = before
+            .lines()
+            .map(|line| {
+                let this = line.starts_with(&format!("{key} ="));
+                found |= this;
+                if this {
+                    format!("{key} = {value}")
+                } else {
+                    line.to_owned()
+                }
+            })
+            .collect();
+        assert!(found, "no key {key} in {CONFIG}");
+        fs::write(CONFIG, after.join("\n")).unwrap();
+        Self { before }
+    }
+}
+
+impl Drop for Changed {
+    fn drop(&mut self) {
+        fs::write(CONFIG, &self.before).unwrap();
+    }
+}
+
+#[test]
+fn guest_that_panics_at_boot() {
+    let directory = PathBuf::from("/tmp/e2e-panics");
+    let initrd = initramfs(&directory, "exit 3");
+    let _config = Changed::new("initrd", &format!("{:?}", initrd.to_str().unwrap()));
+    let mut scene = Scene::new();
+    scene
+        .run(&["true"])
+        .exits(1)
+        .complains(&["the guest kernel panicked"]);
+    fs::remove_dir_all(&directory).unwrap();
+}
+
+#[test]
+fn missing_kernel_file() {
+    let _config = Changed::new("kernel", "\"/none/vmlinux\"");
+    let mut scene = Scene::new();
+    scene
+        .run(&["true"])
+        .exits(1)
+        .complains(&["/none/vmlinux", "No such file"]);
+}
+
+#[test]
+fn kernel_file_that_is_none() {
+    let _config = Changed::new("kernel", "\"/etc/passwd\"");
+    let mut scene = Scene::new();
+    scene.run(&["true"]).exits(1).complains(&["kernel"]);
+}
+
+#[test]
+fn bad_configuration_value() {
+    let _config = Changed::new("default_vcpus", "\"many\"");
+    let mut scene = Scene::new();
+    scene
+        .run(&["true"])
+        .exits(1)
+        .complains(&[CONFIG, "default_vcpus"]);
+}
+
+#[test]
+fn missing_kvm() {
+    fs::rename("/dev/kvm", "/dev/kvm.away").unwrap();
+    let mut scene = Scene::new();
+    let said = scene.run(&["true"]);
+    fs::rename("/dev/kvm.away", "/dev/kvm").unwrap();
+    said.exits(1).complains(&["/dev/kvm", "No such file"]);
+}
+
+#[test]
+fn network_of_the_host() {
+    let mut scene = Scene::new();
+    scene
+        .run_with(&["--net-host"], &["true"])
+        .exits(1)
+        .complains(&["host's network"]);
+}
+
+#[test]
+fn unknown_mount_type() {
+    let mut scene = Scene::new();
+    let said = scene.run_spec(|spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/odd", "type": "oddfs", "source": "odd"}));
+    });
+    said.exits(1).complains(&["oddfs", "/odd"]);
+}
+
+#[test]
+fn missing_bind_source() {
+    let mut scene = Scene::new();
+    let mount = "type=bind,src=/none/there,dst=/mnt,options=rbind:ro";
+    scene
+        .run_with(&["--mount", mount], &["true"])
+        .exits(1)
+        .complains(&["/none/there", "No such file"]);
+}
+
+#[test]
+fn check_tells_a_fit_host_from_an_unfit_one() {
+    let said = run("nacre", &["check"]).exits(0);
+    assert!(said.stdout.contains("a small VM ran"), "{said:#?}");
+    let _config = Changed::new("kernel", "\"/none/vmlinux\"");
+    let said = run("nacre", &["check"]).exits(1);
+    assert!(said.stdout.contains("/none/vmlinux"), "{said:#?}");
+}

@@ -1,0 +1,196 @@
+//! Standard input, output and error; terminals.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+
+use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
+use nix::pty::{Winsize, openpty};
+
+const BULK: usize = 64 << 20;
+
+/// Bytes without a period that buffers could hide behind.
+fn bulk() -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut bytes = Vec::with_capacity(BULK);
+    while bytes.len() < BULK {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn input_ends() {
+    let mut scene = Scene::new();
+    let (_, command) = scene.command(BUSYBOX, &["--rm"], &["wc", "-c"]);
+    run_with_input(command, b"12345".to_vec())
+        .exits(0)
+        .prints("5\n");
+}
+
+#[test]
+fn sixty_four_mebibytes_each_way_at_once() {
+    let mut scene = Scene::new();
+    let (_, mut command) = scene.command(BUSYBOX, &["--rm"], &["cat"]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let sent = bulk();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut received = Vec::with_capacity(BULK);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            stdin.write_all(&sent).unwrap();
+            drop(stdin);
+        });
+        let mut stdout = child.stdout.take().unwrap();
+        stdout.read_to_end(&mut received).unwrap();
+    });
+    assert!(child.wait().unwrap().success());
+    assert_eq!(received.len(), sent.len());
+    assert!(received == sent, "the bytes differ");
+}
+
+#[test]
+fn output_and_errors_stay_apart() {
+    let mut scene = Scene::new();
+    let script = "for i in 1 2 3; do echo out$i; echo err$i >&2; done";
+    let said = scene
+        .run(&["sh", "-c", script])
+        .exits(0)
+        .prints("out1\nout2\nout3\n");
+    assert_eq!(said.stderr, "err1\nerr2\nerr3\n");
+}
+
+#[test]
+fn all_output_comes_before_the_exit() {
+    let mut scene = Scene::new();
+    for _ in 0..3 {
+        let said = scene.run(&["sh", "-c", "seq 1 100000; exit 9"]).exits(9);
+        assert!(said.stdout.ends_with("\n100000\n"), "{}", said.stdout.len());
+    }
+}
+
+/// A program on a terminal of its own.
+struct OnTerminal {
+    child: Child,
+    terminal: std::fs::File,
+    line: OwnedFd,
+}
+
+impl OnTerminal {
+    fn spawn(mut command: Command, rows: u16, columns: u16) -> Self {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pty = openpty(Some(&size), None).unwrap();
+        let line = || Stdio::from(pty.slave.try_clone().unwrap());
+        let child = command
+            .stdin(line())
+            .stdout(line())
+            .stderr(line())
+            .spawn()
+            .unwrap();
+        Self {
+            child,
+            terminal: pty.master.into(),
+            line: pty.slave,
+        }
+    }
+
+    /// Reads until `text` has come, and returns all that came.
+    #[track_caller]
+    fn read_until(&mut self, text: &str) -> String {
+        let mut seen = String::new();
+        eventually(&format!("the terminal shows {text:?}"), || {
+            let mut bytes = [0; 1024];
+            let count = self.terminal.read(&mut bytes).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
+            seen.contains(text)
+        });
+        seen
+    }
+
+    fn type_line(&mut self, text: &str) {
+        self.terminal.write_all(text.as_bytes()).unwrap();
+        self.terminal.write_all(b"\n").unwrap();
+    }
+
+    /// Changes the terminal's size and tells the program, as a window does.
+    fn resize(&self, rows: u16, columns: u16) {
+        let size = ["rows", &rows.to_string(), "cols", &columns.to_string()].map(str::to_owned);
+        let stty = Command::new("stty")
+            .args(size)
+            .stdin(self.line.try_clone().unwrap())
+            .status();
+        assert!(stty.unwrap().success());
+        let pid = self.child.id().to_string();
+        let kill = Command::new("kill").args(["-WINCH", &pid]).status();
+        assert!(kill.unwrap().success());
+    }
+}
+
+#[test]
+fn terminal_has_the_client_s_size_and_follows_it() {
+    let mut scene = Scene::new();
+    let script = "stty size; while read word; do echo \"got $word\"; stty size; done";
+    let (_, command) = scene.command(BUSYBOX, &["--rm", "-t"], &["sh", "-c", script]);
+    let mut client = OnTerminal::spawn(command, 33, 101);
+    client.read_until("33 101");
+    client.resize(40, 120);
+    // The new size takes the way of the signal; the shell asks until it is there.
+    let mut seen = String::new();
+    for _ in 0..50 {
+        client.type_line("word");
+        seen = client.read_until("got word");
+        seen += &client.read_until("\r\n");
+        if seen.contains("40 120") {
+            break;
+        }
+    }
+    assert!(seen.contains("40 120"), "{seen}");
+    client.terminal.write_all(&[4]).unwrap(); // Ctrl-D: end of input
+    assert!(client.child.wait().unwrap().success());
+}
+
+#[test]
+fn exec_on_a_terminal() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let command = scene.exec_command(&id, &["-t"], &["sh", "-c", "tty; stty size; exit 6"]);
+    let mut client = OnTerminal::spawn(command, 21, 77);
+    let seen = client.read_until("21 77");
+    assert!(seen.contains("/dev/pts/"), "{seen}");
+    assert_eq!(client.child.wait().unwrap().code(), Some(6));
+}
+
+/// A client that stops reading stops its own container's output and nothing else.
+#[test]
+fn paused_client_does_not_wedge_the_pod() {
+    let mut scene = Scene::new();
+    let (id, mut command) = scene.command(BUSYBOX, &["--rm"], &["yes"]);
+    let mut client = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = client.stdout.take().unwrap();
+    let mut some = [0; 4096];
+    stdout.read_exact(&mut some).unwrap();
+    // Nobody reads the pipe: within moments it, the FIFO and the stream are full.
+    for _ in 0..3 {
+        scene
+            .exec(&id, &[], &["echo", "hi"])
+            .exits(0)
+            .prints("hi\n");
+    }
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    stdout.read_exact(&mut some).unwrap();
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+    assert_eq!(client.wait().unwrap().code(), Some(137));
+}
