@@ -35,13 +35,13 @@ build: setup
 	@echo "build: shim, monitor, nacre"
 	@cargo build --release --locked -p nacre-shim
 	@echo "build: agent (static)"
-	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p nacre-agent --target $(TARGET)
+	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --profile agent --locked -p nacre-agent --target $(TARGET)
 
 stage: build kernel
 	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre target/initramfs
 	@install -m 755 target/release/containerd-shim-nacre-v2 target/release/nacre $(STAGE)$(PREFIX)/bin/
 	@install -m 644 "$$($(MAKE) -s --no-print-directory -C guest-kernel path)" $(STAGE)$(PREFIX)/share/nacre/vmlinux
-	@install -m 755 target/$(TARGET)/release/nacre-agent target/initramfs/init
+	@install -m 755 target/$(TARGET)/agent/nacre-agent target/initramfs/init
 	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
 
@@ -73,7 +73,7 @@ e2e: stage stage-boot
 
 test: lint unit e2e
 
-demo: stage stage-boot
+demo: stage
 	@$(LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
 
 # Counts and times in the lab, whose clock counts instructions here.

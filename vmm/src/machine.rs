@@ -101,6 +101,7 @@ impl Machine {
         let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
         let stop = Arc::new(Stop::new()?);
         let root = Arc::new(PciRoot::new(functions(&vm, parts.devices)?));
+        root.map_config(&vm)?;
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let ram = memory::size(vm.memory());
         let platform = Platform {
@@ -114,11 +115,14 @@ impl Machine {
             initrd: &mut initrd,
             cmdline: &parts.cmdline,
         };
-        let entry = boot::load(vm.memory(), &mut payload)?;
+        let loaded = boot::load(vm.memory(), &mut payload)?;
         acpi::write(vm.memory(), &platform)?;
         let vcpus = (0..parts.vcpus)
-            .map(|index| Vcpu::new(&vm, &cpuid, index, entry))
-            .collect::<Result<_, _>>()?;
+            .map(|index| Vcpu::new(&vm, &cpuid, index, loaded.entry))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(first) = vcpus.first() {
+            first.pre_fault(&loaded.ranges);
+        }
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),

@@ -8,11 +8,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -22,6 +22,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::virtio::GuestMemory;
+
+mod page;
+
+pub use page::{PAGE_SIZE, Page};
 
 /// Takes ownership of `/dev/kvm`.
 #[must_use]
@@ -64,8 +68,25 @@ pub struct Vm {
     fd: VmFd,
     next_gsi: AtomicU32,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
-    /// KVM's slots point into this mapping.
+    /// KVM's slots point into this mapping,
     memory: GuestMemory,
+    /// and into these, by slot after those of memory.
+    pages: Mutex<Vec<Arc<Page>>>,
+}
+
+/// A page of the guest that is backed by a [`Page`].
+pub struct ReadOnlyPage {
+    slot: u32,
+    address: u64,
+    page: Arc<Page>,
+}
+
+impl ReadOnlyPage {
+    /// What the guest reads there.
+    #[must_use]
+    pub fn page(&self) -> &Page {
+        &self.page
+    }
 }
 
 impl Vm {
@@ -91,6 +112,7 @@ impl Vm {
             next_gsi: AtomicU32::new(0),
             routes: Mutex::default(),
             memory,
+            pages: Mutex::default(),
         };
         vm.add_memory()?;
         Ok(vm)
@@ -111,6 +133,59 @@ impl Vm {
                 .map_err(VmError::new("add a memory slot"))?;
         }
         Ok(())
+    }
+
+    /// Backs the guest's page at `address`: it reads without an exit, its writes
+    /// go to the bus as before.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for it, or KVM refuses.
+    pub fn add_read_only_page(&self, address: u64) -> Result<ReadOnlyPage, VmError> {
+        let what = "add a read-only page";
+        let page = Page::new().map_err(|source| VmError { what, source })?;
+        let page = Arc::new(page);
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = self.memory.num_regions() + pages.len();
+        let slot = u32::try_from(index).map_err(|error| VmError {
+            what,
+            source: io::Error::other(error),
+        })?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: address,
+            memory_size: PAGE_SIZE as u64,
+            userspace_addr: page.address(),
+        };
+        // SAFETY: the page is mapped, and stays so as long as `self`, longer than
+        // the VM it is given to.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::new(what))?;
+        pages.push(page.clone());
+        Ok(ReadOnlyPage {
+            slot,
+            address,
+            page,
+        })
+    }
+
+    /// Undoes [`Self::add_read_only_page`]: all of the guest's accesses go to
+    /// the bus again.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn remove_read_only_page(&self, page: &ReadOnlyPage) -> Result<(), VmError> {
+        let region = kvm_userspace_memory_region {
+            slot: page.slot,
+            flags: 0,
+            guest_phys_addr: page.address,
+            memory_size: 0,
+            userspace_addr: 0,
+        };
+        // SAFETY: a slot of size 0 points nowhere.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(VmError::new("remove a read-only page"))
     }
 
     /// Guest memory.

@@ -40,6 +40,9 @@ use crate::virtiofsd;
 
 /// How long a killed monitor may take to be gone.
 const DEATH_WAIT: Duration = Duration::from_secs(2);
+/// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
+/// vCPUs do not wait for each other, up to what a disk can make use of.
+const MAX_DISK_QUEUES: u16 = 4;
 /// This very program, whatever happened to its file since it started.
 const SELF_EXE: &str = "/proc/self/exe";
 /// CRI's word for what a container is to its pod.
@@ -303,6 +306,7 @@ impl VmHost {
         uid: u32,
     ) -> Result<(), SandboxError> {
         let mut list = FdList::default();
+        let disk_queues = u16::from(size.vcpus).min(MAX_DISK_QUEUES);
         let config = VmConfig {
             sandbox_id: self.sandbox_id.clone(),
             jail: Jail { uid, gid: uid },
@@ -318,7 +322,7 @@ impl VmHost {
             disks: fds
                 .disks
                 .iter()
-                .map(|disk| vm_disk(disk, &mut list))
+                .map(|disk| vm_disk(disk, disk_queues, &mut list))
                 .collect(),
             nics: vm_nics(network, &mut list),
             shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
@@ -380,7 +384,7 @@ struct BootFds {
     socket: Option<StdUnixStream>,
 }
 
-fn vm_disk<'a>(disk: &'a HostDisk, list: &mut FdList<'a>) -> Disk {
+fn vm_disk<'a>(disk: &'a HostDisk, queues: u16, list: &mut FdList<'a>) -> Disk {
     Disk {
         serial: disk.serial.clone(),
         read_only: disk.read_only,
@@ -390,7 +394,7 @@ fn vm_disk<'a>(disk: &'a HostDisk, list: &mut FdList<'a>) -> Disk {
                 DiskBacking::Partitions(files.iter().map(|file| list.push(file.as_fd())).collect())
             }
         },
-        queues: 1,
+        queues,
     }
 }
 

@@ -11,12 +11,12 @@ use crate::boot::initramfs;
 const CONFIG: &str = "/etc/nacre/nacre.toml";
 
 /// The configuration with one key changed, until this is dropped.
-struct Changed {
+pub struct Changed {
     before: String,
 }
 
 impl Changed {
-    fn new(key: &str, value: &str) -> Self {
+    pub fn new(key: &str, value: &str) -> Self {
         let before = fs::read_to_string(CONFIG).unwrap();
         let mut found = false;
         let after: Vec<String> = before

@@ -68,18 +68,21 @@ fn processor_time_is_limited() {
 }
 
 #[test]
-fn rlimits_sysctls_groups_and_privileges() {
+fn rlimits_sysctls_groups_privileges_and_devices() {
     let mut scene = Scene::new();
     let script = "ulimit -n; cat /proc/sys/net/ipv4/ip_forward; id -G; grep NoNewPrivs /proc/self/status; \
-                  cat /proc/self/oom_score_adj";
+                  cat /proc/self/oom_score_adj; echo x > /dev/void; ls -l /dev/void | cut -c1-10";
     let said = scene.run_spec(|spec| {
         spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "hard": 77, "soft": 66}]);
         spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [50, 60]});
         spec["process"]["noNewPrivileges"] = json!(true);
         spec["process"]["oomScoreAdj"] = json!(333);
+        spec["linux"]["devices"] = json!([{
+            "path": "/dev/void", "type": "c", "major": 1, "minor": 3, "fileMode": 0o666,
+        }]);
         spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
         spec["process"]["args"] = json!(["sh", "-c", script]);
     });
     said.exits(0)
-        .prints("66\n1\n1000 50 60\nNoNewPrivs:\t1\n333\n");
+        .prints("66\n1\n1000 50 60\nNoNewPrivs:\t1\n333\ncrw-rw-rw-\n");
 }

@@ -4,6 +4,7 @@
 mod boot;
 mod exec;
 mod failures;
+mod host;
 mod limits;
 mod network;
 mod rootfs;

@@ -17,6 +17,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, Guest
 use crate::virtio::GuestMemory;
 use crate::{layout, power};
 
+mod image;
+
+use image::Image;
+
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const START_MAGIC: u32 = 0x336e_c578;
 /// First version with a memory map.
@@ -63,16 +67,25 @@ pub struct Payload<'a> {
     pub cmdline: &'a str,
 }
 
-/// Loads `payload` and the boot data; returns the kernel's entry point.
+/// What is in guest memory now.
+pub struct Loaded {
+    /// The kernel's entry point.
+    pub entry: u64,
+    /// Where kernel and initramfs are, `start..end`, in whole pages: the guest
+    /// will touch nearly all of it.
+    pub ranges: [(u64, u64); 2],
+}
+
+/// Loads `payload` and the boot data.
 ///
 /// # Errors
 ///
 /// When something does not fit, or is not what it should be.
-pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, BootError> {
+pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<Loaded, BootError> {
     let kernel = Elf::load(
         memory,
         None,
-        payload.kernel,
+        &mut Image::new(payload.kernel, memory),
         Some(GuestAddress(layout::HIGH_RAM_START)),
     )?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
@@ -82,7 +95,15 @@ pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, Boot
     write_cmdline(memory, payload.cmdline)?;
     write_start_info(memory, module)?;
     memory.write_slice(&reset_code(), GuestAddress(layout::RESET_VECTOR))?;
-    Ok(entry.0)
+    // A kernel begins with its entry code.
+    let pages = |start: u64, end: u64| (start & !(PAGE - 1), end.next_multiple_of(PAGE));
+    Ok(Loaded {
+        entry: entry.0,
+        ranges: [
+            pages(entry.0, kernel.kernel_end),
+            pages(module.paddr, module.paddr + module.size),
+        ],
+    })
 }
 
 /// What runs when the kernel jumps to the firmware to reset: a write to the
@@ -123,7 +144,8 @@ fn load_initrd(
     }
     let len = usize::try_from(bytes).map_err(|_| too_large())?;
     initrd.rewind()?;
-    memory.read_exact_volatile_from(GuestAddress(start), initrd, len)?;
+    let mut image = Image::new(initrd, memory);
+    memory.read_exact_volatile_from(GuestAddress(start), &mut image, len)?;
     Ok(hvm_modlist_entry {
         paddr: start,
         size: bytes,

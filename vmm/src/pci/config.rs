@@ -112,6 +112,12 @@ impl ConfigSpace {
         Some(u64::from_le_bytes(bar) & !BAR_FLAGS)
     }
 
+    /// All of it, for a guest that reads without asking us.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; SIZE] {
+        &self.bytes
+    }
+
     /// A byte of ours, for registers whose bits mean something to the caller.
     #[must_use]
     pub fn byte(&self, register: usize) -> u8 {

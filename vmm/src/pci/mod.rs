@@ -8,12 +8,19 @@
 //! BARs are assigned when a device is added and Linux keeps them, but the guest
 //! may move them: a window access goes to whichever function's BAR covers the
 //! address at that moment.
+//!
+//! Finding the devices takes Linux some 200 reads of configuration space for
+//! each, and hardly anything in it changes by itself. So every function's page of
+//! the ECAM window is a read-only memory slot ([`PciRoot::map_config`]): reads
+//! are memory reads, writes come to [`Ecam`], and so do reads of functions that
+//! are not there.
 
 use std::sync::Arc;
 
 use crate::bus::BusDevice;
 use crate::layout;
 use crate::virtio::transport::{BAR_SIZE, VirtioPci};
+use crate::vm::{Vm, VmError};
 
 pub mod config;
 pub mod msix;
@@ -53,6 +60,21 @@ impl PciRoot {
             bridge: ConfigSpace::new(BRIDGE_VENDOR, BRIDGE_DEVICE, BRIDGE_CLASS),
             devices,
         }
+    }
+
+    /// Lets the guest read the configuration of all functions without an exit.
+    /// Once, before it runs.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory, or no slot of memory, for it.
+    pub fn map_config(&self, vm: &Vm) -> Result<(), VmError> {
+        let page = vm.add_read_only_page(layout::ECAM_START)?;
+        page.page().show(self.bridge.bytes());
+        for (slot, device) in (1u64..).zip(&self.devices) {
+            device.map_config(layout::ECAM_START + (slot << SLOT_SHIFT))?;
+        }
+        Ok(())
     }
 
     /// BAR address of the device with this index.

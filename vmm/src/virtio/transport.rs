@@ -24,7 +24,7 @@ use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::layout;
 use crate::pci::config::ConfigSpace;
 use crate::pci::msix::Msix;
-use crate::vm::Vm;
+use crate::vm::{ReadOnlyPage, Vm, VmError};
 
 /// Size of the BAR.
 pub const BAR_SIZE: u64 = 0x8000;
@@ -85,6 +85,8 @@ pub struct VirtioPci {
 struct Function {
     vm: Arc<Vm>,
     config: ConfigSpace,
+    /// Where the guest reads `config` without us, once it does.
+    page: Option<ReadOnlyPage>,
     /// Offset of the PCI configuration access capability.
     window: usize,
     common: CommonConfig,
@@ -120,6 +122,7 @@ impl VirtioPci {
         let function = Function {
             vm: vm.clone(),
             config,
+            page: None,
             window,
             common: CommonConfig::new(device.features(), queue_sizes, vectors),
             msix,
@@ -138,6 +141,18 @@ impl VirtioPci {
     pub fn bar_address(&self) -> Option<u64> {
         let bar = self.bar.load(Ordering::Acquire);
         (bar != NOWHERE).then_some(bar)
+    }
+
+    /// Lets the guest read configuration space at `address` without an exit.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory, or no slot of memory, for it.
+    pub fn map_config(&self, address: u64) -> Result<(), VmError> {
+        let mut function = self.lock();
+        function.page = Some(function.vm.add_read_only_page(address)?);
+        function.show_config();
+        Ok(())
     }
 
     /// Reads configuration space.
@@ -165,6 +180,7 @@ impl VirtioPci {
         }
         let Function { msix, config, .. } = &mut *function;
         msix.config_changed(config);
+        function.show_config();
         let bar = function.config.bar();
         self.bar.store(bar.unwrap_or(NOWHERE), Ordering::Release);
         function.move_to(bar);
@@ -335,6 +351,20 @@ impl Function {
             .iter()
             .zip(addresses)
             .filter_map(|(kick, address)| Some((kick.as_ref()?, address)))
+    }
+
+    /// Shows the guest what configuration space holds now. A guest that readies
+    /// the PCI configuration access, where a read has an effect, reads by us from
+    /// then on. (Firmware does so; Linux does not.)
+    fn show_config(&mut self) {
+        let Some(page) = &self.page else { return };
+        if self.window_access(self.window + CAP_DATA, 1).is_none() {
+            page.page().show(self.config.bytes());
+        } else if let Err(error) = self.vm.remove_read_only_page(page) {
+            tracing::warn!(%error, "the PCI configuration access will not work");
+        } else {
+            self.page = None;
+        }
     }
 
     /// If an access touches the data of the PCI configuration access capability

@@ -198,3 +198,25 @@ fn configuration_is_reached_through_config_space() {
     }
     assert_eq!(status(&function), 1);
 }
+
+#[test]
+fn page_the_guest_reads_follows_configuration_space() {
+    let Some((function, _log)) = function() else {
+        return;
+    };
+    function.map_config(layout::ECAM_START).unwrap();
+    let shown = || {
+        let function = function.lock();
+        let page = function.page.as_ref()?;
+        Some(page.page().bytes())
+    };
+    assert_eq!(shown().unwrap()[..2], VENDOR.to_le_bytes());
+    function.config_write(BAR0, &[0xff; 4]);
+    let bar = config_u32(&function, BAR0).to_le_bytes();
+    assert_eq!(shown().unwrap()[BAR0..BAR0 + 4], bar);
+
+    // Reads of the PCI configuration access have effects: no page any more.
+    let window = function.lock().window;
+    function.config_write(window + CAP_LENGTH, &[4]);
+    assert!(shown().is_none());
+}

@@ -1,0 +1,187 @@
+//! What a pod looks like from the host: events, the monitor's jail, `nacre ps`
+//! and `nacre logs`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+
+use nacre_tests::{PATIENCE, Scene, run};
+
+use crate::failures::Changed;
+
+/// `ctr events`, listening before this is made.
+struct Events {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Events {
+    fn listen(scene: &Scene) -> Self {
+        let mut child = Command::new("ctr")
+            .arg("events")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let events = Self { child, lines };
+        // It listens once it hears: labels of a namespace are events, too.
+        loop {
+            scene.ctr(&["namespaces", "label", "default", "e2e=listening"]);
+            if let Ok(line) = events.lines.recv_timeout(std::time::Duration::from_secs(1)) {
+                assert!(line.contains("/namespaces/update"), "{line}");
+                return events;
+            }
+        }
+    }
+
+    /// The topics of a container's next task events.
+    fn topics(&self, id: &str, count: usize) -> Vec<String> {
+        let mut topics = Vec::new();
+        while topics.len() < count {
+            let line = self
+                .lines
+                .recv_timeout(PATIENCE)
+                .unwrap_or_else(|_| panic!("only {topics:?}"));
+            if line.contains("/tasks/") && line.contains(id) {
+                let topic = line
+                    .split_whitespace()
+                    .find(|word| word.starts_with("/tasks/"));
+                topics.push(topic.unwrap().to_owned());
+            }
+        }
+        topics
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn events_come_in_their_order() {
+    let mut scene = Scene::new();
+    let events = Events::listen(&scene);
+    let id = scene.start_sleeper(&[]);
+    scene.exec(&id, &[], &["true"]).exits(0);
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    scene.ctr(&["task", "rm", &id]).exits(0);
+    assert_eq!(
+        events.topics(&id, 7),
+        [
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/exec-added",
+            "/tasks/exec-started",
+            "/tasks/exit",
+            "/tasks/exit",
+            "/tasks/delete",
+        ]
+    );
+}
+
+/// Host pid of a container, as containerd has it.
+fn pid_of(scene: &Scene, id: &str) -> String {
+    let said = scene.ctr(&["task", "ls"]).exits(0);
+    let line = said.stdout.lines().find(|line| line.starts_with(id));
+    let line = line.unwrap_or_else(|| panic!("no {id} in {said:#?}"));
+    line.split_whitespace().nth(1).unwrap().to_owned()
+}
+
+fn status_of(pid: &str) -> BTreeMap<String, String> {
+    fs::read_to_string(format!("/proc/{pid}/status"))
+        .unwrap()
+        .lines()
+        .filter_map(|line| line.split_once(":\t"))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
+
+#[test]
+fn monitor_is_jailed() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&["--cni"]);
+    let pid = pid_of(&scene, &id);
+    let status = status_of(&pid);
+    let uids: Vec<&str> = status["Uid"].split('\t').collect();
+    assert!(
+        uids.iter().all(|uid| *uid == uids[0] && *uid != "0"),
+        "{uids:?}"
+    );
+    assert_eq!(status["Groups"].trim(), "");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status[set], "0000000000000000", "{set}");
+    }
+    assert_eq!(status["NoNewPrivs"], "1");
+    assert_eq!(
+        fs::read_dir(format!("/proc/{pid}/root")).unwrap().count(),
+        0
+    );
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    for namespace in ["mnt", "pid", "ipc", "uts", "net"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&pid), of("self"), "{namespace}");
+    }
+    // Two pods, two users.
+    let other = scene.start_sleeper(&[]);
+    assert_ne!(status_of(&pid_of(&scene, &other))["Uid"], status["Uid"]);
+}
+
+#[test]
+fn pod_is_in_the_cgroup_containerd_named() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&["--memory-limit", "67108864"]);
+    let pid = pid_of(&scene, &id);
+    let group = format!("/default/{id}");
+    let seen = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert_eq!(seen, format!("0::{group}\n"));
+    let limit = fs::read_to_string(format!("/sys/fs/cgroup{group}/memory.max")).unwrap();
+    // The container's limit and the documented overhead of 128 MiB.
+    assert_eq!(limit.trim(), ((64 + 128) << 20).to_string());
+}
+
+#[test]
+fn nacre_ps_and_logs_know_the_pod() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let pid = pid_of(&scene, &id);
+    let said = run("nacre", &["ps"]).exits(0);
+    let line = said.stdout.lines().find(|line| line.contains(&id));
+    let line = line.unwrap_or_else(|| panic!("no {id} in {said:#?}"));
+    assert!(line.contains(&pid) && line.contains("default"), "{said:#?}");
+    let said = run("nacre", &["logs", &id]).exits(0);
+    assert!(said.stdout.contains("booting"), "{said:#?}");
+    run("nacre", &["logs", "no-such-pod"])
+        .exits(1)
+        .complains(&["no-such-pod"]);
+    scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+    let said = run("nacre", &["ps"]).exits(0);
+    assert!(!said.stdout.contains(&id), "{said:#?}");
+}
+
+#[test]
+fn processors_and_queues_follow_the_configuration() {
+    let _vcpus = Changed::new("default_vcpus", "2");
+    let _queues = Changed::new("net_queues", "2");
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&["--cni", "--snapshotter", "erofs"]);
+    let script = "grep -c ^processor /proc/cpuinfo; ls /sys/block/vda/mq; ls -d /sys/class/net/eth0/queues/rx-*; \
+                  ping -c 1 -W 20 10.88.0.1 >/dev/null && echo reached";
+    scene.exec(&id, &[], &["sh", "-c", script]).exits(0).prints(
+        "2\n0\n1\n/sys/class/net/eth0/queues/rx-0\n/sys/class/net/eth0/queues/rx-1\nreached\n",
+    );
+}
