@@ -1,10 +1,11 @@
 //! Standard input, output and error; terminals.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
 use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 
 const BULK: usize = 64 << 20;
@@ -81,6 +82,8 @@ struct OnTerminal {
     child: Child,
     terminal: std::fs::File,
     line: OwnedFd,
+    /// Came after what the last [`Self::read_until`] looked for.
+    unread: String,
 }
 
 impl OnTerminal {
@@ -103,20 +106,32 @@ impl OnTerminal {
             child,
             terminal: pty.master.into(),
             line: pty.slave,
+            unread: String::new(),
         }
     }
 
-    /// Reads until `text` has come, and returns all that came.
+    /// Reads until `text` has come, and returns what came up to its end.
     #[track_caller]
     fn read_until(&mut self, text: &str) -> String {
-        let mut seen = String::new();
-        eventually(&format!("the terminal shows {text:?}"), || {
-            let mut bytes = [0; 1024];
-            let count = self.terminal.read(&mut bytes).unwrap();
-            seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
-            seen.contains(text)
+        let what = format!("the terminal shows {text:?}");
+        let mut end = None;
+        eventually(&what, || {
+            end = self.unread.find(text).map(|start| start + text.len());
+            if end.is_none() && self.is_readable() {
+                let mut bytes = [0; 1024];
+                let count = self.terminal.read(&mut bytes).unwrap();
+                let came = String::from_utf8_lossy(&bytes[..count]);
+                self.unread.push_str(&came);
+            }
+            end.is_some()
         });
-        seen
+        let rest = self.unread.split_off(end.unwrap());
+        std::mem::replace(&mut self.unread, rest)
+    }
+
+    fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(self.terminal.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
     }
 
     fn type_line(&mut self, text: &str) {
@@ -150,8 +165,8 @@ fn terminal_has_the_client_s_size_and_follows_it() {
     let mut seen = String::new();
     for _ in 0..50 {
         client.type_line("word");
-        seen = client.read_until("got word");
-        seen += &client.read_until("\r\n");
+        client.read_until("got word\r\n");
+        seen = client.read_until("\r\n");
         if seen.contains("40 120") {
             break;
         }
