@@ -63,13 +63,19 @@ unit: setup
 	cargo build --locked -p nacre-agent
 	NACRE_TEST_AGENT=$(CURDIR)/target/debug/nacre-agent RUST_BACKTRACE=1 \
 	  cargo test --locked --workspace --exclude nacre-tests
+	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel
 
-# The end-to-end tests: one lab, all tests. E2E='name' runs those that match.
+# Builds the tests that $(1) selects and installs their program as $(2).
+install-tests = cargo test --release --locked $(1) --no-run && \
+  install -m 755 "$$(cargo test --release --locked $(1) --no-run --message-format=json 2>/dev/null | \
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/$(2)
+
+# The tests that need KVM and containerd: one lab, first the monitor's own tests,
+# then all of nacre. E2E='name' runs those that match.
 e2e: stage stage-boot
-	@cargo test --release --locked -p nacre-tests --no-run
-	@install -m 755 "$$(cargo test --release --locked -p nacre-tests --no-run --message-format=json 2>/dev/null | \
-	  sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/nacre-e2e
-	@$(LAB) run --timeout 3000 $(STAGE) -- nacre-e2e --test-threads=1 $(E2E)
+	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
+	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
+	@$(LAB) run --timeout 3000 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E)'
 
 test: lint unit e2e
 

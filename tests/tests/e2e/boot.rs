@@ -69,14 +69,15 @@ fn kernel_boots_and_powers_off() {
 
 #[test]
 fn processors_are_all_there() {
-    let said = boot(
-        "say processors $(grep -c ^processor /proc/cpuinfo); poweroff -f",
-        &["--vcpus", "4"],
-    );
-    assert!(
-        said.clone().exits(0).stdout.contains("processors 4"),
-        "{said:#?}"
-    );
+    for vcpus in ["1", "4", "32"] {
+        let script = "say processors $(grep -c ^processor /proc/cpuinfo); poweroff -f";
+        let said = boot(script, &["--vcpus", vcpus]).exits(0);
+        let expected = format!("processors {vcpus}\r\n");
+        assert!(said.stdout.contains(&expected), "{said:#?}");
+    }
+    boot("poweroff -f", &["--vcpus", "33"])
+        .exits(1)
+        .complains(&["33"]);
 }
 
 #[test]

@@ -173,6 +173,33 @@ fn nacre_ps_and_logs_know_the_pod() {
     assert!(!said.stdout.contains(&id), "{said:#?}");
 }
 
+/// containerd asks the shim's binary what it is before it starts one.
+#[test]
+fn containerd_reads_what_the_runtime_is() {
+    let said = run(
+        "ctr",
+        &[
+            "plugins",
+            "inspect-runtime",
+            "--runtime",
+            nacre_tests::RUNTIME,
+        ],
+    )
+    .exits(0);
+    for word in [
+        "\"io.containerd.nacre.v2\"",
+        "containerd.io/runtime-allow-mounts",
+        "ociVersionMax",
+    ] {
+        assert!(said.stdout.contains(word), "{said:#?}");
+    }
+    let said = run("containerd-shim-nacre-v2", &["-v"]).exits(0);
+    assert!(
+        said.stdout.contains("Version:  0."),
+        "no version in {said:#?}"
+    );
+}
+
 #[test]
 fn processors_and_queues_follow_the_configuration() {
     let _vcpus = Changed::new("default_vcpus", "2");
