@@ -165,8 +165,9 @@ fn terminal_has_the_client_s_size_and_follows_it() {
     let mut seen = String::new();
     for _ in 0..50 {
         client.type_line("word");
-        client.read_until("got word\r\n");
-        seen = client.read_until("\r\n");
+        client.read_until("got word");
+        client.read_until("\n");
+        seen = client.read_until("\n");
         if seen.contains("40 120") {
             break;
         }
