@@ -38,6 +38,8 @@ use crate::rundir::{Proc, RunDir, State};
 use crate::storage::{self, HostBacking, HostDisk, Prepared, StorageError};
 use crate::virtiofsd;
 
+/// `HOST_NAME_MAX`, sethostname(2).
+const HOST_NAME_MAX: usize = 64;
 /// How long a killed monitor may take to be gone.
 const DEATH_WAIT: Duration = Duration::from_secs(2);
 /// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
@@ -214,7 +216,7 @@ impl VmHost {
         };
         self.send_boot(&machine, &fds, &network, size, uid).await?;
         let request = ConfigureSandboxRequest {
-            hostname: config.spec.hostname().clone().unwrap_or_default(),
+            hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
             routes: network.routes,
             neighbors: network.neighbors,
@@ -411,6 +413,16 @@ fn vm_nics<'a>(network: &'a PodNetwork, list: &mut FdList<'a>) -> Vec<Nic> {
         .collect()
 }
 
+/// The guest's hostname: the spec's, or the pod's id, which fits with its end cut off.
+fn hostname(spec: &Spec, sandbox_id: &str) -> String {
+    let given = spec.hostname().as_deref().filter(|name| !name.is_empty());
+    given
+        .unwrap_or(sandbox_id)
+        .chars()
+        .take(HOST_NAME_MAX)
+        .collect()
+}
+
 /// Whether containers may join the pod later, whose files nobody knows yet.
 fn may_grow(spec: &Spec) -> bool {
     spec.annotations().as_ref().is_some_and(|annotations| {
@@ -500,6 +512,16 @@ mod tests {
         let with_path = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespace}}));
         let netns = open_netns(&with_path, "c").unwrap();
         assert_eq!(netns.path, Some(PathBuf::from("/proc/self/ns/net")));
+    }
+
+    #[test]
+    fn hostname_is_the_spec_s_or_the_pod_s() {
+        let named = spec(serde_json::json!({"ociVersion": "1.2.0", "hostname": "web"}));
+        assert_eq!(hostname(&named, "pod"), "web");
+        let none = spec(serde_json::json!({"ociVersion": "1.2.0"}));
+        assert_eq!(hostname(&none, "pod"), "pod");
+        // containerd's ids may be 76 characters long.
+        assert_eq!(hostname(&none, &"p".repeat(76)), "p".repeat(64));
     }
 
     #[test]

@@ -107,6 +107,13 @@ fn hostname() {
         .run_with(&["--hostname", "pearl"], &["hostname"])
         .exits(0)
         .prints("pearl\n");
+    // Without one, the pod's name.
+    let id = scene.start_sleeper(&[]);
+    let expected = format!("{id}\n");
+    scene
+        .exec(&id, &[], &["hostname"])
+        .exits(0)
+        .prints(&expected);
 }
 
 #[test]

@@ -134,6 +134,17 @@ impl OnTerminal {
         poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
     }
 
+    /// Has the shell print the terminal's size until it is `size`.
+    #[track_caller]
+    fn ask_until(&mut self, size: &str) {
+        eventually(&format!("the terminal's size is {size}"), || {
+            self.type_line("word");
+            self.read_until("got word");
+            self.read_until("\n");
+            self.read_until("\n").contains(size)
+        });
+    }
+
     fn type_line(&mut self, text: &str) {
         self.terminal.write_all(text.as_bytes()).unwrap();
         self.terminal.write_all(b"\n").unwrap();
@@ -156,23 +167,14 @@ impl OnTerminal {
 #[test]
 fn terminal_has_the_client_s_size_and_follows_it() {
     let mut scene = Scene::new();
-    let script = "stty size; while read word; do echo \"got $word\"; stty size; done";
+    let script = "while read word; do echo \"got $word\"; stty size; done";
     let (_, command) = scene.command(BUSYBOX, &["--rm", "-t"], &["sh", "-c", script]);
     let mut client = OnTerminal::spawn(command, 33, 101);
-    client.read_until("33 101");
+    // ctr sends a size after the start, or after a signal: the shell is asked
+    // until it has come.
+    client.ask_until("33 101");
     client.resize(40, 120);
-    // The new size takes the way of the signal; the shell asks until it is there.
-    let mut seen = String::new();
-    for _ in 0..50 {
-        client.type_line("word");
-        client.read_until("got word");
-        client.read_until("\n");
-        seen = client.read_until("\n");
-        if seen.contains("40 120") {
-            break;
-        }
-    }
-    assert!(seen.contains("40 120"), "{seen}");
+    client.ask_until("40 120");
     client.terminal.write_all(&[4]).unwrap(); // Ctrl-D: end of input
     assert!(client.child.wait().unwrap().success());
 }
@@ -181,7 +183,9 @@ fn terminal_has_the_client_s_size_and_follows_it() {
 fn exec_on_a_terminal() {
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
-    let command = scene.exec_command(&id, &["-t"], &["sh", "-c", "tty; stty size; exit 6"]);
+    // As above, the size may come after the start.
+    let script = "tty; for n in $(seq 100); do stty size | grep '21 77' && exit 6; sleep 0.1; done";
+    let command = scene.exec_command(&id, &["-t"], &["sh", "-c", script]);
     let mut client = OnTerminal::spawn(command, 21, 77);
     let seen = client.read_until("21 77");
     assert!(seen.contains("/dev/pts/"), "{seen}");
