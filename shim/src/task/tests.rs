@@ -8,8 +8,6 @@ mod real_agent;
 use containerd_shim_protos::api::*;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::pipe;
 use ttrpc::Code;
 
 use super::service;
@@ -21,10 +19,7 @@ use fixture::*;
 async fn a_container_s_life() {
     let mut fixture = Fixture::new().await;
     let stdout = fixture.fifo("stdout");
-    let output = tokio::spawn({
-        let stdout = stdout.clone();
-        async move { read_all(&stdout).await }
-    });
+    let output = reader(&stdout);
     let request = CreateTaskRequest {
         id: "c".into(),
         bundle: fixture.bundle("c", "echo hi; exit 7"),
@@ -61,10 +56,7 @@ async fn both_service_names_are_there() {
 async fn input_reaches_the_process_and_ends_with_close_io() {
     let fixture = Fixture::new().await;
     let (stdin, stdout) = (fixture.fifo("stdin"), fixture.fifo("stdout"));
-    let output = tokio::spawn({
-        let stdout = stdout.clone();
-        async move { read_all(&stdout).await }
-    });
+    let output = reader(&stdout);
     let request = CreateTaskRequest {
         id: "c".into(),
         bundle: fixture.bundle("c", "cat"),
@@ -74,15 +66,7 @@ async fn input_reaches_the_process_and_ends_with_close_io() {
     };
     fixture.client.create(context(), &request).await.unwrap();
     fixture.start("c", "").await.unwrap();
-    let mut writer = pipe::OpenOptions::new().open_sender(&stdin).unwrap();
-    writer.write_all(b"to and fro").await.unwrap();
-    drop(writer);
-    let close = CloseIORequest {
-        id: "c".into(),
-        stdin: true,
-        ..Default::default()
-    };
-    fixture.client.close_io(context(), &close).await.unwrap();
+    fixture.feed("c", &stdin, "to and fro").await;
     assert_eq!(fixture.wait("c", "").await, 0);
     assert_eq!(output.await.unwrap(), "to and fro");
 }

@@ -12,10 +12,11 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
@@ -190,6 +191,19 @@ impl Fixture {
         state.status.unwrap()
     }
 
+    /// Writes all of a container's input, as a client that then goes away.
+    pub async fn feed(&self, id: &str, stdin: &str, input: &str) {
+        let mut writer = pipe::OpenOptions::new().open_sender(stdin).unwrap();
+        writer.write_all(input.as_bytes()).await.unwrap();
+        drop(writer);
+        let request = CloseIORequest {
+            id: id.into(),
+            stdin: true,
+            ..Default::default()
+        };
+        self.client.close_io(context(), &request).await.unwrap();
+    }
+
     /// The next events, in their order.
     pub async fn expect(&mut self, topics: &[&str]) {
         for topic in topics {
@@ -215,11 +229,14 @@ pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
     }
 }
 
-pub async fn read_all(path: &str) -> String {
+/// Reads a FIFO to its end.
+pub fn reader(path: &str) -> JoinHandle<String> {
     let mut reader = pipe::OpenOptions::new()
         .open_receiver(Path::new(path))
         .unwrap();
-    let mut text = String::new();
-    reader.read_to_string(&mut text).await.unwrap();
-    text
+    tokio::spawn(async move {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).await.unwrap();
+        text
+    })
 }

@@ -18,10 +18,7 @@ async fn fixture() -> Fixture {
 async fn start_boots_and_runs() {
     let mut fixture = fixture().await;
     let stdout = fixture.fifo("stdout");
-    let output = tokio::spawn({
-        let stdout = stdout.clone();
-        async move { read_all(&stdout).await }
-    });
+    let output = reader(&stdout);
     let request = CreateTaskRequest {
         id: "c".into(),
         bundle: fixture.bundle("c", "echo hi; exit 7"),

@@ -7,9 +7,6 @@ use std::path::Path;
 use containerd_shim_protos::api::*;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::pipe;
-use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use super::fixture::*;
@@ -56,11 +53,6 @@ fn bundle(fixture: &Fixture, id: &str, args: serde_json::Value) -> String {
     bundle
 }
 
-fn reader(path: &str) -> JoinHandle<String> {
-    let path = path.to_owned();
-    tokio::spawn(async move { read_all(&path).await })
-}
-
 async fn create(
     fixture: &Fixture,
     id: &str,
@@ -90,15 +82,7 @@ async fn a_container_s_life() {
     };
     fixture.client.create(context(), &request).await.unwrap();
     fixture.start("c", "").await.unwrap();
-    let mut writer = pipe::OpenOptions::new().open_sender(&stdin).unwrap();
-    writer.write_all(b"to and fro").await.unwrap();
-    drop(writer);
-    let close = CloseIORequest {
-        id: "c".into(),
-        stdin: true,
-        ..Default::default()
-    };
-    fixture.client.close_io(context(), &close).await.unwrap();
+    fixture.feed("c", &stdin, "to and fro").await;
     assert_eq!(fixture.wait("c", "").await, 7);
     assert_eq!(output.await.unwrap(), "to and fro");
     fixture.delete("c", "").await.unwrap();
