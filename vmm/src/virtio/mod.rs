@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub mod block;
 pub mod buffers;
 pub mod common_config;
+pub mod complaints;
 pub mod console;
 pub mod fs;
 pub mod net;

@@ -9,11 +9,17 @@ use std::io;
 use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, GuestMemory};
+use crate::worker::Poller;
 
-/// Why a ring cannot be worked any further until the device is reset.
+const KICK_TOKEN: u64 = 0;
+/// Most chains between two interrupts, and two looks at the stop event.
+const BATCH: usize = 16;
+
+/// Why queues cannot be worked any further until the device is reset.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// The driver broke it, or it is not in guest memory.
@@ -22,6 +28,37 @@ pub enum RingError {
     /// The interrupt's event descriptor failed.
     #[error("interrupt event")]
     Interrupt(#[source] io::Error),
+    /// epoll failed.
+    #[error("event loop")]
+    Poll(#[source] io::Error),
+}
+
+/// Serves one queue until its worker is told to stop. `handle` deals with a chain
+/// and says how many bytes it wrote into it.
+///
+/// # Errors
+///
+/// When the driver broke the queue.
+pub fn serve<'m>(
+    poller: &mut Poller,
+    memory: &'m GuestMemory,
+    queue: ActiveQueue,
+    mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> usize,
+) -> Result<(), RingError> {
+    let mut ring = Ring::new(memory, queue);
+    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    let added = poller.add(ring.kick(), edge, KICK_TOKEN);
+    added.map_err(RingError::Poll)?;
+    // The driver may have kicked before we listened.
+    let mut busy = true;
+    while poller
+        .wait(if busy { 0 } else { -1 })
+        .map_err(RingError::Poll)?
+        .is_some()
+    {
+        busy = ring.work(&mut handle)?;
+    }
+    Ok(())
 }
 
 /// A virtqueue and its two event descriptors.
@@ -74,6 +111,32 @@ impl<'m> Ring<'m> {
             self.kicks = false;
         }
         Ok(chain)
+    }
+
+    /// Handles some of the chains there are. Returns whether there may be more: a
+    /// guest that never stops asking must not keep the worker from ending.
+    ///
+    /// # Errors
+    ///
+    /// When the driver broke the queue.
+    pub fn work(
+        &mut self,
+        mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> usize,
+    ) -> Result<bool, RingError> {
+        for _ in 0..BATCH {
+            let Some(chain) = self.take()? else {
+                if self.await_kick()? {
+                    continue;
+                }
+                self.flush()?;
+                return Ok(false);
+            };
+            let head = chain.head_index();
+            let written = handle(chain);
+            self.give(head, written)?;
+        }
+        self.flush()?;
+        Ok(true)
     }
 
     /// Puts back the last `count` chains taken, none of them used.

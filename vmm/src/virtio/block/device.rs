@@ -6,8 +6,9 @@ use virtio_bindings::virtio_blk as spec;
 
 use super::backing::{Backing, Disk};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SERIAL_BYTES};
-use super::worker::{Service, serve};
+use super::worker::{Server, Service};
 use super::{BlockError, SECTOR_BYTES};
+use crate::virtio::ring;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, GuestMemory, VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VirtioDevice,
@@ -126,7 +127,8 @@ impl Block {
         let service = Arc::clone(&self.service);
         let memory = memory.clone();
         let worker = Worker::spawn(&format!("block{index}"), move |mut poller| {
-            let served = serve(&mut poller, &memory, &service, queue, write_through);
+            let mut server = Server::new(&memory, &service, write_through);
+            let served = ring::serve(&mut poller, &memory, queue, |chain| server.answer(chain));
             if let Err(error) = served {
                 tracing::error!(%error, index, "disk queue stops until the guest resets it");
             }

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backing::Disk;
 use super::worker::{Server, Service};
 use crate::virtio::driver::{Driver, memory};
+use crate::virtio::ring::Ring;
 use crate::virtio::{Activation, GuestMemory, VIRTIO_F_VERSION_1, VirtioDevice};
 
 const HEADER: u64 = 0x10_0000;
@@ -419,9 +420,10 @@ proptest! {
         let backing = Backing::Whole(file_of(&[0xa5; 1 << 16]));
         let disk = Disk::open("", read_only, backing).unwrap();
         let service = Service { disk, serial: [0; 20] };
-        let mut server = Server::new(&memory, &service, driver.active(), false);
+        let mut ring = Ring::new(&memory, driver.active());
+        let mut server = Server::new(&memory, &service, false);
         // Bounded however the disk's bytes, read into the rings, change them.
-        let ended = (0..10_000).any(|_| !matches!(server.work(), Ok(true)));
+        let ended = (0..10_000).any(|_| !matches!(ring.work(|chain| server.answer(chain)), Ok(true)));
         prop_assert!(ended);
     }
 }

@@ -2,31 +2,13 @@
 
 use std::io;
 
-use vmm_sys_util::epoll::EventSet;
+use virtio_queue::DescriptorChain;
 
 use super::backing::Disk;
 use super::request::{HEADER_BYTES, Request, RequestError, SERIAL_BYTES, Status};
+use crate::virtio::GuestMemory;
 use crate::virtio::buffers::{BufferError, Buffers, Direction};
-use crate::virtio::ring::{Ring, RingError};
-use crate::virtio::{ActiveQueue, GuestMemory};
-use crate::worker::Poller;
-
-const KICK_TOKEN: u64 = 0;
-/// Most requests between two interrupts, and two looks at the stop event.
-const BATCH: usize = 16;
-/// Most warnings about the guest's mistakes and the host's failures.
-const MAX_COMPLAINTS: u32 = 16;
-
-/// What ends a disk's thread before its time.
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    /// epoll failed.
-    #[error("event loop: {0}")]
-    Poll(#[from] io::Error),
-    /// The driver broke the queue.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-}
+use crate::virtio::complaints::Complaints;
 
 /// Why a request fails.
 #[derive(Debug, thiserror::Error)]
@@ -58,80 +40,32 @@ pub struct Service {
     pub serial: [u8; SERIAL_BYTES],
 }
 
-/// Serves a queue until told to stop. With `write_through` a write is answered
-/// when it lasts (virtio 1.2, 5.2.6.2, a driver without `VIRTIO_BLK_F_FLUSH`).
-///
-/// # Errors
-///
-/// When the driver broke the queue.
-pub fn serve(
-    poller: &mut Poller,
-    memory: &GuestMemory,
-    service: &Service,
-    queue: ActiveQueue,
-    write_through: bool,
-) -> Result<(), ServeError> {
-    let mut server = Server::new(memory, service, queue, write_through);
-    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller.add(server.ring.kick(), edge, KICK_TOKEN)?;
-    let mut busy = true;
-    while poller.wait(if busy { 0 } else { -1 })?.is_some() {
-        busy = server.work()?;
-    }
-    Ok(())
-}
-
-/// A queue and the buffers of the request under way.
+/// One queue's worker: the buffers of the request under way.
 pub struct Server<'m, 's> {
     memory: &'m GuestMemory,
     service: &'s Service,
-    ring: Ring<'m>,
     write_through: bool,
     from: Buffers<'m>,
     to: Buffers<'m>,
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl<'m, 's> Server<'m, 's> {
-    /// Takes over a queue.
-    pub fn new(
-        memory: &'m GuestMemory,
-        service: &'s Service,
-        queue: ActiveQueue,
-        write_through: bool,
-    ) -> Self {
+    /// With `write_through` a write is answered when it lasts (virtio 1.2, 5.2.6.2,
+    /// a driver without `VIRTIO_BLK_F_FLUSH`).
+    pub fn new(memory: &'m GuestMemory, service: &'s Service, write_through: bool) -> Self {
         Self {
             memory,
             service,
-            ring: Ring::new(memory, queue),
             write_through,
             from: Buffers::default(),
             to: Buffers::default(),
-            complaints: 0,
+            complaints: Complaints::new("disk request fails"),
         }
     }
 
-    /// Answers some of the requests there are. Returns whether there may be more.
-    ///
-    /// # Errors
-    ///
-    /// When the driver broke the queue.
-    pub fn work(&mut self) -> Result<bool, RingError> {
-        for _ in 0..BATCH {
-            if !self.answer_next()? && !self.ring.await_kick()? {
-                self.ring.flush()?;
-                return Ok(false);
-            }
-        }
-        self.ring.flush()?;
-        Ok(true)
-    }
-
-    fn answer_next(&mut self) -> Result<bool, RingError> {
-        let Some(chain) = self.ring.take()? else {
-            return Ok(false);
-        };
-        let head = chain.head_index();
+    /// Carries out a request. Returns how many bytes of the chain it wrote.
+    pub fn answer(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> usize {
         self.from.clear();
         self.to.clear();
         let direction = Direction::FromGuest;
@@ -142,9 +76,7 @@ impl<'m, 's> Server<'m, 's> {
             (Ok(_), Ok(0)) => Err(Failure::NoStatus),
             (Ok(_), Ok(_)) => self.carry_out(),
         };
-        let written = self.report(result);
-        self.ring.give(head, written)?;
-        Ok(true)
+        self.report(result)
     }
 
     fn carry_out(&mut self) -> Result<(), Failure> {
@@ -187,7 +119,8 @@ impl<'m, 's> Server<'m, 's> {
     fn report(&mut self, result: Result<(), Failure>) -> usize {
         let room = self.to.len();
         let Some(last) = room.checked_sub(1) else {
-            self.complain(&result.err().unwrap_or(Failure::NoStatus));
+            self.complaints
+                .add(&result.err().unwrap_or(Failure::NoStatus));
             return 0;
         };
         let status = result
@@ -197,16 +130,9 @@ impl<'m, 's> Server<'m, 's> {
         match result {
             Ok(()) => room,
             Err(failure) => {
-                self.complain(&failure);
+                self.complaints.add(&failure);
                 if last == 0 { 1 } else { 0 }
             }
-        }
-    }
-
-    fn complain(&mut self, failure: &Failure) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            tracing::warn!(error = %failure, "disk request fails");
         }
     }
 }

@@ -6,13 +6,11 @@
 //! `VIRTIO_CONSOLE_F_MULTIPORT` there are two queues, receive (0) and transmit
 //! (1), and no control messages.
 
-use std::fmt::Display;
 use std::fs::File;
 
-use vmm_sys_util::epoll::EventSet;
-
 use super::buffers::{Buffers, Direction};
-use super::ring::{Ring, RingError};
+use super::complaints::Complaints;
+use super::ring::{self, RingError};
 use super::{
     ActivateError, Activation, ActiveQueue, GuestMemory, VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VirtioDevice,
@@ -26,8 +24,6 @@ const QUEUE_SIZE: u16 = 64;
 const TRANSMIT: usize = 1;
 /// Most bytes between a reset and the next: a guest cannot fill the host's disk.
 const MAX_OUTPUT_BYTES: u64 = 64 << 20;
-/// Most warnings about the guest's mistakes and the host's failures.
-const MAX_COMPLAINTS: u32 = 16;
 
 /// The device.
 pub struct Console {
@@ -68,8 +64,8 @@ impl VirtioDevice for Console {
         let transmit = activation.queues.into_iter().nth(TRANSMIT).flatten();
         let transmit = transmit.ok_or(ActivateError::QueueDisabled(TRANSMIT))?;
         let output = self.output.take().ok_or(ActivateError::Unavailable)?;
-        let worker = Worker::spawn("virtio-console", move |poller| {
-            if let Err(error) = work(poller, &memory, transmit, &output) {
+        let worker = Worker::spawn("virtio-console", move |mut poller| {
+            if let Err(error) = work(&mut poller, &memory, transmit, &output) {
                 tracing::warn!(%error, "console stopped until the guest resets it");
             }
             output
@@ -92,54 +88,25 @@ impl Drop for Console {
 }
 
 fn work(
-    mut poller: Poller,
+    poller: &mut Poller,
     memory: &GuestMemory,
     queue: ActiveQueue,
     output: &File,
 ) -> Result<(), RingError> {
-    let mut ring = Ring::new(memory, queue);
     let mut sink = Sink {
         output,
         left: MAX_OUTPUT_BYTES,
-        complaints: 0,
+        complaints: Complaints::new("console output lost"),
     };
-    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller
-        .add(ring.kick(), edge, 0)
-        .map_err(RingError::Interrupt)?;
-    let mut busy = true;
-    while poller
-        .wait(if busy { 0 } else { -1 })
-        .map_err(RingError::Interrupt)?
-        .is_some()
-    {
-        busy = transmit(&mut ring, memory, &mut sink)?;
-    }
-    Ok(())
-}
-
-/// Takes as many buffers as the ring has. Returns whether there may be more: a
-/// guest that never stops writing must not keep the thread from ending.
-fn transmit<'m>(
-    ring: &mut Ring<'m>,
-    memory: &'m GuestMemory,
-    sink: &mut Sink<'_>,
-) -> Result<bool, RingError> {
     let mut buffers = Buffers::default();
-    for _ in 0..ring.size() {
-        let Some(chain) = ring.take()? else {
-            break;
-        };
-        let head = chain.head_index();
+    ring::serve(poller, memory, queue, |chain| {
         buffers.clear();
         match buffers.append(memory, chain, Direction::FromGuest) {
             Ok(len) => sink.write(&mut buffers, len),
-            Err(error) => sink.complain(&error),
+            Err(error) => sink.complaints.add(&error),
         }
-        ring.give(head, 0)?;
-    }
-    ring.flush()?;
-    ring.await_kick()
+        0
+    })
 }
 
 /// Where the output goes. It is dropped where the file takes no more, because
@@ -147,7 +114,7 @@ fn transmit<'m>(
 struct Sink<'f> {
     output: &'f File,
     left: u64,
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl Sink<'_> {
@@ -161,18 +128,12 @@ impl Sink<'_> {
                     done += count;
                     self.left = self.left.saturating_sub(count as u64);
                     if self.left == 0 {
-                        self.complain(&format_args!("{MAX_OUTPUT_BYTES} bytes are enough"));
+                        self.complaints
+                            .add(&format_args!("{MAX_OUTPUT_BYTES} bytes are enough"));
                     }
                 }
-                Err(error) => return self.complain(&error),
+                Err(error) => return self.complaints.add(&error),
             }
-        }
-    }
-
-    fn complain(&mut self, error: &dyn Display) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            tracing::warn!(%error, "console output lost");
         }
     }
 }
@@ -203,7 +164,7 @@ mod tests {
         let mut sink = Sink {
             output: &file,
             left: 150,
-            complaints: 0,
+            complaints: Complaints::new("test"),
         };
         for _ in 0..3 {
             sink.write(&mut buffers, 100);

@@ -2,21 +2,16 @@
 //! queue pairs the driver uses.
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET};
-use vmm_sys_util::epoll::EventSet;
 
-use super::pair::ServeError;
 use crate::virtio::buffers::{Buffers, Direction};
-use crate::virtio::ring::{Ring, RingError};
+use crate::virtio::ring::{self, RingError};
 use crate::virtio::{ActiveQueue, GuestMemory};
 use crate::worker::Poller;
 
-const KICK_TOKEN: u64 = 0;
 /// `VIRTIO_NET_OK`
 const ACK: u8 = 0;
 /// `VIRTIO_NET_ERR`
 const REFUSAL: u8 = 1;
-/// Most commands between two looks at the stop event.
-const BATCH: usize = 64;
 
 /// Serves the queue until told to stop. `set_pairs` puts a number of pairs into
 /// use, and says whether it could.
@@ -29,49 +24,23 @@ pub fn serve(
     memory: &GuestMemory,
     queue: ActiveQueue,
     set_pairs: &mut impl FnMut(u16) -> bool,
-) -> Result<(), ServeError> {
-    let mut ring = Ring::new(memory, queue);
-    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller.add(ring.kick(), edge, KICK_TOKEN)?;
-    let mut busy = true;
-    while poller.wait(if busy { 0 } else { -1 })?.is_some() {
-        busy = answer_all(&mut ring, memory, set_pairs)?;
-        ring.flush()?;
-    }
-    Ok(())
-}
-
-/// Returns whether there may be more.
-fn answer_all<'m>(
-    ring: &mut Ring<'m>,
-    memory: &'m GuestMemory,
-    set_pairs: &mut impl FnMut(u16) -> bool,
-) -> Result<bool, RingError> {
+) -> Result<(), RingError> {
     let (mut command, mut answer) = (Buffers::default(), Buffers::default());
-    for _ in 0..BATCH {
-        let Some(chain) = ring.take()? else {
-            if ring.await_kick()? {
-                continue;
-            }
-            return Ok(false);
-        };
-        let head = chain.head_index();
+    ring::serve(poller, memory, queue, |chain| {
         command.clear();
         answer.clear();
         let readable = command.append(memory, chain.clone(), Direction::FromGuest);
         let writable = answer.append(memory, chain, Direction::ToGuest);
-        let mut written = 0;
-        if readable.is_ok() && writable.is_ok_and(|room| room > 0) {
-            let ack = if obey(&command, set_pairs) {
-                ACK
-            } else {
-                REFUSAL
-            };
-            written = answer.write(0, &[ack]);
+        if readable.is_err() || !writable.is_ok_and(|room| room > 0) {
+            return 0;
         }
-        ring.give(head, written)?;
-    }
-    Ok(true)
+        let ack = if obey(&command, set_pairs) {
+            ACK
+        } else {
+            REFUSAL
+        };
+        answer.write(0, &[ack])
+    })
 }
 
 fn obey(command: &Buffers<'_>, set_pairs: &mut impl FnMut(u16) -> bool) -> bool {

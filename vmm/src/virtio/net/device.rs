@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
 
-use super::pair::{self, Queues, Receive, ServeError};
+use super::pair::{self, Queues, Receive};
 use super::tap::{HEADER_BYTES, Tap};
 use super::vhost::Vhost;
 use super::{NetError, control};
+use crate::virtio::ring::RingError;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, GuestMemory, VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VirtioDevice,
@@ -311,7 +312,7 @@ fn refused(error: &NetError) -> ActivateError {
     ActivateError::Backend(format!("{error}: {:?}", std::error::Error::source(error)))
 }
 
-fn report(result: Result<(), ServeError>) {
+fn report(result: Result<(), RingError>) {
     if let Err(error) = result {
         tracing::error!(%error, source = ?error, "network stops until the guest resets it");
     }

@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::tap::HEADER_BYTES;
 use crate::virtio::buffers::{Buffers, Direction, MAX_PIECES};
+use crate::virtio::complaints::Complaints;
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::{ActiveQueue, GuestMemory};
 use crate::worker::Poller;
@@ -27,19 +28,6 @@ const BATCH: usize = 64;
 const GATHERED_PIECES: usize = MAX_PIECES / 2;
 /// Where the header counts the buffers of a packet.
 const NUM_BUFFERS_OFFSET: usize = 10;
-/// Most warnings about the guest's mistakes.
-const MAX_COMPLAINTS: u32 = 16;
-
-/// What ends a network thread before its time.
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    /// epoll failed.
-    #[error("event loop")]
-    Poll(#[from] io::Error),
-    /// The driver broke a queue.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-}
 
 /// How packets may arrive at the guest.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +57,7 @@ pub fn serve<T: AsRawFd>(
     queues: Queues,
     tap: &T,
     receive: Receive,
-) -> Result<(), ServeError> {
+) -> Result<(), RingError> {
     let mut pair = Pair {
         memory,
         tap,
@@ -81,14 +69,19 @@ pub fn serve<T: AsRawFd>(
         outgoing: Buffers::default(),
         tap_readable: true,
         tap_writable: true,
-        complaints: 0,
+        complaints: Complaints::new("net: the guest's mistake"),
     };
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller.add(pair.rx.kick(), edge, RX_TOKEN)?;
-    poller.add(pair.tx.kick(), edge, TX_TOKEN)?;
-    poller.add(tap, edge | EventSet::OUT, TAP_TOKEN)?;
+    poller
+        .add(pair.rx.kick(), edge, RX_TOKEN)
+        .and_then(|()| poller.add(pair.tx.kick(), edge, TX_TOKEN))
+        .and_then(|()| poller.add(tap, edge | EventSet::OUT, TAP_TOKEN))
+        .map_err(RingError::Poll)?;
     let mut busy = true;
-    while let Some(events) = poller.wait(if busy { 0 } else { -1 })? {
+    while let Some(events) = poller
+        .wait(if busy { 0 } else { -1 })
+        .map_err(RingError::Poll)?
+    {
         if events.iter().any(|event| event.data() == TAP_TOKEN) {
             pair.tap_readable = true;
             pair.tap_writable = true;
@@ -120,7 +113,7 @@ struct Pair<'m, 't, T> {
     outgoing: Buffers<'m>,
     tap_readable: bool,
     tap_writable: bool,
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl<T: AsRawFd> Pair<'_, '_, T> {
@@ -148,8 +141,8 @@ impl<T: AsRawFd> Pair<'_, '_, T> {
                         return Ok(false);
                     }
                 }
-                Ok(_) => self.complain(&"packet without a header"),
-                Err(error) => self.complain(&error),
+                Ok(_) => self.complaints.add(&"packet without a header"),
+                Err(error) => self.complaints.add(&error),
             }
             self.tx.give(head, 0)?;
         }
@@ -222,8 +215,8 @@ impl<T: AsRawFd> Pair<'_, '_, T> {
                 }),
                 refused => {
                     match refused {
-                        Ok(_) => self.complain(&"receive buffer too small"),
-                        Err(error) => self.complain(&error),
+                        Ok(_) => self.complaints.add(&"receive buffer too small"),
+                        Err(error) => self.complaints.add(&error),
                     }
                     self.gathered.truncate(before);
                     self.rx.give(head, 0)?;
@@ -264,13 +257,5 @@ impl<T: AsRawFd> Pair<'_, '_, T> {
         }
         self.gathered.discard(pieces);
         Ok(())
-    }
-
-    /// Warns of a mistake of the guest's, a few times.
-    fn complain(&mut self, what: &dyn std::fmt::Display) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            tracing::warn!(%what, "net: the guest's mistake");
-        }
     }
 }

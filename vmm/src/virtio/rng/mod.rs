@@ -4,10 +4,9 @@
 //! so that a guest asking for gigabytes costs the host no more than one asking
 //! often.
 
-use vmm_sys_util::epoll::EventSet;
-
 use super::buffers::{Buffers, Direction};
-use super::ring::{Ring, RingError};
+use super::complaints::Complaints;
+use super::ring::{self, RingError};
 use super::{
     ActivateError, Activation, ActiveQueue, GuestMemory, VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VirtioDevice,
@@ -21,8 +20,6 @@ const QUEUE_SIZE: u16 = 64;
 pub const MAX_BYTES: usize = 64 << 10;
 /// Bytes asked of the kernel at a time.
 const PIECE_BYTES: usize = 4096;
-/// Most warnings about the guest's mistakes and the host's failures.
-const MAX_COMPLAINTS: u32 = 16;
 
 /// The device.
 #[derive(Default)]
@@ -63,8 +60,8 @@ impl VirtioDevice for Rng {
         let queue = Activation::all_queues(activation.queues)?
             .pop()
             .ok_or(ActivateError::QueueDisabled(0))?;
-        let worker = Worker::spawn("virtio-rng", move |poller| {
-            if let Err(error) = work(poller, &memory, queue) {
+        let worker = Worker::spawn("virtio-rng", move |mut poller| {
+            if let Err(error) = work(&mut poller, &memory, queue) {
                 tracing::warn!(%error, "rng stopped until the guest resets it");
             }
         });
@@ -85,54 +82,25 @@ impl Drop for Rng {
     }
 }
 
-fn work(mut poller: Poller, memory: &GuestMemory, queue: ActiveQueue) -> Result<(), RingError> {
-    let mut ring = Ring::new(memory, queue);
-    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller
-        .add(ring.kick(), edge, 0)
-        .map_err(RingError::Interrupt)?;
-    let mut complaints = 0;
-    let mut busy = true;
-    while poller
-        .wait(if busy { 0 } else { -1 })
-        .map_err(RingError::Interrupt)?
-        .is_some()
-    {
-        busy = serve(&mut ring, memory, &mut complaints)?;
-    }
-    Ok(())
-}
-
-/// Fills as many requests as the ring has. Returns whether there may be more:
-/// a guest that never stops asking must not keep the thread from ending.
-fn serve<'m>(
-    ring: &mut Ring<'m>,
-    memory: &'m GuestMemory,
-    complaints: &mut u32,
-) -> Result<bool, RingError> {
+fn work(poller: &mut Poller, memory: &GuestMemory, queue: ActiveQueue) -> Result<(), RingError> {
+    let mut complaints = Complaints::new("rng request fails");
     let mut buffers = Buffers::default();
-    for _ in 0..ring.size() {
-        let Some(chain) = ring.take()? else {
-            break;
-        };
-        let head = chain.head_index();
+    ring::serve(poller, memory, queue, |chain| {
         buffers.clear();
-        let gathered = buffers.append(memory, chain, Direction::ToGuest);
-        if let Err(error) = &gathered
-            && *complaints < MAX_COMPLAINTS
-        {
-            *complaints += 1;
-            tracing::warn!(%error, "rng request refused");
+        if let Err(error) = buffers.append(memory, chain, Direction::ToGuest) {
+            complaints.add(&error);
+            return 0;
         }
-        let written = gathered.map_or(0, |_| fill(&buffers, complaints));
-        ring.give(head, written)?;
-    }
-    ring.flush()?;
-    ring.await_kick()
+        let (written, result) = fill(&buffers);
+        if let Err(error) = result {
+            complaints.add(&error);
+        }
+        written
+    })
 }
 
-/// Puts random bytes into the buffers; how many.
-fn fill(buffers: &Buffers<'_>, complaints: &mut u32) -> usize {
+/// Puts random bytes into the buffers; how many, and what kept it from more.
+fn fill(buffers: &Buffers<'_>) -> (usize, Result<(), getrandom::Error>) {
     let wanted = buffers.len().min(MAX_BYTES);
     let mut bytes = [0; PIECE_BYTES];
     let mut done = 0;
@@ -141,11 +109,7 @@ fn fill(buffers: &Buffers<'_>, complaints: &mut u32) -> usize {
         let piece = bytes.get_mut(..count).unwrap_or_default();
         // Fails for no other reason than a kernel older than 3.17.
         if let Err(error) = getrandom::fill(piece) {
-            if *complaints < MAX_COMPLAINTS {
-                *complaints += 1;
-                tracing::warn!(%error, "getrandom");
-            }
-            break;
+            return (done, Err(error));
         }
         let written = buffers.write(done, piece);
         done += written;
@@ -153,7 +117,7 @@ fn fill(buffers: &Buffers<'_>, complaints: &mut u32) -> usize {
             break;
         }
     }
-    done
+    (done, Ok(()))
 }
 
 #[cfg(test)]

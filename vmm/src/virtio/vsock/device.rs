@@ -168,15 +168,6 @@ impl Drop for Vsock {
     }
 }
 
-/// What ends the thread's loop before its time.
-#[derive(Debug, thiserror::Error)]
-enum ServeError {
-    #[error("event loop")]
-    Poll(#[from] io::Error),
-    #[error(transparent)]
-    Ring(#[from] RingError),
-}
-
 /// Works the queues until told to stop.
 fn serve(
     poller: &mut Poller,
@@ -185,20 +176,23 @@ fn serve(
     guest_cid: u64,
     rx: ActiveQueue,
     tx: ActiveQueue,
-) -> Result<(), ServeError> {
+) -> Result<(), RingError> {
     let rx = Ring::new(memory, rx);
     let tx = Ring::new(memory, tx);
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-    poller.add(rx.kick(), edge, RX_TOKEN)?;
-    poller.add(tx.kick(), edge, TX_TOKEN)?;
-    poller.add(&host.dial_event, edge, DIAL_TOKEN)?;
+    poller
+        .add(rx.kick(), edge, RX_TOKEN)
+        .and_then(|()| poller.add(tx.kick(), edge, TX_TOKEN))
+        .and_then(|()| poller.add(&host.dial_event, edge, DIAL_TOKEN))
+        .map_err(RingError::Poll)?;
     let mut muxer = Muxer::new(memory, guest_cid, rx, tx, &host.dialed);
     let mut events = Vec::new();
     // The driver may have kicked, and the shim dialled, before we listened.
     let mut busy = true;
     take_dials(&mut muxer, host, poller);
     loop {
-        let Some(ready) = poller.wait(if busy { 0 } else { -1 })? else {
+        let ready = poller.wait(if busy { 0 } else { -1 });
+        let Some(ready) = ready.map_err(RingError::Poll)? else {
             return Ok(());
         };
         events.clear();

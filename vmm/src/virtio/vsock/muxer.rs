@@ -18,6 +18,7 @@ use super::device::Dialed;
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Operation, TYPE_STREAM};
 use crate::virtio::GuestMemory;
 use crate::virtio::buffers::{Buffers, Direction};
+use crate::virtio::complaints::Complaints;
 use crate::virtio::ring::{Ring, RingError};
 use crate::worker::Poller;
 
@@ -35,8 +36,6 @@ pub const MAX_GUEST_DIALED: usize = 4;
 const MAX_RESETS: usize = 256;
 /// Most chains of a queue in one round.
 const BATCH: usize = 256;
-/// Most warnings about the guest's mistakes.
-const MAX_COMPLAINTS: u32 = 16;
 /// Our ports of connections we dial, up to the last that is not "any".
 const FIRST_EPHEMERAL: u32 = 1 << 31;
 const LAST_EPHEMERAL: u32 = u32::MAX - 1;
@@ -86,7 +85,7 @@ pub struct Muxer<'m> {
     /// Resets that belong to no connection.
     resets: VecDeque<Header>,
     next_port: u32,
-    complaints: u32,
+    complaints: Complaints,
 }
 
 impl<'m> Muxer<'m> {
@@ -110,7 +109,7 @@ impl<'m> Muxer<'m> {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             next_port: FIRST_EPHEMERAL,
-            complaints: 0,
+            complaints: Complaints::new("vsock: the guest's mistake"),
         }
     }
 
@@ -222,7 +221,7 @@ impl<'m> Muxer<'m> {
                 .append(self.memory, chain, Direction::FromGuest)
             {
                 Ok(_) => self.receive(poller),
-                Err(error) => self.complain(&error),
+                Err(error) => self.complaints.add(&error),
             }
             self.tx.give(head, 0)?;
         }
@@ -232,10 +231,10 @@ impl<'m> Muxer<'m> {
     /// Takes the packet in `buffers`.
     fn receive(&mut self, poller: &Poller) {
         let Some(header) = Header::read(&self.buffers) else {
-            return self.complain(&"packet without a header");
+            return self.complaints.add(&"packet without a header");
         };
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            return self.complain(&"packet with a foreign CID");
+            return self.complaints.add(&"packet with a foreign CID");
         }
         let key = Key {
             host_port: header.dst_port,
@@ -245,7 +244,8 @@ impl<'m> Muxer<'m> {
         let complete = header.len as usize <= self.buffers.len() - HEADER_BYTES;
         let valid = header.kind == TYPE_STREAM && (complete || operation != Some(Operation::Data));
         let (Some(operation), true) = (operation, valid) else {
-            self.complain(&"packet of unknown type or operation, or cut short");
+            self.complaints
+                .add(&"packet of unknown type or operation, or cut short");
             return self.refuse(key, &header, poller);
         };
         if let Some(entry) = self.entries.get_mut(&key) {
@@ -268,7 +268,7 @@ impl<'m> Muxer<'m> {
             || self.guest_dialed >= MAX_GUEST_DIALED
             || self.entries.len() >= MAX_CONNECTIONS
         {
-            self.complain(&"guest dials what it may not");
+            self.complaints.add(&"guest dials what it may not");
             return false;
         }
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -351,11 +351,11 @@ impl<'m> Muxer<'m> {
                     None => self.rx.put_back(1),
                 },
                 Ok(_) => {
-                    self.complain(&"receive buffer too small");
+                    self.complaints.add(&"receive buffer too small");
                     self.rx.give(head, 0)?;
                 }
                 Err(error) => {
-                    self.complain(&error);
+                    self.complaints.add(&error);
                     self.rx.give(head, 0)?;
                 }
             }
@@ -398,14 +398,6 @@ impl<'m> Muxer<'m> {
             kind: TYPE_STREAM,
             op: operation as u16,
             ..Header::default()
-        }
-    }
-
-    /// Warns of a mistake of the guest's, a few times.
-    fn complain(&mut self, what: &dyn std::fmt::Display) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            tracing::warn!(%what, "vsock: the guest's mistake");
         }
     }
 }
