@@ -47,6 +47,8 @@ use crate::virtiofsd::VirtiofsdError;
 
 pub use vm_host::VmHost;
 
+/// Time a guest without its agent has to end by itself.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Time the agent has to set the sandbox up.
 const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -345,9 +347,16 @@ impl Sandbox {
         }
     }
 
-    /// Ends the machine at once.
-    pub fn kill(&self) {
-        self.machine.kill();
+    /// Ends a machine whose agent is gone. Most likely the guest is about to end
+    /// by itself, and then says why: it gets a moment for that.
+    pub async fn give_up(&self) -> Stop {
+        if tokio::time::timeout(LAST_WORDS, self.stopped())
+            .await
+            .is_err()
+        {
+            self.machine.kill();
+        }
+        self.stopped().await
     }
 }
 

@@ -15,9 +15,6 @@
 : "${here:?}" "${cache:?}"
 readonly SUITE=trixie            # the lab and the machine
 readonly CONTAINERD_SUITE=forky  # containerd 2; its package needs only libc
-# QEMU 10.0 emulates SVM with a flaw that shows about once in a million VM exits: a
-# guest goes on with state of its host, or the host stops or panics.
-readonly QEMU_SUITE=$SUITE-backports
 readonly DISK_SIZE=8G
 
 # Files whose content decides what the disk holds.
@@ -96,38 +93,29 @@ install_packages() {
   in_root apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold "${packages[@]}"
 }
 
-# other_suite SUITE...: sets $apt to an apt-get of the root that knows these suites
-# only. Their signatures are checked, their expiry is not: some expire within days,
-# and a mirror may well be a snapshot in time.
-other_suite() {
-  local suite
-  apt=(apt-get -o Dir::Etc::SourceList=/tmp/other.list -o Dir::Etc::SourceParts=/dev/null
-    -o Dir::State::Lists=/tmp/other.lists -o Acquire::Check-Valid-Until=false -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
-  mkdir -p "$build/root/tmp/other.lists/partial"
-  for suite; do
-    sed "s/\\b$SUITE\\b/$suite/" "$build/root/etc/apt/sources.list"
-  done >"$build/root/tmp/other.list"
-  in_root "${apt[@]}" update
-}
-
 # containerd of the lab's own suite goes to /opt, that of the newer one to /usr.
+# The newer suite's signature is checked, its expiry is not: it expires within
+# days, and a mirror may well be a snapshot in time.
 install_containerd() {
-  local apt
-  mkdir -p "$build"/root/tmp/{older,newer}
+  local root=$build/root
+  local newer=(-o Dir::Etc::SourceList=/tmp/newer.list -o Dir::Etc::SourceParts=/dev/null
+    -o Dir::State::Lists=/tmp/newer.lists -o Acquire::Check-Valid-Until=false -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
+  mkdir -p "$root/tmp/older" "$root/tmp/newer" "$root/tmp/newer.lists/partial"
+  sed "s/\\b$SUITE\\b/$CONTAINERD_SUITE/" "$root/etc/apt/sources.list" >"$root/tmp/newer.list"
   in_root sh -ec 'cd /tmp/older; apt-get download containerd'
-  other_suite "$CONTAINERD_SUITE"
-  in_root sh -ec 'cd /tmp/newer; "$@" download containerd' sh "${apt[@]}"
+  in_root apt-get "${newer[@]}" update
+  in_root sh -ec 'cd /tmp/newer; apt-get "$@" download containerd' sh "${newer[@]}"
   in_root sh -ec 'dpkg-deb -x /tmp/older/*.deb /opt/containerd-1.7; dpkg-deb -x /tmp/newer/*.deb /
-    rm -r /tmp/older /tmp/newer /tmp/other*; containerd --version; /opt/containerd-1.7/usr/bin/containerd --version'
+    rm -r /tmp/older /tmp/newer*; containerd --version; /opt/containerd-1.7/usr/bin/containerd --version'
 }
 
 # QEMU and its libraries, resolved as if nothing were installed, and unpacked only.
 unpack_machine() {
-  local packages deb apt
+  local packages deb
   read -ra packages < <(package_list machine)
-  other_suite "$SUITE" "$QEMU_SUITE"
-  in_root sh -ec ': >/tmp/none; apt-get clean; "$@"; rm -r /tmp/none /tmp/other*' sh "${apt[@]}" \
-    -o Dir::State::status=/tmp/none -t "$QEMU_SUITE" install -y --no-install-recommends --download-only "${packages[@]}"
+  in_root sh -ec ': >/tmp/none; apt-get clean
+    apt-get -o Dir::State::status=/tmp/none install -y --no-install-recommends --download-only "$@"; rm /tmp/none' \
+    sh "${packages[@]}"
   mkdir "$build/machine"
   for deb in "$build"/root/var/cache/apt/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$deb" |

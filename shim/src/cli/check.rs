@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
-use super::{elf, trial, with_sources};
+use super::{elf, trial};
 use crate::RUNTIME_NAME;
 use crate::cgroup::CGROUP_ROOT;
 use crate::config::Config;
+use crate::error::chain;
 
 const SHIM: &str = "containerd-shim-nacre-v2";
 const CONTAINERD_CONFIG: &str = "/etc/containerd/config.toml";
@@ -59,11 +60,7 @@ pub(super) fn run(out: &mut impl Write) -> io::Result<bool> {
                 virtiofsd(&config.virtiofsd),
             ]);
         }
-        Err(error) => findings.push(missing(
-            "configuration",
-            with_sources(&error),
-            "correct the line",
-        )),
+        Err(error) => findings.push(missing("configuration", chain(&error), "correct the line")),
     }
     findings.extend([shim(), containerd()]);
     for finding in &findings {

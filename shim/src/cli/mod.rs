@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
+use crate::error::chain;
 
 /// Errors of the command, told to a person.
 #[derive(Debug, thiserror::Error)]
@@ -83,22 +84,10 @@ pub fn run() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("nacre: {}", with_sources(&error));
+            eprintln!("nacre: {}", chain(&error));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes on one line.
-fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

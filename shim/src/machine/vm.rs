@@ -19,7 +19,7 @@ use nacre_protocol::guest::AGENT_PORT;
 use nacre_protocol::vm::{Event, Request, VmConfig};
 use nacre_vmm::jail;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -308,9 +308,11 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
             Id::PIDFd(pidfd.as_fd()),
             WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
         ) {
-            Ok(nix::sys::wait::WaitStatus::StillAlive) => drop(guard),
+            Ok(WaitStatus::StillAlive) => drop(guard),
             Ok(status) => {
-                debug!(?status, "monitor process ended");
+                if !matches!(status, WaitStatus::Exited(_, 0)) {
+                    warn!(?status, "monitor process ended");
+                }
                 return;
             }
             // Not our child, or reaped already: gone is gone.

@@ -252,8 +252,7 @@ impl Container {
                     error = super::agent_message(&answer),
                     "lost"
                 );
-                self.sandbox.kill();
-                self.sandbox.stopped().await;
+                self.sandbox.give_up().await;
                 Exit::now(LOST_STATUS)
             }
         }

@@ -1,29 +1,24 @@
 //! Pods' networks: `ctr run --cni` on the lab's bridge.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
-use nacre_tests::{Scene, eventually, run};
+use nacre_tests::{PATIENCE, Scene, eventually, run};
 
 const BULK: usize = 64 << 20;
 /// Addresses of the bridge (tests/lab, `10-lab.conflist`).
 const BRIDGE: [&str; 2] = ["10.88.0.1", "fd00:88::1"];
 
-/// 64 MiB that a shell makes as easily as this program.
+/// 64 MiB of which no two parts are alike.
 fn bulk() -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(BULK + 16);
-    let mut number = 1u64;
-    while bytes.len() < BULK {
-        writeln!(bytes, "{number}").unwrap();
-        number += 1;
-    }
-    bytes.truncate(BULK);
+    let mut bytes = vec![0; BULK];
+    let mut random = File::open("/dev/urandom").unwrap();
+    random.read_exact(&mut bytes).unwrap();
     bytes
 }
-
-/// The same in a container.
-const MAKE_BULK: &str = "seq 1 20000000 2>/dev/null | head -c 67108864";
 
 fn md5(bytes: &[u8]) -> String {
     let mut child = Command::new("md5sum")
@@ -113,80 +108,73 @@ fn bridge_answers_ping() {
     }
 }
 
+/// Serves 64 MiB of the pod's at port 80: their checksum.
+fn serve_bulk(scene: &Scene, id: &str) -> String {
+    let script = "cd /dev/shm && dd if=/dev/urandom of=bulk bs=1M count=64 2>/dev/null \
+        && httpd -h . && md5sum <bulk";
+    scene.exec(id, &[], &["sh", "-c", script]).exits(0).stdout
+}
+
+/// A container gets what is at `address`: its checksum as `md5sum` says it.
+fn fetch(scene: &Scene, id: &str, address: SocketAddr) -> String {
+    let script = format!("wget -q -T 60 -O - http://{address}/bulk | md5sum");
+    scene.exec(id, &[], &["sh", "-c", &script]).exits(0).stdout
+}
+
+fn socket(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().unwrap(), port)
+}
+
+/// Answers one request with `bytes`.
+fn answer_once(listener: &TcpListener, bytes: &[u8]) {
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    let mut request = BufReader::new(&stream);
+    let mut line = String::new();
+    while line != "\r\n" {
+        line.clear();
+        assert_ne!(request.read_line(&mut line).unwrap(), 0, "half a request");
+    }
+    let header = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len());
+    (&stream).write_all(header.as_bytes()).unwrap();
+    (&stream).write_all(bytes).unwrap();
+}
+
 #[test]
 fn sixty_four_mebibytes_between_container_and_host() {
     let mut scene = Scene::new();
     let id = start_pod(&mut scene);
-    let expected = bulk();
+    let sum = serve_bulk(&scene, &id);
+    for address in addresses(&scene, &id) {
+        let mut stream = TcpStream::connect_timeout(&socket(&address, 80), PATIENCE).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /bulk HTTP/1.0\r\n\r\n").unwrap();
+        let mut received = Vec::with_capacity(BULK);
+        stream.read_to_end(&mut received).unwrap();
+        let body = received.len().checked_sub(BULK).unwrap();
+        assert_eq!(md5(&received[body..]), sum, "to the host over {address}");
+    }
+    let expected = Arc::new(bulk());
     for address in BRIDGE {
         let listener = TcpListener::bind((address, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
-        let sum = md5(&expected);
-        let client = scene.exec_command(
-            &id,
-            &[],
-            &[
-                "sh",
-                "-c",
-                &format!("{MAKE_BULK} | nc {address} {port} | md5sum"),
-            ],
-        );
-        let mut client = spawn(client);
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut received = Vec::with_capacity(BULK);
-        // nc keeps its side open until the peer ends: the length is known.
-        (&mut stream)
-            .take(u64::try_from(BULK).unwrap())
-            .read_to_end(&mut received)
-            .unwrap();
-        assert!(received == expected, "to the host over {address}");
-        stream.write_all(&expected).unwrap();
-        stream.shutdown(Shutdown::Both).unwrap();
-        let mut said = String::new();
-        client
-            .stdout
-            .take()
-            .unwrap()
-            .read_to_string(&mut said)
-            .unwrap();
-        assert!(client.wait().unwrap().success());
-        assert_eq!(said, sum, "to the container over {address}");
+        let bytes = Arc::clone(&expected);
+        let server = std::thread::spawn(move || answer_once(&listener, &bytes));
+        let said = fetch(&scene, &id, socket(address, port));
+        assert_eq!(said, md5(&expected), "to the container over {address}");
+        server.join().unwrap();
     }
-}
-
-fn spawn(mut command: Command) -> std::process::Child {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
 }
 
 #[test]
 fn sixty_four_mebibytes_between_pods() {
     let mut scene = Scene::new();
     let (server, client) = (start_pod(&mut scene), start_pod(&mut scene));
-    let sum = md5(&bulk());
-    for (number, address) in addresses(&scene, &server).iter().enumerate() {
-        let port = (5000 + number).to_string();
-        let listen = format!("nc -l -p {port} | md5sum");
-        let mut receiver = spawn(scene.exec_command(&server, &[], &["sh", "-c", &listen]));
-        eventually("the server listens", || {
-            let said = scene.exec(&server, &[], &["netstat", "-ltn"]);
-            said.stdout.contains(&format!(":{port} "))
-        });
-        let send = format!("{MAKE_BULK} | nc {address} {port}");
-        let mut sender = spawn(scene.exec_command(&client, &[], &["sh", "-c", &send]));
-        let mut said = String::new();
-        receiver
-            .stdout
-            .take()
-            .unwrap()
-            .read_to_string(&mut said)
-            .unwrap();
+    let sum = serve_bulk(&scene, &server);
+    for address in addresses(&scene, &server) {
+        let said = fetch(&scene, &client, socket(&address, 80));
         assert_eq!(said, sum, "over {address}");
-        assert!(receiver.wait().unwrap().success());
-        assert!(sender.wait().unwrap().success());
     }
 }
 
@@ -196,7 +184,11 @@ fn host_reaches_a_server_in_the_pod() {
     let id = start_pod(&mut scene);
     let [address, _] = addresses(&scene, &id);
     let serve = "while :; do echo pearl | nc -l -p 80; done";
-    let mut server = spawn(scene.exec_command(&id, &[], &["sh", "-c", serve]));
+    let mut server = scene
+        .exec_command(&id, &[], &["sh", "-c", serve])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut said = String::new();
     eventually("the server answers", || {
         said.clear();
