@@ -310,9 +310,7 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
         ) {
             Ok(WaitStatus::StillAlive) => drop(guard),
             Ok(status) => {
-                if !matches!(status, WaitStatus::Exited(_, 0)) {
-                    warn!(?status, "monitor process ended");
-                }
+                info!(?status, "monitor process ended");
                 return;
             }
             // Not our child, or reaped already: gone is gone.
