@@ -77,8 +77,16 @@ forget_old_logs() {
 
 # Sets $qemu to the machine's command line without its console and ports. It is
 # run as it is, not through a function, so that $! is QEMU's own pid.
+#
+# The machine has one processor more than asked for, and the kernel leaves the
+# first one alone. QEMU (up to 11.1 at least) tells the first processor at each
+# XRSTOR of any other to clear its IGNNE flag (target/i386/tcg, cpu_clear_ignne),
+# with a plain read and write of a word that holds the flags of SVM too: a VMRUN
+# or VM exit there at that moment loses the flag for nested paging or for held
+# interrupts, and the guest, or the lab itself, is corrupted. Where no guest runs
+# the word never changes.
 describe_machine() {
-  local tree=$disk/machine
+  local tree=$disk/machine processors=$((smp + 1)) isolate=' isolcpus=0'
   local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable"
   local accel=tcg,thread=multi,tb-size=1024
   qemu=("$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/usr/bin/qemu-system-x86_64"
@@ -86,14 +94,14 @@ describe_machine() {
     -M "q35,kernel-irqchip=split" -cpu "EPYC,+svm,+npt,phys-bits=48" -m "$mem" -nic none)
   if ((count)); then
     accel=tcg,thread=single,tb-size=1024
-    smp=1
+    processors=1 isolate=
     qemu+=(-icount "shift=0,sleep=off")
   fi
   if ((iommu)); then
     append+=" intel_iommu=on iommu=pt"
     qemu+=(-device "intel-iommu,intremap=on,caching-mode=on,aw-bits=48")
   fi
-  qemu+=(-accel "$accel" -smp "$smp" -kernel "$disk/vmlinuz" -initrd "$disk/initrd.img" -append "$append"
+  qemu+=(-accel "$accel" -smp "$processors" -kernel "$disk/vmlinuz" -initrd "$disk/initrd.img" -append "$append$isolate"
     -drive "if=virtio,format=raw,snapshot=on,file=$disk/disk.img"
     -drive "if=virtio,format=raw,readonly=on,file=$work/guest.img"
     -drive "if=virtio,format=raw,readonly=on,file=$work/payload.img"
