@@ -18,6 +18,8 @@
 
 mod cmdline;
 mod sizing;
+#[cfg(test)]
+mod tests;
 mod vm_host;
 
 use std::path::PathBuf;

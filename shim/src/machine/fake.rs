@@ -78,7 +78,18 @@ impl Machine for FakeMachine {
         if let Streams::Scripted(agent) = &self.streams {
             agent.die();
         }
-        self.stopped.send_replace(Some(Stop::Died));
+        self.end(Stop::Died);
+    }
+}
+
+impl FakeMachine {
+    /// The guest ends as `stop`; whether it still ran.
+    pub fn end(&self, stop: Stop) -> bool {
+        self.stopped.send_if_modified(|stopped| {
+            let ran = stopped.is_none();
+            stopped.get_or_insert(stop);
+            ran
+        })
     }
 }
 
