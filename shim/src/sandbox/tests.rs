@@ -14,7 +14,10 @@ async fn guest_without_an_agent_may_still_say_why() {
     let machine = lock(&host.machine).clone().unwrap();
     let last_words = async {
         sleep(LAST_WORDS / 2).await;
-        assert!(machine.end(Stop::Guest(StopReason::Panic)), "killed too soon");
+        assert!(
+            machine.end(Stop::Guest(StopReason::Panic)),
+            "killed too soon"
+        );
     };
     tokio::join!(sandbox.give_up(), last_words);
     assert_eq!(sandbox.stopped().await, Stop::Guest(StopReason::Panic));

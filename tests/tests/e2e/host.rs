@@ -12,13 +12,13 @@ use nacre_tests::{PATIENCE, Scene, run};
 use crate::failures::Changed;
 
 /// `ctr events`, listening before this is made.
-struct Events {
+pub struct Events {
     child: Child,
     lines: Receiver<String>,
 }
 
 impl Events {
-    fn listen(scene: &Scene) -> Self {
+    pub fn listen(scene: &Scene) -> Self {
         let mut child = Command::new("ctr")
             .arg("events")
             .stdout(Stdio::piped())
@@ -45,7 +45,7 @@ impl Events {
     }
 
     /// The topics of a container's next task events.
-    fn topics(&self, id: &str, count: usize) -> Vec<String> {
+    pub fn topics(&self, id: &str, count: usize) -> Vec<String> {
         let mut topics = Vec::new();
         while topics.len() < count {
             let line = self

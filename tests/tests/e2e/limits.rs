@@ -1,32 +1,23 @@
 //! Limits of containers, enforced in the guest.
 
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
-
 use nacre_tests::Scene;
 use serde_json::json;
+
+use crate::host::Events;
 
 #[test]
 fn memory_kills_with_an_event() {
     let mut scene = Scene::new();
-    let mut events = std::process::Command::new("ctr")
-        .arg("events")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(events.stdout.take().unwrap());
+    let events = Events::listen(&scene);
     let id = scene.start_sleeper(&["--memory-limit", "33554432"]);
     // `tail` keeps what it reads without a newline.
     let said = scene.exec(&id, &[], &["tail", "/dev/zero"]);
     said.exits(137);
-    let seen = lines
-        .lines()
-        .map(Result::unwrap)
-        .find(|line| line.contains("/tasks/oom"));
-    events.kill().unwrap();
-    events.wait().unwrap();
-    let seen = seen.expect("ctr events ends only when it is killed");
-    assert!(seen.contains(&id), "{seen}");
+    // The two after create, start, exec-added and exec-started; the kill and the
+    // exit are told in either order.
+    let mut last = events.topics(&id, 6).split_off(4);
+    last.sort();
+    assert_eq!(last, ["/tasks/exit", "/tasks/oom"]);
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 
@@ -53,8 +44,9 @@ fn processes_are_limited() {
 #[test]
 fn processor_time_is_limited() {
     let mut scene = Scene::new();
-    let script = "cd /sys/fs/cgroup; cat cpu.max; while :; do :; done & \
-                  until [ $(grep nr_throttled cpu.stat | cut -d' ' -f2) -gt 3 ]; do :; done; echo throttled";
+    // Ends without throttling too, after 3 s of processor time.
+    let script = "cd /sys/fs/cgroup; cat cpu.max; of() { grep $1 cpu.stat | cut -d' ' -f2; }; while :; do :; done & \
+                  until [ $(of nr_throttled) -gt 3 ]; do [ $(of usage_usec) -lt 3000000 ] || exit 1; done; echo throttled";
     let said = scene.run_spec(|spec| {
         spec["linux"]["resources"]["cpu"] = json!({"quota": 20000, "period": 100_000});
         let mounts = spec["mounts"].as_array_mut().unwrap();
