@@ -115,11 +115,14 @@ impl Machine {
             initrd: &mut initrd,
             cmdline: &parts.cmdline,
         };
-        let entry = boot::load(vm.memory(), &mut payload)?;
+        let loaded = boot::load(vm.memory(), &mut payload)?;
         acpi::write(vm.memory(), &platform)?;
         let vcpus = (0..parts.vcpus)
-            .map(|index| Vcpu::new(&vm, &cpuid, index, entry))
-            .collect::<Result<_, _>>()?;
+            .map(|index| Vcpu::new(&vm, &cpuid, index, loaded.entry))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(first) = vcpus.first() {
+            first.pre_fault(&loaded.ranges);
+        }
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),

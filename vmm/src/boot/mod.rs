@@ -67,12 +67,21 @@ pub struct Payload<'a> {
     pub cmdline: &'a str,
 }
 
-/// Loads `payload` and the boot data; returns the kernel's entry point.
+/// What is in guest memory now.
+pub struct Loaded {
+    /// The kernel's entry point.
+    pub entry: u64,
+    /// Where kernel and initramfs are, `start..end`, in whole pages: the guest
+    /// will touch nearly all of it.
+    pub ranges: [(u64, u64); 2],
+}
+
+/// Loads `payload` and the boot data.
 ///
 /// # Errors
 ///
 /// When something does not fit, or is not what it should be.
-pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, BootError> {
+pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<Loaded, BootError> {
     let kernel = Elf::load(
         memory,
         None,
@@ -86,7 +95,15 @@ pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<u64, Boot
     write_cmdline(memory, payload.cmdline)?;
     write_start_info(memory, module)?;
     memory.write_slice(&reset_code(), GuestAddress(layout::RESET_VECTOR))?;
-    Ok(entry.0)
+    // A kernel begins with its entry code.
+    let pages = |start: u64, end: u64| (start & !(PAGE - 1), end.next_multiple_of(PAGE));
+    Ok(Loaded {
+        entry: entry.0,
+        ranges: [
+            pages(entry.0, kernel.kernel_end),
+            pages(module.paddr, module.paddr + module.size),
+        ],
+    })
 }
 
 /// What runs when the kernel jumps to the firmware to reset: a write to the

@@ -21,7 +21,7 @@ fn load_into(
         initrd: &mut file(initrd),
         cmdline,
     };
-    load(memory, &mut payload)
+    load(memory, &mut payload).map(|loaded| loaded.entry)
 }
 
 #[test]

@@ -27,6 +27,7 @@ use crate::vm::{Vm, VmError};
 
 mod cpuid;
 mod exits;
+mod pre_fault;
 mod registers;
 
 pub use cpuid::{Cpuid, MAX_VCPUS};
@@ -77,6 +78,17 @@ impl Vcpu {
             registers::set_entry(&fd, entry)?;
         }
         Ok(Self { index, fd })
+    }
+
+    /// Maps guest memory that is about to be used, see [`pre_fault`].
+    pub fn pre_fault(&self, ranges: &[(u64, u64)]) {
+        for &(start, end) in ranges {
+            if let Err(error) = pre_fault::map(&self.fd, start, end) {
+                // A kernel before 6.11. The guest's own accesses will do it.
+                tracing::debug!(%error, "guest memory is not mapped ahead");
+                return;
+            }
+        }
     }
 
     /// Runs it in a thread of its own.
