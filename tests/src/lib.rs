@@ -8,6 +8,7 @@
 
 mod leftovers;
 mod spec;
+mod watchdog;
 
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub use leftovers::Machine;
+use watchdog::Watchdog;
 
 /// The runtime under test.
 pub const RUNTIME: &str = "io.containerd.nacre.v2";
@@ -157,6 +159,7 @@ pub struct Scene {
     containerd: Containerd,
     before: Machine,
     containers: Vec<String>,
+    _watchdog: Watchdog,
 }
 
 impl Default for Scene {
@@ -179,6 +182,7 @@ impl Scene {
             containerd,
             before: Machine::now(),
             containers: Vec::new(),
+            _watchdog: Watchdog::new(),
         }
     }
 

@@ -88,17 +88,31 @@ fn missing_kvm() {
     fs::rename("/dev/kvm", "/dev/kvm.away").unwrap();
     let mut scene = Scene::new();
     let said = scene.run(&["true"]);
+    let checked = run("nacre", &["check"]);
+    // There, but of no use.
+    std::os::unix::fs::symlink("/dev/null", "/dev/kvm").unwrap();
+    let useless = run("nacre", &["check"]);
     fs::rename("/dev/kvm.away", "/dev/kvm").unwrap();
     said.exits(1).complains(&["/dev/kvm", "No such file"]);
+    for check in [checked, useless] {
+        let check = check.exits(1);
+        let missing = |line: &str| line.starts_with("missing") && line.contains("/dev/kvm");
+        assert!(check.stdout.lines().any(missing), "{check:#?}");
+    }
 }
 
 #[test]
 fn network_of_the_host() {
     let mut scene = Scene::new();
-    scene
-        .run_with(&["--net-host"], &["true"])
-        .exits(1)
-        .complains(&["host's network"]);
+    for host in [
+        ["--net-host"].as_slice(),
+        &["--with-ns", "network:/proc/1/ns/net"],
+    ] {
+        scene
+            .run_with(host, &["true"])
+            .exits(1)
+            .complains(&["host's network"]);
+    }
 }
 
 #[test]
