@@ -54,6 +54,9 @@ pub struct Devices {
     pub dialer: Dialer,
     /// Output of the serial port, if there is a console.
     pub serial: Option<File>,
+    /// The connection to the file server, if there is a shared directory: it hangs
+    /// up when the server ends.
+    pub file_server: Option<OwnedFd>,
 }
 
 /// Makes the devices `config` names out of `fds`; `dialed` hears of connections
@@ -70,13 +73,16 @@ pub fn build(
     let (vsock, dialer) = Vsock::new(GUEST_CID, dialed)?;
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(vsock), Box::new(Rng::new())];
     let mut serial = None;
+    let mut file_server = None;
     if let Some(console) = config.console {
         let output = File::from(fds.take(console)?);
         serial = Some(output.try_clone()?);
         devices.push(Box::new(Console::new(output)));
     }
     if let Some(SharedDir { tag, socket }) = &config.shared_dir {
-        devices.push(Box::new(Fs::new(tag, fds.take(*socket)?)?));
+        let socket = fds.take(*socket)?;
+        file_server = Some(socket.try_clone().map_err(FsError::Socket)?);
+        devices.push(Box::new(Fs::new(tag, socket)?));
     }
     for disk in &config.disks {
         devices.push(Box::new(block(disk, fds)?));
@@ -88,6 +94,7 @@ pub fn build(
         devices,
         dialer,
         serial,
+        file_server,
     })
 }
 

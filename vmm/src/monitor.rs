@@ -96,10 +96,10 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let _inside = sandbox.enter();
     jail::enter(config.jail)?;
     let (calls, caller) = Calls::new()?;
-    let (machine, dialer) = build(&config, fds, caller)?;
+    let (machine, peers) = build(&config, fds, caller)?;
     channel.send(&Event::Booted, &FdList::default())?;
     let running = machine.start()?;
-    let result = wait(channel, &running, &dialer, &calls);
+    let result = wait(channel, &running, &peers, &calls);
     if matches!(result, Err(MonitorError::Channel(ChannelError::Closed))) {
         return result.map(drop);
     }
@@ -112,7 +112,7 @@ fn build(
     config: &VmConfig,
     mut fds: Fds,
     caller: Caller,
-) -> Result<(Machine, Dialer), MonitorError> {
+) -> Result<(Machine, Peers), MonitorError> {
     let kvm = fds.take(config.kvm)?;
     let kernel = fds.take(config.kernel)?.into();
     let initrd = fds.take(config.initrd)?.into();
@@ -130,28 +130,51 @@ fn build(
         devices: devices.devices,
         serial: devices.serial,
     })?;
-    Ok((machine, devices.dialer))
+    let peers = Peers {
+        dialer: devices.dialer,
+        file_server: devices.file_server,
+    };
+    Ok((machine, peers))
+}
+
+/// Whom the main thread talks to besides the shim.
+struct Peers {
+    dialer: Dialer,
+    file_server: Option<OwnedFd>,
 }
 
 /// Serves the channel until the machine has ended.
 fn wait(
     channel: &mut Channel,
     running: &Running,
-    dialer: &Dialer,
+    peers: &Peers,
     calls: &Calls,
 ) -> Result<Outcome, MonitorError> {
     let stop = running.stop_handle().clone();
+    // An event of our own never hangs up.
+    let server = peers.file_server.as_ref();
+    let server = server.map_or(borrow(stop.event()), OwnedFd::as_fd);
     loop {
-        let ready = wait_for([channel.as_fd(), borrow(stop.event()), borrow(&calls.event)])?;
-        let [request, stopped, called] = ready;
+        let ready = wait_for([
+            input(channel.as_fd()),
+            input(borrow(stop.event())),
+            input(borrow(&calls.event)),
+            hangup(server),
+        ])?;
+        let [request, stopped, called, lost] = ready;
         if called {
             calls.report(channel)?;
         }
         if stopped && let Some(outcome) = stop.outcome() {
             return Ok(outcome.clone());
         }
+        if lost {
+            // Whoever uses the share now would wait for ever.
+            let message = "the file server of the shared directory has ended";
+            return Ok(Outcome::Failed(message.into()));
+        }
         if request {
-            connect(channel, dialer)?;
+            connect(channel, &peers.dialer)?;
         }
     }
 }
@@ -174,9 +197,18 @@ fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {
     Ok(channel.send(&event, &FdList::default())?)
 }
 
-/// Which descriptors are readable, or closed at the other end.
-fn wait_for<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<[bool; N]> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+/// Waits until `fd` is readable, or closed at the other end.
+fn input(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+/// Waits until `fd` is closed at the other end: poll(2) tells that unasked.
+fn hangup(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::empty())
+}
+
+/// Which descriptors are ready.
+fn wait_for<const N: usize>(mut fds: [PollFd<'_>; N]) -> io::Result<[bool; N]> {
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) => Ok(fds.map(|fd| fd.any().unwrap_or(true))),
         Err(nix::errno::Errno::EINTR) => Ok([false; N]),

@@ -499,7 +499,8 @@ impl Container {
     /// be able to keep the host from forgetting the container.
     fn note_cleanup(&self, what: &str, answer: ttrpc::Result<agent::Empty>) {
         match answer {
-            Ok(_) => (),
+            // The last is the guest's own end.
+            Ok(_) | Err(ttrpc::Error::RemoteClosed) => (),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => (),
             Err(error) => warn!(
                 container_id = self.config.id,

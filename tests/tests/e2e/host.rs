@@ -94,14 +94,15 @@ fn events_come_in_their_order() {
 }
 
 /// Host pid of a container, as containerd has it.
-fn pid_of(scene: &Scene, id: &str) -> String {
+pub fn pid_of(scene: &Scene, id: &str) -> String {
     let said = scene.ctr(&["task", "ls"]).exits(0);
     let line = said.stdout.lines().find(|line| line.starts_with(id));
     let line = line.unwrap_or_else(|| panic!("no {id} in {said:#?}"));
     line.split_whitespace().nth(1).unwrap().to_owned()
 }
 
-fn status_of(pid: &str) -> BTreeMap<String, String> {
+/// The lines of `/proc/PID/status`.
+pub fn status_of(pid: &str) -> BTreeMap<String, String> {
     fs::read_to_string(format!("/proc/{pid}/status"))
         .unwrap()
         .lines()

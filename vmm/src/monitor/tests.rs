@@ -30,7 +30,7 @@ fn guest_calls_reach_the_shim_with_their_stream() {
     let (calls, caller) = Calls::new().unwrap();
     let (mut guest, shim) = UnixStream::pair().unwrap();
     caller.call(1024, shim.into());
-    assert_eq!(wait_for([borrow(&calls.event)]).unwrap(), [true]);
+    assert_eq!(wait_for([input(borrow(&calls.event))]).unwrap(), [true]);
     calls.report(&far).unwrap();
     let (event, mut fds) = near.recv::<Event>().unwrap();
     let Event::Dialed { port: 1024, stream } = event else {
@@ -53,4 +53,14 @@ fn calls_beyond_the_queue_are_refused() {
         caller.call(1024, stream.into());
     }
     assert_eq!(calls.queue.try_iter().count(), MAX_CALLS);
+}
+
+#[test]
+fn hangup_is_no_message() {
+    let (near, mut far) = UnixStream::pair().unwrap();
+    far.write_all(b"answer").unwrap();
+    let ready = wait_for([input(near.as_fd()), hangup(near.as_fd())]);
+    assert_eq!(ready.unwrap(), [true, false]);
+    drop(far);
+    assert_eq!(wait_for([hangup(near.as_fd())]).unwrap(), [true]);
 }

@@ -12,7 +12,8 @@
 //!
 //! A back end that dies, or does not stop when it is told to, is given up for
 //! good: its socket is shut down, which ends virtiofsd, so that it cannot touch
-//! guest memory after a reset. The device stays and refuses to be activated.
+//! guest memory after a reset. The device stays and refuses to be activated until
+//! the monitor, which sees the connection hang up, ends the machine.
 
 #[cfg(test)]
 mod tests;
