@@ -23,6 +23,11 @@ pub enum Request {
         /// The monitor's end.
         stream: FdIndex,
     },
+    /// Ask the guest to use this much of [`Memory::growth_mib`].
+    Resize {
+        /// Beyond the size at boot, a multiple of [`GROWTH_STEP_MIB`].
+        growth_mib: u32,
+    },
 }
 
 /// From the monitor to the shim.
@@ -36,6 +41,11 @@ pub enum Event {
         port: u32,
         /// The shim's end, a unix stream socket.
         stream: FdIndex,
+    },
+    /// The guest plugged or unplugged memory.
+    Resized {
+        /// What it uses beyond the size at boot, in whole MiB.
+        growth_mib: u32,
     },
     /// The VM stopped. The monitor exits after this.
     Stopped(StopReason),
@@ -97,11 +107,17 @@ pub struct Jail {
     pub gid: u32,
 }
 
+/// What memory grows and shrinks by: the most Linux plugs or unplugs at a time.
+pub const GROWTH_STEP_MIB: u32 = 4;
+
 /// Guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Size at boot.
     pub size_mib: u32,
+    /// What may be added later; 0 with huge pages, of which there would have to
+    /// be as many from the start.
+    pub growth_mib: u32,
     /// Back it with 2 MiB huge pages.
     pub hugepages: bool,
 }

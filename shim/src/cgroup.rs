@@ -4,7 +4,7 @@
 //! Limits are enforced twice: per container by the guest's own cgroups, and here
 //! for the machine as a whole. This one must leave room for what the guest does
 //! not see (page tables, virtqueues, the monitor itself), or a container at its
-//! limit would get its VM killed: hence the overhead in [`Limits::of`].
+//! limit would get its VM killed: hence the configuration's overhead.
 //!
 //! Both of containerd's spellings of a path work: `/kubepods/pod1/abc` (cgroupfs
 //! driver) and `kubepods-pod1.slice:cri-containerd:abc` (systemd driver). Under
@@ -23,7 +23,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -32,7 +32,6 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "hugetlb"];
 /// How long killed processes may take to be gone.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
-const MIB: u64 = 1 << 20;
 /// CPU period where the spec names a quota only; the kernel's default.
 const DEFAULT_PERIOD_USEC: u64 = 100_000;
 
@@ -66,45 +65,88 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Cgroup
     }
 }
 
-/// What a pod may use of the host.
+/// What a container, or a pod, may use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Memory in bytes, overhead included.
+    /// Memory in bytes.
     pub memory_bytes: Option<u64>,
     /// CPU time per period, both in microseconds.
     pub cpu: Option<(u64, u64)>,
 }
 
 impl Limits {
-    /// The limits of a spec's resources, plus `overhead_memory_mib`.
-    pub fn of(spec: &Spec, overhead_memory_mib: u32) -> Self {
-        spec.linux()
-            .as_ref()
-            .and_then(|linux| linux.resources().as_ref())
-            .map(|resources| Self::of_resources(resources, overhead_memory_mib))
-            .unwrap_or_default()
+    /// The limits of a spec's resources.
+    pub fn of(spec: &Spec) -> Self {
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        resources.map_or_else(Self::default, |resources| {
+            Self::default().updated_by(resources)
+        })
     }
 
-    /// The limits of OCI resources, plus `overhead_memory_mib`. Zero and
-    /// negative values mean "no limit", as everywhere in OCI.
-    pub fn of_resources(resources: &LinuxResources, overhead_memory_mib: u32) -> Self {
-        let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
-        let memory = resources.memory().as_ref();
+    /// These limits with those that `resources` name put in their place. Negative
+    /// values lift a limit; zero and what is not named leave it, as everywhere in
+    /// OCI.
+    #[must_use]
+    pub fn updated_by(self, resources: &LinuxResources) -> Self {
+        let memory = resources.memory().as_ref().and_then(LinuxMemory::limit);
         let cpu = resources.cpu().as_ref();
-        let overhead = u64::from(overhead_memory_mib) * MIB;
+        let period = cpu.and_then(LinuxCpu::period).filter(|period| *period > 0);
+        let period = period.unwrap_or(DEFAULT_PERIOD_USEC);
+        let quota = cpu.and_then(LinuxCpu::quota);
         Self {
-            memory_bytes: memory
-                .and_then(|memory| positive(memory.limit()?))
-                .map(|limit| limit.saturating_add(overhead)),
-            cpu: cpu.and_then(|cpu| {
-                let period = cpu.period().filter(|period| *period > 0);
-                Some((
-                    positive(cpu.quota()?)?,
-                    period.unwrap_or(DEFAULT_PERIOD_USEC),
-                ))
-            }),
+            memory_bytes: updated(self.memory_bytes, memory),
+            cpu: match quota {
+                None | Some(0) => self.cpu,
+                Some(quota) => u64::try_from(quota).ok().map(|quota| (quota, period)),
+            },
         }
     }
+
+    /// Of each of two limits the one that allows more.
+    #[must_use]
+    pub fn or_more(self, other: Self) -> Self {
+        let share = |(quota, period): (u64, u64)| u128::from(quota) * 1000 / u128::from(period);
+        Self {
+            memory_bytes: self
+                .memory_bytes
+                .zip(other.memory_bytes)
+                .map(|(a, b)| a.max(b)),
+            cpu: self
+                .cpu
+                .zip(other.cpu)
+                .map(|(a, b)| if share(a) > share(b) { a } else { b }),
+        }
+    }
+
+    /// What containers with these limits may use together: no limit where one of
+    /// them has none.
+    pub fn together(containers: &[Self]) -> Self {
+        let scaled = |(quota, period): (u64, u64)| {
+            let usec = u128::from(quota) * u128::from(DEFAULT_PERIOD_USEC) / u128::from(period);
+            u64::try_from(usec).unwrap_or(u64::MAX)
+        };
+        match containers {
+            [] => Self::default(),
+            [one] => *one,
+            many => Self {
+                memory_bytes: sum(many.iter().map(|limits| limits.memory_bytes)),
+                cpu: sum(many.iter().map(|limits| limits.cpu.map(scaled)))
+                    .map(|quota| (quota, DEFAULT_PERIOD_USEC)),
+            },
+        }
+    }
+}
+
+fn updated(before: Option<u64>, change: Option<i64>) -> Option<u64> {
+    match change {
+        None | Some(0) => before,
+        Some(value) => u64::try_from(value).ok(),
+    }
+}
+
+fn sum(mut values: impl Iterator<Item = Option<u64>>) -> Option<u64> {
+    values.try_fold(0u64, |sum, value| Some(sum.saturating_add(value?)))
 }
 
 /// A cgroup of one pod.
@@ -376,20 +418,42 @@ mod tests {
     }
 
     #[test]
-    fn limits_carry_the_overhead() {
+    fn updates_change_what_they_name() {
         let resources = |value| -> LinuxResources { serde_json::from_value(value).unwrap() };
-        let limits = Limits::of_resources(
-            &resources(json!({"memory": {"limit": MIB}, "cpu": {"quota": 150_000}})),
-            2,
-        );
-        assert_eq!(limits.memory_bytes, Some(3 * MIB));
+        let both = json!({"memory": {"limit": 4096}, "cpu": {"quota": 150_000}});
+        let limits = Limits::default().updated_by(&resources(both));
+        assert_eq!(limits.memory_bytes, Some(4096));
         assert_eq!(limits.cpu, Some((150_000, 100_000)));
+        let cpu = json!({"memory": {"limit": 0}, "cpu": {"quota": 1000, "period": 50_000}});
+        let limits = limits.updated_by(&resources(cpu));
+        assert_eq!(limits.memory_bytes, Some(4096));
+        assert_eq!(limits.cpu, Some((1000, 50_000)));
+        let period = json!({"cpu": {"quota": 0, "period": 10_000}});
+        assert_eq!(limits.updated_by(&resources(period)), limits);
+        let lifted = json!({"memory": {"limit": -1}, "cpu": {"quota": -1}});
+        assert_eq!(limits.updated_by(&resources(lifted)), Limits::default());
+    }
 
-        let unlimited = json!({"memory": {"limit": -1}, "cpu": {"quota": 0, "period": 50_000}});
-        assert_eq!(
-            Limits::of_resources(&resources(unlimited), 2),
-            Limits::default()
-        );
+    #[test]
+    fn more_of_two() {
+        let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu };
+        let one = limits(Some(10), Some((10, 10)));
+        let other = limits(Some(20), Some((15, 20)));
+        assert_eq!(one.or_more(other), limits(Some(20), Some((10, 10))));
+        assert_eq!(one.or_more(Limits::default()), Limits::default());
+    }
+
+    #[test]
+    fn containers_together() {
+        let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu };
+        let one = limits(Some(10), Some((5, 20)));
+        assert_eq!(Limits::together(&[one]), one);
+        let other = limits(Some(u64::MAX), Some((100_000, 50_000)));
+        let both = limits(Some(u64::MAX), Some((225_000, 100_000)));
+        assert_eq!(Limits::together(&[one, other]), both);
+        let free = Limits::default();
+        assert_eq!(Limits::together(&[one, free]), free);
+        assert_eq!(Limits::together(&[]), free);
     }
 
     /// The first writable cgroup v2 mount, also on hosts that have v1 as well.

@@ -46,9 +46,10 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped => Code::UNAVAILABLE,
-        SandboxError::NoHotplug { .. } | SandboxError::NotBooted { .. } => {
-            Code::FAILED_PRECONDITION
-        }
+        SandboxError::NoHotplug { .. }
+        | SandboxError::NotBooted { .. }
+        | SandboxError::TooLarge { .. } => Code::FAILED_PRECONDITION,
+        SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)

@@ -23,7 +23,7 @@ mod tests;
 mod vm_host;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -31,13 +31,15 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
+use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
-use crate::cgroup::CgroupError;
+use crate::cgroup::{CgroupError, Limits};
 use crate::config::ConfigError;
 use crate::hooks::HookError;
 use crate::machine::{Machine, MachineError, Stop};
@@ -88,6 +90,25 @@ pub enum SandboxError {
     NotBooted {
         /// The container that came.
         container_id: String,
+    },
+    /// The containers may use more memory than the machine can have.
+    #[error(
+        "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
+         machine can have at most {limit_mib}"
+    )]
+    TooLarge {
+        /// What it would have to be.
+        wanted_mib: u32,
+        /// What it can be.
+        limit_mib: u32,
+    },
+    /// The guest does not use the memory it was given.
+    #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
+    NotGrown {
+        /// What it was given.
+        wanted_mib: u32,
+        /// What it uses.
+        has_mib: u32,
     },
     /// The machine failed.
     #[error(transparent)]
@@ -222,6 +243,32 @@ impl Host {
         }
     }
 
+    /// Memory, in MiB, of a machine for containers with these limits.
+    pub fn memory_of(&self, containers: &[Limits]) -> u32 {
+        match self {
+            Self::Vm(host) => host.memory_of(containers),
+            #[cfg(test)]
+            Self::Fake(host) => host.memory_of(containers),
+        }
+    }
+
+    /// Limits what the pod may use of the host: what these containers may use
+    /// together, on a machine with `memory_mib`.
+    ///
+    /// # Errors
+    ///
+    /// When a limit cannot be set.
+    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
+        match self {
+            Self::Vm(host) => host.set_limits(containers, memory_mib),
+            #[cfg(test)]
+            Self::Fake(host) => {
+                host.set_limits(memory_mib);
+                Ok(())
+            }
+        }
+    }
+
     /// Undoes [`Host::prepare`]; failures are logged.
     pub async fn release(&self, container_id: &str) {
         match self {
@@ -248,10 +295,22 @@ pub struct Sandbox {
     next_stream: AtomicU64,
 }
 
+/// A machine's memory.
+#[derive(Debug, Clone, Copy)]
+pub struct MemorySize {
+    /// What it boots with.
+    pub boot_mib: u32,
+    /// What may be added.
+    pub growth_mib: u32,
+}
+
 /// What there is after the boot.
 struct Guest {
     agent: AgentClient,
     shares_directory: bool,
+    memory: MemorySize,
+    /// What it has.
+    memory_mib: AtomicU32,
 }
 
 impl Sandbox {
@@ -274,6 +333,7 @@ impl Sandbox {
         &self,
         boot_timeout: Duration,
         request: &ConfigureSandboxRequest,
+        memory: MemorySize,
     ) -> Result<(), SandboxError> {
         let connection = tokio::time::timeout(boot_timeout, self.machine.agent())
             .await
@@ -294,6 +354,8 @@ impl Sandbox {
         self.guest.get_or_init(|| Guest {
             agent,
             shares_directory,
+            memory,
+            memory_mib: AtomicU32::new(memory.boot_mib),
         });
         Ok(())
     }
@@ -311,6 +373,65 @@ impl Sandbox {
     /// Whether the guest has the pod's shared directory.
     pub fn shares_directory(&self) -> bool {
         self.guest.get().is_some_and(|guest| guest.shares_directory)
+    }
+
+    /// Has the machine's memory be `wanted_mib`, or what it booted with if that is
+    /// more. `limit` sets the host's limits for a size: before the machine grows,
+    /// and after it has shrunk as far as the guest lets it. One caller at a time.
+    ///
+    /// # Errors
+    ///
+    /// `TooLarge`; `NotGrown`, with size and limits as they were; those of the
+    /// machine and of `limit`.
+    pub async fn resize(
+        &self,
+        wanted_mib: u32,
+        limit: impl Fn(u32) -> Result<(), SandboxError>,
+    ) -> Result<(), SandboxError> {
+        let Some(guest) = self.guest.get() else {
+            return Ok(());
+        };
+        let MemorySize {
+            boot_mib,
+            growth_mib,
+        } = guest.memory;
+        let growth = wanted_mib.saturating_sub(boot_mib);
+        if growth > growth_mib {
+            return Err(SandboxError::TooLarge {
+                wanted_mib,
+                limit_mib: boot_mib + growth_mib,
+            });
+        }
+        let wanted_mib = boot_mib + growth.next_multiple_of(GROWTH_STEP_MIB);
+        let before_mib = guest.memory_mib.load(Ordering::Relaxed);
+        if wanted_mib > before_mib {
+            limit(wanted_mib)?;
+            let has_mib = self.resize_to(guest, wanted_mib).await?;
+            if has_mib < wanted_mib {
+                limit(self.resize_to(guest, before_mib).await?)?;
+                return Err(SandboxError::NotGrown {
+                    wanted_mib,
+                    has_mib,
+                });
+            }
+            return Ok(());
+        }
+        if wanted_mib < before_mib {
+            let has_mib = self.resize_to(guest, wanted_mib).await?;
+            if has_mib > wanted_mib {
+                info!(wanted_mib, has_mib, "the guest keeps memory");
+            }
+        }
+        limit(guest.memory_mib.load(Ordering::Relaxed))
+    }
+
+    async fn resize_to(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {
+        let boot_mib = guest.memory.boot_mib;
+        let growth = self.machine.resize(wanted_mib - boot_mib).await?;
+        // The guest's word, so it may be any.
+        let has_mib = boot_mib.saturating_add(growth);
+        guest.memory_mib.store(has_mib, Ordering::Relaxed);
+        Ok(has_mib)
     }
 
     /// Opens a stdio stream; returns its id with it.

@@ -7,6 +7,7 @@
 //! so again and fails naming what is left.
 
 mod leftovers;
+mod shim;
 mod spec;
 mod watchdog;
 
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub use leftovers::Machine;
+pub use shim::Shim;
 use watchdog::Watchdog;
 
 /// The runtime under test.
@@ -141,6 +143,14 @@ impl Containerd {
     }
 }
 
+/// Runs a command that leaves something running. What runs on would have this
+/// process's output, which is not waited for: it gets none.
+fn detach(mut command: Command) {
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status();
+    let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(status.success(), "{command:?}: {status}");
+}
+
 /// Polls until `condition` holds; fails the test after [`PATIENCE`].
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
@@ -236,11 +246,26 @@ impl Scene {
     pub fn start(&mut self, options: &[&str], command: &[&str]) -> String {
         let mut options = options.to_vec();
         options.push("-d");
-        let (id, mut command) = self.command(BUSYBOX, &options, command);
-        // Its output would be this process's, which is not waited for.
-        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status();
-        let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        assert!(status.success(), "{command:?}: {status}");
+        let (id, command) = self.command(BUSYBOX, &options, command);
+        detach(command);
+        id
+    }
+
+    /// Starts a container that runs on from a spec of its own, see
+    /// [`Self::run_spec`], and returns its id.
+    pub fn start_spec(&mut self, change: impl FnOnce(&mut serde_json::Value)) -> String {
+        let id = self.id();
+        let spec = spec::write(&id, change);
+        let run = [
+            "run",
+            "-d",
+            "--runtime",
+            RUNTIME,
+            "--config",
+            &spec.path,
+            &id,
+        ];
+        detach(self.containerd.command(&run));
         id
     }
 
@@ -249,7 +274,7 @@ impl Scene {
         self.start(options, &["sleep", "3600"])
     }
 
-    /// Starts a container from a spec of its own, and returns its id. `change`
+    /// Runs a container from a spec of its own to its end. `change`
     /// gets ctr's default spec with a root file system of busybox.
     pub fn run_spec(&mut self, change: impl FnOnce(&mut serde_json::Value)) -> Said {
         let id = self.id();

@@ -80,10 +80,12 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         let backing = Backing::Whole(File::open(disk)?);
         devices.push(Box::new(Block::new("disk", true, backing, 1)?));
     }
+    let ram = memory::allocate(options.memory_mib, false)?;
     let machine = Machine::new(Parts {
         kvm: kvm.into(),
         vcpus: options.vcpus,
-        memory: memory::allocate(options.memory_mib, false)?,
+        memory: ram.clone(),
+        ram,
         kernel: File::open(&options.kernel)?,
         initrd: File::open(&options.initrd)?,
         cmdline: options.cmdline.clone(),

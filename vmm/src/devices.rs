@@ -1,7 +1,7 @@
 //! From the shim's configuration to virtio devices.
 //!
 //! The one place that knows every device's constructor. Slots are given in this
-//! order: vsock, rng, console, shared directory, disks, network interfaces.
+//! order: vsock, rng, console, shared directory, disks, network interfaces, memory.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -10,10 +10,12 @@ use nacre_protocol::channel::{ChannelError, Fds};
 use nacre_protocol::guest::GUEST_CID;
 use nacre_protocol::vm::{Disk, DiskBacking, FdIndex, Nic, SharedDir, VmConfig};
 
+use crate::memory::Growth;
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Backing, Block, BlockError};
 use crate::virtio::console::Console;
 use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::mem::{Mem, Resizer};
 use crate::virtio::net::{Net, NetError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Dialer, Vsock, VsockError};
@@ -41,6 +43,9 @@ pub enum DeviceError {
     /// No shared directory.
     #[error("shared directory: {0}")]
     SharedDir(#[from] FsError),
+    /// No memory device.
+    #[error("memory device: {0}")]
+    Mem(#[source] std::io::Error),
     /// The console's descriptor cannot be shared.
     #[error("console: {0}")]
     Console(#[from] std::io::Error),
@@ -57,10 +62,12 @@ pub struct Devices {
     /// The connection to the file server, if there is a shared directory: it hangs
     /// up when the server ends.
     pub file_server: Option<OwnedFd>,
+    /// Resizes the memory, if it can grow.
+    pub resizer: Option<Resizer>,
 }
 
 /// Makes the devices `config` names out of `fds`; `dialed` hears of connections
-/// the guest makes.
+/// the guest makes. Memory can be added at `growth`.
 ///
 /// # Errors
 ///
@@ -68,6 +75,7 @@ pub struct Devices {
 pub fn build(
     config: &VmConfig,
     fds: &mut Fds,
+    growth: Option<Growth>,
     dialed: impl Fn(u32, OwnedFd) + Send + 'static,
 ) -> Result<Devices, DeviceError> {
     let (vsock, dialer) = Vsock::new(GUEST_CID, dialed)?;
@@ -90,11 +98,18 @@ pub fn build(
     for nic in &config.nics {
         devices.push(Box::new(net(nic, fds)?));
     }
+    let mut resizer = None;
+    if let Some(growth) = growth {
+        let (mem, handle) = Mem::new(growth).map_err(DeviceError::Mem)?;
+        devices.push(Box::new(mem));
+        resizer = Some(handle);
+    }
     Ok(Devices {
         devices,
         dialer,
         serial,
         file_server,
+        resizer,
     })
 }
 

@@ -3,8 +3,8 @@
 //! ```text
 //!   0            low RAM            0xc000_0000   32-bit window   0xe000_0000 ECAM ... 0xfee0_0000 LAPIC  4 GiB
 //!   |--------------------------------|----------------------------|-----------|-----------------------|
-//!   4 GiB        high RAM           64-bit window (multiple of 64 GiB)           1 << physical bits
-//!   |--------------------------------|---------------------------------------------------------------|
+//!   4 GiB        high RAM           added memory    64-bit window (multiple of 64 GiB)    1 << physical bits
+//!   |--------------------------------|---------------|------------------------------------------------|
 //! ```
 //!
 //! The first megabyte is RAM, of which the boot data and the ACPI tables keep
@@ -77,18 +77,28 @@ pub const PORT_SERIAL: u16 = 0x3f8;
 /// Registers of a serial port.
 pub const SERIAL_PORTS: u16 = 8;
 
+/// Alignment of added memory: the largest memory block of Linux on x86.
+const GROWTH_ALIGN: u64 = 2 * GIB;
 /// Alignment of the 64-bit window.
 const WINDOW64_ALIGN: u64 = 64 * GIB;
 /// More address bits than any device needs; larger windows only cost the
 /// guest page-table levels.
 const WINDOW64_MAX_BITS: u8 = 46;
 
-/// The 64-bit window, `start..end`, above `memory_bytes` of RAM for a guest with
-/// `physical_bits` address bits. `None` when nothing is left above RAM.
+/// Where memory may be added to a guest with `ram_bytes` of RAM.
 #[must_use]
-pub fn window64(memory_bytes: u64, physical_bits: u8) -> Option<(u64, u64)> {
-    let ram_end = memory_bytes.max(MMIO_HOLE_START) + (MMIO_HOLE_END - MMIO_HOLE_START);
-    let start = ram_end.next_multiple_of(WINDOW64_ALIGN);
+pub fn growth_start(ram_bytes: u64) -> u64 {
+    let ram_end = ram_bytes.max(MMIO_HOLE_START) + (MMIO_HOLE_END - MMIO_HOLE_START);
+    ram_end.next_multiple_of(GROWTH_ALIGN)
+}
+
+/// The 64-bit window, `start..end`, above memory that ends at `memory_end`, for a
+/// guest with `physical_bits` address bits. `None` when nothing is left there.
+#[must_use]
+pub fn window64(memory_end: u64, physical_bits: u8) -> Option<(u64, u64)> {
+    let start = memory_end
+        .max(MMIO_HOLE_END)
+        .next_multiple_of(WINDOW64_ALIGN);
     let end = 1u64 << physical_bits.min(WINDOW64_MAX_BITS);
     (start < end).then_some((start, end))
 }
@@ -100,8 +110,14 @@ mod tests {
     #[test]
     fn window_lies_above_memory() {
         assert_eq!(window64(GIB, 40), Some((64 * GIB, 1024 * GIB)));
-        assert_eq!(window64(63 * GIB, 40), Some((64 * GIB, 1024 * GIB)));
-        assert_eq!(window64(64 * GIB, 40), Some((128 * GIB, 1024 * GIB)));
+        assert_eq!(window64(64 * GIB, 40), Some((64 * GIB, 1024 * GIB)));
+        assert_eq!(window64(65 * GIB, 40), Some((128 * GIB, 1024 * GIB)));
+    }
+
+    #[test]
+    fn added_memory_lies_above_ram_and_hole() {
+        assert_eq!(growth_start(GIB), 4 * GIB);
+        assert_eq!(growth_start(4 * GIB), 6 * GIB);
     }
 
     #[test]

@@ -11,11 +11,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vm_memory::GuestMemoryBackend;
+
 use crate::acpi::{self, AcpiError, Platform};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::{Bus, BusError};
 use crate::layout;
-use crate::memory::{self, MemoryError};
+use crate::memory::MemoryError;
 use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Window};
 use crate::power::{Power, PvPanic};
 use crate::serial::Serial;
@@ -31,7 +33,9 @@ pub struct Parts {
     pub kvm: OwnedFd,
     /// vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
-    /// Memory, see [`memory::allocate`].
+    /// RAM, see [`memory::allocate`].
+    pub ram: GuestMemory,
+    /// RAM and what there is beyond it, see [`memory::with_growth`].
     pub memory: GuestMemory,
     /// Uncompressed kernel.
     pub kernel: File,
@@ -103,10 +107,9 @@ impl Machine {
         let root = Arc::new(PciRoot::new(functions(&vm, parts.devices)?));
         root.map_config(&vm)?;
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
-        let ram = memory::size(vm.memory());
         let platform = Platform {
             vcpus: parts.vcpus,
-            window64: layout::window64(ram, cpuid.physical_bits()),
+            window64: layout::window64(vm.memory().last_addr().0 + 1, cpuid.physical_bits()),
             serial: parts.serial.is_some(),
         };
         let (mut kernel, mut initrd) = (parts.kernel, parts.initrd);
@@ -115,8 +118,8 @@ impl Machine {
             initrd: &mut initrd,
             cmdline: &parts.cmdline,
         };
-        let loaded = boot::load(vm.memory(), &mut payload)?;
-        acpi::write(vm.memory(), &platform)?;
+        let loaded = boot::load(&parts.ram, &mut payload)?;
+        acpi::write(&parts.ram, &platform)?;
         let vcpus = (0..parts.vcpus)
             .map(|index| Vcpu::new(&vm, &cpuid, index, loaded.entry))
             .collect::<Result<Vec<_>, _>>()?;

@@ -1,7 +1,7 @@
 //! Guest memory: one sealed memfd, mapped shared, in one or two regions around
-//! the MMIO hole.
+//! the MMIO hole; and a second for memory that may be added later.
 //!
-//! The memfd is what a vhost-user back end maps too, so every region keeps its
+//! A memfd is what a vhost-user back end maps too, so every region keeps its
 //! [`FileOffset`]. The seals keep that other process from shrinking the file,
 //! which would turn our accesses into SIGBUS.
 
@@ -10,9 +10,11 @@ use std::io;
 use std::os::fd::FromRawFd;
 
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
-use crate::layout::{MIB, MMIO_HOLE_END, MMIO_HOLE_START};
+use crate::layout::{self, MIB, MMIO_HOLE_END, MMIO_HOLE_START};
 use crate::virtio::GuestMemory;
 
 /// Smallest memory a kernel and its initramfs are started with.
@@ -38,6 +40,15 @@ pub enum MemoryError {
     Map(#[from] FromRangesError),
 }
 
+/// Where memory may be added: addresses above those of RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Growth {
+    /// Guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
 /// Allocates `size_mib` of guest memory, lazily backed; `hugepages` takes it from
 /// the host's 2 MiB pool.
 ///
@@ -54,6 +65,30 @@ pub fn allocate(size_mib: u32, hugepages: bool) -> Result<GuestMemory, MemoryErr
         source,
     })?;
     Ok(map(&file, bytes)?)
+}
+
+/// `ram` with a region of `mib` beyond it that holds nothing yet, and where that
+/// is. Both share the mapping of `ram`.
+///
+/// # Errors
+///
+/// When the host does not map that much.
+pub fn with_growth(ram: &GuestMemory, mib: u32) -> Result<(GuestMemory, Growth), MemoryError> {
+    let growth = Growth {
+        start: layout::growth_start(size(ram)),
+        len: u64::from(mib) * MIB,
+    };
+    let file =
+        memory_file(growth.len, false).map_err(|source| MemoryError::File { mib, source })?;
+    let len = usize::try_from(growth.len).map_err(|_| MemoryError::Size(mib))?;
+    let mapping =
+        MmapRegion::from_file(FileOffset::new(file, 0), len).map_err(FromRangesError::from)?;
+    let region =
+        GuestRegionMmap::new(mapping, GuestAddress(growth.start)).ok_or(MemoryError::Size(mib))?;
+    let all = ram
+        .insert_region(std::sync::Arc::new(region))
+        .map_err(FromRangesError::from)?;
+    Ok((all, growth))
 }
 
 /// The regions RAM of `bytes` bytes consists of: guest address and length.

@@ -24,9 +24,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::{self, DeviceError};
 use crate::jail::{self, JailError};
+use crate::layout::MIB;
 use crate::machine::{Machine, MachineError, Parts, Running};
 use crate::memory::{self, MemoryError};
 use crate::stop::Outcome;
+use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
 /// Calls of the guest that wait for the main thread.
@@ -116,13 +118,18 @@ fn build(
     let kvm = fds.take(config.kvm)?;
     let kernel = fds.take(config.kernel)?.into();
     let initrd = fds.take(config.initrd)?.into();
-    let memory = memory::allocate(config.memory.size_mib, config.memory.hugepages)?;
-    let devices = devices::build(config, &mut fds, move |port, stream| {
+    let ram = memory::allocate(config.memory.size_mib, config.memory.hugepages)?;
+    let (memory, growth) = match config.memory.growth_mib {
+        0 => (ram.clone(), None),
+        mib => memory::with_growth(&ram, mib).map(|(all, growth)| (all, Some(growth)))?,
+    };
+    let devices = devices::build(config, &mut fds, growth, move |port, stream| {
         caller.call(port, stream);
     })?;
     let machine = Machine::new(Parts {
         kvm,
         vcpus: config.vcpus,
+        ram,
         memory,
         kernel,
         initrd,
@@ -133,6 +140,7 @@ fn build(
     let peers = Peers {
         dialer: devices.dialer,
         file_server: devices.file_server,
+        resizer: devices.resizer,
     };
     Ok((machine, peers))
 }
@@ -141,6 +149,7 @@ fn build(
 struct Peers {
     dialer: Dialer,
     file_server: Option<OwnedFd>,
+    resizer: Option<Resizer>,
 }
 
 /// Serves the channel until the machine has ended.
@@ -151,22 +160,31 @@ fn wait(
     calls: &Calls,
 ) -> Result<Outcome, MonitorError> {
     let stop = running.stop_handle().clone();
-    // An event of our own never hangs up.
-    let server = peers.file_server.as_ref();
-    let server = server.map_or(borrow(stop.event()), OwnedFd::as_fd);
+    // An event of our own never hangs up, and the end of the machine is looked at
+    // anyway.
+    let own = borrow(stop.event());
+    let server = peers.file_server.as_ref().map_or(own, OwnedFd::as_fd);
+    let resizer = peers.resizer.as_ref();
+    let resized = resizer.map_or(own, |resizer| borrow(resizer.changed()));
     loop {
         let ready = wait_for([
             input(channel.as_fd()),
-            input(borrow(stop.event())),
+            input(own),
             input(borrow(&calls.event)),
+            input(resized),
             hangup(server),
         ])?;
-        let [request, stopped, called, lost] = ready;
+        let [request, stopped, called, resized, lost] = ready;
         if called {
             calls.report(channel)?;
         }
         if stopped && let Some(outcome) = stop.outcome() {
             return Ok(outcome.clone());
+        }
+        if resized && let Some(resizer) = resizer {
+            resizer.changed().read()?;
+            let growth_mib = u32::try_from(resizer.plugged() / MIB).unwrap_or(u32::MAX);
+            channel.send(&Event::Resized { growth_mib }, &FdList::default())?;
         }
         if lost {
             // Whoever uses the share now would wait for ever.
@@ -174,14 +192,20 @@ fn wait(
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            connect(channel, &peers.dialer)?;
+            obey(channel, peers)?;
         }
     }
 }
 
-fn connect(channel: &mut Channel, dialer: &Dialer) -> Result<(), MonitorError> {
+fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
     match channel.recv::<Request>()? {
-        (Request::Connect { port, stream }, mut fds) => dialer.connect(port, fds.take(stream)?),
+        (Request::Connect { port, stream }, mut fds) => {
+            peers.dialer.connect(port, fds.take(stream)?);
+        }
+        (Request::Resize { growth_mib }, _) => match &peers.resizer {
+            Some(resizer) => resizer.request(u64::from(growth_mib) * MIB),
+            None => tracing::warn!(growth_mib, "memory that cannot grow is not resized"),
+        },
         (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())

@@ -7,6 +7,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,13 +19,21 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::{Machine, MachineError, Stop};
-use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
+use crate::cgroup::Limits;
+use crate::sandbox::{ContainerConfig, MemorySize, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
 
 mod scripted;
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+const MEMORY: MemorySize = MemorySize {
+    boot_mib: 256,
+    growth_mib: 1024,
+};
+
+/// What happened, in order.
+pub type Journal = Arc<Mutex<Vec<String>>>;
 
 /// Where a fake machine's agent takes streams.
 enum Streams {
@@ -38,6 +47,11 @@ pub struct FakeMachine {
     streams: Streams,
     stopped: watch::Sender<Option<Stop>>,
     child: Mutex<Option<Child>>,
+    /// The most memory the guest takes beyond what it booted with.
+    takes_mib: AtomicU32,
+    /// And the least it keeps.
+    keeps_mib: AtomicU32,
+    journal: Journal,
 }
 
 #[async_trait]
@@ -64,6 +78,12 @@ impl Machine for FakeMachine {
         }
     }
 
+    async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError> {
+        lock(&self.journal).push(format!("machine +{growth_mib}"));
+        let taken = growth_mib.min(self.takes_mib.load(Ordering::Relaxed));
+        Ok(taken.max(self.keeps_mib.load(Ordering::Relaxed)))
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -83,6 +103,16 @@ impl Machine for FakeMachine {
 }
 
 impl FakeMachine {
+    /// From now on the guest takes at most this much memory beyond its boot's.
+    pub fn takes(&self, growth_mib: u32) {
+        self.takes_mib.store(growth_mib, Ordering::Relaxed);
+    }
+
+    /// From now on the guest keeps at least this much.
+    pub fn keeps(&self, growth_mib: u32) {
+        self.keeps_mib.store(growth_mib, Ordering::Relaxed);
+    }
+
     /// The guest ends as `stop`; whether it still ran.
     pub fn end(&self, stop: Stop) -> bool {
         self.stopped.send_if_modified(|stopped| {
@@ -105,6 +135,8 @@ pub struct FakeHost {
     pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
     /// Whether machines boot with their creation or with the start.
     pub knows_network: bool,
+    /// What was resized and limited, in order.
+    pub journal: Journal,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -116,6 +148,7 @@ impl FakeHost {
         Self {
             machine: Arc::default(),
             knows_network: true,
+            journal: Journal::default(),
             agent_exe: None,
             root: tempfile::tempdir().unwrap(),
         }
@@ -153,10 +186,21 @@ impl FakeHost {
         })
     }
 
+    /// What the containers' limits say, in whole MiB.
+    pub fn memory_of(&self, containers: &[Limits]) -> u32 {
+        let bytes = containers.iter().filter_map(|limits| limits.memory_bytes);
+        u32::try_from(bytes.sum::<u64>() >> 20).unwrap()
+    }
+
+    /// Notes the call.
+    pub fn set_limits(&self, memory_mib: u32) {
+        lock(&self.journal).push(format!("host {memory_mib}"));
+    }
+
     /// Starts an agent.
     pub fn open(&self) -> Sandbox {
         let machine = Arc::new(match &self.agent_exe {
-            None => scripted_machine(),
+            None => scripted_machine(self.journal.clone()),
             Some(exe) => real_machine(exe, self.root.path()),
         });
         *lock(&self.machine) = Some(machine.clone());
@@ -167,16 +211,19 @@ impl FakeHost {
 /// Attaches to a machine's agent.
 pub async fn boot(sandbox: &Sandbox) -> Result<(), SandboxError> {
     let request = ConfigureSandboxRequest::default();
-    sandbox.attach(BOOT_TIMEOUT, &request).await
+    sandbox.attach(BOOT_TIMEOUT, &request, MEMORY).await
 }
 
-fn scripted_machine() -> FakeMachine {
+fn scripted_machine(journal: Journal) -> FakeMachine {
     let (near, far) = UnixStream::pair().unwrap();
     FakeMachine {
         rpc: Mutex::new(Some(near)),
-        streams: Streams::Scripted(scripted::serve(far)),
+        streams: Streams::Scripted(scripted::serve(far, journal.clone())),
         stopped: watch::Sender::new(None),
         child: Mutex::new(None),
+        takes_mib: AtomicU32::new(u32::MAX),
+        keeps_mib: AtomicU32::new(0),
+        journal,
     }
 }
 
@@ -201,6 +248,9 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         streams: Streams::Real(path),
         stopped: watch::Sender::new(None),
         child: Mutex::new(Some(child)),
+        takes_mib: AtomicU32::new(u32::MAX),
+        keeps_mib: AtomicU32::new(0),
+        journal: Journal::default(),
     }
 }
 

@@ -18,6 +18,8 @@ use std::io;
 
 use async_trait::async_trait;
 use nacre_protocol::channel::ChannelError;
+#[cfg(doc)]
+use nacre_protocol::vm::GROWTH_STEP_MIB;
 use nacre_protocol::vm::StopReason;
 use tokio::net::UnixStream;
 
@@ -88,6 +90,11 @@ pub trait Machine: Send + Sync {
     /// The connection the agent made when it was ready. Resolves once; pending
     /// until the agent is ready.
     async fn agent(&self) -> Result<UnixStream, MachineError>;
+
+    /// Has the guest use `growth_mib` of memory beyond what it booted with, a
+    /// multiple of [`GROWTH_STEP_MIB`], and waits until it does or comes no nearer.
+    /// Returns what it uses then.
+    async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
@@ -23,9 +24,15 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
+
+/// How long the guest may take for a step of a resize,
+const RESIZE_STALL: Duration = Duration::from_secs(5);
+/// and for all of them.
+const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -45,6 +52,8 @@ pub struct VmMachine {
     pidfd: Arc<AsyncFd<OwnedFd>>,
     channel: Arc<AsyncFd<ChannelHolder>>,
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
+    /// Memory the guest uses beyond its size at boot.
+    growth_mib: watch::Receiver<u32>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
@@ -94,12 +103,17 @@ impl VmMachine {
         let reader = register(ChannelHolder(reader.into())).map_err(MachineError::io(watching))?;
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
+        let (growth_tx, growth_rx) = watch::channel(0);
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
+        let news = News {
+            agent: Some(agent_tx),
+            growth_mib: growth_tx,
+        };
         tokio::spawn(watch_monitor(
             reader,
             pidfd.clone(),
-            agent_tx,
+            news,
             stopped_tx,
             dropped,
         ));
@@ -108,6 +122,7 @@ impl VmMachine {
             pidfd,
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
+            growth_mib: growth_rx,
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -179,6 +194,23 @@ impl Machine for VmMachine {
         }
     }
 
+    async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError> {
+        let mut now = self.growth_mib.clone();
+        let reached = |now: &watch::Receiver<u32>| *now.borrow() == growth_mib;
+        let start = Instant::now();
+        self.send(&Request::Resize { growth_mib }, &FdList::default())
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        while !reached(&now) && start.elapsed() < RESIZE_LIMIT {
+            match tokio::time::timeout(RESIZE_STALL, now.changed()).await {
+                Ok(Ok(())) => (),
+                Ok(Err(_)) => return Err(MachineError::Stopped(self.stopped().await)),
+                Err(_) => break,
+            }
+        }
+        Ok(*now.borrow())
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.clone();
         match stopped.wait_for(Option::is_some).await {
@@ -230,33 +262,34 @@ fn kill_pidfd(pidfd: BorrowedFd<'_>) {
 async fn watch_monitor(
     reader: AsyncFd<ChannelHolder>,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    agent: oneshot::Sender<OwnedFd>,
+    mut news: News,
     stopped: watch::Sender<Option<Stop>>,
     mut dropped: mpsc::Receiver<()>,
 ) {
-    let mut agent = Some(agent);
     let stop = tokio::select! {
-        stop = read_events(reader, &mut agent) => stop,
+        stop = read_events(reader, &mut news) => stop,
         // Nobody holds the machine any more, so nobody could stop it later.
         _ = dropped.recv() => Stop::Died,
     };
     // The channel is the monitor's only tie to us. Once it is broken or the VM
     // has stopped, the process has nothing left to do.
-    let grace = tokio::time::timeout(std::time::Duration::from_millis(500), reap(&pidfd));
+    let grace = tokio::time::timeout(Duration::from_millis(500), reap(&pidfd));
     if grace.await.is_err() {
         kill_pidfd(pidfd.as_fd());
         reap(&pidfd).await;
     }
     info!(%stop, "machine stopped");
-    drop(agent);
     stopped.send_replace(Some(stop));
 }
 
+/// Where the monitor's events go, but for the last.
+struct News {
+    agent: Option<oneshot::Sender<OwnedFd>>,
+    growth_mib: watch::Sender<u32>,
+}
+
 /// Reads events until one ends the machine.
-async fn read_events(
-    mut reader: AsyncFd<ChannelHolder>,
-    agent: &mut Option<oneshot::Sender<OwnedFd>>,
-) -> Stop {
+async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Stop {
     loop {
         let (event, mut fds) = match next_event(&mut reader).await {
             Ok(next) => next,
@@ -265,17 +298,20 @@ async fn read_events(
         };
         match event {
             Event::Booted => debug!("virtual machine runs"),
-            Event::Dialed { port, stream } => match (fds.take(stream), agent.take()) {
+            Event::Dialed { port, stream } => match (fds.take(stream), news.agent.take()) {
                 (Ok(fd), Some(sender)) if port == AGENT_PORT => {
                     if sender.send(fd).is_err() {
                         warn!("the agent connected after its start was given up");
                     }
                 }
                 (_, kept) => {
-                    *agent = kept;
+                    news.agent = kept;
                     warn!(port, "ignored a connection the guest may not make");
                 }
             },
+            Event::Resized { growth_mib } => {
+                news.growth_mib.send_replace(growth_mib);
+            }
             Event::Stopped(reason) => return Stop::Guest(reason),
             Event::Failed { message } => return Stop::Failed(message),
         }
@@ -371,6 +407,47 @@ mod tests {
             .send(&Event::Stopped(reason), &FdList::default())
             .unwrap();
         assert_eq!(machine.stopped().await, Stop::Guest(reason));
+    }
+
+    /// The next request must be a resize; how far.
+    async fn resize_request(monitor: &mut AsyncFd<ChannelHolder>) -> u32 {
+        loop {
+            let mut guard = monitor.readable_mut().await.unwrap();
+            match guard.get_inner_mut().0.recv::<Request>() {
+                Ok((Request::Resize { growth_mib }, _)) => return growth_mib,
+                Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    guard.clear_ready();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn resize_returns_when_the_guest_is_there_or_stops_on_its_way() {
+        let (machine, monitor) = with_stand_in();
+        set_nonblocking(monitor.as_fd()).unwrap();
+        let mut monitor = register(ChannelHolder(monitor)).unwrap();
+        let report = |monitor: &AsyncFd<ChannelHolder>, growth_mib| {
+            let event = Event::Resized { growth_mib };
+            let sent = monitor.get_ref().0.send(&event, &FdList::default());
+            sent.unwrap();
+        };
+        let guest = async {
+            assert_eq!(resize_request(&mut monitor).await, 8);
+            report(&monitor, 4);
+            report(&monitor, 8);
+            assert_eq!(resize_request(&mut monitor).await, 0);
+            report(&monitor, 4);
+            tokio::time::pause();
+        };
+        let shim = async {
+            assert_eq!(machine.resize(8).await.unwrap(), 8);
+            assert_eq!(machine.resize(0).await.unwrap(), 4, "no nearer");
+        };
+        tokio::join!(guest, shim);
+        drop(monitor);
+        assert!(machine.resize(8).await.is_err(), "the machine is gone");
     }
 
     #[tokio::test]

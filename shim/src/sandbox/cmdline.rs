@@ -3,7 +3,7 @@
 //! Each word is here for a reason; the monitor adds what its devices need.
 
 /// On every boot.
-const ALWAYS: [&str; 7] = [
+const ALWAYS: [&str; 8] = [
     // The agent is the initramfs's only file.
     "rdinit=/init",
     // A guest that panics is dead: no waiting, straight to the reset register,
@@ -21,6 +21,9 @@ const ALWAYS: [&str; 7] = [
     "random.trust_cpu=on",
     // Containers' limits are cgroup v2 only.
     "cgroup_no_v1=all",
+    // Memory that is added holds nothing the kernel cannot move, as far as it can
+    // afford that: else it could not be taken away again.
+    "memory_hotplug.online_policy=auto-movable",
 ];
 
 /// Without a console. Each byte on a serial console is a VM exit, and so is each

@@ -7,8 +7,10 @@
 
 use std::collections::HashMap;
 
+use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 
+use crate::cgroup::Limits;
 use crate::config::Config;
 
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -31,6 +33,8 @@ pub struct Size {
     pub vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
+    /// What may be added to it.
+    pub growth_mib: u32,
 }
 
 /// The size for a pod whose first container has `spec`.
@@ -39,10 +43,7 @@ pub fn size_of(spec: &Spec, config: &Config) -> Size {
     let annotations = spec.annotations().as_ref().unwrap_or(&empty);
     let memory_mib = annotated(annotations, MEMORY)
         .or_else(|| spec_memory(spec))
-        .map(|bytes| bytes.div_ceil(1 << 20).saturating_add(GUEST_RESERVE_MIB))
-        .map(|mib| mib.clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB))
-        .and_then(|mib| u32::try_from(mib).ok())
-        .unwrap_or(config.default_memory_mib);
+        .map_or(config.default_memory_mib, mib_for);
     let quota = annotated(annotations, CPU_QUOTA)
         .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
         .or_else(|| spec_cpu(spec));
@@ -51,7 +52,67 @@ pub fn size_of(spec: &Spec, config: &Config) -> Size {
         .map(|vcpus| vcpus.clamp(1, MAX_VCPUS))
         .and_then(|vcpus| u8::try_from(vcpus).ok())
         .unwrap_or(config.default_vcpus);
-    Size { vcpus, memory_mib }
+    Size {
+        vcpus,
+        memory_mib,
+        growth_mib: growth_of(memory_mib, host_memory_mib(), config),
+    }
+}
+
+/// What may be added to `memory_mib` on a host with `host_mib`: no machine gets
+/// larger than its host. Huge pages are taken when the machine is made: a machine
+/// on them keeps its size.
+fn growth_of(memory_mib: u32, host_mib: u32, config: &Config) -> u32 {
+    if config.hugepages {
+        return 0;
+    }
+    let growth = host_mib.saturating_sub(memory_mib);
+    growth - growth % GROWTH_STEP_MIB
+}
+
+fn host_memory_mib() -> u32 {
+    match nix::sys::sysinfo::sysinfo() {
+        Ok(info) => u32::try_from(info.ram_total() >> 20).unwrap_or(u32::MAX),
+        Err(error) => {
+            tracing::warn!(%error, "the host's memory is not known: machines do not grow");
+            0
+        }
+    }
+}
+
+/// Memory, in MiB, for a pod whose containers have these limits: what they may
+/// use together, and no less than the default while one of them has no limit.
+pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
+    let known = containers.iter().filter_map(|limits| limits.memory_bytes);
+    let bytes = known.fold(0, u64::saturating_add);
+    let mib = mib_for(bytes);
+    if containers
+        .iter()
+        .all(|limits| limits.memory_bytes.is_some())
+    {
+        mib
+    } else {
+        mib.max(config.default_memory_mib)
+    }
+}
+
+/// Memory of a machine whose containers may use `bytes` together.
+fn mib_for(bytes: u64) -> u32 {
+    let mib = bytes.div_ceil(1 << 20).saturating_add(GUEST_RESERVE_MIB);
+    u32::try_from(mib.clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB)).unwrap_or(u32::MAX)
+}
+
+/// The host's limits for a pod with these containers and a machine of
+/// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
+/// is part of that. A container without a limit lifts that of the pod.
+pub fn host_limits(containers: &[Limits], memory_mib: u32, config: &Config) -> Limits {
+    let together = Limits::together(containers);
+    let mib = u64::from(memory_mib).saturating_sub(GUEST_RESERVE_MIB)
+        + u64::from(config.overhead_memory_mib);
+    Limits {
+        memory_bytes: together.memory_bytes.map(|_| mib << 20),
+        cpu: together.cpu,
+    }
 }
 
 /// A positive number; anything else means "no limit".
@@ -110,6 +171,38 @@ mod tests {
             "memory": {"limit": -1}, "cpu": {"quota": -1},
         }}});
         assert_eq!(size(&unlimited), default);
+    }
+
+    #[test]
+    fn machines_grow_up_to_the_host_s_size() {
+        let mut config = Config::default();
+        assert_eq!(growth_of(256, 1027, &config), 768);
+        assert_eq!(growth_of(512, 256, &config), 0);
+        config.hugepages = true;
+        assert_eq!(growth_of(256, 1024, &config), 0);
+    }
+
+    #[test]
+    fn containers_together() {
+        let config = Config::default();
+        let limit = |mib: u64| Limits {
+            memory_bytes: Some(mib << 20),
+            cpu: Some((50_000, 100_000)),
+        };
+        let both = [limit(256), limit(512)];
+        assert_eq!(memory_of(&both, &config), 832);
+        let overhead = u64::from(config.overhead_memory_mib);
+        let host = host_limits(&both, 832, &config);
+        assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
+        assert_eq!(host.cpu, Some((100_000, 100_000)));
+        let one_without = [limit(4), Limits::default()];
+        let default = config.default_memory_mib;
+        assert_eq!(memory_of(&one_without, &config), default);
+        assert_eq!(
+            host_limits(&one_without, default, &config),
+            Limits::default()
+        );
+        assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);
     }
 
     #[test]

@@ -26,8 +26,8 @@ use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
-use super::sizing::{Size, size_of};
-use super::{ContainerConfig, Sandbox, SandboxError, cmdline, with_time};
+use super::sizing::{Size, host_limits, memory_of, size_of};
+use super::{ContainerConfig, MemorySize, Sandbox, SandboxError, cmdline, with_time};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::error::chain;
@@ -224,7 +224,25 @@ impl VmHost {
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
-        sandbox.attach(timeout, &with_time(request)).await
+        let memory = MemorySize {
+            boot_mib: size.memory_mib,
+            growth_mib: size.growth_mib,
+        };
+        sandbox.attach(timeout, &with_time(request), memory).await
+    }
+
+    /// See [`super::Host::memory_of`].
+    pub fn memory_of(&self, containers: &[Limits]) -> u32 {
+        memory_of(containers, &self.config)
+    }
+
+    /// See [`super::Host::set_limits`].
+    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
+        let limits = host_limits(containers, memory_mib, &self.config);
+        match &crate::task::lock(&self.parts).cgroup {
+            Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
+            None => Ok(()),
+        }
     }
 
     /// The monitor's uid and the pod's cgroup.
@@ -244,7 +262,8 @@ impl VmHost {
             parts.state.netns.clone_from(&netns.path);
         })?;
         if let Some(path) = path {
-            let limits = Limits::of(spec, self.config.overhead_memory_mib);
+            let memory_mib = size_of(spec, &self.config).memory_mib;
+            let limits = host_limits(&[Limits::of(spec)], memory_mib, &self.config);
             let cgroup = PodCgroup::create(&path, &limits)?;
             self.record(|parts| parts.cgroup = Some(cgroup))?;
         }
@@ -316,6 +335,7 @@ impl VmHost {
             vcpus: size.vcpus,
             memory: Memory {
                 size_mib: size.memory_mib,
+                growth_mib: size.growth_mib,
                 hugepages: self.config.hugepages,
             },
             kernel: list.push(fds.kernel.as_fd()),

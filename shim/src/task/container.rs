@@ -26,6 +26,7 @@ use super::TaskError;
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
+use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
 use crate::storage::Prepared;
@@ -51,6 +52,7 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) publisher: Publisher,
+    pub(super) limits: Mutex<Limits>,
     pending: Mutex<Option<Pending>>,
     /// Set once the guest has the container.
     in_guest: SetOnce<()>,
@@ -93,6 +95,7 @@ impl Container {
     ) -> Self {
         let init = Process::new(&config.id, "", stdio, Vec::new());
         Self {
+            limits: Mutex::new(Limits::of(&config.spec)),
             config,
             init: Arc::new(init),
             execs: Mutex::new(HashMap::new()),

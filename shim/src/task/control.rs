@@ -8,7 +8,8 @@ use oci_spec::runtime::LinuxResources;
 
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
-use super::process::{Exit, Phase, Process};
+use super::process::{Exit, Phase, Process, lock};
+use crate::cgroup::Limits;
 
 /// Added to a signal's number it makes a status, as in a shell.
 const SIGNAL_STATUS: u32 = 128;
@@ -154,22 +155,43 @@ impl Container {
             .map_err(agent_error("resize the terminal"))
     }
 
-    /// Applies new limits in the guest.
+    /// What the container may use.
+    pub fn limits(&self) -> Limits {
+        *lock(&self.limits)
+    }
+
+    /// Notes what it may use.
+    pub fn set_limits(&self, limits: Limits) {
+        *lock(&self.limits) = limits;
+    }
+
+    /// Reads new limits.
     ///
     /// # Errors
     ///
-    /// `Spec` for resources that are none; the guest's refusal.
-    pub async fn update(&self, json: &[u8]) -> Result<(), TaskError> {
-        let unusable = |error: serde_json::Error| TaskError::Spec {
+    /// `Spec`.
+    pub fn parse_resources(&self, json: &[u8]) -> Result<LinuxResources, TaskError> {
+        serde_json::from_slice(json).map_err(|error| self.unusable_resources(error))
+    }
+
+    fn unusable_resources(&self, error: serde_json::Error) -> TaskError {
+        TaskError::Spec {
             container_id: self.config.id.clone(),
             what: "resources",
             source: error.into(),
-        };
-        // Read and written anew: the guest gets only what OCI knows.
-        let resources: LinuxResources = serde_json::from_slice(json).map_err(unusable)?;
+        }
+    }
+
+    /// Applies new limits in the guest, which gets only what OCI knows.
+    ///
+    /// # Errors
+    ///
+    /// The guest's refusal.
+    pub async fn update(&self, resources: &LinuxResources) -> Result<(), TaskError> {
+        let resources = serde_json::to_vec(resources);
         let request = agent::UpdateRequest {
             container_id: self.config.id.clone(),
-            resources: serde_json::to_vec(&resources).map_err(unusable)?,
+            resources: resources.map_err(|error| self.unusable_resources(error))?,
             ..Default::default()
         };
         self.agent("update")?

@@ -7,6 +7,7 @@
 //! control.rs    signals, pause, terminal size, limits, counters
 //! process.rs    one process's state machine
 //! io.rs         FIFOs and files on the host, streams to the guest
+//! resize.rs     new limits, and a machine that is as large as they ask for
 //! logger.rs     logging programs (`binary://`)
 //! stats.rs      the agent's counters as containerd's message
 //! ```
@@ -22,6 +23,7 @@ mod io;
 mod logger;
 mod pod;
 mod process;
+mod resize;
 pub mod service;
 mod stats;
 

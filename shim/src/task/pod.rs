@@ -22,6 +22,7 @@ use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
 use super::process::lock;
+use super::resize::take_room;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
 use crate::sandbox::{ContainerConfig, Host, Sandbox, SandboxError};
@@ -33,11 +34,13 @@ const OOM_PAUSE: Duration = Duration::from_millis(500);
 
 /// A pod.
 pub struct Pod {
-    host: Host,
+    pub(super) host: Host,
     publisher: Publisher,
-    sandbox: OnceCell<Arc<Sandbox>>,
+    pub(super) sandbox: OnceCell<Arc<Sandbox>>,
     /// `None`: being created.
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    pub(super) containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    /// The turn of whoever changes the machine's size.
+    pub(super) resizing: tokio::sync::Mutex<()>,
     ended: watch::Sender<bool>,
 }
 
@@ -49,6 +52,7 @@ impl Pod {
             publisher,
             sandbox: OnceCell::new(),
             containers: Mutex::new(HashMap::new()),
+            resizing: tokio::sync::Mutex::default(),
             ended: watch::Sender::new(false),
         })
     }
@@ -159,6 +163,8 @@ impl Pod {
                 .boot(sandbox, container.config(), &mut pending.prepared)
                 .await?;
             tokio::spawn(follow_events(self.clone(), sandbox.clone()));
+        } else {
+            self.make_room(container).await?;
         }
         container.enter_guest(pending.prepared).await
     }
@@ -230,7 +236,10 @@ impl Pod {
     /// # Errors
     ///
     /// `WrongPhase` while it runs.
-    pub async fn delete(&self, request: &DeleteRequest) -> Result<DeleteResponse, TaskError> {
+    pub async fn delete(
+        self: &Arc<Self>,
+        request: &DeleteRequest,
+    ) -> Result<DeleteResponse, TaskError> {
         let container = self.container(&request.id)?;
         let (pid, exit) = if request.exec_id.is_empty() {
             let exit = container.delete().await?;
@@ -260,7 +269,7 @@ impl Pod {
     }
 
     /// What the host keeps of a container that is gone from the guest.
-    async fn forget(&self, container: &Container) {
+    async fn forget(self: &Arc<Self>, container: &Container) {
         let config = container.config();
         self.host.release(&config.id).await;
         let stage = hooks::Stage::Stopped;
@@ -275,6 +284,7 @@ impl Pod {
             );
         }
         lock(&self.containers).remove(&config.id);
+        tokio::spawn(take_room(self.clone()));
     }
 
     /// Ends the pod if it has no containers any more; else does nothing, as

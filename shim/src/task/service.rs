@@ -137,8 +137,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let container = self.pod.container(&request.id)?;
-        container.update(&request.resources.value).await?;
+        let pod = self.pod.clone();
+        detached(async move { pod.update(&request.id, &request.resources.value).await }).await?;
         Ok(Empty::new())
     }
 

@@ -4,6 +4,7 @@
 mod fixture;
 mod late_boot;
 mod real_agent;
+mod resize;
 
 use containerd_shim_protos::api::*;
 use protobuf::well_known_types::any::Any;

@@ -1,9 +1,12 @@
 //! Limits of containers, enforced in the guest.
 
-use nacre_tests::Scene;
+use std::fs;
+use std::time::Instant;
+
+use nacre_tests::{Scene, Shim};
 use serde_json::json;
 
-use crate::host::Events;
+use crate::host::{Events, pid_of, status_of};
 
 #[test]
 fn memory_kills_with_an_event() {
@@ -49,11 +52,7 @@ fn processor_time_is_limited() {
                   until [ $(of nr_throttled) -gt 3 ]; do [ $(of usage_usec) -lt 3000000 ] || exit 1; done; echo throttled";
     let said = scene.run_spec(|spec| {
         spec["linux"]["resources"]["cpu"] = json!({"quota": 20000, "period": 100_000});
-        let mounts = spec["mounts"].as_array_mut().unwrap();
-        mounts.push(json!({
-            "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-            "options": ["ro", "nosuid", "noexec", "nodev"],
-        }));
+        with_cgroup(spec);
         spec["process"]["args"] = json!(["sh", "-c", script]);
     });
     said.exits(0).prints("20000 100000\nthrottled\n");
@@ -77,4 +76,107 @@ fn rlimits_sysctls_groups_privileges_and_devices() {
     });
     said.exits(0)
         .prints("66\n1\n1000 50 60\nNoNewPrivs:\t1\n333\ncrw-rw-rw-\n");
+}
+
+/// A cgroup of the guest, mounted in the container.
+fn with_cgroup(spec: &mut serde_json::Value) {
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({
+        "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+        "options": ["ro", "nosuid", "noexec", "nodev"],
+    }));
+}
+
+/// A file of the pod's cgroup on the host.
+fn on_host(id: &str, file: &str) -> String {
+    let path = format!("/sys/fs/cgroup/default/{id}/{file}");
+    fs::read_to_string(path).unwrap().trim().to_owned()
+}
+
+const MIB: u64 = 1 << 20;
+
+/// Bytes of memory the guest has.
+fn guest_memory(scene: &Scene, id: &str) -> u64 {
+    let said = scene.exec(id, &[], &["grep", "MemTotal", "/proc/meminfo"]);
+    let said = said.exits(0).stdout;
+    let kib: u64 = said.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib << 10
+}
+
+/// Bytes the machine occupies on the host.
+fn occupied(scene: &Scene, id: &str) -> u64 {
+    let status = status_of(&pid_of(scene, id));
+    let kib = status["RssShmem"].split_whitespace().next().unwrap();
+    kib.parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn memory_grows_beyond_the_machine_and_is_given_back() {
+    let mut scene = Scene::new();
+    let memory = |mib: u64| json!({"memory": {"limit": mib * MIB}});
+    let id = scene.start_spec(|spec| {
+        spec["linux"]["resources"] = memory(128);
+        spec["process"]["args"] = json!(["sleep", "3600"]);
+        with_cgroup(spec);
+    });
+    let shim = Shim::of(&id);
+    let (boot, before) = (guest_memory(&scene, &id), occupied(&scene, &id));
+    // dd has a buffer of that size.
+    let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=300M", "count=1"];
+    scene
+        .exec(&id, &[], &fill)
+        .exits(1)
+        .complains(&["out of memory"]);
+
+    let start = Instant::now();
+    shim.update(&memory(512)).unwrap();
+    println!("grown after {:.1?}", start.elapsed());
+    assert_eq!(guest_memory(&scene, &id), boot + 384 * MIB);
+    let host = (512 + 128) * MIB;
+    assert_eq!(on_host(&id, "memory.max"), host.to_string());
+    let limit = ["cat", "/sys/fs/cgroup/memory.max"];
+    let said = scene.exec(&id, &[], &limit).exits(0);
+    assert_eq!(said.stdout.trim(), (512 * MIB).to_string());
+    scene.exec(&id, &[], &fill).exits(0);
+    let full = occupied(&scene, &id);
+    assert!(full > before + 250 * MIB, "{before} then {full}");
+
+    let start = Instant::now();
+    shim.update(&memory(128)).unwrap();
+    println!("shrunk after {:.1?}", start.elapsed());
+    assert_eq!(guest_memory(&scene, &id), boot);
+    let after = occupied(&scene, &id);
+    println!("on the host: {before} bytes, {full} grown and filled, {after} shrunk");
+    assert!(after + 200 * MIB < full, "{full} then {after}");
+    let host = (128 + 128) * MIB;
+    assert_eq!(on_host(&id, "memory.max"), host.to_string());
+
+    let error = shim.update(&memory(1 << 20)).unwrap_err().to_string();
+    assert!(
+        error.contains("its virtual machine can have at most"),
+        "{error}"
+    );
+    scene.exec(&id, &[], &["true"]).exits(0);
+}
+
+#[test]
+fn processor_time_and_processes_are_changed_while_running() {
+    let mut scene = Scene::new();
+    let id = scene.start_spec(|spec| {
+        spec["linux"]["resources"] = json!({"cpu": {"quota": 95_000, "period": 100_000}});
+        spec["process"]["args"] = json!(["sleep", "3600"]);
+        with_cgroup(spec);
+    });
+    let shim = Shim::of(&id);
+    let limits = ["sh", "-c", "cd /sys/fs/cgroup; cat cpu.max pids.max"];
+    for (quota, pids) in [(99_000, 50), (90_000, 20)] {
+        let cpu = json!({"cpu": {"quota": quota, "period": 100_000}, "pids": {"limit": pids}});
+        shim.update(&cpu).unwrap();
+        let said = scene.exec(&id, &[], &limits).exits(0);
+        assert_eq!(said.stdout, format!("{quota} 100000\n{pids}\n"));
+        assert_eq!(on_host(&id, "cpu.max"), format!("{quota} 100000"));
+    }
+    let many = "for i in $(seq 30); do sleep 60 & done; echo all";
+    let said = scene.exec(&id, &[], &["sh", "-c", many]);
+    said.complains(&["can't fork"]);
 }

@@ -159,11 +159,20 @@ fn directories_are_shared_both_ways() {
 #[test]
 fn read_only_directory_stays_so() {
     let mut scene = Scene::new();
-    let mount = "type=bind,src=/etc,dst=/mnt,options=rbind:ro";
+    let options = ["--mount", "type=bind,src=/etc,dst=/mnt,options=rbind:ro"];
+    let write = "echo x > /mnt/hostname";
     scene
-        .run_with(&["--mount", mount], &["sh", "-c", "echo x > /mnt/hostname"])
+        .run_with(&options, &["sh", "-c", write])
         .exits(1)
         .complains(&["Read-only file system"]);
+    // A guest that allows itself to write still cannot.
+    let script = format!("mount -o remount,bind,rw /mnt && grep ' /mnt ' /proc/mounts; {write}");
+    let said = scene.run_with(
+        &[&options[..], &["--privileged"]].concat(),
+        &["sh", "-c", &script],
+    );
+    assert!(said.stdout.contains(" rw,"), "{said:#?}");
+    said.exits(1).complains(&["Read-only file system"]);
 }
 
 #[test]

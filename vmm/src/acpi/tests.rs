@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
@@ -60,21 +61,27 @@ fn largest_machine_fits() {
     write(&memory, &platform).unwrap();
 }
 
-#[test]
-fn iasl_disassembles_without_complaint() {
+/// What iasl makes of the tables, by name; white space is one blank.
+fn disassembled(platform: &Platform) -> Option<HashMap<String, String>> {
     if Command::new("iasl").arg("-v").output().is_err() {
         eprintln!("skipped: iasl (acpica-tools) is not installed");
-        return;
+        return None;
     }
     let dir = tempfile::tempdir().unwrap();
-    for (name, bytes) in walk(&Tables::new(&platform(), layout::ACPI_TABLES)) {
+    let mut texts = HashMap::new();
+    for (name, bytes) in walk(&Tables::new(platform, layout::ACPI_TABLES)) {
         let path = dir.path().join(format!("{}.dat", name.to_lowercase()));
         std::fs::write(&path, bytes).unwrap();
         iasl(&["-d"], &path);
+        let source = path.with_extension("dsl");
         if name == "DSDT" {
-            iasl(&["-we"], &path.with_extension("dsl"));
+            iasl(&["-we"], &source);
         }
+        let text = std::fs::read_to_string(source).unwrap();
+        let words: Vec<&str> = text.split_whitespace().collect();
+        texts.insert(name, words.join(" "));
     }
+    Some(texts)
 }
 
 fn iasl(options: &[&str], path: &Path) {
@@ -88,4 +95,76 @@ fn iasl(options: &[&str], path: &Path) {
     assert!(output.status.success(), "{text}");
     let complaint = |line: &str| line.starts_with("Warning") || line.starts_with("Error");
     assert!(!text.lines().any(complaint), "{text}");
+}
+
+#[test]
+fn iasl_reads_without_complaint_what_the_machine_is() {
+    let Some(texts) = disassembled(&platform()) else {
+        return;
+    };
+    for (table, parts) in [
+        (
+            "DSDT",
+            [
+                "EisaId (\"PNP0A08\")",
+                "0xC0000000, // Range Minimum 0xDFFFFFFF, // Range Maximum",
+                "0x0000001000000000, // Range Minimum 0x000000FFFFFFFFFF, // Range Maximum",
+                "0xE0000000, // Address Base 0x00100000, // Address Length",
+                "\"QEMU0001\"",
+                "IO (Decode16, 0x0505, // Range Minimum 0x0505, // Range Maximum",
+                "EisaId (\"PNP0501\")",
+                "IO (Decode16, 0x03F8, // Range Minimum 0x03F8, // Range Maximum 0x01, // Alignment 0x08,",
+                "Name (_S5, Package (0x04) // _S5_: S5 System State { 0x05,",
+            ]
+            .as_slice(),
+        ),
+        (
+            "FACP",
+            &[
+                "Hardware Reduced (V5) : 1",
+                "Reset Register Supported (V2) : 1",
+                "VGA Not Present (V4) : 1",
+                "CMOS RTC Not Present (V5) : 1",
+                "Space ID : 01 [SystemIO]",
+                "Address : 0000000000000602",
+                "Value to cause reset : 01",
+                "Address : 0000000000000600",
+                "Address : 0000000000000601",
+            ],
+        ),
+        (
+            "MCFG",
+            &[
+                "Base Address : 00000000E0000000",
+                "Start Bus Number : 00",
+                "End Bus Number : 00",
+            ],
+        ),
+        (
+            "APIC",
+            &["Local Apic Address : FEE00000", "Local Apic ID : 03"],
+        ),
+    ] {
+        let text = &texts[table];
+        for part in parts {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+    }
+    let processors = texts["APIC"].matches("Processor Enabled : 1").count();
+    assert_eq!(processors, 4);
+}
+
+#[test]
+fn what_a_machine_does_not_have_is_not_in_the_tables() {
+    let bare = Platform {
+        window64: None,
+        serial: false,
+        ..platform()
+    };
+    let Some(texts) = disassembled(&bare) else {
+        return;
+    };
+    for absent in ["PNP0501", "QWordMemory"] {
+        assert!(!texts["DSDT"].contains(absent), "{absent}");
+    }
 }

@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use nacre_protocol::vm::StopReason;
 
 use super::*;
+use crate::memory;
 use crate::test_kernel;
 
 /// A machine that runs `code`, or `None` where there is no KVM.
@@ -14,10 +15,12 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
     };
     let mut kernel = tempfile::tempfile().unwrap();
     kernel.write_all(&test_kernel::pvh(code)).unwrap();
+    let ram = memory::allocate(32, false).unwrap();
     let parts = Parts {
         kvm: kvm.into(),
         vcpus,
-        memory: memory::allocate(32, false).unwrap(),
+        memory: ram.clone(),
+        ram,
         kernel,
         initrd: tempfile::tempfile().unwrap(),
         cmdline: String::new(),
@@ -91,10 +94,12 @@ fn running_vcpus_are_stopped() {
 fn impossible_machines_are_refused() {
     for (vcpus, expected) in [(0, "0 vCPUs"), (33, "33 vCPUs")] {
         let null = || File::open("/dev/null").unwrap();
+        let ram = memory::allocate(32, false).unwrap();
         let parts = Parts {
             kvm: null().into(),
             vcpus,
-            memory: memory::allocate(32, false).unwrap(),
+            memory: ram.clone(),
+            ram,
             kernel: null(),
             initrd: null(),
             cmdline: String::new(),

@@ -24,6 +24,7 @@ pub mod common_config;
 pub mod complaints;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod ring;
 pub mod rng;

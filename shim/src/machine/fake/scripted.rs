@@ -19,6 +19,7 @@ use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::error::get_rpc_status;
 use ttrpc::{Code, Result};
 
+use super::Journal;
 use crate::task::lock;
 
 /// A container or exec.
@@ -37,11 +38,15 @@ pub struct Agent {
     streams: Mutex<HashMap<u64, UnixStream>>,
     arrived: Notify,
     dead: watch::Sender<bool>,
+    journal: Journal,
 }
 
 /// Serves an agent on one connection.
-pub fn serve(connection: UnixStream) -> Arc<Agent> {
-    let agent = Arc::new(Agent::default());
+pub fn serve(connection: UnixStream, journal: Journal) -> Arc<Agent> {
+    let agent = Arc::new(Agent {
+        journal,
+        ..Agent::default()
+    });
     let service = Arc::new(Service(agent.clone()));
     let mut dead = agent.dead.subscribe();
     tokio::spawn(async move {
@@ -275,6 +280,15 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
+        let text = String::from_utf8(request.resources).unwrap();
+        if text.contains("13") {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "unlucky"));
+        }
+        lock(&self.0.journal).push(format!("guest {text}"));
         Ok(Empty::new())
     }
 

@@ -24,7 +24,7 @@ use ttrpc::context::{Context, with_duration};
 
 use super::super::{Pod, service};
 use crate::events::Publisher;
-use crate::machine::fake::{FakeHost, FakeMachine};
+use crate::machine::fake::{FakeHost, FakeMachine, Journal};
 use crate::sandbox::Host;
 
 /// Plays containerd's event service.
@@ -45,6 +45,9 @@ pub struct Fixture {
     pub events: mpsc::UnboundedReceiver<String>,
     pub directory: tempfile::TempDir,
     pub machine: Arc<std::sync::Mutex<Option<Arc<FakeMachine>>>>,
+    pub journal: Journal,
+    /// Of the bundles made from now on.
+    pub resources: serde_json::Value,
     _servers: Vec<Server>,
 }
 
@@ -67,6 +70,7 @@ impl Fixture {
             .register_service(create_events(Arc::new(EventSink(sender))));
         sink.start().await.unwrap();
         let machine = host.machine.clone();
+        let journal = host.journal.clone();
         let publisher = Publisher::new("test", address.to_str().unwrap());
         let pod = Pod::new(Host::Fake(host), publisher);
         let (near, far) = UnixStream::pair().unwrap();
@@ -80,6 +84,8 @@ impl Fixture {
             events,
             directory,
             machine,
+            journal,
+            resources: json!({}),
             _servers: vec![server, sink],
         }
     }
@@ -109,7 +115,7 @@ impl Fixture {
             "ociVersion": "1.0.2",
             "root": {"path": "/"},
             "process": process,
-            "linux": {},
+            "linux": {"resources": self.resources},
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle.to_str().unwrap().to_owned()

@@ -1,0 +1,90 @@
+//! Limits that change: those of a container in the guest, and with them the
+//! machine's memory and the pod's limits on the host.
+//!
+//! ```text
+//! raised:   host's limits -> machine grows -> container's limits
+//! lowered:  container's limits -> machine shrinks -> host's limits
+//! ```
+//! In this order nothing is ever allowed more than what is around it has.
+//!
+//! The number of vCPUs is that of the boot: a CPU limit beyond it has no effect.
+
+use std::sync::Arc;
+
+use tokio::sync::MutexGuard;
+
+use super::TaskError;
+use super::container::Container;
+use super::pod::Pod;
+use super::process::lock;
+use crate::cgroup::Limits;
+use crate::error::chain;
+#[cfg(doc)]
+use crate::sandbox::Sandbox;
+
+/// Takes back the room of containers that are gone. Nobody waits for that: what
+/// goes wrong is logged.
+pub(super) async fn take_room(pod: Arc<Pod>) {
+    let turn = pod.resizing.lock().await;
+    if lock(&pod.containers).is_empty() {
+        return;
+    }
+    if let Err(error) = pod.fit(&turn, None).await {
+        tracing::warn!(
+            error = chain(&error),
+            "a container's room is not taken back"
+        );
+    }
+}
+
+impl Pod {
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    ///
+    /// `Spec` for resources that are none; `TooLarge` and `NotGrown` for memory the
+    /// machine cannot have; the guest's refusal. The limits are as before then.
+    pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        let resources = container.parse_resources(json)?;
+        let turn = self.resizing.lock().await;
+        let before = container.limits();
+        let after = before.updated_by(&resources);
+        let change = async {
+            container.set_limits(before.or_more(after));
+            self.fit(&turn, None).await?;
+            container.update(&resources).await
+        };
+        let result = change.await;
+        container.set_limits(if result.is_ok() { after } else { before });
+        let fitted = self.fit(&turn, None).await;
+        result.and(fitted)
+    }
+
+    /// Makes room for a container that joins a booted machine.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sandbox::resize`].
+    pub(super) async fn make_room(&self, container: &Container) -> Result<(), TaskError> {
+        let turn = self.resizing.lock().await;
+        self.fit(&turn, Some(container.limits())).await
+    }
+
+    /// Makes the machine and the host's limits what the containers may use
+    /// together, with one more that is not among them yet.
+    async fn fit(&self, _turn: &MutexGuard<'_, ()>, more: Option<Limits>) -> Result<(), TaskError> {
+        let Some(sandbox) = self.sandbox.get() else {
+            return Ok(());
+        };
+        let mut limits: Vec<Limits> = {
+            let containers = lock(&self.containers);
+            let made = containers.values().flatten();
+            made.map(|container| container.limits()).collect()
+        };
+        limits.extend(more);
+        let wanted_mib = self.host.memory_of(&limits);
+        let limit = |memory_mib| self.host.set_limits(&limits, memory_mib);
+        Ok(sandbox.resize(wanted_mib, limit).await?)
+    }
+}

@@ -1,0 +1,112 @@
+//! Limits that change, and the machine with them. It boots with 256 MiB and can
+//! have 1280; the host counts a container's limit alone (`FakeHost`).
+
+use containerd_shim_protos::api::*;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::Code;
+
+use super::fixture::*;
+use crate::task::lock;
+
+const MIB: u64 = 1 << 20;
+
+/// A pod with a running container that may use 256 MiB.
+async fn fixture() -> Fixture {
+    let mut fixture = Fixture::new().await;
+    fixture.resources = json!({"memory": {"limit": 256 * MIB}});
+    fixture.run("c", "sleep 60").await;
+    fixture
+}
+
+async fn update(fixture: &Fixture, resources: serde_json::Value) -> ttrpc::Result<Empty> {
+    let request = UpdateTaskRequest {
+        id: "c".into(),
+        resources: Some(Any {
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    fixture.client.update(context(), &request).await
+}
+
+fn memory(mib: u64) -> serde_json::Value {
+    json!({"memory": {"limit": mib * MIB}})
+}
+
+/// What happened since this was last asked.
+fn journal(fixture: &Fixture) -> Vec<String> {
+    std::mem::take(&mut lock(&fixture.journal))
+}
+
+fn guest(mib: u64) -> String {
+    format!("guest {}", memory(mib))
+}
+
+#[tokio::test]
+async fn what_is_around_a_container_never_has_less() {
+    let fixture = fixture().await;
+    update(&fixture, memory(510)).await.unwrap();
+    let raised = ["host 512", "machine +256", &guest(510), "host 512"];
+    assert_eq!(journal(&fixture), raised);
+    update(&fixture, memory(300)).await.unwrap();
+    let lowered = ["host 512", &guest(300), "machine +44", "host 300"];
+    assert_eq!(journal(&fixture), lowered);
+    update(&fixture, memory(64)).await.unwrap();
+    let boot = ["host 300", &guest(64), "machine +0", "host 256"];
+    assert_eq!(journal(&fixture), boot, "no smaller than it booted");
+    let pids = json!({"pids": {"limit": 5}});
+    update(&fixture, pids).await.unwrap();
+    assert_eq!(journal(&fixture).len(), 3, "the machine stays");
+}
+
+#[tokio::test]
+async fn what_the_guest_does_not_give_back_stays_allowed() {
+    let fixture = fixture().await;
+    update(&fixture, memory(512)).await.unwrap();
+    journal(&fixture);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.keeps(100);
+    update(&fixture, memory(256)).await.unwrap();
+    let expected = ["host 512", &guest(256), "machine +0", "host 356"];
+    assert_eq!(journal(&fixture), expected);
+}
+
+#[tokio::test]
+async fn what_cannot_be_changes_nothing() {
+    let fixture = fixture().await;
+    let too_large = update(&fixture, memory(2000)).await;
+    assert_eq!(code(too_large), Code::FAILED_PRECONDITION);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.takes(100);
+    let not_grown = update(&fixture, memory(512)).await;
+    assert_eq!(code(not_grown), Code::RESOURCE_EXHAUSTED);
+    machine.takes(u32::MAX);
+    let refused = update(&fixture, memory(13)).await;
+    assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+    let last = journal(&fixture).pop().unwrap();
+    assert_eq!(last, "host 256");
+    update(&fixture, memory(256)).await.unwrap();
+    assert_eq!(journal(&fixture), ["host 256", &guest(256), "host 256"]);
+}
+
+#[tokio::test]
+async fn room_for_containers_that_come_and_go() {
+    let mut fixture = fixture().await;
+    fixture.resources = memory(200);
+    fixture.run("second", "sleep 60").await;
+    assert_eq!(journal(&fixture), ["host 456", "machine +200"]);
+    fixture.kill("second", "").await.unwrap();
+    fixture.wait("second", "").await;
+    fixture.delete("second", "").await.unwrap();
+    // Nobody waits for a guest to give back what it has.
+    for _ in 0..500 {
+        if lock(&fixture.journal).len() == 2 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(journal(&fixture), ["machine +0", "host 256"]);
+}
