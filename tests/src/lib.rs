@@ -123,7 +123,7 @@ pub const CONTAINERD_2: Containerd = Containerd {
     address: "/run/containerd/containerd.sock",
 };
 
-/// The lab's containerd 1.7; `/opt/lab/containerd-1.7` starts and stops it.
+/// The lab's containerd 1.7; `lab-containerd 1.7` starts and stops it.
 pub const CONTAINERD_1_7: Containerd = Containerd {
     program: "/opt/containerd-1.7/usr/bin/ctr",
     address: "/run/containerd17/containerd.sock",

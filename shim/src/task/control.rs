@@ -202,12 +202,17 @@ impl Container {
     }
 
     /// The container's processes, by their pids in the guest: on the host they
-    /// are no processes.
+    /// are no processes. While the guest has none, the pod's host pid: a containerd
+    /// that restarts takes a task without processes for a leak, and with it the
+    /// exit status would be gone.
     ///
     /// # Errors
     ///
     /// The guest's refusal.
     pub async fn pids(&self) -> Result<Vec<u32>, TaskError> {
+        if self.is_pending() || self.init.phase().exit().is_some() {
+            return Ok(vec![self.pid()]);
+        }
         let answer = self
             .agent("list the processes of")?
             .list_processes(deadline(CALL_TIMEOUT), &self.container_request())

@@ -262,6 +262,15 @@ async fn counters_and_pids() {
     let pids = fixture.client.pids(context(), &pids).await.unwrap();
     let pids: Vec<u32> = pids.processes.iter().map(|process| process.pid).collect();
     assert_eq!(pids, [71, 72], "the guest's");
+    fixture.kill("c", "").await.unwrap();
+    fixture.wait("c", "").await;
+    let request = PidsRequest {
+        id: "c".into(),
+        ..Default::default()
+    };
+    let pids = fixture.client.pids(context(), &request).await.unwrap();
+    assert_eq!(pids.processes.len(), 1, "never a leak to containerd");
+    assert_eq!(pids.processes[0].pid, std::process::id());
     let connect = ConnectRequest {
         id: "c".into(),
         ..Default::default()

@@ -1,10 +1,12 @@
 //! A pod's processes killed and guests that end by themselves: containerd learns
 //! of it, every client's call returns, and nothing is left.
 
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use nacre_tests::{Scene, eventually, run};
+use nacre_tests::{BUSYBOX, Scene, eventually, run};
 
 use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
@@ -86,6 +88,111 @@ fn of_the_shim() {
         scene.status(&id).is_none_or(|status| status == "STOPPED")
     });
     println!("containerd noticed after {:.1?}", since.elapsed());
+}
+
+/// containerd killed, until this is dropped at the latest.
+struct Killed;
+
+impl Killed {
+    fn now() -> Self {
+        run("lab-containerd", &["2", "kill"]).exits(0);
+        Self
+    }
+
+    fn restart(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let said = run("lab-containerd", &["2", "start"]);
+        assert!(
+            std::thread::panicking() || said.code == Some(0),
+            "{said:#?}"
+        );
+    }
+}
+
+#[test]
+fn of_containerd() {
+    let mut scene = Scene::new();
+    // ctr tells of the end of its input when it runs, not when it attaches.
+    let script =
+        "n=0; while read word; do n=$((n + 1)); echo $n $word; [ $n != 3 ] || exit 5; done";
+    let (id, mut command) = scene.command(BUSYBOX, &[], &["sh", "-c", script]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut first = command.spawn().unwrap();
+    let mut stdout = BufReader::new(first.stdout.take().unwrap());
+    let stdin = first.stdin.as_mut().unwrap();
+    writeln!(stdin, "before").unwrap();
+    assert_eq!(line_of(&mut stdout), "1 before\n");
+    let pid = pid_of(&scene, &id);
+
+    let killed = Killed::now();
+    drop(stdout);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    killed.restart();
+
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    assert_eq!(pid_of(&scene, &id), pid);
+    scene
+        .exec(&id, &[], &["sh", "-c", "echo hi; exit 3"])
+        .exits(3)
+        .prints("hi\n");
+    let log = run("nacre", &["logs", &id]).exits(0).stdout;
+    assert!(log.contains("booting"), "{log}");
+    // The container's input has not ended with its client.
+    let mut attach = Command::new("ctr");
+    attach.args(["task", "attach", &id]);
+    attach.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut second = attach.spawn().unwrap();
+    let mut stdout = BufReader::new(second.stdout.take().unwrap());
+    writeln!(second.stdin.as_mut().unwrap(), "after").unwrap();
+    assert_eq!(line_of(&mut stdout), "2 after\n");
+    writeln!(second.stdin.as_mut().unwrap(), "last").unwrap();
+    assert_eq!(line_of(&mut stdout), "3 last\n");
+    assert_eq!(second.wait().unwrap().code(), Some(5));
+}
+
+#[test]
+fn of_containerd_while_a_container_ends() {
+    let mut scene = Scene::new();
+    let directory = "/tmp/e2e-go";
+    fs::create_dir_all(directory).unwrap();
+    let mount = format!("type=bind,src={directory},dst=/mnt,options=rbind:rw");
+    let script = "until [ -e /mnt/go ]; do sleep 0.1; done; exit 7";
+    let id = scene.start(&["--mount", &mount], &["sh", "-c", script]);
+
+    let killed = Killed::now();
+    fs::write(format!("{directory}/go"), "").unwrap();
+    eventually("the shim knows of the exit", || {
+        let log = run("nacre", &["logs", &id]).exits(0).stdout;
+        log.contains("exited")
+    });
+    killed.restart();
+
+    scene.await_status(&id, "STOPPED");
+    let said = scene.ctr(&["task", "rm", &id]).exits(0);
+    said.complains(&["non-zero exit code 7"]);
+    fs::remove_dir_all(directory).unwrap();
+}
+
+fn line_of(reader: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    line
+}
+
+/// The guest's kernel kills all but the agent, which tells of each.
+#[test]
+fn of_every_process_in_the_guest() {
+    let pod = Pod::start(&["--privileged"]);
+    let since = Instant::now();
+    let kill = ["sh", "-c", "echo i > /proc/sysrq-trigger; sleep 3600"];
+    pod.scene.exec(&pod.id, &[], &kill).exits(LOST);
+    pod.ends(since);
 }
 
 #[test]

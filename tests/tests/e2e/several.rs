@@ -33,14 +33,14 @@ struct Older;
 
 impl Older {
     fn start() -> Self {
-        run("/opt/lab/containerd-1.7", &["start"]).exits(0);
+        run("lab-containerd", &["1.7", "start"]).exits(0);
         Self
     }
 }
 
 impl Drop for Older {
     fn drop(&mut self) {
-        run("/opt/lab/containerd-1.7", &["stop"]);
+        run("lab-containerd", &["1.7", "stop"]);
     }
 }
 
