@@ -267,6 +267,28 @@ mod tests {
     }
 
     #[test]
+    fn halves_of_an_entry_are_written_alone() {
+        let Some((mut msix, _)) = msix() else { return };
+        let entry = |msix: &Msix| {
+            let mut words = [[0; 8]; 2];
+            msix.read_table(0, &mut words[0]);
+            msix.read_table(8, &mut words[1]);
+            words.map(u64::from_le_bytes)
+        };
+        for (offset, word, expected) in [
+            (0, 0xffff_ffff_u32, [0xffff_ffff, 1 << 32]),
+            (4, 0x1, [0x1_ffff_ffff, 1 << 32]),
+            (0, 0xfee0_2000, [0x1_fee0_2000, 1 << 32]),
+            (4, 0x0, [0xfee0_2000, 1 << 32]),
+            (8, 0x99, [0xfee0_2000, 1 << 32 | 0x99]),
+            (12, 0xffff_fffe, [0xfee0_2000, 0x99]),
+        ] {
+            msix.write_table(offset, &word.to_le_bytes());
+            assert_eq!(entry(&msix), expected, "{word:#x} at {offset}");
+        }
+    }
+
+    #[test]
     fn masked_vector_stays_pending_until_unmasked() {
         let Some((mut msix, mut config)) = msix() else {
             return;
