@@ -161,6 +161,10 @@ impl Agent for Service {
         Ok(event)
     }
 
+    async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        Ok(Empty::default())
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         self.0.shutdown().await;
         Ok(Empty::default())

@@ -89,6 +89,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Time until the agent must have answered.
     pub boot_timeout_seconds: u64,
+    /// Time a guest may leave the shim without an answer; 0: any.
+    pub hang_timeout_seconds: u64,
     /// Log level, a `tracing` level name.
     pub log_level: String,
     /// Write the guest's console to a file.
@@ -156,6 +158,7 @@ impl Config {
             uid_count: 0,
             run_dir: PathBuf::new(),
             boot_timeout_seconds: 0,
+            hang_timeout_seconds: 0,
             log_level: String::new(),
             debug_console: false,
         }
@@ -250,7 +253,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 14] = [
+const KEYS: [Key; 15] = [
     key!(kernel, path),
     key!(initrd, path),
     key!(virtiofsd, path),
@@ -263,6 +266,7 @@ const KEYS: [Key; 14] = [
     key!(uid_count, 1..=1_000_000),
     key!(run_dir, path),
     key!(boot_timeout_seconds, 1..=600),
+    key!(hang_timeout_seconds, 0..=3600),
     Key {
         name: "log_level",
         kind: Kind::LogLevel,

@@ -28,14 +28,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
-use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::agent::{ConfigureSandboxRequest, Empty};
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::info;
+use tracing::{error, info};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
@@ -240,6 +240,15 @@ impl Host {
             Self::Vm(host) => host.boot(sandbox, config, prepared).await,
             #[cfg(test)]
             Self::Fake(_) => crate::machine::fake::boot(sandbox).await,
+        }
+    }
+
+    /// How long a guest may leave us without an answer; zero: as long as it likes.
+    pub fn hang_timeout(&self) -> Duration {
+        match self {
+            Self::Vm(host) => host.hang_timeout(),
+            #[cfg(test)]
+            Self::Fake(_) => Duration::ZERO,
         }
     }
 
@@ -468,6 +477,36 @@ impl Sandbox {
             _ = self.stopped() => Err(ttrpc::Error::RemoteClosed),
             answer = call => answer,
         }
+    }
+
+    /// Asks the guest again and again whether it lives, and ends its machine if it
+    /// does not answer for `timeout`; returns when the machine is dead. Without a
+    /// timeout the guest is not asked.
+    pub async fn watch(&self, timeout: Duration) {
+        let Some(agent) = self.agent().filter(|_| !timeout.is_zero()) else {
+            return;
+        };
+        let (period, empty) = (timeout / 2, Empty::default());
+        let ask = async {
+            loop {
+                tokio::time::sleep(period).await;
+                let context = ttrpc::context::Context::default();
+                let ping = agent.ping(context, &empty);
+                if tokio::time::timeout(period, ping).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = ask => (),
+            _ = self.stopped() => return,
+        }
+        error!(
+            seconds = timeout.as_secs(),
+            "the guest hangs: no answer to a ping; its machine is ended"
+        );
+        self.machine.kill();
+        self.stopped().await;
     }
 
     /// Ends a machine whose agent is gone. Most likely the guest is about to end

@@ -113,6 +113,22 @@ impl FakeMachine {
         self.keeps_mib.store(growth_mib, Ordering::Relaxed);
     }
 
+    /// Resolves when the guest has answered `count` pings.
+    pub async fn answers(&self, count: u32) {
+        let Streams::Scripted(agent) = &self.streams else {
+            return std::future::pending().await;
+        };
+        let mut pings = agent.pings.subscribe();
+        pings.wait_for(|pings| *pings >= count).await.unwrap();
+    }
+
+    /// From now on the guest answers no ping.
+    pub fn hang(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.hung.send_replace(true);
+        }
+    }
+
     /// The guest ends as `stop`; whether it still ran.
     pub fn end(&self, stop: Stop) -> bool {
         self.stopped.send_if_modified(|stopped| {

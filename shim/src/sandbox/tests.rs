@@ -32,3 +32,25 @@ async fn guest_that_says_nothing_is_killed() {
     assert!(begin.elapsed() >= LAST_WORDS);
     assert_eq!(sandbox.stopped().await, Stop::Died);
 }
+
+/// In real time: a paused clock would not wait for answers under way.
+#[tokio::test]
+async fn guest_that_hangs_is_killed_in_time() {
+    let timeout = Duration::from_secs(2);
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    crate::machine::fake::boot(&sandbox).await.unwrap();
+    let machine = lock(&host.machine).clone().unwrap();
+    let watch = sandbox.watch(timeout);
+    tokio::pin!(watch);
+    tokio::select! {
+        () = &mut watch => panic!("it answers"),
+        () = machine.answers(2) => (),
+    }
+    machine.hang();
+    watch.await;
+    assert_eq!(sandbox.stopped().await, Stop::Died);
+    // Nobody asks a guest that may hang, nor one that is dead.
+    host.open().watch(Duration::ZERO).await;
+    sandbox.watch(timeout).await;
+}

@@ -231,6 +231,11 @@ impl VmHost {
         sandbox.attach(timeout, &with_time(request), memory).await
     }
 
+    /// See [`super::Host::hang_timeout`].
+    pub fn hang_timeout(&self) -> Duration {
+        Duration::from_secs(self.config.hang_timeout_seconds)
+    }
+
     /// See [`super::Host::memory_of`].
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         memory_of(containers, &self.config)

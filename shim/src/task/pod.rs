@@ -163,6 +163,8 @@ impl Pod {
                 .boot(sandbox, container.config(), &mut pending.prepared)
                 .await?;
             tokio::spawn(follow_events(self.clone(), sandbox.clone()));
+            let (sandbox, timeout) = (sandbox.clone(), self.host.hang_timeout());
+            tokio::spawn(async move { sandbox.watch(timeout).await });
         } else {
             self.make_room(container).await?;
         }

@@ -210,6 +210,21 @@ fn of_the_guest_by_a_panic() {
     pod.ends(since);
 }
 
+/// A guest whose kernel hangs answers nobody: so does one whose monitor is stopped.
+#[test]
+fn of_the_guest_by_a_hang() {
+    let _timeout = Changed::new("hang_timeout_seconds", "10");
+    let pod = Pod::start(&[]);
+    run("kill", &["-STOP", &pid_of(&pod.scene, &pod.id)]).exits(0);
+    let since = Instant::now();
+    let id = pod.id.clone();
+    eventually("the machine is ended", || {
+        let log = run("nacre", &["logs", &id]).exits(0).stdout;
+        log.contains("the guest hangs")
+    });
+    pod.ends(since);
+}
+
 #[test]
 fn of_the_guest_by_power_off() {
     let pod = Pod::start(&["--privileged"]);
