@@ -204,6 +204,13 @@ impl Scene {
         id
     }
 
+    /// The same, as long as containerd allows (76 characters).
+    pub fn long_id(&mut self) -> String {
+        let id = format!("{:x<76}", self.id());
+        self.containers.push(id.clone());
+        id
+    }
+
     /// Runs `ctr` to its end.
     pub fn ctr(&self, arguments: &[&str]) -> Said {
         self.containerd.ctr(arguments)

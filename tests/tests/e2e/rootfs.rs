@@ -87,6 +87,40 @@ fn erofs_layers_are_block_devices_and_no_file_server_runs() {
         .prints("new\n");
 }
 
+/// Layers whose paths in the guest, the container's id in each, together exceed the page that mount(2) takes.
+#[test]
+fn image_of_many_layers() {
+    const COUNT: usize = 42;
+    const IMAGE: &str = "docker.io/library/many:latest";
+    let directory = "/tmp/e2e-many";
+    let mut layers = Vec::new();
+    for layer in 1..=COUNT {
+        let tree = format!("{directory}/{layer}");
+        fs::create_dir_all(&tree).unwrap();
+        fs::write(format!("{tree}/layer-{layer}"), format!("{layer}\n")).unwrap();
+        fs::write(format!("{tree}/last"), format!("{layer}\n")).unwrap();
+        layers.push(tree);
+    }
+    let busybox = format!("{directory}/1/bin");
+    fs::create_dir_all(&busybox).unwrap();
+    fs::copy("/bin/busybox", format!("{busybox}/sh")).unwrap();
+    let archive = format!("{directory}/many.tar");
+    let mut make = vec!["--name", IMAGE, "--out", &archive];
+    make.extend(layers.iter().map(String::as_str));
+    run("mkimage", &make).exits(0);
+    run("ctr", &["image", "import", &archive]).exits(0);
+    fs::remove_dir_all(directory).unwrap();
+
+    let mut scene = Scene::new();
+    let script = "set -- /layer-*; echo $#; read last </last; echo $last";
+    let id = scene.long_id();
+    let mut arguments = vec!["run", "--rm", "--runtime", nacre_tests::RUNTIME];
+    arguments.extend(["--snapshotter", "erofs", IMAGE, &id, "sh", "-c", script]);
+    let said = scene.ctr(&arguments);
+    said.exits(0).prints(&format!("{COUNT}\n{COUNT}\n"));
+    run("ctr", &["image", "rm", "--sync", IMAGE]).exits(0);
+}
+
 #[test]
 fn writes_land_in_the_snapshot() {
     let mut scene = Scene::new();
