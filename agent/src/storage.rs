@@ -112,6 +112,8 @@ fn mount_at(source: &Path, target: &Path, storage: &Storage) -> Result<()> {
 /// and the paths of a large image's layers are longer together.
 fn mount_overlay(target: &Path, options: &MountOptions) -> io::Result<()> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // As it stands in /proc/mounts.
+    fsconfig_set_string(&context, "source", "overlay")?;
     if options.flags.contains(MsFlags::MS_RDONLY) {
         fsconfig_set_flag(&context, "ro")?;
     }
