@@ -35,7 +35,9 @@ fn code(error: &TaskError) -> Code {
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
-        TaskError::Io(_) | TaskError::Storage(_) | TaskError::Cancelled => Code::INTERNAL,
+        TaskError::Io(_) | TaskError::Storage(_) | TaskError::Encode(_) | TaskError::Cancelled => {
+            Code::INTERNAL
+        }
     }
 }
 

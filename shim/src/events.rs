@@ -80,20 +80,15 @@ impl Publisher {
 
     /// Queues an event.
     pub fn publish<E: TaskEvent>(&self, event: &E) {
-        let payload = match event.write_to_bytes() {
-            Ok(payload) => payload,
+        let packed = match pack(event) {
+            Ok(packed) => packed,
             Err(error) => return warn!(topic = E::TOPIC, %error, "event not encodable"),
         };
         let envelope = Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.clone(),
             topic: E::TOPIC.to_owned(),
-            event: Some(Any {
-                type_url: E::descriptor().full_name().to_owned(),
-                value: payload,
-                ..Default::default()
-            })
-            .into(),
+            event: Some(packed).into(),
             ..Default::default()
         };
         if self.queue.send(Item::Event(Box::new(envelope))).is_err() {
@@ -109,6 +104,19 @@ impl Publisher {
             let _ = flushed.await;
         }
     }
+}
+
+/// A message under its name, as containerd's `typeurl` reads it.
+///
+/// # Errors
+///
+/// When it cannot be encoded.
+pub fn pack<M: MessageFull>(message: &M) -> protobuf::Result<Any> {
+    Ok(Any {
+        type_url: M::descriptor().full_name().to_owned(),
+        value: message.write_to_bytes()?,
+        ..Default::default()
+    })
 }
 
 /// A host time as protobuf has it; times before 1970 read as 1970.

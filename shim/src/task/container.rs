@@ -49,7 +49,7 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 pub struct Container {
     pub(super) config: ContainerConfig,
     pub(super) init: Arc<Process>,
-    execs: Mutex<HashMap<String, Arc<Process>>>,
+    pub(super) execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) publisher: Publisher,
     pub(super) limits: Mutex<Limits>,
@@ -373,10 +373,13 @@ impl Container {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.agent("exec in")?
+        let started = self
+            .agent("exec in")?
             .exec(deadline(CALL_TIMEOUT), &request)
             .await
             .map_err(agent_error("run the command"))?;
+        // Once: an exec is started once.
+        process.guest_pid.get_or_init(|| started.pid);
         streams.start_input()?;
         Ok(streams)
     }

@@ -1,8 +1,9 @@
 //! What can be done to a container's running processes: signals, freezing,
 //! terminal sizes, limits, counters.
 
-use containerd_shim_protos::api::KillRequest;
+use containerd_shim_protos::api::{KillRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use nacre_protocol::agent;
 use oci_spec::runtime::LinuxResources;
 
@@ -10,6 +11,7 @@ use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
 use super::process::{Exit, Phase, Process, lock};
 use crate::cgroup::Limits;
+use crate::events::pack;
 
 /// Added to a signal's number it makes a status, as in a shell.
 const SIGNAL_STATUS: u32 = 128;
@@ -204,21 +206,47 @@ impl Container {
     /// The container's processes, by their pids in the guest: on the host they
     /// are no processes. While the guest has none, the pod's host pid: a containerd
     /// that restarts takes a task without processes for a leak, and with it the
-    /// exit status would be gone.
+    /// exit status would be gone. An exec's own process tells the exec's id.
     ///
     /// # Errors
     ///
     /// The guest's refusal.
-    pub async fn pids(&self) -> Result<Vec<u32>, TaskError> {
+    pub async fn pids(&self) -> Result<Vec<ProcessInfo>, TaskError> {
         if self.is_pending() || self.init.phase().exit().is_some() {
-            return Ok(vec![self.pid()]);
+            return Ok(vec![ProcessInfo {
+                pid: self.pid(),
+                ..Default::default()
+            }]);
         }
         let answer = self
             .agent("list the processes of")?
             .list_processes(deadline(CALL_TIMEOUT), &self.container_request())
             .await
             .map_err(agent_error("list the processes"))?;
-        Ok(answer.pids)
+        answer.pids.into_iter().map(|pid| self.info(pid)).collect()
+    }
+
+    fn info(&self, pid: u32) -> Result<ProcessInfo, TaskError> {
+        let exec_id = self.exec_of(pid);
+        let info = exec_id.map(|exec_id| {
+            pack(&ProcessDetails {
+                exec_id,
+                ..Default::default()
+            })
+        });
+        Ok(ProcessInfo {
+            pid,
+            info: info.transpose().map_err(TaskError::Encode)?.into(),
+            ..Default::default()
+        })
+    }
+
+    fn exec_of(&self, pid: u32) -> Option<String> {
+        let execs = lock(&self.execs);
+        let mut running = execs.values().filter(|exec| exec.phase().exit().is_none());
+        running
+            .find(|exec| exec.guest_pid.get() == Some(&pid))
+            .map(|exec| exec.exec_id.clone())
     }
 
     /// The container's counters.

@@ -123,6 +123,9 @@ pub enum TaskError {
     /// The container's storage could not be set up.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// An answer cannot be encoded.
+    #[error("encode the answer")]
+    Encode(#[source] protobuf::Error),
     /// The shim is shutting down.
     #[error("the shim is shutting down")]
     Cancelled,

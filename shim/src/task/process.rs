@@ -16,7 +16,7 @@
 //! that they report, so their order is the order of the phases: an exit that
 //! arrives while the process is Starting waits for Running.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::{StateResponse, Status};
@@ -106,6 +106,8 @@ pub struct Process {
     pub stdio: StdioPaths,
     /// An exec's OCI process, ready for the guest.
     pub command: Vec<u8>,
+    /// In the guest, of an exec that was started.
+    pub guest_pid: OnceLock<u32>,
     phase: watch::Sender<Phase>,
     streams: Mutex<Option<Streams>>,
     size: Mutex<(u32, u32)>,
@@ -119,6 +121,7 @@ impl Process {
             exec_id: exec_id.to_owned(),
             stdio,
             command,
+            guest_pid: OnceLock::new(),
             phase: watch::Sender::new(Phase::Created),
             streams: Mutex::new(None),
             size: Mutex::new((0, 0)),

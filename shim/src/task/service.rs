@@ -79,13 +79,8 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let pids = self.pod.container(&request.id)?.pids().await?;
-        let process = |pid| ProcessInfo {
-            pid,
-            ..Default::default()
-        };
         Ok(PidsResponse {
-            processes: pids.into_iter().map(process).collect(),
+            processes: self.pod.container(&request.id)?.pids().await?,
             ..Default::default()
         })
     }
@@ -154,8 +149,7 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let counters = self.pod.container(&request.id)?.stats().await?;
-        let packed = stats::metrics(counters)
-            .map_err(|error| ttrpc::Error::Others(format!("encode the counters: {error}")))?;
+        let packed = stats::metrics(counters).map_err(TaskError::Encode)?;
         Ok(StatsResponse {
             stats: Some(packed).into(),
             ..Default::default()

@@ -10,7 +10,8 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 };
 use nacre_protocol::agent;
 use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageFull};
+
+use crate::events::pack;
 
 /// Packs the counters.
 ///
@@ -32,11 +33,7 @@ pub fn metrics(stats: agent::StatsResponse) -> protobuf::Result<Any> {
         hugetlb: stats.hugetlb.into_iter().map(hugetlb).collect(),
         ..Default::default()
     };
-    Ok(Any {
-        type_url: Metrics::descriptor().full_name().to_owned(),
-        value: metrics.write_to_bytes()?,
-        ..Default::default()
-    })
+    pack(&metrics)
 }
 
 fn pids(pids: &agent::PidsStats) -> PidsStat {
@@ -144,6 +141,8 @@ fn hugetlb(hugetlb: agent::HugetlbStats) -> HugeTlbStat {
 
 #[cfg(test)]
 mod tests {
+    use protobuf::Message;
+
     use super::*;
 
     #[test]

@@ -7,6 +7,8 @@ mod real_agent;
 mod resize;
 
 use containerd_shim_protos::api::*;
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
@@ -255,13 +257,24 @@ async fn counters_and_pids() {
     };
     let stats = fixture.client.stats(context(), &stats).await.unwrap();
     assert_eq!(stats.stats.type_url, "io.containerd.cgroups.v2.Metrics");
+    fixture.exec("c", "e", "sleep 60").await.unwrap();
+    fixture.start("c", "e").await.unwrap();
     let pids = PidsRequest {
         id: "c".into(),
         ..Default::default()
     };
-    let pids = fixture.client.pids(context(), &pids).await.unwrap();
-    let pids: Vec<u32> = pids.processes.iter().map(|process| process.pid).collect();
-    assert_eq!(pids, [71, 72], "the guest's");
+    let mut pids = fixture
+        .client
+        .pids(context(), &pids)
+        .await
+        .unwrap()
+        .processes;
+    pids.sort_by_key(|process| process.info.is_some());
+    assert_eq!(pids.len(), 2);
+    assert!(pids[0].pid != pids[1].pid && pids[0].info.is_none());
+    assert_eq!(pids[1].info.type_url, "containerd.runc.v1.ProcessDetails");
+    let details = ProcessDetails::parse_from_bytes(&pids[1].info.value).unwrap();
+    assert_eq!(details.exec_id, "e");
     fixture.kill("c", "").await.unwrap();
     fixture.wait("c", "").await;
     let request = PidsRequest {

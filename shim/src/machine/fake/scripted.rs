@@ -307,10 +307,14 @@ impl agent_ttrpc::Agent for Service {
     async fn list_processes(
         &self,
         _: &TtrpcContext,
-        _: ContainerRequest,
+        request: ContainerRequest,
     ) -> Result<ListProcessesResponse> {
+        let processes = lock(&self.0.processes);
+        let of_it = processes
+            .iter()
+            .filter(|((id, _), process)| *id == request.container_id && process.pid != 0);
         Ok(ListProcessesResponse {
-            pids: vec![71, 72],
+            pids: of_it.map(|(_, process)| process.pid).collect(),
             ..Default::default()
         })
     }
