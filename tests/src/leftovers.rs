@@ -39,6 +39,12 @@ impl Machine {
         Self(items)
     }
 
+    /// What is here and was not `before`.
+    #[must_use]
+    pub fn beyond(&self, before: &Self) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+
     /// Waits until nothing is there that was not there then.
     ///
     /// # Panics
@@ -48,7 +54,7 @@ impl Machine {
         let deadline = Instant::now() + PATIENCE;
         let mut reported = Vec::new();
         loop {
-            let left: Vec<String> = Self::now().0.difference(&self.0).cloned().collect();
+            let left = Self::now().beyond(self);
             if left.is_empty() {
                 return;
             }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use nacre_tests::{Scene, run};
+use nacre_tests::{Said, Scene, run};
 use serde_json::json;
 
 use crate::boot::initramfs;
@@ -135,11 +135,88 @@ fn missing_bind_source() {
         .complains(&["/none/there", "No such file"]);
 }
 
+/// `nacre check` where `change`, a line of shell, was done in a mount namespace
+/// of its own.
+fn check_after(change: &str) -> Said {
+    let script = format!("{change} && /usr/local/bin/nacre check");
+    run("unshare", &["--mount", "sh", "-c", &script])
+}
+
 #[test]
-fn check_tells_a_fit_host_from_an_unfit_one() {
-    let said = run("nacre", &["check"]).exits(0);
+fn check_finds_a_fit_host_fit() {
+    let said = check_after("true").exits(0);
     assert!(said.stdout.contains("a small VM ran"), "{said:#?}");
-    let _config = Changed::new("kernel", "\"/none/vmlinux\"");
-    let said = run("nacre", &["check"]).exits(1);
-    assert!(said.stdout.contains("/none/vmlinux"), "{said:#?}");
+    let rows: Vec<&str> = said.stdout.lines().collect();
+    assert_eq!(rows.len(), 11, "{said:#?}");
+    assert!(rows.iter().all(|row| row.starts_with("ok ")), "{said:#?}");
+}
+
+#[test]
+fn check_names_what_is_missing_and_how_to_get_it() {
+    // There, but it cannot be opened.
+    let barred =
+        |node: &str| format!("mount --bind {node} {node} && mount -o remount,bind,nodev {node}");
+    let over = |file: &str| format!("mount --bind /etc/passwd {file}");
+    let (required, optional) = (("missing", 1), ("optional", 0));
+    for (change, (word, code), row, hint) in [
+        (&*over("/proc/cpuinfo"), required, "processor", "firmware"),
+        (
+            &barred("/dev/kvm"),
+            required,
+            "/dev/kvm",
+            "modprobe kvm_amd",
+        ),
+        (
+            &barred("/dev/net/tun"),
+            required,
+            "/dev/net/tun",
+            "modprobe tun",
+        ),
+        (
+            &barred("/dev/vhost-net"),
+            optional,
+            "/dev/vhost-net",
+            "modprobe vhost_net",
+        ),
+        (
+            "mount -t tmpfs none /sys/fs/cgroup",
+            required,
+            "cgroup v2",
+            "unified_cgroup_hierarchy",
+        ),
+        (&over(CONFIG), required, "configuration", "correct"),
+        (
+            &over("/usr/local/share/nacre/vmlinux"),
+            required,
+            "kernel",
+            "make install",
+        ),
+        (
+            &over("/usr/local/share/nacre/initrd.img"),
+            required,
+            "initrd",
+            "make install",
+        ),
+        (
+            &over("/usr/libexec/virtiofsd"),
+            required,
+            "virtiofsd",
+            "apt install virtiofsd",
+        ),
+        ("PATH=/usr/bin:/bin", required, "shim", "make install"),
+        (
+            "mount -t tmpfs none /etc/containerd",
+            optional,
+            "containerd",
+            "Kubernetes needs it",
+        ),
+    ] {
+        let said = check_after(change).exits(code);
+        let start = format!("{word:<9} {row:<14} ");
+        let line = said.stdout.lines().find(|line| line.starts_with(&start));
+        assert!(
+            line.is_some_and(|line| line.contains(hint)),
+            "{row}: {said:#?}"
+        );
+    }
 }

@@ -13,12 +13,17 @@ mod run;
 mod several;
 mod streams;
 
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use nacre_tests::{Machine, Scene, ctr, run};
 
 /// The machine the other tests stand on: KVM is usable there.
 #[test]
 fn machine_has_kvm_and_containerd() {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap();
     assert!(
         flags.contains("svm") || flags.contains("vmx"),
         "no SVM or VT-x"
@@ -28,14 +33,51 @@ fn machine_has_kvm_and_containerd() {
     assert!(said.stdout.contains("Server:"), "{said:#?}");
 }
 
-/// The check for leftovers can fail: it sees a process, a directory, a link.
+/// The check for leftovers can fail: it sees one of each kind.
 #[test]
 fn leftovers_are_seen() {
+    let cgroup = "/sys/fs/cgroup/default/left0";
+    let run_dir = "/run/nacre/default/left0";
+    let socket = "/run/containerd/s/left0";
+    // The first one mounts the directory they are in.
+    run("ip", &["netns", "add", "left1"]).exits(0);
+    run("ip", &["netns", "del", "left1"]).exits(0);
     let before = Machine::now();
+
     run("ip", &["link", "add", "left0", "type", "dummy"]).exits(0);
-    let with_link = Machine::now();
+    run("ip", &["netns", "add", "left0"]).exits(0);
+    let mut command = Command::new("sleep");
+    let mut process = command.arg0("nacre-left0").arg("3600").spawn().unwrap();
+    for directory in [cgroup, run_dir] {
+        fs::create_dir_all(directory).unwrap();
+    }
+    run("mount", &["-t", "tmpfs", "left0", run_dir]).exits(0);
+    fs::create_dir_all("/run/containerd/s").unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    let with_all = Machine::now();
+
+    drop(listener);
+    fs::remove_file(socket).unwrap();
+    run("umount", &[run_dir]).exits(0);
+    for directory in [cgroup, run_dir] {
+        fs::remove_dir(directory).unwrap();
+    }
+    process.kill().unwrap();
+    process.wait().unwrap();
+    run("ip", &["netns", "del", "left0"]).exits(0);
     run("ip", &["link", "del", "left0"]).exits(0);
-    assert_ne!(before, with_link);
+
+    let expected = [
+        format!("cgroup {cgroup}"),
+        "interface /sys/class/net/left0".to_owned(),
+        format!("mount {run_dir}"),
+        "mount /run/netns/left0".to_owned(),
+        "netns /run/netns/left0".to_owned(),
+        format!("process {} nacre-left0 3600 ", process.id()),
+        format!("run directory {run_dir}"),
+        format!("socket {socket}"),
+    ];
+    assert_eq!(with_all.beyond(&before), expected);
     before.await_return();
 }
 
