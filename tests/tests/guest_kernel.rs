@@ -7,16 +7,20 @@ use std::process::Command;
 
 use nacre_tests::Said;
 
-/// `guest-kernel/build path`, with a cache of its own.
-fn path_with(source: &Path) -> Said {
+/// `guest-kernel/build`, with a cache of its own.
+fn build() -> Command {
     let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel/build");
-    Command::new(build)
-        .arg("path")
-        .env("KERNEL_SRC", source)
-        .env("XDG_CACHE_HOME", directory("cache"))
-        .output()
-        .unwrap()
-        .into()
+    let mut command = Command::new(build);
+    command.env("XDG_CACHE_HOME", directory("cache"));
+    command
+}
+
+fn path_with(source: &Path) -> Said {
+    said(build().arg("path").env("KERNEL_SRC", source))
+}
+
+fn said(command: &mut Command) -> Said {
+    command.output().unwrap().into()
 }
 
 fn directory(name: &str) -> PathBuf {
@@ -47,4 +51,83 @@ fn tree_of_the_user_is_a_kernel_of_its_own() {
     path_with(&tree)
         .exits(1)
         .complains(&["not built yet: make -C guest-kernel"]);
+}
+
+/// What the build asks of a source tree: an allnoconfig that takes the options,
+/// and a vmlinux with a PVH entry note (type 18 of Xen's).
+const TREE: &str = r#"
+allnoconfig:
+	grep -vx "$(REFUSED)" nacre.config > .config
+vmlinux:
+	echo built >> "$(JOURNAL)"
+	printf '.section .note.pvh,"a",@note\n.long 4,4,18\n.asciz "Xen"\n.long 0\n' | cc -c -x assembler - -o $@
+"#;
+
+#[test]
+fn second_build_costs_nothing() {
+    let tree = directory("tree-to-build");
+    let journal = directory("journals").join("builds");
+    let _ = fs::remove_dir_all(directory("cache-of-builds"));
+    let _ = fs::remove_file(&journal);
+    fs::write(tree.join("Kbuild"), "").unwrap();
+    fs::write(tree.join("Makefile"), TREE).unwrap();
+    let build_with = |refused: &str| {
+        let mut command = build();
+        command.env("XDG_CACHE_HOME", directory("cache-of-builds"));
+        command.env("KERNEL_SRC", &tree).env("JOURNAL", &journal);
+        said(command.env("REFUSED", refused))
+    };
+    build_with("CONFIG_VSOCKETS=y")
+        .exits(1)
+        .complains(&["the source did not take: CONFIG_VSOCKETS=y"]);
+    let first = build_with("").exits(0);
+    assert!(Path::new(first.stdout.trim()).exists(), "{first:#?}");
+    build_with("").exits(0).prints(&first.stdout);
+    assert_eq!(fs::read_to_string(&journal).unwrap(), "built\n");
+}
+
+/// The archive this host's apt uses is trusted as far as Debian's keys go.
+#[test]
+fn source_without_debian_s_signature_is_refused() {
+    let root = directory("archive");
+    let release = "Origin: Debian\nLabel: Debian\nSuite: trixie\nCodename: trixie\n\
+                   Components: main\nArchitectures: amd64\nSHA256:\n";
+    let packages = "Package: linux-source-6.12\nVersion: 6.12.0-1\nArchitecture: all\n\
+                    Filename: pool/linux-source.deb\nSize: 1\n";
+    for (name, text) in [
+        ("dists/trixie/Release", release),
+        ("dists/trixie/main/binary-amd64/Packages", packages),
+        (
+            "apt.list",
+            &*format!("deb [trusted=yes] file:{} trixie main\n", root.display()),
+        ),
+        (
+            "apt.conf",
+            &*format!(
+                "Dir::Etc::SourceList \"{0}/apt.list\"; Dir::Etc::SourceParts \"/dev/null\"; \
+                 Dir::State::Lists \"{0}/lists\"; Dir::Cache \"{0}/apt-cache\"; \
+                 APT::Sandbox::User \"root\";",
+                root.display()
+            ),
+        ),
+    ] {
+        fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+        fs::write(root.join(name), text).unwrap();
+    }
+    for name in ["lists/partial", "apt-cache/archives/partial"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    let conf = root.join("apt.conf");
+    said(
+        Command::new("apt-get")
+            .arg("update")
+            .env("APT_CONFIG", &conf),
+    )
+    .exits(0);
+    let mut command = build();
+    command.env("XDG_CACHE_HOME", directory("cache-of-archive"));
+    let _ = fs::remove_dir_all(directory("cache-of-archive"));
+    said(command.env("APT_CONFIG", &conf))
+        .exits(100)
+        .complains(&["is not signed"]);
 }
