@@ -103,12 +103,6 @@ impl AsFd for Channel {
     }
 }
 
-impl AsRawFd for Channel {
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
-    }
-}
-
 impl From<OwnedFd> for Channel {
     fn from(socket: OwnedFd) -> Self {
         Self {
@@ -251,6 +245,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
     use crate::vm::{Event, Request, StopReason};
 
     #[test]
@@ -300,6 +296,55 @@ mod tests {
             fds.push(fd.as_fd());
         }
         fds
+    }
+
+    /// Room for what the largest message carries, twice: sent and received.
+    fn allow_descriptors() {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, hard.min(4096), hard).unwrap();
+    }
+
+    #[test]
+    fn largest_message_arrives_and_a_larger_one_is_not_sent() {
+        allow_descriptors();
+        let (a, mut b) = Channel::pair().unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        // Two bytes are its quotation marks.
+        let text = "x".repeat(MAX_MESSAGE_BYTES - 2);
+        a.send(&text, &fds_of(MAX_FDS, &near)).unwrap();
+        let (received, mut fds) = b.recv::<String>().unwrap();
+        assert_eq!(received.len(), 131_070);
+        assert!(fds.take(FdIndex(1023)).is_ok());
+
+        let longer = format!("{text}x");
+        for (text, count) in [(&longer, 0), (&text, MAX_FDS + 1), (&longer, MAX_FDS + 1)] {
+            let refused = a.send(text, &fds_of(count, &near));
+            assert!(
+                matches!(refused, Err(ChannelError::TooLarge { bytes, fds })
+                    if bytes == text.len() + 2 && fds == count),
+                "{refused:?}"
+            );
+        }
+        drop(a);
+        assert!(matches!(b.recv::<String>(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn peer_that_sends_more_descriptors_is_refused() {
+        allow_descriptors();
+        let (a, mut b) = Channel::pair().unwrap();
+        for _ in 0..MAX_FDS / MAX_FDS_PER_PACKET {
+            let fds = [a.as_fd().as_raw_fd(); MAX_FDS_PER_PACKET];
+            a.send_packet(FDS_ONLY, &fds).unwrap();
+        }
+        let rest = [a.as_fd().as_raw_fd(); MAX_FDS % MAX_FDS_PER_PACKET + 1];
+        a.send_packet(FDS_ONLY, &rest).unwrap();
+        drop(a);
+        let refused = b.recv::<Event>();
+        assert!(
+            matches!(refused, Err(ChannelError::TooLarge { fds: 1025, .. })),
+            "{refused:?}"
+        );
     }
 
     #[test]

@@ -64,7 +64,7 @@ struct ChannelHolder(Channel);
 
 impl AsRawFd for ChannelHolder {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_raw_fd()
+        self.0.as_fd().as_raw_fd()
     }
 }
 
