@@ -51,14 +51,27 @@ impl Pod {
         let before = container.limits();
         let after = before.updated_by(&resources);
         let change = async {
-            container.set_limits(before.or_more(after));
-            self.fit(&turn, None).await?;
+            self.allow(&turn, &container, before.or_more(after)).await?;
             container.update(&resources).await
         };
         let result = change.await;
-        container.set_limits(if result.is_ok() { after } else { before });
-        let fitted = self.fit(&turn, None).await;
+        let limits = if result.is_ok() { after } else { before };
+        let fitted = self.allow(&turn, &container, limits).await;
         result.and(fitted)
+    }
+
+    /// Changes what is around a container to what it may use now.
+    async fn allow(
+        &self,
+        turn: &MutexGuard<'_, ()>,
+        container: &Container,
+        limits: Limits,
+    ) -> Result<(), TaskError> {
+        if container.limits() == limits {
+            return Ok(());
+        }
+        container.set_limits(limits);
+        self.fit(turn, None).await
     }
 
     /// Makes room for a container that joins a booted machine.
