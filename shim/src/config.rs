@@ -356,6 +356,14 @@ mod tests {
     }
 
     #[test]
+    fn unreadable_file_is_no_missing_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Config::load_from(directory.path()).unwrap_err();
+        let path = directory.path().display().to_string();
+        assert!(error.to_string().contains(&path), "{error}");
+    }
+
+    #[test]
     fn missing_file_means_defaults() {
         let config = Config::load_from(Path::new("/nonexistent/nacre.toml")).unwrap();
         assert_eq!(config, Config::default());

@@ -1,9 +1,14 @@
 //! `ctr task exec`, signals, `ctr task ps` and `ctr task metrics`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
+use serde_json::json;
+
+use crate::host::pid_of;
+use crate::limits::with_cgroup;
 
 #[test]
 fn output_exit_code_input_and_user() {
@@ -29,10 +34,10 @@ fn output_exit_code_input_and_user() {
 }
 
 #[test]
-fn ten_at_once() {
+fn thirty_at_once() {
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
-    let clients: Vec<_> = (0..10)
+    let clients: Vec<_> = (0..30)
         .map(|number| {
             let script = format!("echo {number}; exit {number}");
             let mut command = scene.exec_command(&id, &[], &["sh", "-c", &script]);
@@ -155,4 +160,105 @@ fn ps_and_metrics_make_sense() {
         metric(&scene, "cpu.usage_usec ") > before
     });
     assert!(metric(&scene, "pids.current ") >= 3.0);
+}
+
+/// Processor time of a process of the host, in clock ticks (proc_pid_stat(5)).
+fn ticks(pid: &str) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split(' ').collect();
+    fields[12].parse::<u64>().unwrap() + fields[13].parse::<u64>().unwrap()
+}
+
+/// Ticks the pod uses in two seconds.
+fn ticks_in_two_seconds(pid: &str) -> u64 {
+    let before = ticks(pid);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    ticks(pid) - before
+}
+
+#[test]
+fn paused_container_uses_no_processor_time() {
+    let mut scene = Scene::new();
+    let id = scene.start(&[], &["sh", "-c", "while :; do :; done"]);
+    let pid = pid_of(&scene, &id);
+    let running = ticks_in_two_seconds(&pid);
+    scene.ctr(&["task", "pause", &id]).exits(0);
+    assert_eq!(scene.status(&id).as_deref(), Some("PAUSED"));
+    let said = scene.exec(&id, &[], &["true"]);
+    said.exits(1).complains(&["it is paused"]);
+    let paused = ticks_in_two_seconds(&pid);
+    scene.ctr(&["task", "resume", &id]).exits(0);
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    let resumed = ticks_in_two_seconds(&pid);
+    println!("ticks in 2 s: {running} running, {paused} paused, {resumed} resumed");
+    assert!(paused * 10 < running.min(resumed));
+    scene.exec(&id, &[], &["true"]).exits(0);
+}
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// What `ctr task metrics` says lies within 5 % of what the guest's own files say
+/// before and after.
+#[test]
+fn metrics_are_those_of_the_guest_s_files() {
+    let mut scene = Scene::new();
+    let burn = "head -c 20m /dev/zero | tail -c 20m | sleep 3600 & \
+                cat /bin/busybox > /tmp/x; i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done; \
+                echo burnt > /tmp/done; sleep 3600";
+    let id = scene.start_spec(|spec| {
+        with_cgroup(spec);
+        spec["root"]["readonly"] = json!(false);
+        spec["process"]["args"] = json!(["sh", "-c", burn]);
+    });
+    eventually("the work is done", || {
+        let said = scene.exec(&id, &[], &["cat", "/tmp/done"]);
+        said.stdout == "burnt\n"
+    });
+    let files = |scene: &Scene| -> BTreeMap<String, f64> {
+        let script = "cd /sys/fs/cgroup; echo usage $(cat memory.current); echo current $(cat pids.current); cat cpu.stat memory.stat";
+        let said = scene.exec(&id, &[], &["sh", "-c", script]).exits(0);
+        let pairs = said.stdout.lines().filter_map(|line| line.split_once(' '));
+        pairs
+            .map(|(name, value)| (name.to_owned(), value.parse().unwrap()))
+            .collect()
+    };
+    let before = files(&scene);
+    let text = scene
+        .ctr(&["task", "metrics", "--format", "json", &id])
+        .exits(0)
+        .stdout;
+    let after = files(&scene);
+    let metrics: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let mut compared = BTreeSet::new();
+    for (section, values) in metrics.as_object().unwrap() {
+        for (name, value) in values.as_object().into_iter().flatten() {
+            let (Some(first), Some(last)) = (before.get(name), after.get(name)) else {
+                continue;
+            };
+            let (low, high) = (first.min(*last), first.max(*last));
+            let value = value.as_f64().unwrap();
+            println!("{section}.{name}: {value}, in the guest {low} to {high}");
+            // The exec that reads the files counts too: its processes and pages.
+            let slack = if section == "memory" { MIB } else { 2.0 };
+            assert!(
+                value >= low * 0.95 - slack && value <= high * 1.05 + slack,
+                "{section}.{name}: {value}, in the guest {low} to {high}"
+            );
+            compared.insert(name.as_str());
+        }
+    }
+    for name in [
+        "usage",
+        "anon",
+        "file",
+        "inactive_file",
+        "usage_usec",
+        "current",
+    ] {
+        assert!(compared.contains(name), "{name} not in {text}");
+    }
+    assert!(
+        metrics["memory"]["anon"].as_f64().unwrap() > 19.0 * MIB,
+        "{text}"
+    );
 }

@@ -79,7 +79,7 @@ fn rlimits_sysctls_groups_privileges_and_devices() {
 }
 
 /// A cgroup of the guest, mounted in the container.
-fn with_cgroup(spec: &mut serde_json::Value) {
+pub fn with_cgroup(spec: &mut serde_json::Value) {
     let mounts = spec["mounts"].as_array_mut().unwrap();
     mounts.push(json!({
         "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",

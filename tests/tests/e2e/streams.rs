@@ -8,7 +8,7 @@ use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 
-const BULK: usize = 64 << 20;
+const BULK: usize = 256 << 20;
 
 /// Bytes without a period that buffers could hide behind.
 fn bulk() -> Vec<u8> {
@@ -33,7 +33,7 @@ fn input_ends() {
 }
 
 #[test]
-fn sixty_four_mebibytes_each_way_at_once() {
+fn a_quarter_gibibyte_each_way_at_once() {
     let mut scene = Scene::new();
     let (_, mut command) = scene.command(BUSYBOX, &["--rm"], &["cat"]);
     let mut child = command
@@ -50,6 +50,10 @@ fn sixty_four_mebibytes_each_way_at_once() {
             drop(stdin);
         });
         let mut stdout = child.stdout.take().unwrap();
+        let mut some = (&mut stdout).take(BULK as u64 / 8);
+        some.read_to_end(&mut received).unwrap();
+        // Everything in between fills up and waits.
+        std::thread::sleep(std::time::Duration::from_secs(10));
         stdout.read_to_end(&mut received).unwrap();
     });
     assert!(child.wait().unwrap().success());
@@ -213,4 +217,32 @@ fn paused_client_does_not_wedge_the_pod() {
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
     assert_eq!(client.wait().unwrap().code(), Some(137));
+}
+
+/// An exec's client killed while both streams are in use: the process lives on,
+/// can be signalled and deleted, and the pod serves others.
+#[test]
+fn killed_client_takes_nothing_with_it() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let script = "cat & while :; do echo line; sleep 0.1; done";
+    for exec_id in ["first", "second"] {
+        let mut command = scene.exec_as(&id, exec_id, &[], &["sh", "-c", script]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut client = command.spawn().unwrap();
+        let mut some = [0; 64];
+        client.stdout.take().unwrap().read_exact(&mut some).unwrap();
+        client.kill().unwrap();
+        client.wait().unwrap();
+        scene
+            .exec(&id, &[], &["echo", "hi"])
+            .exits(0)
+            .prints("hi\n");
+        let kill = ["task", "kill", "-s", "KILL", "--exec-id", exec_id, &id];
+        scene.ctr(&kill).exits(0);
+        let delete = ["task", "rm", "--exec-id", exec_id, &id];
+        eventually("the exec can be deleted", || {
+            matches!(scene.ctr(&delete).code, Some(0 | 137))
+        });
+    }
 }

@@ -1,0 +1,86 @@
+//! Hooks on the host (runtime-spec, "POSIX-platform Hooks") and the network a
+//! hook makes, as nerdctl's do.
+
+use std::fs;
+use std::path::Path;
+
+use nacre_tests::Scene;
+use serde_json::{Value, json};
+
+const DIRECTORY: &str = "/tmp/e2e-hooks";
+
+/// A hook that runs a script with the state in `$state`.
+fn hook(script: &str) -> Value {
+    let script = format!("state=$(cat); {script}");
+    json!([{
+        "path": "/bin/sh",
+        "args": ["sh", "-c", script],
+        "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+    }])
+}
+
+/// Makes the interface eth0 in the network namespace of the state's process.
+const MAKE_NETWORK: &str = "
+    set -e; echo \"$state\" > /tmp/e2e-hooks/create
+    netns=$(echo \"$state\" | sed 's|.*\"nerdctl/network-namespace\":\"\\([^\"]*\\)\".*|\\1|')
+    pid=$(echo \"$state\" | sed 's|.*\"pid\":\\([0-9]*\\).*|\\1|')
+    ip link add hook0 type veth peer name eth0 netns $pid
+    ip addr add 10.99.0.1/24 dev hook0
+    ip link set hook0 up
+    inside() { nsenter --net=$netns \"$@\"; }
+    inside ip addr add 10.99.0.2/24 dev eth0
+    inside ip link set eth0 up
+    inside ip route add default via 10.99.0.1
+";
+
+fn scene() -> Scene {
+    let _ = fs::remove_dir_all(DIRECTORY);
+    fs::create_dir(DIRECTORY).unwrap();
+    Scene::new()
+}
+
+fn state(name: &str) -> Value {
+    let path = Path::new(DIRECTORY).join(name);
+    let text = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&text).unwrap()
+}
+
+#[test]
+fn network_made_by_a_hook() {
+    let mut scene = scene();
+    let script = "ip -o addr show eth0; ping -c 1 -w 20 10.99.0.1; ip route";
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({
+            "createRuntime": hook(MAKE_NETWORK),
+            "poststop": hook("echo \"$state\" > /tmp/e2e-hooks/stop"),
+        });
+        spec["annotations"] = json!({"to-be": "seen"});
+        spec["process"]["args"] = json!(["sh", "-c", script]);
+    });
+    let said = said.exits(0);
+    for expected in [
+        "inet 10.99.0.2/24",
+        "1 packets received",
+        "default via 10.99.0.1",
+    ] {
+        assert!(said.stdout.contains(expected), "{said:#?}");
+    }
+    let created = state("create");
+    let id = created["id"].as_str().unwrap();
+    assert_eq!(created["status"], "creating");
+    assert_eq!(created["annotations"]["to-be"], "seen");
+    let bundle = created["bundle"].as_str().unwrap();
+    assert!(id.starts_with("e2e-") && bundle.ends_with(id), "{created}");
+    let stopped = state("stop");
+    assert_eq!(stopped["status"], "stopped");
+    assert_eq!(stopped["id"], created["id"]);
+}
+
+#[test]
+fn hook_that_fails_fails_the_container() {
+    let mut scene = scene();
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({"createRuntime": hook("echo no bridge >&2; exit 3")});
+    });
+    said.exits(1).complains(&["/bin/sh", "no bridge"]);
+}

@@ -1,0 +1,92 @@
+//! Streams that go to files and logging programs of the host.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nacre_tests::{Scene, eventually};
+
+const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000; exit 7";
+
+/// Runs [`SCRIPT`] with its output going to `uri`.
+fn run_to(scene: &mut Scene, uri: &str) {
+    let id = scene.start(&["--log-uri", uri], &["sh", "-c", SCRIPT]);
+    scene.await_status(&id, "STOPPED");
+    let said = scene.ctr(&["task", "rm", &id]).exits(0);
+    said.complains(&["exit with non-zero exit code 7"]);
+}
+
+fn logger(path: &str, script: &str) -> String {
+    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    format!("binary://{path}")
+}
+
+#[test]
+fn file_gets_both_outputs() {
+    let mut scene = Scene::new();
+    let path = "/tmp/e2e-log";
+    let _ = fs::remove_file(path);
+    run_to(&mut scene, &format!("file://{path}"));
+    let text = fs::read_to_string(path).unwrap();
+    let mut firsts: Vec<&str> = text
+        .lines()
+        .filter(|line| line.len() == 3)
+        .take(2)
+        .collect();
+    firsts.sort_unstable();
+    assert_eq!(firsts, ["err", "out"]);
+    assert!(
+        text.ends_with("\n100000\n") || text.ends_with("\nerr\n"),
+        "{}",
+        text.len()
+    );
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn program_gets_the_outputs_apart() {
+    let mut scene = Scene::new();
+    let directory = Path::new("/tmp/e2e-logger");
+    let _ = fs::remove_dir_all(directory);
+    fs::create_dir(directory).unwrap();
+    let program = logger(
+        "/tmp/e2e-logger/program",
+        "cd /tmp/e2e-logger; echo $1 $2 $CONTAINER_NAMESPACE > for\n\
+         exec 5>&-\ncat <&4 > err & cat <&3 > out; wait; touch done",
+    );
+    run_to(&mut scene, &format!("{program}?tag=one"));
+    let file = |name: &str| fs::read_to_string(directory.join(name)).unwrap();
+    eventually("the logger has ended", || directory.join("done").exists());
+    assert_eq!(file("for"), "tag one default\n");
+    assert_eq!(file("err"), "err\n");
+    let out = file("out");
+    assert!(
+        out.starts_with("out\n1\n") && out.ends_with("\n100000\n"),
+        "{}",
+        out.len()
+    );
+    fs::remove_dir_all(directory).unwrap();
+}
+
+/// The container's output has nowhere to go; the container itself goes on.
+#[test]
+fn program_that_dies_takes_no_container_with_it() {
+    let mut scene = Scene::new();
+    let path = "/tmp/e2e-logger-dies";
+    let program = logger(path, "exec 5>&-; read line <&3; exit 1");
+    run_to(&mut scene, &program);
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn program_that_is_not_there_is_named() {
+    let mut scene = Scene::new();
+    let (_, mut command) = scene.command(
+        nacre_tests::BUSYBOX,
+        &["-d", "--log-uri", "binary:///none/logger"],
+        &["true"],
+    );
+    let said: nacre_tests::Said = command.output().unwrap().into();
+    said.exits(1).complains(&["/none/logger", "No such file"]);
+}
