@@ -22,6 +22,7 @@
 
 pub mod boot;
 pub mod cgroup;
+pub mod clock;
 pub mod container;
 pub mod disk;
 pub mod engine;

@@ -18,9 +18,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::boot;
 use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
+use crate::clock;
 use crate::container::{Container, Parts, Process};
 use crate::engine::init::{Kind, Request};
-use crate::engine::sys;
 use crate::error::{Context, Error, Result};
 use crate::network::Network;
 use crate::reaper::{Exit, Reaper};
@@ -99,9 +99,6 @@ impl Sandbox {
     ///
     /// Those of the steps.
     pub async fn configure(&self, request: ConfigureSandboxRequest) -> Result<()> {
-        if request.time_seconds != 0 && self.mode == Mode::Guest {
-            sys::set_time(request.time_seconds, request.time_nanos).context("set the clock")?;
-        }
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname)
                 .with_context(|| format!("set hostname {:?}", request.hostname))?;
@@ -120,6 +117,18 @@ impl Sandbox {
                 .map_err(|error| Error::Internal(error.to_string()))??;
         }
         Ok(())
+    }
+
+    /// Moves the guest's clock.
+    ///
+    /// # Errors
+    ///
+    /// Those of adjtimex(2).
+    pub fn adjust_clock(&self, by_ns: i64) -> Result<()> {
+        match self.mode {
+            Mode::Guest => clock::adjust(by_ns).context("adjust the clock"),
+            Mode::Serve => Ok(()),
+        }
     }
 
     /// Makes a container up to the execution of its process; returns its PID.

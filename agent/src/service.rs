@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use nacre_protocol::agent::{
-    ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, Empty, Event, ExecRequest,
-    ListProcessesResponse, OomKill, ProcessRequest, ProcessStarted, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, Empty,
+    Event, ExecRequest, ListProcessesResponse, OomKill, PingResponse, ProcessRequest,
+    ProcessStarted, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateRequest,
+    WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 
+use crate::clock;
 use crate::error::Error;
 use crate::sandbox::Sandbox;
 use crate::stdio;
@@ -161,7 +163,19 @@ impl Agent for Service {
         Ok(event)
     }
 
-    async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+    async fn ping(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<PingResponse> {
+        Ok(PingResponse {
+            time_ns: clock::now_ns(),
+            ..PingResponse::default()
+        })
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.0.adjust_clock(request.by_ns)?;
         Ok(Empty::default())
     }
 

@@ -21,6 +21,7 @@ mod sizing;
 #[cfg(test)]
 mod tests;
 mod vm_host;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -28,14 +29,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
-use nacre_protocol::agent::{ConfigureSandboxRequest, Empty};
+use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::{error, info};
+use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
@@ -479,36 +480,6 @@ impl Sandbox {
         }
     }
 
-    /// Asks the guest again and again whether it lives, and ends its machine if it
-    /// does not answer for `timeout`; returns when the machine is dead. Without a
-    /// timeout the guest is not asked.
-    pub async fn watch(&self, timeout: Duration) {
-        let Some(agent) = self.agent().filter(|_| !timeout.is_zero()) else {
-            return;
-        };
-        let (period, empty) = (timeout / 2, Empty::default());
-        let ask = async {
-            loop {
-                tokio::time::sleep(period).await;
-                let context = ttrpc::context::Context::default();
-                let ping = agent.ping(context, &empty);
-                if tokio::time::timeout(period, ping).await.is_err() {
-                    return;
-                }
-            }
-        };
-        tokio::select! {
-            () = ask => (),
-            _ = self.stopped() => return,
-        }
-        error!(
-            seconds = timeout.as_secs(),
-            "the guest hangs: no answer to a ping; its machine is ended"
-        );
-        self.machine.kill();
-        self.stopped().await;
-    }
-
     /// Ends a machine whose agent is gone. Most likely the guest is about to end
     /// by itself, and then says why: it gets a moment for that.
     pub async fn give_up(&self) {
@@ -520,12 +491,4 @@ impl Sandbox {
             self.stopped().await;
         }
     }
-}
-
-/// The current time as the agent takes it.
-fn with_time(mut request: ConfigureSandboxRequest) -> ConfigureSandboxRequest {
-    let now = crate::events::timestamp(std::time::SystemTime::now());
-    request.time_seconds = now.seconds;
-    request.time_nanos = now.nanos.unsigned_abs();
-    request
 }

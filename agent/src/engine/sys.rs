@@ -453,21 +453,6 @@ pub fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
-/// Sets CLOCK_REALTIME.
-///
-/// # Errors
-///
-/// Those of clock_settime(2).
-pub fn set_time(seconds: i64, nanos: u32) -> io::Result<()> {
-    let time = libc::timespec {
-        tv_sec: seconds,
-        tv_nsec: nanos.into(),
-    };
-    // SAFETY: the structure outlives the call.
-    Errno::result(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) })?;
-    Ok(())
-}
-
 /// Replaces the process image. Returns only to report an error.
 #[must_use]
 pub fn exec(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {

@@ -122,6 +122,18 @@ impl FakeMachine {
         pings.wait_for(|pings| *pings >= count).await.unwrap();
     }
 
+    /// Puts the guest's clock ahead of the host's by `ns`; returns once it was
+    /// brought back to within a second.
+    pub async fn clock_is_corrected_by(&self, ns: i64) {
+        let Streams::Scripted(agent) = &self.streams else {
+            return std::future::pending().await;
+        };
+        agent.clock_ahead_ns.send_replace(ns);
+        let mut ahead = agent.clock_ahead_ns.subscribe();
+        let right = |ns: &i64| ns.unsigned_abs() < 1_000_000_000;
+        ahead.wait_for(right).await.unwrap();
+    }
+
     /// From now on the guest answers no ping.
     pub fn hang(&self) {
         if let Streams::Scripted(agent) = &self.streams {

@@ -27,7 +27,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
 use super::sizing::{Size, host_limits, memory_of, size_of};
-use super::{ContainerConfig, MemorySize, Sandbox, SandboxError, cmdline, with_time};
+use super::{ContainerConfig, MemorySize, Sandbox, SandboxError, cmdline};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::error::chain;
@@ -228,7 +228,7 @@ impl VmHost {
             boot_mib: size.memory_mib,
             growth_mib: size.growth_mib,
         };
-        sandbox.attach(timeout, &with_time(request), memory).await
+        sandbox.attach(timeout, &request, memory).await
     }
 
     /// See [`super::Host::hang_timeout`].

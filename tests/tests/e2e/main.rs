@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod boot;
+mod clock;
 mod death;
 mod exec;
 mod failures;

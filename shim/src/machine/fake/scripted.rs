@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
 use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use nacre_protocol::agent::*;
@@ -42,6 +43,8 @@ pub struct Agent {
     pub hung: watch::Sender<bool>,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
+    /// By how much the guest's clock is ahead of the host's.
+    pub clock_ahead_ns: watch::Sender<i64>,
     journal: Journal,
 }
 
@@ -287,11 +290,22 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn ping(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+    async fn ping(&self, _: &TtrpcContext, _: Empty) -> Result<PingResponse> {
         if *self.0.hung.borrow() {
             std::future::pending::<()>().await;
         }
         self.0.pings.send_modify(|pings| *pings += 1);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let ahead = *self.0.clock_ahead_ns.borrow();
+        Ok(PingResponse {
+            time_ns: i64::try_from(now.as_nanos()).unwrap() + ahead,
+            ..Default::default()
+        })
+    }
+
+    async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> Result<Empty> {
+        let ahead = &self.0.clock_ahead_ns;
+        ahead.send_modify(|ahead| *ahead += request.by_ns);
         Ok(Empty::new())
     }
 
