@@ -23,6 +23,7 @@ pub mod memory;
 pub mod monitor;
 pub mod pci;
 pub mod power;
+pub mod pstore;
 pub mod serial;
 pub mod stop;
 #[cfg(test)]

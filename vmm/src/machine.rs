@@ -20,6 +20,7 @@ use crate::layout;
 use crate::memory::MemoryError;
 use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Window};
 use crate::power::{Power, PvPanic};
+use crate::pstore;
 use crate::serial::Serial;
 use crate::stop::{Outcome, Stop};
 use crate::vcpu::{self, Buses, Cpuid, Exits, MAX_VCPUS, Vcpu, VcpuError, VcpuThread};
@@ -116,7 +117,7 @@ impl Machine {
         let mut payload = Payload {
             kernel: &mut kernel,
             initrd: &mut initrd,
-            cmdline: &parts.cmdline,
+            cmdline: &format!("{} {}", parts.cmdline, pstore::parameters()),
         };
         let loaded = boot::load(&parts.ram, &mut payload)?;
         acpi::write(&parts.ram, &platform)?;
@@ -155,7 +156,7 @@ impl Machine {
             threads: Vec::with_capacity(self.vcpus.len()),
             root: self.root,
             stop: self.stop,
-            _vm: self.vm,
+            vm: self.vm,
         };
         for vcpu in self.vcpus {
             match vcpu.start(self.buses.clone(), running.stop.clone()) {
@@ -175,7 +176,7 @@ pub struct Running {
     threads: Vec<VcpuThread>,
     root: Arc<PciRoot>,
     stop: Arc<Stop>,
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
 }
 
 impl Running {
@@ -183,6 +184,12 @@ impl Running {
     #[must_use]
     pub fn stop_handle(&self) -> &Arc<Stop> {
         &self.stop
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.vm.memory()
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Request, VmConfig};
+use nacre_protocol::vm::{Event, Request, StopReason, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -27,6 +27,7 @@ use crate::jail::{self, JailError};
 use crate::layout::MIB;
 use crate::machine::{Machine, MachineError, Parts, Running};
 use crate::memory::{self, MemoryError};
+use crate::pstore;
 use crate::stop::Outcome;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
@@ -105,9 +106,16 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     if matches!(result, Err(MonitorError::Channel(ChannelError::Closed))) {
         return result.map(drop);
     }
+    let memory = running.memory().clone();
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
-    report(channel, result?)
+    let outcome = result?;
+    if outcome == Outcome::Stopped(StopReason::Panic) {
+        for line in pstore::last_words(&memory) {
+            tracing::warn!("guest kernel: {line}");
+        }
+    }
+    report(channel, outcome)
 }
 
 fn build(

@@ -57,7 +57,7 @@ impl BusDevice for PvPanic {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         if data.first().is_some_and(|events| events & PANICKED != 0) {
-            self.0.set(Outcome::Stopped(StopReason::Panic));
+            self.0.panicked();
         }
     }
 }
@@ -83,7 +83,11 @@ mod tests {
     #[test]
     fn reset_and_panic_are_told_apart() {
         let reset = outcome_of(|stop| Power(stop).write(2, &[1]));
-        let panic = outcome_of(|stop| PvPanic(stop).write(0, &[1]));
+        let panic = outcome_of(|stop| {
+            PvPanic(stop.clone()).write(0, &[1]);
+            assert_eq!(stop.outcome(), None, "it has last words to say");
+            Power(stop).write(2, &[1]);
+        });
         assert_eq!(reset, Some(Outcome::Stopped(StopReason::Reboot)));
         assert_eq!(panic, Some(Outcome::Stopped(StopReason::Panic)));
     }

@@ -4,9 +4,9 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, Scene, eventually, run};
+use nacre_tests::{BUSYBOX, CONTAINERD_2, Scene, eventually, run};
 
 use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
@@ -89,6 +89,88 @@ fn of_the_shim() {
         scene.status(&id).is_none_or(|status| status == "STOPPED")
     });
     println!("containerd noticed after {:.1?}", since.elapsed());
+}
+
+/// Moments after a process is there: the steps of a start lie between them.
+const MOMENTS_MS: [u64; 6] = [0, 100, 300, 700, 1500, 3000];
+
+/// A process of a pod, by its name in the pod's state, as soon as there is one.
+fn process_of(id: &str, name: &str) -> String {
+    let path = format!("/run/nacre/default/{id}/state.json");
+    let mut pid = None;
+    eventually(&format!("{id} has a {name}"), || {
+        let state = fs::read(&path).unwrap_or_default();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap_or_default();
+        pid = state[name]["pid"].as_u64();
+        pid.is_some()
+    });
+    pid.unwrap().to_string()
+}
+
+/// Waits for a client whose pod was hit, and for containerd to know. Whether the
+/// client had its answer before is a matter of the moment.
+fn returns(scene: &Scene, id: &str, mut client: Child, what: &str) {
+    let since = Instant::now();
+    let code = client.wait().unwrap().code();
+    eventually("containerd has noticed", || {
+        scene.status(id).is_none_or(|status| status == "STOPPED")
+    });
+    println!(
+        "{what}: client exits with {code:?}, {:.1?}",
+        since.elapsed()
+    );
+}
+
+#[test]
+fn of_shim_and_monitor_while_a_container_starts() {
+    for name in ["daemon", "monitor"] {
+        for moment in MOMENTS_MS {
+            let mut scene = Scene::new();
+            let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
+            let client = spawn(command);
+            let pid = process_of(&id, name);
+            std::thread::sleep(Duration::from_millis(moment));
+            kill(&pid);
+            returns(&scene, &id, client, &format!("{name} after {moment} ms"));
+        }
+    }
+}
+
+#[test]
+fn of_the_monitor_while_an_exec_starts() {
+    for moment in MOMENTS_MS {
+        let mut scene = Scene::new();
+        let id = scene.start_sleeper(&[]);
+        let pid = pid_of(&scene, &id);
+        let client = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
+        std::thread::sleep(Duration::from_millis(moment / 3));
+        kill(&pid);
+        returns(&scene, &id, client, &format!("after {} ms", moment / 3));
+    }
+}
+
+#[test]
+fn of_shim_and_monitor_while_a_container_is_deleted() {
+    for name in ["daemon", "monitor"] {
+        for moment in MOMENTS_MS {
+            let mut scene = Scene::new();
+            let id = scene.start_sleeper(&[]);
+            let pid = process_of(&id, name);
+            scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+            scene.await_status(&id, "STOPPED");
+            let delete = CONTAINERD_2.command(&["task", "rm", &id]);
+            let client = spawn(delete);
+            std::thread::sleep(Duration::from_millis(moment / 10));
+            // It may be gone by then.
+            run("kill", &["-9", &pid]);
+            returns(
+                &scene,
+                &id,
+                client,
+                &format!("{name} after {} ms", moment / 10),
+            );
+        }
+    }
 }
 
 /// containerd killed, until this is dropped at the latest.
@@ -190,24 +272,31 @@ fn line_of(reader: &mut impl BufRead) -> String {
 #[test]
 fn of_every_process_in_the_guest() {
     let pod = Pod::start(&["--privileged"]);
-    let since = Instant::now();
-    let kill = ["sh", "-c", "echo i > /proc/sysrq-trigger; sleep 3600"];
-    pod.scene.exec(&pod.id, &[], &kill).exits(LOST);
+    let since = end_by(&pod, "echo i > /proc/sysrq-trigger");
     pod.ends(since);
+}
+
+/// Runs what ends a guest, in a shell of an exec.
+fn end_by(pod: &Pod, script: &str) -> Instant {
+    let since = Instant::now();
+    let script = format!("{script}; sleep 3600");
+    let said = pod.scene.exec(&pod.id, &[], &["sh", "-c", &script]);
+    said.exits(LOST);
+    since
+}
+
+#[track_caller]
+fn log_has(id: &str, text: &str) {
+    let log = run("nacre", &["logs", id]).exits(0).stdout;
+    assert!(log.contains(text), "no {text:?} in {log}");
 }
 
 #[test]
 fn of_the_guest_by_a_panic() {
-    let _console = Changed::new("debug_console", "true");
     let pod = Pod::start(&["--privileged"]);
-    let id = pod.id.clone();
-    let since = Instant::now();
-    let crash = ["sh", "-c", "echo c > /proc/sysrq-trigger"];
-    pod.scene.exec(&id, &[], &crash).exits(LOST);
-    let log = run("nacre", &["logs", &id]).exits(0).stdout;
-    assert!(log.contains("the guest kernel panicked"), "{log}");
-    let console = run("nacre", &["logs", "--console", &id]).exits(0).stdout;
-    assert!(console.contains("sysrq triggered crash"), "{console}");
+    let since = end_by(&pod, "echo c > /proc/sysrq-trigger");
+    log_has(&pod.id, "the guest kernel panicked");
+    log_has(&pod.id, "Kernel panic - not syncing: sysrq triggered crash");
     pod.ends(since);
 }
 
@@ -228,12 +317,13 @@ fn of_the_guest_by_a_hang() {
 
 #[test]
 fn of_the_guest_by_power_off() {
+    let _console = Changed::new("debug_console", "true");
     let pod = Pod::start(&["--privileged"]);
-    let id = pod.id.clone();
-    let since = Instant::now();
-    let off = ["sh", "-c", "echo o > /proc/sysrq-trigger; sleep 3600"];
-    pod.scene.exec(&id, &[], &off).exits(LOST);
-    let log = run("nacre", &["logs", &id]).exits(0).stdout;
-    assert!(log.contains("the guest powered off"), "{log}");
+    let since = end_by(&pod, "echo o > /proc/sysrq-trigger");
+    log_has(&pod.id, "the guest powered off");
+    let console = run("nacre", &["logs", "--console", &pod.id])
+        .exits(0)
+        .stdout;
+    assert!(console.contains("sysrq: Power Off"), "{console}");
     pod.ends(since);
 }

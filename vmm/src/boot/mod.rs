@@ -189,8 +189,8 @@ fn write_start_info(memory: &GuestMemory, module: hvm_modlist_entry) -> Result<(
     Ok(())
 }
 
-/// RAM, less the legacy hole with the ACPI tables; ECAM is reserved because
-/// Linux uses it only then.
+/// RAM, less the legacy hole with the ACPI tables and the place for last words;
+/// ECAM is reserved because Linux uses it only then.
 fn memory_map(memory: &GuestMemory) -> Vec<hvm_memmap_table_entry> {
     let entry = |start: u64, end: u64, type_| hvm_memmap_table_entry {
         addr: start,
@@ -198,8 +198,11 @@ fn memory_map(memory: &GuestMemory) -> Vec<hvm_memmap_table_entry> {
         type_,
         reserved: 0,
     };
+    let pstore_end = layout::PSTORE + layout::PSTORE_SIZE;
     let mut map = vec![
-        entry(0, layout::LOW_RAM_END, TYPE_RAM),
+        entry(0, layout::PSTORE, TYPE_RAM),
+        entry(layout::PSTORE, pstore_end, TYPE_RESERVED),
+        entry(pstore_end, layout::LOW_RAM_END, TYPE_RAM),
         entry(layout::ACPI_TABLES, layout::HIGH_RAM_START, TYPE_RESERVED),
         entry(
             layout::ECAM_START,

@@ -63,7 +63,7 @@ fn memory_map_is_sorted_and_disjoint() {
         .sum();
     assert_eq!(
         ram,
-        4096 * layout::MIB - (layout::HIGH_RAM_START - layout::LOW_RAM_END)
+        4096 * layout::MIB - (layout::HIGH_RAM_START - layout::LOW_RAM_END) - layout::PSTORE_SIZE
     );
 }
 
