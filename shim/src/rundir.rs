@@ -98,6 +98,9 @@ impl State {
     }
 }
 
+/// In a bundle, a link to what `run_dir` was.
+const ROOT_LINK: &str = "nacre-run-dir";
+
 /// A pod's run directory.
 #[derive(Debug, Clone)]
 pub struct RunDir {
@@ -120,6 +123,33 @@ impl RunDir {
             namespace: namespace.to_owned(),
             id: id.to_owned(),
         })
+    }
+
+    /// That of a pod whose first container has the bundle `bundle`, wherever the
+    /// configuration said it was when the pod was made; `root` if that is not known.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::new`].
+    pub fn of_bundle(
+        bundle: &Path,
+        root: &Path,
+        namespace: &str,
+        id: &str,
+    ) -> Result<Self, RunDirError> {
+        let remembered = fs::read_link(bundle.join(ROOT_LINK));
+        let root = remembered.as_deref().unwrap_or(root);
+        Self::new(root, namespace, id)
+    }
+
+    /// Has [`Self::of_bundle`] find this one.
+    ///
+    /// # Errors
+    ///
+    /// Those of symlink(2).
+    pub fn remember(&self, bundle: &Path) -> Result<(), RunDirError> {
+        let link = bundle.join(ROOT_LINK);
+        symlink(&self.root, &link).map_err(io_error("make", &link))
     }
 
     /// The directory.

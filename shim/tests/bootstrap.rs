@@ -30,8 +30,7 @@ impl Host {
         let host = Self {
             directory: tempfile::tempdir().unwrap(),
         };
-        let config = format!("run_dir = {:?}\n", host.path("run"));
-        std::fs::write(host.path("nacre.toml"), config).unwrap();
+        host.configure("run");
         std::fs::create_dir(host.path("bundle")).unwrap();
         std::fs::write(
             host.path("bundle/config.json"),
@@ -40,6 +39,11 @@ impl Host {
         .unwrap();
         std::fs::create_dir(host.path("bundle/rootfs")).unwrap();
         Some(host)
+    }
+
+    fn configure(&self, run_dir: &str) {
+        let config = format!("run_dir = {:?}\n", self.path(run_dir));
+        std::fs::write(self.path("nacre.toml"), config).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -149,6 +153,8 @@ fn delete_ends_a_daemon_and_can_be_repeated() {
     let Some(host) = Host::new() else { return };
     let address = host.start("pod");
     let witness = connect(&address);
+    // What is configured since concerns later pods.
+    host.configure("elsewhere");
     for _ in 0..2 {
         let answer = host.run("pod", "delete", b"");
         let response = DeleteResponse::parse_from_bytes(&answer).unwrap();

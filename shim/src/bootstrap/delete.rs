@@ -23,8 +23,15 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     // A mistake made in the configuration since must not keep a pod alive.
     let config = Config::load().unwrap_or_default();
     // A bundle without a readable config.json must not keep a pod alive.
-    let group = group_of(&args.bundle()?, &args.id).unwrap_or_else(|_| args.id.clone());
-    let run_dir = RunDir::new(&config.run_dir, &args.namespace, &group)?;
+    let bundle = args.bundle()?;
+    let group = group_of(&bundle, &args.id).unwrap_or_else(|_| args.id.clone());
+    // containerd keeps the bundles of a namespace side by side.
+    let first = if group == args.id {
+        bundle
+    } else {
+        bundle.with_file_name(&group)
+    };
+    let run_dir = RunDir::of_bundle(&first, &config.run_dir, &args.namespace, &group)?;
     let state = run_dir.load().ok().flatten().unwrap_or_default();
     let daemon_alive = state.daemon.is_some_and(Proc::is_alive);
     if !daemon_alive || group == args.id {

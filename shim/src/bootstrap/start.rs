@@ -155,6 +155,7 @@ fn spawn(
     let config = Config::load()?;
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, group)?;
     run_dir.create()?;
+    run_dir.remember(bundle)?;
     let log = run_dir.open_log()?;
     let exe = std::env::current_exe().map_err(BootstrapError::io("find this program"))?;
     let mut command = Command::new(exe);

@@ -59,6 +59,9 @@ enum Command {
         /// Print the guest's console instead (needs `debug_console = true`).
         #[arg(long)]
         console: bool,
+        /// Go on with what is yet to come, until the pod is gone.
+        #[arg(short, long)]
+        follow: bool,
     },
 }
 
@@ -71,9 +74,16 @@ pub fn run() -> ExitCode {
             .map_err(CliError::from)
             .and_then(|config| pods::list(&config.run_dir, &mut out))
             .map(|()| true),
-        Command::Logs { pod, console } => Config::load()
+        Command::Logs {
+            pod,
+            console,
+            follow,
+        } => Config::load()
             .map_err(CliError::from)
-            .and_then(|config| pods::logs(&config.run_dir, &pod, console, &mut out))
+            .and_then(|config| {
+                let wanted = pods::Wanted { console, follow };
+                pods::logs(&config.run_dir, &pod, wanted, &mut out)
+            })
             .map(|()| true),
     };
     match result {

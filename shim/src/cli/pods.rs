@@ -3,7 +3,11 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::CliError;
 use crate::rundir::{Proc, State};
@@ -44,22 +48,74 @@ pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError>
     print_table(out, &rows).map_err(CliError::Write)
 }
 
+/// What of a pod's log is wanted.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Wanted {
+    /// The guest's console instead.
+    pub console: bool,
+    /// What is yet to come, too, until the pod is gone.
+    pub follow: bool,
+}
+
 /// Prints a pod's log or console.
 pub(super) fn logs(
     run_dir: &Path,
     pod: &str,
-    console: bool,
+    wanted: Wanted,
     out: &mut impl Write,
 ) -> Result<(), CliError> {
     let pods = pods(run_dir)?;
-    let file = if console { CONSOLE_FILE } else { LOG_FILE };
+    let file = if wanted.console {
+        CONSOLE_FILE
+    } else {
+        LOG_FILE
+    };
     let path = select(&pods, pod)?.dir.join(file);
     let read = |source| CliError::Read {
         path: path.clone(),
         source,
     };
     let mut log = fs::File::open(&path).map_err(read)?;
-    io::copy(&mut log, out).map(drop).map_err(CliError::Write)
+    if !wanted.follow {
+        return io::copy(&mut log, out).map(drop).map_err(CliError::Write);
+    }
+    let changes = Changes::of(&path).map_err(read)?;
+    loop {
+        // Before the rest is read, or the end could be missed.
+        let is_gone = log.metadata().map_err(read)?.nlink() == 0;
+        io::copy(&mut log, out)
+            .and_then(|_| out.flush())
+            .map_err(CliError::Write)?;
+        if is_gone {
+            return Ok(());
+        }
+        changes.wait().map_err(read)?;
+    }
+}
+
+/// Tells when a file was written or removed (inotify(7)).
+struct Changes(Inotify);
+
+impl Changes {
+    fn of(path: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+        // A file that is removed while it is open changes its link count.
+        let what = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_ATTRIB;
+        inotify.add_watch(path, what)?;
+        Ok(Self(inotify))
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        loop {
+            match self.0.read_events() {
+                Err(Errno::EINTR) => (),
+                events => {
+                    events?;
+                    return Ok(());
+                }
+            }
+        }
+    }
 }
 
 /// The pods with a readable state, by namespace and id.
@@ -206,6 +262,8 @@ fn print_table(out: &mut impl Write, rows: &[[String; 7]]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::io::Read;
 
     /// A run directory with one pod whose monitor is this test's process.
     fn run_dir(ids: &[&str]) -> tempfile::TempDir {
@@ -250,12 +308,45 @@ mod tests {
         let dir = run_dir(&["abc", "abd", "xyz"]);
         let text = |pod: &str| {
             let mut out = Vec::new();
-            logs(dir.path(), pod, false, &mut out).map(|()| String::from_utf8(out).unwrap())
+            logs(dir.path(), pod, Wanted::default(), &mut out)
+                .map(|()| String::from_utf8(out).unwrap())
         };
         assert_eq!(text("x").unwrap(), "log of xyz\n");
         assert_eq!(text("abd").unwrap(), "log of abd\n");
         assert!(matches!(text("ab"), Err(CliError::Ambiguous(_))));
         assert!(matches!(text("q"), Err(CliError::NoPod(_))));
+    }
+
+    #[test]
+    fn logs_are_followed_until_the_pod_is_gone() {
+        let dir = run_dir(&["abc"]);
+        let (mut read, mut write) = io::pipe().unwrap();
+        let path = dir.path().to_owned();
+        let follower = std::thread::spawn(move || {
+            let wanted = Wanted {
+                follow: true,
+                ..Wanted::default()
+            };
+            logs(&path, "abc", wanted, &mut write)
+        });
+        let mut expect = |text: &str| {
+            let mut bytes = vec![0; text.len()];
+            read.read_exact(&mut bytes).unwrap();
+            assert_eq!(String::from_utf8(bytes).unwrap(), text);
+        };
+        expect("log of abc\n");
+        let pod = dir.path().join("k8s.io/abc");
+        let mut log = File::options().append(true).open(pod.join(LOG_FILE));
+        let log = log.as_mut().unwrap();
+        for line in ["one\n", "two\n"] {
+            log.write_all(line.as_bytes()).unwrap();
+            expect(line);
+        }
+        log.write_all(b"last\n").unwrap();
+        fs::remove_dir_all(pod).unwrap();
+        expect("last\n");
+        follower.join().unwrap().unwrap();
+        assert_eq!(read.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

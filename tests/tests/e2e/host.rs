@@ -169,7 +169,16 @@ fn nacre_ps_and_logs_know_the_pod() {
     run("nacre", &["logs", "no-such-pod"])
         .exits(1)
         .complains(&["no-such-pod"]);
+    let mut follow = Command::new("nacre");
+    follow.args(["logs", "-f", &id]).stdout(Stdio::piped());
+    let follower = follow.spawn().unwrap();
     scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+    let followed = follower.wait_with_output().unwrap();
+    let text = String::from_utf8(followed.stdout).unwrap();
+    assert!(
+        followed.status.success() && text.contains("exited"),
+        "{text}"
+    );
     let said = run("nacre", &["ps"]).exits(0);
     assert!(!said.stdout.contains(&id), "{said:#?}");
 }

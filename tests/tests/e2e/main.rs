@@ -8,6 +8,7 @@ mod exec;
 mod failures;
 mod hooks;
 mod host;
+mod inputs;
 mod limits;
 mod loggers;
 mod network;
