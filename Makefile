@@ -15,7 +15,7 @@ LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench soak lab e2e install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -87,6 +87,13 @@ bench: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-bench
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
 	@$(LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
+
+# One pod after another for so many seconds, ended in every way a pod may end.
+SOAK_SECONDS ?= 600
+soak: stage
+	@cargo build --release --locked -p nacre-tests --bin nacre-soak
+	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/
+	@$(LAB) run --timeout $$(($(SOAK_SECONDS) + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS)
 
 lab: stage
 ifdef CMD

@@ -1,0 +1,254 @@
+//! `make soak`: one pod after another lives and ends, in every way a pod may, for a
+//! time. What is left after each fails at once; what grows over many is printed as
+//! a table and fails at the end.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nacre_tests::{Scene, run};
+
+/// Pods until everything that is made once was made.
+const WARM_UP: usize = 20;
+/// Pods between two rows of the table.
+const PODS_PER_ROW: usize = 10;
+
+/// How a pod ends.
+struct Way {
+    name: &'static str,
+    end: fn(&mut Scene) -> Result<()>,
+}
+
+const WAYS: [Way; 9] = [
+    Way {
+        name: "exits",
+        end: |scene| exits(scene, &["true"], 0),
+    },
+    Way {
+        name: "fails",
+        end: |scene| exits(scene, &["sh", "-c", "exit 3"], 3),
+    },
+    Way {
+        name: "has no command",
+        end: |scene| exits(scene, &["no-such-command"], 1),
+    },
+    Way {
+        name: "has no bind source",
+        end: cannot_start,
+    },
+    Way {
+        name: "is killed",
+        end: is_killed,
+    },
+    Way {
+        name: "loses its shim",
+        end: |scene| loses(scene, shim_of),
+    },
+    Way {
+        name: "loses its monitor",
+        end: |scene| loses(scene, monitor_of),
+    },
+    Way {
+        name: "loses its file server",
+        end: |scene| loses(scene, |_, _| only("virtiofsd")),
+    },
+    Way {
+        name: "panics",
+        end: panics,
+    },
+];
+
+fn exits(scene: &mut Scene, command: &[&str], code: i32) -> Result<()> {
+    let said = scene.run(command);
+    ensure!(said.code == Some(code), "not {code}: {said:#?}");
+    Ok(())
+}
+
+fn cannot_start(scene: &mut Scene) -> Result<()> {
+    let mount = "type=bind,src=/none/there,dst=/mnt,options=rbind:ro";
+    let said = scene.run_with(&["--mount", mount], &["true"]);
+    ensure!(said.code == Some(1), "{said:#?}");
+    Ok(())
+}
+
+fn is_killed(scene: &mut Scene) -> Result<()> {
+    let id = scene.start_sleeper(&[]);
+    let said = scene.exec(&id, &[], &["echo", "hi"]);
+    ensure!(said.stdout == "hi\n", "{said:#?}");
+    let said = scene.ctr(&["task", "kill", "-s", "KILL", &id]);
+    ensure!(said.code == Some(0), "{said:#?}");
+    scene.await_status(&id, "STOPPED");
+    Ok(())
+}
+
+/// A process of the pod is killed.
+fn loses(scene: &mut Scene, which: fn(&Scene, &str) -> Result<String>) -> Result<()> {
+    let id = scene.start_sleeper(&[]);
+    let pid = which(scene, &id)?;
+    run("kill", &["-9", &pid]);
+    nacre_tests::eventually("containerd has noticed", || {
+        scene.status(&id).is_none_or(|status| status == "STOPPED")
+    });
+    Ok(())
+}
+
+fn panics(scene: &mut Scene) -> Result<()> {
+    let id = scene.start_sleeper(&["--privileged"]);
+    let crash = "echo c > /proc/sysrq-trigger; sleep 3600";
+    let said = scene.exec(&id, &[], &["sh", "-c", crash]);
+    ensure!(said.code == Some(137), "{said:#?}");
+    scene.await_status(&id, "STOPPED");
+    Ok(())
+}
+
+fn monitor_of(scene: &Scene, id: &str) -> Result<String> {
+    let said = scene.ctr(&["task", "ls"]);
+    let mut rows = said.stdout.lines().map(str::split_whitespace);
+    let pid = rows.find_map(|mut row| (row.next() == Some(id)).then(|| row.next())?);
+    pid.map(str::to_owned)
+        .with_context(|| format!("no {id} in {said:#?}"))
+}
+
+fn shim_of(scene: &Scene, id: &str) -> Result<String> {
+    let monitor = monitor_of(scene, id)?;
+    let status = fs::read_to_string(format!("/proc/{monitor}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:\t"));
+    Ok(parent.context("no parent")?.to_owned())
+}
+
+/// The one process of a program.
+fn only(program: &str) -> Result<String> {
+    let pids = run("pidof", &[program]).stdout;
+    ensure!(pids.split_whitespace().count() == 1, "{program}: {pids:?}");
+    Ok(pids.trim().to_owned())
+}
+
+/// What must not grow.
+struct Sample {
+    pods: usize,
+    seconds: u64,
+    values: [u64; 7],
+}
+
+const COLUMNS: [&str; 7] = [
+    "containerd fds",
+    "threads",
+    "RSS MiB",
+    "mounts",
+    "interfaces",
+    "cgroups",
+    "processes",
+];
+
+impl Sample {
+    fn take(pods: usize, begin: Instant) -> Result<Self> {
+        let pid = only("containerd")?;
+        let count = |path: String| -> Result<u64> {
+            let entries = fs::read_dir(&path).with_context(|| path)?;
+            Ok(u64::try_from(entries.count())?)
+        };
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let rss = rss.and_then(|rest| rest.split_whitespace().next());
+        let rss_kib: u64 = rss.context("no VmRSS")?.parse()?;
+        let lines = |text: String| u64::try_from(text.lines().count());
+        let all = fs::read_dir("/proc")?.filter_map(Result::ok);
+        let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
+        let processes = all.filter(|entry| entry.file_name().to_str().is_some_and(is_process));
+        Ok(Self {
+            pods,
+            seconds: begin.elapsed().as_secs(),
+            values: [
+                count(format!("/proc/{pid}/fd"))?,
+                count(format!("/proc/{pid}/task"))?,
+                rss_kib / 1024,
+                lines(fs::read_to_string("/proc/self/mountinfo")?)?,
+                count("/sys/class/net".into())?,
+                lines(run("find", &["/sys/fs/cgroup", "-type", "d"]).stdout)?,
+                u64::try_from(processes.count())?,
+            ],
+        })
+    }
+
+    fn print(&self) {
+        let cells = self.values.iter().zip(COLUMNS);
+        let cells: Vec<String> = cells
+            .map(|(value, name)| format!("{value:>width$}", width = name.len()))
+            .collect();
+        println!("{:>5} {:>6}  {}", self.pods, self.seconds, cells.join("  "));
+    }
+}
+
+/// Fails if anything has grown: by more than a tenth and a few where the kernel or
+/// Go decides how much there is, by anything at all otherwise.
+fn check(first: &Sample, last: &Sample) -> Result<()> {
+    for ((before, after), name) in first.values.iter().zip(last.values).zip(COLUMNS) {
+        let slack = match name {
+            "containerd fds" | "threads" | "processes" => before / 10 + 4,
+            "RSS MiB" => before / 4 + 8,
+            _ => 0,
+        };
+        if after > before + slack {
+            bail!(
+                "{name}: {before} after {} pods, {after} after {}",
+                first.pods,
+                last.pods
+            );
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let seconds = std::env::args()
+        .nth(1)
+        .context("usage: nacre-soak SECONDS")?;
+    let time = Duration::from_secs(seconds.parse().context("SECONDS is a number")?);
+    let begin = Instant::now();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    let mut first = None;
+    let mut pods = 0;
+    println!("{:>5} {:>6}  {}", "pods", "s", COLUMNS.join("  "));
+    let last = loop {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let index = usize::try_from(state % WAYS.len() as u64)?;
+        let way = WAYS.get(index).context("one of the ways")?;
+        let pod = Instant::now();
+        // Its end waits until nothing is left, and fails otherwise.
+        let mut scene = Scene::new();
+        (way.end)(&mut scene).with_context(|| format!("pod {pods} {}", way.name))?;
+        drop(scene);
+        times.entry(way.name).or_default().push(pod.elapsed());
+        pods += 1;
+        let is_over = begin.elapsed() >= time;
+        if pods % PODS_PER_ROW == 0 || is_over {
+            let sample = Sample::take(pods, begin)?;
+            sample.print();
+            if is_over {
+                break sample;
+            }
+            if pods >= WARM_UP && first.is_none() {
+                first = Some(sample);
+            }
+        }
+    };
+    println!(
+        "\n{:<24} {:>5} {:>8} {:>8}",
+        "a pod that", "pods", "median s", "most s"
+    );
+    for (name, mut times) in times {
+        times.sort_unstable();
+        let median = times.get(times.len() / 2).copied().unwrap_or_default();
+        let most = times.last().copied().unwrap_or_default();
+        let (median, most) = (median.as_secs_f64(), most.as_secs_f64());
+        println!("{name:<24} {:>5} {median:>8.1} {most:>8.1}", times.len());
+    }
+    let first = first.context("too short a time to tell what grows")?;
+    check(&first, &last)?;
+    println!("{pods} pods, nothing left, nothing grew");
+    Ok(())
+}
