@@ -1,31 +1,51 @@
 //! Several machines at once, and an older containerd.
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
 
 use nacre_tests::{BUSYBOX, CONTAINERD_1_7, Scene, run, run_with_input};
 
+/// The annotation by which containers share a pod outside of Kubernetes.
+const GROUP: &str = "io.containerd.runc.v2.group";
+
 #[test]
 fn four_machines_at_once() {
     let mut scene = Scene::new();
-    let clients: Vec<_> = (0..4)
-        .map(|number| {
-            let script =
-                format!("echo {number}; cat /proc/sys/kernel/random/boot_id; exit {number}");
-            let (_, mut command) = scene.command(BUSYBOX, &["--rm"], &["sh", "-c", &script]);
-            command.stdin(Stdio::null()).stdout(Stdio::piped());
-            command.spawn().unwrap()
+    let starts: Vec<_> = (0..4)
+        .map(|_| {
+            let (id, mut command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+            (id, command.spawn().unwrap())
         })
         .collect();
-    let mut boots = std::collections::BTreeSet::new();
-    for (number, client) in (0..).zip(clients) {
-        let output = client.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(number));
-        let text = String::from_utf8(output.stdout).unwrap();
-        let (first, boot) = text.split_once('\n').unwrap();
-        assert_eq!(first, number.to_string());
-        boots.insert(boot.to_owned());
+    let mut ids = Vec::new();
+    for (id, mut start) in starts {
+        assert!(start.wait().unwrap().success(), "{id}");
+        ids.push(id);
+    }
+    let mut boots = BTreeSet::new();
+    for id in &ids {
+        assert_eq!(scene.status(id).as_deref(), Some("RUNNING"));
+        let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+        boots.insert(scene.exec(id, &[], &boot).exits(0).stdout);
     }
     assert_eq!(boots.len(), 4, "each has a kernel of its own: {boots:?}");
+}
+
+/// One machine, its name that of the first; each container has its own.
+#[test]
+fn containers_of_a_pod_have_names_of_their_own() {
+    let mut scene = Scene::new();
+    let first = scene.start_sleeper(&["--hostname", "first"]);
+    let group = format!("{GROUP}={first}");
+    let options = ["--annotation", &group, "--hostname", "second"];
+    let second = scene.start_sleeper(&options);
+    for (id, name) in [(&first, "first\n"), (&second, "second\n")] {
+        scene.exec(id, &[], &["hostname"]).exits(0).prints(name);
+    }
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    let boots = [&first, &second].map(|id| scene.exec(id, &[], &boot).exits(0).stdout);
+    assert_eq!(boots[0], boots[1]);
 }
 
 /// containerd 1.7 for as long as this lives.
