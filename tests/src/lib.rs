@@ -340,7 +340,12 @@ impl Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
+        let failed = std::thread::panicking();
         for id in &self.containers {
+            if failed {
+                let log = run("nacre", &["logs", id]);
+                eprintln!("{id}: {}", if log.code == Some(0) { log.stdout } else { log.stderr });
+            }
             // Most are gone: these calls are for what a failed test left.
             let _ = self.ctr(&["task", "rm", "-f", id]);
             let _ = self.ctr(&["container", "rm", id]);
@@ -348,7 +353,7 @@ impl Drop for Scene {
                 let _ = self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", id]);
             }
         }
-        if !std::thread::panicking() {
+        if !failed {
             self.before.await_return();
         }
     }

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Scene, eventually, run};
+use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, eventually, run};
 
 use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
@@ -42,8 +42,8 @@ impl Pod {
     /// Waits for all clients, which have lost their processes, and removes the
     /// container.
     fn ends(mut self, since: Instant) {
-        for client in &mut self.clients {
-            assert_eq!(client.wait().unwrap().code(), Some(LOST));
+        for client in std::mem::take(&mut self.clients) {
+            Said::from(client.wait_with_output().unwrap()).exits(LOST);
         }
         println!("clients returned after {:.1?}", since.elapsed());
         self.scene.await_status(&self.id, "STOPPED");
@@ -56,8 +56,9 @@ impl Pod {
 }
 
 fn spawn(mut command: Command) -> Child {
-    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
-    quiet.spawn().unwrap()
+    command.stdin(Stdio::null());
+    let heard = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    heard.spawn().unwrap()
 }
 
 #[test]
