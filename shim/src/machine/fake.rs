@@ -134,7 +134,7 @@ impl FakeMachine {
         ahead.wait_for(right).await.unwrap();
     }
 
-    /// From now on the guest answers no ping.
+    /// From now on the guest answers nothing that is asked of what runs.
     pub fn hang(&self) {
         if let Streams::Scripted(agent) = &self.streams {
             agent.hung.send_replace(true);

@@ -109,8 +109,17 @@ pub struct Process {
     /// In the guest, of an exec that was started.
     pub guest_pid: OnceLock<u32>,
     phase: watch::Sender<Phase>,
-    streams: Mutex<Option<Streams>>,
+    streams: Mutex<Attached>,
     size: Mutex<(u32, u32)>,
+}
+
+/// A process's streams, once it has them.
+#[derive(Default)]
+struct Attached {
+    streams: Option<Streams>,
+    /// Whether CloseIO came. It may come before the streams: a client whose input is
+    /// empty calls it at once.
+    stdin_closed: bool,
 }
 
 impl Process {
@@ -123,7 +132,7 @@ impl Process {
             command,
             guest_pid: OnceLock::new(),
             phase: watch::Sender::new(Phase::Created),
-            streams: Mutex::new(None),
+            streams: Mutex::default(),
             size: Mutex::new((0, 0)),
         }
     }
@@ -220,13 +229,17 @@ impl Process {
     }
 
     /// Keeps the process's streams.
-    pub fn attach(&self, streams: Streams) {
-        *lock(&self.streams) = Some(streams);
+    pub fn attach(&self, mut streams: Streams) {
+        let mut attached = lock(&self.streams);
+        if attached.stdin_closed {
+            streams.close_stdin();
+        }
+        attached.streams = Some(streams);
     }
 
     /// Takes the streams away; dropping them closes the host's ends.
     pub fn detach(&self) -> Option<Streams> {
-        lock(&self.streams).take()
+        lock(&self.streams).streams.take()
     }
 
     /// Starts to copy the input.
@@ -235,14 +248,16 @@ impl Process {
     ///
     /// When it cannot be opened.
     pub fn start_input(&self) -> Result<(), StreamError> {
-        lock(&self.streams)
-            .as_mut()
-            .map_or(Ok(()), Streams::start_input)
+        let mut attached = lock(&self.streams);
+        let streams = attached.streams.as_mut();
+        streams.map_or(Ok(()), Streams::start_input)
     }
 
     /// Lets the input end once containerd has closed its side too.
     pub fn close_stdin(&self) {
-        if let Some(streams) = lock(&self.streams).as_mut() {
+        let mut attached = lock(&self.streams);
+        attached.stdin_closed = true;
+        if let Some(streams) = &mut attached.streams {
             streams.close_stdin();
         }
     }

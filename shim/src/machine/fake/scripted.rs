@@ -39,7 +39,7 @@ pub struct Agent {
     streams: Mutex<HashMap<u64, UnixStream>>,
     arrived: Notify,
     dead: watch::Sender<bool>,
-    /// Whether pings stay without an answer.
+    /// Whether pings, and all that is asked of what runs, stay without an answer.
     pub hung: watch::Sender<bool>,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
@@ -178,6 +178,13 @@ impl Agent {
         code.unsigned_abs()
     }
 
+    /// Never returns in a guest that hangs.
+    async fn unless_hung(&self) {
+        if *self.hung.borrow() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     fn with<T>(&self, key: &(String, String), f: impl FnOnce(&Process) -> T) -> Result<T> {
         lock(&self.processes).get(key).map(f).ok_or_else(not_found)
     }
@@ -226,11 +233,13 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
         self.0.run((request.container_id, String::new())).await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ProcessStarted> {
+        self.0.unless_hung().await;
         let command: OciProcess = serde_json::from_slice(&request.process)
             .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
         let key = (request.container_id, request.exec_id);
@@ -247,6 +256,7 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
         let key = (request.container_id, request.exec_id);
         let signal = i32::try_from(request.signal).unwrap();
         self.0.with(&key, |process| {
@@ -283,6 +293,7 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
         Ok(Empty::new())
     }
 
@@ -291,9 +302,7 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn ping(&self, _: &TtrpcContext, _: Empty) -> Result<PingResponse> {
-        if *self.0.hung.borrow() {
-            std::future::pending::<()>().await;
-        }
+        self.0.unless_hung().await;
         self.0.pings.send_modify(|pings| *pings += 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let ahead = *self.0.clock_ahead_ns.borrow();
@@ -310,6 +319,7 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
         let text = String::from_utf8(request.resources).unwrap();
         if text.contains("13") {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "unlucky"));
@@ -323,6 +333,7 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> Result<ListProcessesResponse> {
+        self.0.unless_hung().await;
         let processes = lock(&self.0.processes);
         let of_it = processes
             .iter()
@@ -334,6 +345,7 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<StatsResponse> {
+        self.0.unless_hung().await;
         Ok(StatsResponse {
             pids: Some(PidsStats {
                 current: 1,

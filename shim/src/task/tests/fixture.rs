@@ -10,6 +10,7 @@ use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -48,7 +49,7 @@ pub struct Fixture {
     pub journal: Journal,
     /// Of the bundles made from now on.
     pub resources: serde_json::Value,
-    _servers: Vec<Server>,
+    servers: Vec<Server>,
 }
 
 pub fn context() -> Context {
@@ -73,21 +74,24 @@ impl Fixture {
         let journal = host.journal.clone();
         let publisher = Publisher::new("test", address.to_str().unwrap());
         let pod = Pod::new(Host::Fake(host), publisher);
-        let (near, far) = UnixStream::pair().unwrap();
-        let mut server = Server::new()
-            .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
-            .register_service(service::create(&pod));
-        server.start().await.unwrap();
+        let (client, server) = connect(&pod).await;
         Self {
-            client: TaskClient::new(Client::new(Socket::new(near))),
+            client,
             pod,
             events,
             directory,
             machine,
             journal,
             resources: json!({}),
-            _servers: vec![server, sink],
+            servers: vec![server, sink],
         }
+    }
+
+    /// One more connection to the pod.
+    pub async fn another_client(&mut self) -> TaskClient {
+        let (client, server) = connect(&self.pod).await;
+        self.servers.push(server);
+        client
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -175,16 +179,7 @@ impl Fixture {
     }
 
     pub async fn exec(&self, id: &str, exec_id: &str, script: &str) -> ttrpc::Result<Empty> {
-        let request = ExecProcessRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            spec: Some(Any {
-                value: process(script).to_string().into_bytes(),
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        };
+        let request = exec_request(id, exec_id, script);
         self.client.exec(context(), &request).await
     }
 
@@ -217,6 +212,33 @@ impl Fixture {
             assert_eq!(event.await.unwrap().unwrap(), format!("/tasks/{topic}"));
         }
     }
+}
+
+async fn connect(pod: &Arc<Pod>) -> (TaskClient, Server) {
+    let (near, far) = UnixStream::pair().unwrap();
+    let mut server = Server::new()
+        .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
+        .register_service(service::create(pod));
+    server.start().await.unwrap();
+    (TaskClient::new(Client::new(Socket::new(near))), server)
+}
+
+/// An exec of `sh -c script` without streams.
+pub fn exec_request(id: &str, exec_id: &str, script: &str) -> ExecProcessRequest {
+    ExecProcessRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        spec: json_any(&process(script).to_string()),
+        ..Default::default()
+    }
+}
+
+/// JSON as containerd packs it.
+pub fn json_any(text: &str) -> MessageField<Any> {
+    MessageField::some(Any {
+        value: text.as_bytes().to_vec(),
+        ..Default::default()
+    })
 }
 
 pub fn process(script: &str) -> serde_json::Value {
