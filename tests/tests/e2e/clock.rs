@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nacre_tests::{BUSYBOX, Scene, eventually, run};
 
+use crate::failures::Changed;
 use crate::host::pid_of;
 
 /// Most the clocks may differ.
@@ -123,5 +124,30 @@ fn is_right_after_the_machine_was_stopped() {
     std::thread::sleep(Duration::from_secs(5));
     run("kill", &["-CONT", &pid]).exits(0);
     assert!(clock.error() < TOLERANCE);
+    clock.ends();
+}
+
+/// A pause ends as it began, however long it was, and no ping goes without an
+/// answer meanwhile: the guest lives. Here it is shorter than a minute, but longer
+/// than the shim's patience.
+#[test]
+fn is_right_after_a_pause() {
+    let _timeout = Changed::new("hang_timeout_seconds", "10");
+    let mut scene = Scene::new();
+    let mut clock = Clock::start(&mut scene);
+    clock.error();
+    let id = clock.id.clone();
+    let timer = scene.exec_command(&id, &[], &["sh", "-c", "sleep 5; exit 6"]);
+    let mut timer = { timer }.stdin(Stdio::null()).spawn().unwrap();
+    eventually("the timer runs", || {
+        let said = scene.ctr(&["task", "ps", &id]).exits(0);
+        said.stdout.contains("exec_id")
+    });
+    scene.ctr(&["task", "pause", &id]).exits(0);
+    std::thread::sleep(Duration::from_secs(15));
+    assert!(timer.try_wait().unwrap().is_none(), "it was not paused");
+    scene.ctr(&["task", "resume", &id]).exits(0);
+    assert!(clock.error() < TOLERANCE);
+    assert_eq!(timer.wait().unwrap().code(), Some(6));
     clock.ends();
 }

@@ -12,9 +12,9 @@ use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
 
 /// What a client of a container that was lost exits with.
-const LOST: i32 = 137;
+pub const LOST: i32 = 137;
 
-fn kill(pid: &str) {
+pub fn kill(pid: &str) {
     run("kill", &["-9", pid.trim()]).exits(0);
 }
 
@@ -55,7 +55,7 @@ impl Pod {
     }
 }
 
-fn spawn(mut command: Command) -> Child {
+pub fn spawn(mut command: Command) -> Child {
     command.stdin(Stdio::null());
     let heard = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     heard.spawn().unwrap()
@@ -93,10 +93,10 @@ fn of_the_shim() {
 }
 
 /// Moments after a process is there: the steps of a start lie between them.
-const MOMENTS_MS: [u64; 6] = [0, 100, 300, 700, 1500, 3000];
+pub const MOMENTS_MS: [u64; 6] = [0, 100, 300, 700, 1500, 3000];
 
 /// A process of a pod, by its name in the pod's state, as soon as there is one.
-fn process_of(id: &str, name: &str) -> String {
+pub fn process_of(id: &str, name: &str) -> String {
     let path = format!("/run/nacre/default/{id}/state.json");
     let mut pid = None;
     eventually(&format!("{id} has a {name}"), || {
@@ -110,16 +110,14 @@ fn process_of(id: &str, name: &str) -> String {
 
 /// Waits for a client whose pod was hit, and for containerd to know. Whether the
 /// client had its answer before is a matter of the moment.
-fn returns(scene: &Scene, id: &str, mut client: Child, what: &str) {
+pub fn returns(scene: &Scene, id: &str, client: Child, what: &str) -> Option<i32> {
     let since = Instant::now();
-    let code = client.wait().unwrap().code();
+    let said = Said::from(client.wait_with_output().unwrap());
     eventually("containerd has noticed", || {
         scene.status(id).is_none_or(|status| status == "STOPPED")
     });
-    println!(
-        "{what}: client exits with {code:?}, {:.1?}",
-        since.elapsed()
-    );
+    println!("{what}: {:.1?}, {said:?}", since.elapsed());
+    said.code
 }
 
 #[test]
@@ -287,7 +285,7 @@ fn end_by(pod: &Pod, script: &str) -> Instant {
 }
 
 #[track_caller]
-fn log_has(id: &str, text: &str) {
+pub fn log_has(id: &str, text: &str) {
     let log = run("nacre", &["logs", id]).exits(0).stdout;
     assert!(log.contains(text), "no {text:?} in {log}");
 }

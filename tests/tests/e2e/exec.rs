@@ -98,13 +98,13 @@ fn signals_reach_init_and_exec() {
 }
 
 /// A client whose process has said that its traps are set.
-struct Ready {
+pub struct Ready {
     child: Child,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Ready {
-    fn spawn(mut command: Command) -> Self {
+    pub fn spawn(mut command: Command) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
@@ -120,7 +120,7 @@ impl Ready {
     }
 
     /// The exit code and what was printed until then.
-    fn end(&mut self) -> (Option<i32>, String) {
+    pub fn end(&mut self) -> (Option<i32>, String) {
         let mut rest = String::new();
         self.stdout.read_to_string(&mut rest).unwrap();
         (self.child.wait().unwrap().code(), rest)

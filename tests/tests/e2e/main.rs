@@ -1,6 +1,7 @@
 //! End-to-end tests: real containerd, real KVM, real guests. See `tests/lab`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
+mod api;
 mod boot;
 mod clock;
 mod death;
@@ -8,13 +9,16 @@ mod exec;
 mod failures;
 mod hooks;
 mod host;
+mod images;
 mod inputs;
 mod limits;
+mod load;
 mod loggers;
 mod network;
 mod rootfs;
 mod run;
 mod several;
+mod steps;
 mod streams;
 
 use std::fs;

@@ -246,3 +246,52 @@ fn killed_client_takes_nothing_with_it() {
         });
     }
 }
+
+/// A client killed in the middle of an attach, or before it has come so far: the
+/// container keeps its streams for the next one.
+#[test]
+fn killed_attach_takes_nothing_with_it() {
+    let mut scene = Scene::new();
+    let script = "n=0; while read word; do n=$((n + 1)); echo $n $word; done";
+    let id = scene.start(&[], &["sh", "-c", script]);
+    let attach = || {
+        let mut command = Command::new("ctr");
+        command.args(["task", "attach", &id]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    for number in 1..4 {
+        let mut early = attach();
+        early.kill().unwrap();
+        early.wait().unwrap();
+        let mut client = attach();
+        client.stdin.as_mut().unwrap().write_all(b"word\n").unwrap();
+        let expected = format!("{number} word\n");
+        let mut line = vec![0; expected.len()];
+        client.stdout.take().unwrap().read_exact(&mut line).unwrap();
+        assert_eq!(String::from_utf8(line).unwrap(), expected);
+        client.kill().unwrap();
+        client.wait().unwrap();
+    }
+    scene
+        .exec(&id, &[], &["echo", "hi"])
+        .exits(0)
+        .prints("hi\n");
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+}
+
+/// Longer without a byte than a guest may be without an answer to a ping.
+#[test]
+fn exec_that_idles_is_not_cut() {
+    let _timeout = crate::failures::Changed::new("hang_timeout_seconds", "10");
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let mut command = scene.exec_command(&id, &[], &["sh", "-c", "read word; echo $word; exit 5"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut client = command.spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(15));
+    client.stdin.as_mut().unwrap().write_all(b"word\n").unwrap();
+    let output = client.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(5));
+    assert_eq!(output.stdout, b"word\n");
+}

@@ -80,7 +80,8 @@ fn triple_fault_ends_the_machine() {
 
 #[test]
 fn running_vcpus_are_stopped() {
-    // jmp to itself; the second vCPU waits to be started
+    // jmp to itself, with interrupts off, as PVH's entry has them; the second vCPU
+    // waits to be started
     let Some(machine) = machine(&[0xeb, 0xfe], 2) else {
         return;
     };

@@ -1,0 +1,61 @@
+//! Many machines at once, and one that is busy beside one that is asked.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nacre_tests::{BUSYBOX, Said, Scene, Shim, eventually};
+
+#[test]
+fn twenty_machines_at_once() {
+    let mut scene = Scene::new();
+    let start = Instant::now();
+    let clients: Vec<_> = (0..20)
+        .map(|number| {
+            let script = format!("echo {number}; exit {number}");
+            let (_, mut command) = scene.command(BUSYBOX, &["--rm"], &["sh", "-c", &script]);
+            command.stdin(Stdio::null());
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.spawn().unwrap()
+        })
+        .collect();
+    for (number, client) in (0..).zip(clients) {
+        let said = Said::from(client.wait_with_output().unwrap());
+        said.exits(number).prints(&format!("{number}\n"));
+    }
+    println!("all ended after {:.1?}", start.elapsed());
+}
+
+/// How long State takes: the median and the longest of many.
+fn state_takes(shim: &Shim) -> (Duration, Duration) {
+    let mut times: Vec<Duration> = (0..100)
+        .map(|_| {
+            let start = Instant::now();
+            shim.state("").unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    (times[times.len() / 2], times[times.len() - 1])
+}
+
+/// By how much State of one machine may slow down while another does all it can.
+/// Both share the processors: some of it is theirs, not nacre's.
+const FACTOR: u32 = 10;
+
+#[test]
+fn busy_machine_does_not_delay_the_state_of_another() {
+    let mut scene = Scene::new();
+    let asked = Shim::of(&scene.start_sleeper(&[]));
+    let alone = state_takes(&asked);
+    let (id, mut command) = scene.command(BUSYBOX, &["--rm"], &["sh", "-c", "yes | head -c 1g"]);
+    // It computes, writes to the host without pause, and its client waits for more.
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut client = command.spawn().unwrap();
+    eventually("it runs", || scene.status(&id).as_deref() == Some("RUNNING"));
+    let beside = state_takes(&asked);
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"), "it was busy all the time");
+    println!("State: median and most {alone:.1?} alone, {beside:.1?} beside a busy machine");
+    assert!(beside.0 < alone.0 * FACTOR, "{alone:?} {beside:?}");
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    assert_eq!(client.wait().unwrap().code(), Some(137));
+}
