@@ -71,8 +71,11 @@ fn exec_ids_are_deleted_and_free_again() {
     let id = scene.start_sleeper(&[]);
     let shim = Shim::of(&id);
     for status in [137, 4] {
-        shim.exec("e", &["sh", "-c", "[ -e /tmp/second ] && exit 4; sleep 3600"])
-            .unwrap();
+        shim.exec(
+            "e",
+            &["sh", "-c", "[ -e /tmp/second ] && exit 4; sleep 3600"],
+        )
+        .unwrap();
         let again = shim.exec("e", &["true"]);
         assert_eq!(code(again), Code::ALREADY_EXISTS);
         shim.start("e").unwrap();
@@ -158,8 +161,15 @@ fn processes_are_those_of_the_guest() {
         told.len() == 3
     });
     let said = scene.exec(&id, &[], &listed).exits(0);
-    let there: BTreeSet<u32> = said.stdout.lines().map(|line| line.parse().unwrap()).collect();
-    assert!(told.iter().all(|pid| there.contains(pid)), "{told:?} {there:?}");
+    let there: BTreeSet<u32> = said
+        .stdout
+        .lines()
+        .map(|line| line.parse().unwrap())
+        .collect();
+    assert!(
+        told.iter().all(|pid| there.contains(pid)),
+        "{told:?} {there:?}"
+    );
 }
 
 /// Waits for a reading of the counters of which `wanted` holds.
@@ -214,7 +224,10 @@ fn counters_of_disks_and_huge_pages() {
         let guest: u64 = field.unwrap()[1..].parse().unwrap();
         println!("{name}: {value}, in the guest {guest}");
         assert!(value >= least, "{name}: {value}");
-        assert!(value.abs_diff(guest) * 20 <= guest, "{name}: {value}, {guest}");
+        assert!(
+            value.abs_diff(guest) * 20 <= guest,
+            "{name}: {value}, {guest}"
+        );
     }
 }
 
@@ -228,7 +241,12 @@ fn events_of_pause_resume_and_oom() {
     scene.ctr(&["task", "resume", &id]).exits(0);
     assert_eq!(
         events.topics(&id, 4),
-        ["/tasks/create", "/tasks/start", "/tasks/paused", "/tasks/resumed"]
+        [
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/paused",
+            "/tasks/resumed"
+        ]
     );
     scene.exec(&id, &[], &["tail", "/dev/zero"]).exits(137);
     let topics = events.topics(&id, 4);

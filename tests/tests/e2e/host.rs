@@ -167,7 +167,10 @@ fn nacre_ps_and_logs_know_the_pod() {
     assert_eq!(cells[..4], [&*id, "default", &*pid, "running"], "{said:#?}");
     assert!(cells[4].ends_with(['s', 'm']), "{said:#?}");
     let [vcpus, memory_mib] = [cells[5], cells[6]].map(|cell| cell.parse::<u32>().unwrap());
-    assert!(vcpus == 1 && memory_mib > 10 && cells[7] == "MiB", "{said:#?}");
+    assert!(
+        vcpus == 1 && memory_mib > 10 && cells[7] == "MiB",
+        "{said:#?}"
+    );
     let said = run("nacre", &["logs", &id]).exits(0);
     assert!(said.stdout.contains("booting"), "{said:#?}");
     run("nacre", &["logs", "no-such-pod"])

@@ -93,19 +93,39 @@ fn initramfs_that_is_cut_short_or_damaged() {
 /// The one file of its name below containerd's directory of a snapshotter that
 /// belongs to the snapshot with this path in `ctr snapshots mounts`.
 fn image_of(scene: &Scene, snapshotter: &str, id: &str) -> PathBuf {
-    let mounts = ["snapshots", "--snapshotter", snapshotter, "mounts", "/mnt", id];
+    let mounts = [
+        "snapshots",
+        "--snapshotter",
+        snapshotter,
+        "mounts",
+        "/mnt",
+        id,
+    ];
     let said = scene.ctr(&mounts).exits(0);
-    let mut words = said.stdout.split(|c: char| c.is_whitespace() || c == ':' || c == '=');
-    let path = words.find(|word| word.starts_with("/var/lib/containerd") && Path::new(word).is_file());
-    path.unwrap_or_else(|| panic!("no image in {said:#?}")).into()
+    let mut words = said
+        .stdout
+        .split(|c: char| c.is_whitespace() || c == ':' || c == '=');
+    let path =
+        words.find(|word| word.starts_with("/var/lib/containerd") && Path::new(word).is_file());
+    path.unwrap_or_else(|| panic!("no image in {said:#?}"))
+        .into()
 }
 
 /// Creates a container, not its task, and returns its id.
 fn create(scene: &mut Scene, snapshotter: &str) -> String {
     let id = scene.id();
     let runtime = nacre_tests::RUNTIME;
-    let create = ["container", "create", "--runtime", runtime, "--snapshotter", snapshotter];
-    scene.ctr(&[&create[..], &[BUSYBOX, &id, "true"]].concat()).exits(0);
+    let create = [
+        "container",
+        "create",
+        "--runtime",
+        runtime,
+        "--snapshotter",
+        snapshotter,
+    ];
+    scene
+        .ctr(&[&create[..], &[BUSYBOX, &id, "true"]].concat())
+        .exits(0);
     id
 }
 
@@ -139,8 +159,22 @@ fn erofs_layer_that_is_damaged() {
     fs::create_dir_all(&bin).unwrap();
     fs::copy("/bin/busybox", format!("{bin}/true")).unwrap();
     let archive = format!("{directory}/image.tar");
-    run("mkimage", &["--name", IMAGE, "--out", &archive, &format!("{directory}/tree")]).exits(0);
-    run("ctr", &["image", "import", "--snapshotter", "erofs", &archive]).exits(0);
+    run(
+        "mkimage",
+        &[
+            "--name",
+            IMAGE,
+            "--out",
+            &archive,
+            &format!("{directory}/tree"),
+        ],
+    )
+    .exits(0);
+    run(
+        "ctr",
+        &["image", "import", "--snapshotter", "erofs", &archive],
+    )
+    .exits(0);
     fs::remove_dir_all(directory).unwrap();
     let newest = "ls -t /var/lib/containerd/io.containerd.snapshotter.v1.erofs/snapshots/*/layer.erofs | head -n 1";
     let layer = PathBuf::from(run("sh", &["-c", newest]).exits(0).stdout.trim());
@@ -150,10 +184,13 @@ fn erofs_layer_that_is_damaged() {
     scene.run_image(IMAGE, &options, &["/bin/true"]).exits(0);
     let whole = fs::metadata(&layer).unwrap().len();
     for (what, change) in [
-        ("cut short", (|layer: &Path| {
-            let file = OpenOptions::new().write(true).open(layer).unwrap();
-            file.set_len(4096).unwrap();
-        }) as fn(&Path)),
+        (
+            "cut short",
+            (|layer: &Path| {
+                let file = OpenOptions::new().write(true).open(layer).unwrap();
+                file.set_len(4096).unwrap();
+            }) as fn(&Path),
+        ),
         ("damaged", |layer: &Path| damage(layer, 0, 8192)),
         ("empty", |layer: &Path| fs::write(layer, "").unwrap()),
     ] {
@@ -161,7 +198,10 @@ fn erofs_layer_that_is_damaged() {
         let said = scene.run_image(IMAGE, &options, &["/bin/true"]);
         println!("{what}, {whole} bytes before: {}", said.stderr);
         assert!(said.code != Some(0), "{what}: {said:#?}");
-        assert!(said.stderr.contains("guest") || said.stderr.contains("erofs"), "{what}: {said:#?}");
+        assert!(
+            said.stderr.contains("guest") || said.stderr.contains("erofs"),
+            "{what}: {said:#?}"
+        );
     }
     run("ctr", &["image", "rm", "--sync", IMAGE]).exits(0);
 }
@@ -209,7 +249,9 @@ fn run_directory_that_is_full() {
     scene.ctr(&["task", "rm", &id]).exits(0);
     drop(scene);
     fs::remove_file("/tmp/e2e-full/filling").unwrap();
-    let left = run("find", &["/tmp/e2e-full", "-type", "f"]).exits(0).stdout;
+    let left = run("find", &["/tmp/e2e-full", "-type", "f"])
+        .exits(0)
+        .stdout;
     assert!(!left.contains("state.json"), "{left}");
 }
 
@@ -221,7 +263,10 @@ fn root_file_system_that_is_full() {
     for directory in ["bin", "dev", "proc", "run", "sys", "tmp"] {
         fs::create_dir_all(Path::new(small.0).join(directory)).unwrap();
     }
-    let copy = format!("cp /bin/busybox {0}/bin && chroot {0} /bin/busybox --install -s /bin", small.0);
+    let copy = format!(
+        "cp /bin/busybox {0}/bin && chroot {0} /bin/busybox --install -s /bin",
+        small.0
+    );
     run("sh", &["-c", &copy]).exits(0);
     let mut scene = Scene::new();
     let script = "dd if=/dev/zero of=/file bs=64k 2>&1 | grep -o 'No space left on device'; \

@@ -51,9 +51,15 @@ fn busy_machine_does_not_delay_the_state_of_another() {
     // It computes, writes to the host without pause, and its client waits for more.
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let mut client = command.spawn().unwrap();
-    eventually("it runs", || scene.status(&id).as_deref() == Some("RUNNING"));
+    eventually("it runs", || {
+        scene.status(&id).as_deref() == Some("RUNNING")
+    });
     let beside = state_takes(&asked);
-    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"), "it was busy all the time");
+    assert_eq!(
+        scene.status(&id).as_deref(),
+        Some("RUNNING"),
+        "it was busy all the time"
+    );
     println!("State: median and most {alone:.1?} alone, {beside:.1?} beside a busy machine");
     assert!(beside.0 < alone.0 * FACTOR, "{alone:?} {beside:?}");
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);

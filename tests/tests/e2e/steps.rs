@@ -90,8 +90,12 @@ fn without_walls(spec: &mut Value) {
     let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
     namespaces.retain(|namespace| namespace["type"] != "pid" && namespace["type"] != "cgroup");
     for set in ["bounding", "effective", "permitted"] {
-        spec["process"]["capabilities"][set] =
-            json!(["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_KILL"]);
+        spec["process"]["capabilities"][set] = json!([
+            "CAP_SYS_ADMIN",
+            "CAP_SYS_PTRACE",
+            "CAP_DAC_OVERRIDE",
+            "CAP_KILL"
+        ]);
     }
     for paths in ["maskedPaths", "readonlyPaths"] {
         spec["linux"][paths] = json!([]);

@@ -142,13 +142,17 @@ async fn calls_under_way_return_with_the_machine_s_death() {
     while fixture.status("c").await != Status::PAUSING {}
     machine.kill();
     let late = Duration::from_secs(5);
-    let (start, exec, kill, stats, pids, update, pause) =
-        tokio::time::timeout(late, calls).await.expect("they return");
+    let (start, exec, kill, stats, pids, update, pause) = tokio::time::timeout(late, calls)
+        .await
+        .expect("they return");
     let gone = Code::UNAVAILABLE;
     assert_eq!((start, exec, kill), (gone, gone, gone));
     assert_eq!((stats, pids, update), (gone, gone, gone));
     // It may find that the container has exited meanwhile.
-    assert!([gone, Code::FAILED_PRECONDITION].contains(&pause), "{pause:?}");
+    assert!(
+        [gone, Code::FAILED_PRECONDITION].contains(&pause),
+        "{pause:?}"
+    );
     for (id, exec_id, status) in [("c", "", 137), ("d", "", 137), ("c", "e", 255)] {
         assert_eq!(fixture.wait(id, exec_id).await, status);
     }
