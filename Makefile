@@ -88,12 +88,14 @@ bench: stage
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
 	@$(LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
-# One pod after another for so many seconds, ended in every way a pod may end.
+# One pod after another, for so many seconds and at least so many pods, ended in
+# every way a pod may end.
 SOAK_SECONDS ?= 600
+SOAK_PODS ?= 60
 soak: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/
-	@$(LAB) run --timeout $$(($(SOAK_SECONDS) + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS)
+	@$(LAB) run --timeout $$(($(SOAK_SECONDS) + $(SOAK_PODS) * 15 + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS) $(SOAK_PODS)
 
 lab: stage
 ifdef CMD

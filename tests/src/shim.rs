@@ -3,12 +3,13 @@
 
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest,
-    PidsRequest, ResumeRequest, StartRequest, StateRequest, StatsRequest, Status,
+    PidsRequest, ProcessInfo, ResumeRequest, StartRequest, StateRequest, StatsRequest, Status,
     UpdateTaskRequest, WaitRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::{Client, TaskClient};
 use serde_json::{Value, json};
 use ttrpc::Result;
@@ -221,12 +222,34 @@ impl Shim {
     ///
     /// See [`Self::update`].
     pub fn pids(&self) -> Result<Vec<u32>> {
+        let processes = self.processes()?;
+        Ok(processes.iter().map(|process| process.pid).collect())
+    }
+
+    /// The execs of which the shim knows that they run.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::update`].
+    ///
+    /// # Panics
+    ///
+    /// When one is not described as runc describes it.
+    pub fn execs(&self) -> Result<Vec<String>> {
+        let processes = self.processes()?;
+        let details = processes.iter().filter_map(|process| process.info.as_ref());
+        let details = details.map(|any| ProcessDetails::parse_from_bytes(&any.value));
+        Ok(details
+            .map(|details| details.expect("details of runc's kind").exec_id)
+            .collect())
+    }
+
+    fn processes(&self) -> Result<Vec<ProcessInfo>> {
         let request = PidsRequest {
             id: self.id.clone(),
             ..Default::default()
         };
-        let answer = self.client.pids(context(), &request)?;
-        Ok(answer.processes.iter().map(|info| info.pid).collect())
+        Ok(self.client.pids(context(), &request)?.processes)
     }
 
     /// The container's counters.

@@ -55,8 +55,10 @@ pub fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
     if let Some(listener) = claim(&socket)? {
         let spawned = spawn(args, params.as_ref(), &group, &bundle, &socket, listener);
         if let Err(error) = spawned {
-            // Nobody serves it; a later `start` must not find it.
+            // Nobody serves it; a later `start` must not find it. containerd asks for
+            // no `delete` of a shim that did not start.
             let _ = fs::remove_file(&socket);
+            undo(args, &group);
             return Err(error);
         }
     }
@@ -182,14 +184,28 @@ fn spawn(
     {
         command.env(TTRPC_ADDRESS, address);
     }
-    let daemon = command
+    let mut daemon = command
         .arg("serve")
         .spawn()
         .map_err(BootstrapError::io("start the daemon"))?;
     // Before anyone hears of the daemon: a `delete` must find it. Its own first
     // write comes with the pod's Create, which follows our answer.
-    run_dir.save(&State::of_daemon(daemon.id(), bundle.to_owned(), socket))?;
-    Ok(())
+    let state = State::of_daemon(daemon.id(), bundle.to_owned(), socket);
+    run_dir.save(&state).or_else(|error| {
+        let ended = daemon.kill().and_then(|()| daemon.wait());
+        ended.map_err(BootstrapError::io("end the daemon"))?;
+        Err(error.into())
+    })
+}
+
+/// Takes back what a start that failed has made in the run directory.
+fn undo(args: &Args, group: &str) {
+    // Where there is no configuration, nothing was made.
+    if let Ok(config) = Config::load()
+        && let Ok(run_dir) = RunDir::new(&config.run_dir, &args.namespace, group)
+    {
+        run_dir.cleanup();
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! `make soak`: one pod after another lives and ends, in every way a pod may, for a
-//! time. What is left after each fails at once; what grows over many is printed as
+//! time and for a number of pods. What is left after each fails at once; what grows over many is printed as
 //! a table and fails at the end.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nacre_tests::{Scene, run};
 
 /// Pods until everything that is made once was made.
-const WARM_UP: usize = 20;
+const WARM_UP: usize = 50;
 /// Pods between two rows of the table.
 const PODS_PER_ROW: usize = 10;
 
@@ -128,13 +128,15 @@ fn only(program: &str) -> Result<String> {
 struct Sample {
     pods: usize,
     seconds: u64,
-    values: [u64; 7],
+    values: [u64; COLUMNS.len()],
 }
 
-const COLUMNS: [&str; 7] = [
+const COLUMNS: [&str; 9] = [
     "containerd fds",
     "threads",
     "RSS MiB",
+    "host MiB",
+    "files",
     "mounts",
     "interfaces",
     "cgroups",
@@ -148,10 +150,12 @@ impl Sample {
             let entries = fs::read_dir(&path).with_context(|| path)?;
             Ok(u64::try_from(entries.count())?)
         };
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let rss = rss.and_then(|rest| rest.split_whitespace().next());
-        let rss_kib: u64 = rss.context("no VmRSS")?.parse()?;
+        let rss_kib = kib(&format!("/proc/{pid}/status"), "VmRSS:")?;
+        let memory = |name| kib("/proc/meminfo", name);
+        let used_kib = memory("MemTotal:")?.saturating_sub(memory("MemAvailable:")?);
+        // Open, unused, most.
+        let files = fs::read_to_string("/proc/sys/fs/file-nr")?;
+        let files = files.split_whitespace().next().context("no count")?;
         let lines = |text: String| u64::try_from(text.lines().count());
         let all = fs::read_dir("/proc")?.filter_map(Result::ok);
         let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
@@ -163,6 +167,8 @@ impl Sample {
                 count(format!("/proc/{pid}/fd"))?,
                 count(format!("/proc/{pid}/task"))?,
                 rss_kib / 1024,
+                used_kib / 1024,
+                files.parse()?,
                 lines(fs::read_to_string("/proc/self/mountinfo")?)?,
                 count("/sys/class/net".into())?,
                 lines(run("find", &["/sys/fs/cgroup", "-type", "d"]).stdout)?,
@@ -180,6 +186,16 @@ impl Sample {
     }
 }
 
+/// A line of a file of proc(5) that counts KiB.
+fn kib(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| path.to_owned())?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let value = line.and_then(|rest| rest.split_whitespace().next());
+    Ok(value
+        .with_context(|| format!("no {name} in {path}"))?
+        .parse()?)
+}
+
 /// Fails if anything has grown: by more than a tenth and a few where the kernel or
 /// Go decides how much there is, by anything at all otherwise.
 fn check(first: &Sample, last: &Sample) -> Result<()> {
@@ -187,6 +203,7 @@ fn check(first: &Sample, last: &Sample) -> Result<()> {
         let slack = match name {
             "containerd fds" | "threads" | "processes" => before / 10 + 4,
             "RSS MiB" => before / 4 + 8,
+            "host MiB" | "files" => before / 5 + 64,
             _ => 0,
         };
         if after > before + slack {
@@ -201,10 +218,12 @@ fn check(first: &Sample, last: &Sample) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    let seconds = std::env::args()
-        .nth(1)
-        .context("usage: nacre-soak SECONDS")?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [seconds, least] = arguments.as_slice() else {
+        bail!("usage: nacre-soak SECONDS PODS, until both are reached");
+    };
     let time = Duration::from_secs(seconds.parse().context("SECONDS is a number")?);
+    let least: usize = least.parse().context("PODS is a number")?;
     let begin = Instant::now();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
@@ -224,7 +243,7 @@ fn main() -> Result<()> {
         drop(scene);
         times.entry(way.name).or_default().push(pod.elapsed());
         pods += 1;
-        let is_over = begin.elapsed() >= time;
+        let is_over = begin.elapsed() >= time && pods >= least;
         if pods % PODS_PER_ROW == 0 || is_over {
             let sample = Sample::take(pods, begin)?;
             sample.print();

@@ -55,7 +55,7 @@ fn run_true(options: &[&str]) -> Said {
 
 #[test]
 fn kernel_that_is_cut_short() {
-    for percent in [0, 50, 90] {
+    for percent in [0, 50] {
         let kernel = Copied::of("vmlinux", "kernel");
         kernel.truncate(percent);
         let said = run_true(&[]).exits(1);
@@ -136,7 +136,7 @@ fn ext4_image_that_is_damaged() {
     damage(&image_of(&scene, "blockfile", &id), 0, 64 << 10);
     let said = scene.ctr(&["task", "start", &id]).exits(1);
     println!("{}", said.stderr);
-    said.complains(&["mount", "/dev/vd"]);
+    said.complains(&["mount", &id, "invalid argument"]);
 }
 
 #[test]
@@ -147,7 +147,10 @@ fn ext4_image_that_is_cut_short() {
     let file = OpenOptions::new().write(true).open(image).unwrap();
     file.set_len(1000).unwrap();
     let said = scene.ctr(&["task", "start", &id]).exits(1);
-    println!("{}", said.stderr);
+    said.complains(&[
+        "/var/lib/containerd",
+        "1000 bytes are no file system's image",
+    ]);
 }
 
 /// A layer of an image of its own, so that no other test has it mounted.
@@ -182,27 +185,20 @@ fn erofs_layer_that_is_damaged() {
     let mut scene = Scene::new();
     let options = ["--snapshotter", "erofs"];
     scene.run_image(IMAGE, &options, &["/bin/true"]).exits(0);
-    let whole = fs::metadata(&layer).unwrap().len();
-    for (what, change) in [
-        (
-            "cut short",
-            (|layer: &Path| {
-                let file = OpenOptions::new().write(true).open(layer).unwrap();
-                file.set_len(4096).unwrap();
-            }) as fn(&Path),
-        ),
-        ("damaged", |layer: &Path| damage(layer, 0, 8192)),
-        ("empty", |layer: &Path| fs::write(layer, "").unwrap()),
-    ] {
-        change(&layer);
-        let said = scene.run_image(IMAGE, &options, &["/bin/true"]);
-        println!("{what}, {whole} bytes before: {}", said.stderr);
-        assert!(said.code != Some(0), "{what}: {said:#?}");
-        assert!(
-            said.stderr.contains("guest") || said.stderr.contains("erofs"),
-            "{what}: {said:#?}"
-        );
-    }
+    let cut = |layer: &Path, len: u64| {
+        let file = OpenOptions::new().write(true).open(layer).unwrap();
+        file.set_len(len).unwrap();
+    };
+    // The first block is all that mounting takes.
+    cut(&layer, 4096);
+    let said = scene.run_image(IMAGE, &options, &["/bin/true"]).exits(1);
+    said.complains(&["exec: \"/bin/true\": i/o error"]);
+    damage(&layer, 0, 8192);
+    let said = scene.run_image(IMAGE, &options, &["/bin/true"]).exits(1);
+    said.complains(&["mount", "/layers/1", "invalid argument"]);
+    cut(&layer, 0);
+    let said = scene.run_image(IMAGE, &options, &["/bin/true"]).exits(1);
+    said.complains(&["/layer.erofs", "0 bytes are no file system's image"]);
     run("ctr", &["image", "rm", "--sync", IMAGE]).exits(0);
 }
 

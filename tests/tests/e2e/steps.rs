@@ -1,15 +1,19 @@
 //! The file server, the container's init and the agent lost at the steps of a
 //! container's life: every call returns, containerd knows, nothing is left.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Scene, eventually, run};
+use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, Shim, eventually, run};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::death::{LOST, MOMENTS_MS, kill, log_has, process_of, returns, spawn};
+use crate::boot::initramfs;
+use crate::death::{LOST, MOMENTS_MS, in_time, kill, log_has, process_of, returns, spawn};
 use crate::failures::Changed;
-use crate::limits::with_cgroup;
 
 const FILE_SERVER: &str = "virtiofsd";
 
@@ -54,6 +58,23 @@ fn of_the_file_server_while_an_exec_starts_and_while_a_container_is_deleted() {
     }
 }
 
+/// From the moment the shim names an exec its client is told what became of it.
+#[test]
+fn of_the_file_server_as_soon_as_execs_run() {
+    const CLIENTS: usize = 8;
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&[]);
+    let server = process_of(&id, FILE_SERVER).parse().unwrap();
+    let shim = Shim::of(&id);
+    let client = |_| spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
+    let clients: Vec<_> = (0..CLIENTS).map(client).collect();
+    eventually("the execs run", || shim.execs().unwrap().len() == CLIENTS);
+    nix::sys::signal::kill(Pid::from_raw(server), Signal::SIGKILL).unwrap();
+    for client in clients {
+        Said::from(client.wait_with_output().unwrap()).exits(LOST);
+    }
+}
+
 /// From the first moment at which containerd has a task to kill.
 #[test]
 fn of_init_while_a_container_starts() {
@@ -83,41 +104,51 @@ fn of_init_while_an_exec_starts() {
     }
 }
 
-/// In a container with this spec the guest's own processes can be reached: it has
-/// neither a PID nor a cgroup namespace, and all capabilities.
-fn without_walls(spec: &mut Value) {
-    with_cgroup(spec);
-    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
-    namespaces.retain(|namespace| namespace["type"] != "pid" && namespace["type"] != "cgroup");
-    for set in ["bounding", "effective", "permitted"] {
-        spec["process"]["capabilities"][set] = json!([
-            "CAP_SYS_ADMIN",
-            "CAP_SYS_PTRACE",
-            "CAP_DAC_OVERRIDE",
-            "CAP_KILL"
-        ]);
-    }
-    for paths in ["maskedPaths", "readonlyPaths"] {
-        spec["linux"][paths] = json!([]);
-    }
-    spec["process"]["args"] = json!(["sleep", "3600"]);
+/// An initramfs whose init becomes the agent and leaves behind a process that kills
+/// it when it sees `sleep 31415` run. No signal reaches PID 1: its code is overwritten.
+fn mortal_agent(directory: &Path) -> PathBuf {
+    let tree = directory.join("tree");
+    fs::create_dir_all(&tree).unwrap();
+    let unpack = format!(
+        "cd {} && busybox cpio -i < /usr/local/share/nacre/initrd.img && mv init agent",
+        tree.display()
+    );
+    run("sh", &["-c", &unpack]).exits(0);
+    let script = "{ until cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -q '[3]1415'; do sleep 1; done
+        set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' ')
+        dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 \
+            seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); } &
+        exec /agent";
+    initramfs(directory, script)
 }
 
-/// No signal reaches PID 1 from within: its code is overwritten.
 #[test]
 fn of_the_agent() {
+    let directory = PathBuf::from("/tmp/e2e-mortal");
+    let initrd = mortal_agent(&directory);
+    let _config = Changed::new("initrd", &format!("{:?}", initrd.to_str().unwrap()));
     let mut scene = Scene::new();
-    let id = scene.start_spec(without_walls);
+    let id = scene.start_sleeper(&[]);
+    let other = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
     let since = Instant::now();
-    let script = "set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' '); \
-                  dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 \
-                  seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); sleep 3600";
-    scene.exec(&id, &[], &["sh", "-c", script]).exits(LOST);
-    println!("the client returned after {:.1?}", since.elapsed());
+    scene.exec(&id, &[], &["sleep", "31415"]).exits(LOST);
+    Said::from(other.wait_with_output().unwrap()).exits(LOST);
+    in_time(&scene, since, "the clients returned");
     scene.await_status(&id, "STOPPED");
     log_has(&id, "the guest kernel panicked");
     log_has(&id, "Attempted to kill init");
     scene.ctr(&["task", "rm", &id]).exits(0);
+    fs::remove_dir_all(directory).unwrap();
+}
+
+/// The container sees all of the guest's cgroups, and may write to them.
+fn without_walls(spec: &mut Value) {
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set] = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]);
+    }
+    spec["process"]["args"] = json!(["sleep", "3600"]);
 }
 
 /// The kernel and the container live, nobody answers the shim.

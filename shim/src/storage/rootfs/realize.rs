@@ -2,6 +2,7 @@
 //! and the mounts the agent is to make.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
@@ -11,6 +12,9 @@ use sha2::{Digest, Sha256};
 use super::{HostMount, Root, Source, Upper};
 use crate::oci::{container_dir, guest_rootfs};
 use crate::storage::{HostBacking, HostDisk, LAYERS_DIR, StorageError, host};
+
+/// A block of the smallest image of either kind.
+const MIN_IMAGE_BYTES: u64 = 4096;
 
 impl Source {
     /// Mounts or opens the source.
@@ -182,12 +186,19 @@ fn whole_disk(serial: String, path: &Path, read_only: bool) -> Result<HostDisk, 
     })
 }
 
+/// Opens an image or a device. One that was cut down to nothing is named here:
+/// what opens it later knows no paths.
 fn open(path: &Path, write: bool) -> Result<File, StorageError> {
-    File::options()
-        .read(true)
-        .write(write)
-        .open(path)
-        .map_err(StorageError::host("open", path))
+    let open = || {
+        let file = File::options().read(true).write(write).open(path)?;
+        let meta = file.metadata()?;
+        if meta.is_file() && meta.len() < MIN_IMAGE_BYTES {
+            let text = format!("{} bytes are no file system's image", meta.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        Ok(file)
+    };
+    open().map_err(StorageError::host("open", path))
 }
 
 /// A serial number of 17 bytes: what the disk is, and whose. Container ids are

@@ -202,7 +202,7 @@ fn layers_become_one_disk_and_an_overlay() {
     let dir = tempfile::tempdir().unwrap();
     let images: Vec<_> = ["a", "b"].map(|name| dir.path().join(name)).into();
     for image in &images {
-        std::fs::write(image, "erofs").unwrap();
+        std::fs::write(image, [0; 4096]).unwrap();
     }
 
     let root = layers(&images, &Upper::Tmpfs, "c1").unwrap();
@@ -226,4 +226,17 @@ fn layers_become_one_disk_and_an_overlay() {
     );
     assert_eq!(root.storages[3].target, format!("{base}/rootfs"));
     assert!(!root.shared);
+}
+
+#[test]
+fn image_that_was_cut_to_nothing_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("layer.erofs");
+    std::fs::write(&image, "cut").unwrap();
+    let error = layers(std::slice::from_ref(&image), &Upper::Tmpfs, "c1").err();
+    let error = crate::error::chain(&error.unwrap());
+    assert!(
+        error.contains("layer.erofs") && error.contains("3 bytes"),
+        "{error}"
+    );
 }
