@@ -344,14 +344,9 @@ impl Drop for Scene {
         for id in &self.containers {
             if failed {
                 let log = run("nacre", &["logs", id]);
-                eprintln!(
-                    "{id}: {}",
-                    if log.code == Some(0) {
-                        log.stdout
-                    } else {
-                        log.stderr
-                    }
-                );
+                if log.code == Some(0) {
+                    eprintln!("log of {id}:\n{}", log.stdout);
+                }
             }
             // Most are gone: these calls are for what a failed test left.
             let _ = self.ctr(&["task", "rm", "-f", id]);
