@@ -1,6 +1,7 @@
 //! The Task API against fake machines, called as containerd calls it: over
 //! ttrpc, with FIFOs, with events going to a listener that plays containerd.
 
+mod console;
 mod fixture;
 mod late_boot;
 mod real_agent;

@@ -3,6 +3,7 @@
 
 mod boot;
 mod clock;
+mod console;
 mod death;
 mod exec;
 mod failures;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
+use nacre_protocol::console_ttrpc::ConsoleClient;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
@@ -22,7 +23,7 @@ use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::{Context, with_duration};
 
-use super::super::{Pod, service};
+use super::super::{Pod, console, service};
 use crate::events::Publisher;
 use crate::machine::fake::{FakeHost, FakeMachine, Journal};
 use crate::sandbox::Host;
@@ -41,6 +42,8 @@ impl Events for EventSink {
 /// A pod, a client of it, and its events.
 pub struct Fixture {
     pub client: TaskClient,
+    /// On a connection of its own.
+    pub console: ConsoleClient,
     pub pod: Arc<Pod>,
     pub events: mpsc::UnboundedReceiver<String>,
     pub directory: tempfile::TempDir,
@@ -74,12 +77,16 @@ impl Fixture {
         let publisher = Publisher::new("test", address.to_str().unwrap());
         let pod = Pod::new(Host::Fake(host), publisher);
         let (near, far) = UnixStream::pair().unwrap();
+        let (console_near, console_far) = UnixStream::pair().unwrap();
+        let connections = futures::stream::iter([Ok(far), Ok(console_far)]);
         let mut server = Server::new()
-            .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
-            .register_service(service::create(&pod));
+            .add_listener(Listener::new(connections))
+            .register_service(service::create(&pod))
+            .register_service(console::create(&pod));
         server.start().await.unwrap();
         Self {
             client: TaskClient::new(Client::new(Socket::new(near))),
+            console: ConsoleClient::new(Client::new(Socket::new(console_near))),
             pod,
             events,
             directory,
