@@ -1,15 +1,15 @@
-//! Generates the agent's messages and ttrpc service from `proto/agent.proto`.
+//! Generates messages and ttrpc services from the files in `proto/`.
 
 use std::path::PathBuf;
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() {
-    println!("cargo:rerun-if-changed=proto/agent.proto");
+    println!("cargo:rerun-if-changed=proto");
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     Codegen::new()
         .out_dir(&out_dir)
-        .inputs(["proto/agent.proto"])
+        .inputs(["proto/agent.proto", "proto/console.proto"])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
@@ -18,12 +18,12 @@ fn main() {
             ..Default::default()
         })
         .run()
-        .expect("proto/agent.proto compiles");
+        .expect("the files in proto compile");
     // The generated files carry inner attributes, which `include!` refuses: they
     // have to be modules of their own.
     std::fs::write(
         out_dir.join("mod.rs"),
-        "pub mod agent;\npub mod agent_ttrpc;\n",
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod console;\npub mod console_ttrpc;\n",
     )
     .expect("OUT_DIR is writable");
 }

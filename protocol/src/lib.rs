@@ -1,9 +1,10 @@
-//! The contracts between nacre's three programs.
+//! The contracts between nacre's programs.
 //!
 //! ```text
 //!   shim  -- control channel: VmConfig, Request, Event (unix seqpacket, JSON + fds) --> monitor
 //!   shim  -- agent.proto (ttrpc over one vsock connection the guest dials)          --> agent
 //!   shim  -- streams (one vsock connection per stdio stream, the shim dials)        --> agent
+//!   nacre -- console.proto (ttrpc over the shim's socket)                           --> shim
 //! ```
 //!
 //! Trust runs one way: the monitor believes the shim, the agent believes the
@@ -14,10 +15,10 @@ pub mod channel;
 pub mod guest;
 pub mod vm;
 
-/// Messages and ttrpc service of `proto/agent.proto`, generated at build time.
+/// Messages and ttrpc services of `proto/`, generated at build time.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, console, console_ttrpc};

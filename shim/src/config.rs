@@ -95,6 +95,8 @@ pub struct Config {
     pub log_level: String,
     /// Write the guest's console to a file.
     pub debug_console: bool,
+    /// The shell of `nacre console`; none: there is no console.
+    pub debug_shell: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -161,6 +163,7 @@ impl Config {
             hang_timeout_seconds: 0,
             log_level: String::new(),
             debug_console: false,
+            debug_shell: None,
         }
     }
 
@@ -198,6 +201,7 @@ impl Config {
 /// What a key accepts.
 enum Kind {
     Path,
+    OptionalPath,
     Bool,
     Number(RangeInclusive<i64>),
     LogLevel,
@@ -207,6 +211,7 @@ impl Kind {
     fn allowed(&self) -> String {
         match self {
             Self::Path => "an absolute path in quotes".into(),
+            Self::OptionalPath => "an absolute path in quotes, or \"\"".into(),
             Self::Bool => "true or false".into(),
             Self::Number(range) => format!("{} to {}", range.start(), range.end()),
             Self::LogLevel => format!("\"{}\"", LOG_LEVELS.join("\", \"")),
@@ -253,7 +258,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 15] = [
+const KEYS: [Key; 16] = [
     key!(kernel, path),
     key!(initrd, path),
     key!(virtiofsd, path),
@@ -273,6 +278,11 @@ const KEYS: [Key; 15] = [
         set: |config, value| log_level(value).map(|level| config.log_level = level),
     },
     key!(debug_console, bool),
+    Key {
+        name: "debug_shell",
+        kind: Kind::OptionalPath,
+        set: |config, value| optional_path(value).map(|path| config.debug_shell = path),
+    },
 ];
 
 fn known_keys() -> String {
@@ -286,6 +296,13 @@ fn path(value: &Spanned<DeValue<'_>>) -> Result<PathBuf, String> {
         Ok(text.into())
     } else {
         Err(format!("{text:?} is not an absolute path"))
+    }
+}
+
+fn optional_path(value: &Spanned<DeValue<'_>>) -> Result<Option<PathBuf>, String> {
+    match value.get_ref().as_str() {
+        Some("") => Ok(None),
+        _ => path(value).map(Some),
     }
 }
 
@@ -381,6 +398,18 @@ mod tests {
     }
 
     #[test]
+    fn no_shell_and_a_shell() {
+        let mut config = Config::default();
+        assert_eq!(config.debug_shell, None);
+        config
+            .apply("debug_shell = '/bin/busybox'", "f.toml")
+            .unwrap();
+        assert_eq!(config.debug_shell, Some("/bin/busybox".into()));
+        config.apply("debug_shell = ''", "f.toml").unwrap();
+        assert_eq!(config.debug_shell, None);
+    }
+
+    #[test]
     fn mistakes_are_one_line_each() {
         assert_eq!(
             error_of("# c\ndefault_vcpus = 0\n"),
@@ -393,6 +422,10 @@ mod tests {
         assert_eq!(
             error_of("kernel = 'vmlinux'"),
             "f.toml:1: kernel: \"vmlinux\" is not an absolute path; allowed: an absolute path in quotes"
+        );
+        assert_eq!(
+            error_of("debug_shell = true"),
+            "f.toml:1: debug_shell: a boolean is not a path; allowed: an absolute path in quotes, or \"\""
         );
         assert!(error_of("\n\nlog_level = 'loud'").starts_with("f.toml:3: log_level: "));
         assert!(

@@ -9,6 +9,7 @@ use ttrpc::Code;
 use crate::machine::MachineError;
 use crate::sandbox::SandboxError;
 use crate::task::TaskError;
+use crate::task::console::ConsoleError;
 
 /// Writes an error and its sources on one line.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
@@ -87,6 +88,23 @@ fn agent_code(error: &ttrpc::Error) -> Code {
         | ttrpc::Error::RemoteClosed
         | ttrpc::Error::Eof => Code::UNAVAILABLE,
         ttrpc::Error::Others(_) => Code::INTERNAL,
+    }
+}
+
+fn console_code(error: &ConsoleError) -> Code {
+    match error {
+        ConsoleError::Off { .. } | ConsoleError::NotBooted | ConsoleError::Shell { .. } => {
+            Code::FAILED_PRECONDITION
+        }
+        ConsoleError::Exists { .. } => Code::ALREADY_EXISTS,
+        ConsoleError::NotFound { .. } => Code::NOT_FOUND,
+        ConsoleError::Task(error) => code(error),
+    }
+}
+
+impl From<ConsoleError> for ttrpc::Error {
+    fn from(error: ConsoleError) -> Self {
+        ttrpc::error::get_rpc_status(console_code(&error), chain(&error))
     }
 }
 

@@ -23,7 +23,7 @@ mod tests;
 mod vm_host;
 mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -250,6 +250,15 @@ impl Host {
             Self::Vm(host) => host.hang_timeout(),
             #[cfg(test)]
             Self::Fake(_) => Duration::ZERO,
+        }
+    }
+
+    /// The program that is a console's shell; none: there are no consoles.
+    pub fn debug_shell(&self) -> Option<&Path> {
+        match self {
+            Self::Vm(host) => host.debug_shell(),
+            #[cfg(test)]
+            Self::Fake(host) => host.debug_shell.as_deref(),
         }
     }
 

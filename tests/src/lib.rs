@@ -9,6 +9,7 @@
 mod leftovers;
 mod shim;
 mod spec;
+mod terminal;
 mod watchdog;
 
 use std::io::Write;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 pub use leftovers::Machine;
 pub use shim::Shim;
+pub use terminal::OnTerminal;
 use watchdog::Watchdog;
 
 /// The runtime under test.

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
-use super::{elf, trial};
+use super::trial;
 use crate::RUNTIME_NAME;
 use crate::cgroup::CGROUP_ROOT;
 use crate::config::Config;
+use crate::elf;
 use crate::error::chain;
 
 const SHIM: &str = "containerd-shim-nacre-v2";

@@ -1,8 +1,8 @@
 //! The `nacre` command: whether a host is ready, which pods run, what they
-//! logged. It reads files and starts nothing.
+//! logged, and a shell in their guests. All but the last only reads files.
 
 mod check;
-mod elf;
+mod console;
 mod pods;
 mod trial;
 
@@ -33,6 +33,30 @@ pub enum CliError {
     /// Several pods have names that start so.
     #[error("{0:?} is the start of several pods' names")]
     Ambiguous(String),
+    /// A pod's shim cannot be reached, or no longer.
+    #[error("the shim of pod {pod} is gone, and with it the pod")]
+    NoShim {
+        /// Whose.
+        pod: String,
+        /// Why.
+        source: ttrpc::Error,
+    },
+    /// A pod gives no console, or no longer.
+    #[error("pod {pod}: {problem}")]
+    Console {
+        /// Which.
+        pod: String,
+        /// Its shim's words.
+        problem: String,
+    },
+    /// The console's own end failed.
+    #[error("cannot {what}")]
+    Terminal {
+        /// What was being done.
+        what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The output is closed.
     #[error("cannot write the output")]
     Write(#[source] std::io::Error),
@@ -63,32 +87,21 @@ enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Run a shell in a pod's guest (needs `debug_shell` in the configuration).
+    ///
+    /// It runs in the guest itself, beside the containers: it sees all processes,
+    /// the pod's network, and below /proc/1/root all files. Its input may be a
+    /// terminal or anything else. The end of the input ends it.
+    Console {
+        /// The pod's id, or a start of it that no other shares.
+        pod: String,
+    },
 }
 
 /// Runs the command with the process's arguments.
 pub fn run() -> ExitCode {
-    let mut out = std::io::stdout().lock();
-    let result = match Arguments::parse().command {
-        Command::Check => check::run(&mut out).map_err(CliError::Write),
-        Command::Ps => Config::load()
-            .map_err(CliError::from)
-            .and_then(|config| pods::list(&config.run_dir, &mut out))
-            .map(|()| true),
-        Command::Logs {
-            pod,
-            console,
-            follow,
-        } => Config::load()
-            .map_err(CliError::from)
-            .and_then(|config| {
-                let wanted = pods::Wanted { console, follow };
-                pods::logs(&config.run_dir, &pod, wanted, &mut out)
-            })
-            .map(|()| true),
-    };
-    match result {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    match execute(Arguments::parse().command) {
+        Ok(code) => code,
         // `nacre logs POD | head` is no failure.
         Err(CliError::Write(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
@@ -97,6 +110,34 @@ pub fn run() -> ExitCode {
             eprintln!("nacre: {}", chain(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn execute(command: Command) -> Result<ExitCode, CliError> {
+    let mut out = std::io::stdout();
+    match command {
+        Command::Check => {
+            let is_ready = check::run(&mut out).map_err(CliError::Write)?;
+            Ok(if is_ready {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
+        }
+        Command::Ps => {
+            pods::list(&Config::load()?.run_dir, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Logs {
+            pod,
+            console,
+            follow,
+        } => {
+            let wanted = pods::Wanted { console, follow };
+            pods::logs(&Config::load()?.run_dir, &pod, wanted, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Console { pod } => console::run(&pods::find(&Config::load()?.run_dir, &pod)?),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `nacre ps` and `nacre logs`: the pods below the run directory, see
+//! `nacre ps` and `nacre logs`, and finding a pod: those below the run directory, see
 //! [`crate::rundir`] for its layout.
 
 use std::fs;
@@ -22,11 +22,11 @@ const VCPU_THREAD: &str = "vcpu";
 
 /// A pod on this host.
 #[derive(Debug)]
-struct Pod {
+pub(super) struct Pod {
     namespace: String,
-    id: String,
+    pub(super) id: String,
     dir: PathBuf,
-    state: State,
+    pub(super) state: State,
 }
 
 /// Prints a table of the pods.
@@ -64,13 +64,12 @@ pub(super) fn logs(
     wanted: Wanted,
     out: &mut impl Write,
 ) -> Result<(), CliError> {
-    let pods = pods(run_dir)?;
     let file = if wanted.console {
         CONSOLE_FILE
     } else {
         LOG_FILE
     };
-    let path = select(&pods, pod)?.dir.join(file);
+    let path = find(run_dir, pod)?.dir.join(file);
     let read = |source| CliError::Read {
         path: path.clone(),
         source,
@@ -162,15 +161,17 @@ fn directories(dir: &Path) -> Result<Vec<(String, PathBuf)>, CliError> {
     Ok(found)
 }
 
-fn select<'a>(pods: &'a [Pod], name: &str) -> Result<&'a Pod, CliError> {
-    if let Some(pod) = pods.iter().find(|pod| pod.id == name) {
-        return Ok(pod);
+/// The pod of a name, or the only one whose name starts so.
+pub(super) fn find(run_dir: &Path, name: &str) -> Result<Pod, CliError> {
+    let mut pods = pods(run_dir)?;
+    if let Some(index) = pods.iter().position(|pod| pod.id == name) {
+        return Ok(pods.swap_remove(index));
     }
-    let mut matches = pods.iter().filter(|pod| pod.id.starts_with(name));
-    match (matches.next(), matches.next()) {
-        (Some(pod), None) => Ok(pod),
+    pods.retain(|pod| pod.id.starts_with(name));
+    match (pods.pop(), pods.is_empty()) {
+        (Some(pod), true) => Ok(pod),
         (None, _) => Err(CliError::NoPod(name.into())),
-        (Some(_), Some(_)) => Err(CliError::Ambiguous(name.into())),
+        (Some(_), false) => Err(CliError::Ambiguous(name.into())),
     }
 }
 

@@ -163,6 +163,8 @@ pub struct FakeHost {
     pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
     /// Whether machines boot with their creation or with the start.
     pub knows_network: bool,
+    /// A console's shell.
+    pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
     pub journal: Journal,
     /// The agent's executable; the scripted one if `None`.
@@ -176,9 +178,25 @@ impl FakeHost {
         Self {
             machine: Arc::default(),
             knows_network: true,
+            debug_shell: None,
             journal: Journal::default(),
             agent_exe: None,
             root: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// The same with a console. Its shell only looks like a static program: the
+    /// scripted agent runs this host's /bin/sh instead.
+    pub fn with_console() -> Self {
+        let host = Self::scripted();
+        let mut header = [0; 64];
+        header[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        header[18] = 62; // EM_X86_64
+        let shell = host.root.path().join("shell");
+        std::fs::write(&shell, header).unwrap();
+        Self {
+            debug_shell: Some(shell),
+            ..host
         }
     }
 

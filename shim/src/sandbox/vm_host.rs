@@ -236,6 +236,11 @@ impl VmHost {
         Duration::from_secs(self.config.hang_timeout_seconds)
     }
 
+    /// See [`super::Host::debug_shell`].
+    pub fn debug_shell(&self) -> Option<&Path> {
+        self.config.debug_shell.as_deref()
+    }
+
     /// See [`super::Host::memory_of`].
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         memory_of(containers, &self.config)

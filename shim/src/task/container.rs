@@ -34,7 +34,7 @@ use crate::storage::Prepared;
 /// Time the agent has for a call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time the agent has to mount a container's storage and make it.
-const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time output has to reach its readers after the exit.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time a process has to die of SIGKILL.
@@ -43,7 +43,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 pub const LOST_STATUS: u32 = 137;
 /// Status of a process that could not be started.
 const NOT_STARTED_STATUS: u32 = 255;
-const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+pub(super) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// A container.
 pub struct Container {

@@ -9,6 +9,7 @@
 //! io.rs         FIFOs and files on the host, streams to the guest
 //! resize.rs     new limits, and a machine that is as large as they ask for
 //! logger.rs     logging programs (`binary://`)
+//! console.rs    shells in the guest itself, of which containerd knows nothing
 //! stats.rs      the agent's counters as containerd's message
 //! ```
 //!
@@ -17,6 +18,7 @@
 //! the phase as it is. What the guest answers is data: it becomes an exit
 //! status or a counter, and nothing on the host depends on its being true.
 
+pub mod console;
 mod container;
 mod control;
 mod io;

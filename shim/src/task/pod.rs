@@ -35,7 +35,7 @@ const OOM_PAUSE: Duration = Duration::from_millis(500);
 /// A pod.
 pub struct Pod {
     pub(super) host: Host,
-    publisher: Publisher,
+    pub(super) publisher: Publisher,
     pub(super) sandbox: OnceCell<Arc<Sandbox>>,
     /// `None`: being created.
     pub(super) containers: Mutex<HashMap<String, Option<Arc<Container>>>>,

@@ -2,6 +2,7 @@
 //! ttrpc, with FIFOs, with events going to a listener that plays containerd.
 
 mod callers;
+mod console;
 mod fixture;
 mod late_boot;
 mod real_agent;

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use nacre_tests::{PATIENCE, Scene, run};
+use nacre_tests::{PATIENCE, Scene, eventually, run};
 
 use crate::failures::Changed;
 
@@ -155,22 +155,50 @@ fn pod_is_in_the_cgroup_containerd_named() {
     assert_eq!(limit.trim(), ((64 + 128) << 20).to_string());
 }
 
+/// What `nacre ps` says of a pod, by the names of its columns.
+fn ps_row(id: &str) -> Option<BTreeMap<String, String>> {
+    let table = run("nacre", &["ps"]).exits(0).stdout;
+    let cells = |line: &str| -> Vec<String> {
+        let cells = line.split("  ").map(str::trim);
+        let cells = cells.filter(|cell| !cell.is_empty());
+        cells.map(str::to_owned).collect()
+    };
+    let mut lines = table.lines();
+    let names = cells(lines.next().unwrap());
+    let row = lines.find(|line| line.starts_with(id))?;
+    Some(names.into_iter().zip(cells(row)).collect())
+}
+
 #[test]
 fn nacre_ps_and_logs_know_the_pod() {
+    let _vcpus = Changed::new("default_vcpus", "2");
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
     let pid = pid_of(&scene, &id);
-    let said = run("nacre", &["ps"]).exits(0);
-    let line = said.stdout.lines().find(|line| line.contains(&id));
-    let line = line.unwrap_or_else(|| panic!("no {id} in {said:#?}"));
-    let cells: Vec<&str> = line.split_whitespace().collect();
-    assert_eq!(cells[..4], [&*id, "default", &*pid, "running"], "{said:#?}");
-    assert!(cells[4].ends_with(['s', 'm']), "{said:#?}");
-    let [vcpus, memory_mib] = [cells[5], cells[6]].map(|cell| cell.parse::<u32>().unwrap());
-    assert!(
-        vcpus == 1 && memory_mib > 10 && cells[7] == "MiB",
-        "{said:#?}"
-    );
+    let row = ps_row(&id).unwrap();
+    let columns = ["POD", "NAMESPACE", "PID", "STATE", "VCPUS"];
+    let expected = [id.as_str(), "default", &pid, "running", "2"];
+    assert_eq!(columns.map(|column| row[column].as_str()), expected);
+    // What the guest has touched and the monitor itself, as the kernel counts it.
+    let mib = |text: &str, unit| text.strip_suffix(unit).unwrap().parse::<u64>().unwrap();
+    let shown = mib(&row["MEMORY"], " MiB");
+    let resident = mib(status_of(&pid)["VmRSS"].trim(), " kB") / 1024;
+    assert!(shown > 0 && shown.abs_diff(resident) < 64, "{row:?}");
+    // It ages, and not faster than time.
+    eventually("the pod is at least 3 s old", || {
+        let uptime = ps_row(&id).unwrap()["UPTIME"].clone();
+        let elapsed = run("ps", &["-o", "etimes=", "-p", &pid]).exits(0).stdout;
+        let elapsed: u64 = elapsed.trim().parse().unwrap();
+        match uptime.strip_suffix('s') {
+            Some(seconds) => {
+                let seconds = seconds.parse::<u64>().unwrap();
+                assert!(seconds <= elapsed, "{seconds} of {elapsed} s");
+                seconds >= 3
+            }
+            None => uptime == "1m" && elapsed >= 60,
+        }
+    });
+
     let said = run("nacre", &["logs", &id]).exits(0);
     assert!(said.stdout.contains("booting"), "{said:#?}");
     run("nacre", &["logs", "no-such-pod"])
@@ -179,6 +207,13 @@ fn nacre_ps_and_logs_know_the_pod() {
     let mut follow = Command::new("nacre");
     follow.args(["logs", "-f", &id]).stdout(Stdio::piped());
     let follower = follow.spawn().unwrap();
+
+    run("kill", &["-9", &pid]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    let row = ps_row(&id).unwrap();
+    let columns = ["PID", "STATE", "UPTIME", "VCPUS", "MEMORY"];
+    let expected = ["-", "stopped", "-", "-", "-"];
+    assert_eq!(columns.map(|column| row[column].as_str()), expected);
     scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     let followed = follower.wait_with_output().unwrap();
     let text = String::from_utf8(followed.stdout).unwrap();
@@ -186,8 +221,7 @@ fn nacre_ps_and_logs_know_the_pod() {
         followed.status.success() && text.contains("exited"),
         "{text}"
     );
-    let said = run("nacre", &["ps"]).exits(0);
-    assert!(!said.stdout.contains(&id), "{said:#?}");
+    assert_eq!(ps_row(&id), None);
 }
 
 /// containerd asks the shim's binary what it is before it starts one.

@@ -4,6 +4,7 @@
 mod api;
 mod boot;
 mod clock;
+mod console;
 mod death;
 mod exec;
 mod failures;

@@ -1,12 +1,9 @@
 //! Standard input, output and error; terminals.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
-use nacre_tests::{BUSYBOX, Scene, eventually, run_with_input};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::pty::{Winsize, openpty};
+use nacre_tests::{BUSYBOX, OnTerminal, Scene, eventually, run_with_input};
 
 const BULK: usize = 256 << 20;
 
@@ -81,91 +78,15 @@ fn all_output_comes_before_the_exit() {
     }
 }
 
-/// A program on a terminal of its own.
-struct OnTerminal {
-    child: Child,
-    terminal: std::fs::File,
-    line: OwnedFd,
-    /// Came after what the last [`Self::read_until`] looked for.
-    unread: String,
-}
-
-impl OnTerminal {
-    fn spawn(mut command: Command, rows: u16, columns: u16) -> Self {
-        let size = Winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let pty = openpty(Some(&size), None).unwrap();
-        let line = || Stdio::from(pty.slave.try_clone().unwrap());
-        let child = command
-            .stdin(line())
-            .stdout(line())
-            .stderr(line())
-            .spawn()
-            .unwrap();
-        Self {
-            child,
-            terminal: pty.master.into(),
-            line: pty.slave,
-            unread: String::new(),
-        }
-    }
-
-    /// Reads until `text` has come, and returns what came up to its end.
-    #[track_caller]
-    fn read_until(&mut self, text: &str) -> String {
-        let what = format!("the terminal shows {text:?}");
-        let mut end = None;
-        eventually(&what, || {
-            end = self.unread.find(text).map(|start| start + text.len());
-            if end.is_none() && self.is_readable() {
-                let mut bytes = [0; 1024];
-                let count = self.terminal.read(&mut bytes).unwrap();
-                let came = String::from_utf8_lossy(&bytes[..count]);
-                self.unread.push_str(&came);
-            }
-            end.is_some()
-        });
-        let rest = self.unread.split_off(end.unwrap());
-        std::mem::replace(&mut self.unread, rest)
-    }
-
-    fn is_readable(&self) -> bool {
-        let mut fds = [PollFd::new(self.terminal.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
-    }
-
-    /// Has the shell print the terminal's size until it is `size`.
-    #[track_caller]
-    fn ask_until(&mut self, size: &str) {
-        eventually(&format!("the terminal's size is {size}"), || {
-            self.type_line("word");
-            self.read_until("got word");
-            self.read_until("\n");
-            self.read_until("\n").contains(size)
-        });
-    }
-
-    fn type_line(&mut self, text: &str) {
-        self.terminal.write_all(text.as_bytes()).unwrap();
-        self.terminal.write_all(b"\n").unwrap();
-    }
-
-    /// Changes the terminal's size and tells the program, as a window does.
-    fn resize(&self, rows: u16, columns: u16) {
-        let size = ["rows", &rows.to_string(), "cols", &columns.to_string()].map(str::to_owned);
-        let stty = Command::new("stty")
-            .args(size)
-            .stdin(self.line.try_clone().unwrap())
-            .status();
-        assert!(stty.unwrap().success());
-        let pid = self.child.id().to_string();
-        let kill = Command::new("kill").args(["-WINCH", &pid]).status();
-        assert!(kill.unwrap().success());
-    }
+/// Has the shell print the terminal's size until it is `size`.
+#[track_caller]
+fn ask_until(client: &mut OnTerminal, size: &str) {
+    eventually(&format!("the terminal's size is {size}"), || {
+        client.type_line("word");
+        client.read_until("got word");
+        client.read_until("\n");
+        client.read_until("\n").contains(size)
+    });
 }
 
 #[test]
@@ -176,11 +97,11 @@ fn terminal_has_the_client_s_size_and_follows_it() {
     let mut client = OnTerminal::spawn(command, 33, 101);
     // ctr sends a size after the start, or after a signal: the shell is asked
     // until it has come.
-    client.ask_until("33 101");
+    ask_until(&mut client, "33 101");
     client.resize(40, 120);
-    client.ask_until("40 120");
-    client.terminal.write_all(&[4]).unwrap(); // Ctrl-D: end of input
-    assert!(client.child.wait().unwrap().success());
+    ask_until(&mut client, "40 120");
+    client.type_in("\x04"); // Ctrl-D: end of input
+    assert_eq!(client.wait(), Some(0));
 }
 
 #[test]
@@ -193,7 +114,7 @@ fn exec_on_a_terminal() {
     let mut client = OnTerminal::spawn(command, 21, 77);
     let seen = client.read_until("21 77");
     assert!(seen.contains("/dev/pts/"), "{seen}");
-    assert_eq!(client.child.wait().unwrap().code(), Some(6));
+    assert_eq!(client.wait(), Some(6));
 }
 
 /// A client that stops reading stops its own container's output and nothing else.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
+use nacre_protocol::console_ttrpc::ConsoleClient;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::MessageField;
@@ -23,7 +24,7 @@ use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::{Context, with_duration};
 
-use super::super::{Pod, service};
+use super::super::{Pod, console, service};
 use crate::events::Publisher;
 use crate::machine::fake::{FakeHost, FakeMachine, Journal};
 use crate::sandbox::Host;
@@ -42,6 +43,8 @@ impl Events for EventSink {
 /// A pod, a client of it, and its events.
 pub struct Fixture {
     pub client: TaskClient,
+    /// On a connection of its own.
+    pub console: ConsoleClient,
     pub pod: Arc<Pod>,
     pub events: mpsc::UnboundedReceiver<String>,
     pub directory: tempfile::TempDir,
@@ -74,9 +77,10 @@ impl Fixture {
         let journal = host.journal.clone();
         let publisher = Publisher::new("test", address.to_str().unwrap());
         let pod = Pod::new(Host::Fake(host), publisher);
-        let (client, server) = connect(&pod).await;
+        let (connection, server) = connect(&pod).await;
         Self {
-            client,
+            client: TaskClient::new(connection.clone()),
+            console: ConsoleClient::new(connection),
             pod,
             events,
             directory,
@@ -91,7 +95,7 @@ impl Fixture {
     pub async fn another_client(&mut self) -> TaskClient {
         let (client, server) = connect(&self.pod).await;
         self.servers.push(server);
-        client
+        TaskClient::new(client)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -214,13 +218,14 @@ impl Fixture {
     }
 }
 
-async fn connect(pod: &Arc<Pod>) -> (TaskClient, Server) {
+async fn connect(pod: &Arc<Pod>) -> (Client, Server) {
     let (near, far) = UnixStream::pair().unwrap();
     let mut server = Server::new()
         .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
-        .register_service(service::create(pod));
+        .register_service(service::create(pod))
+        .register_service(console::create(pod));
     server.start().await.unwrap();
-    (TaskClient::new(Client::new(Socket::new(near))), server)
+    (Client::new(Socket::new(near)), server)
 }
 
 /// An exec of `sh -c script` without streams.

@@ -14,12 +14,14 @@ use crate::machine::fake::FakeHost;
 
 /// A fixture on the real agent; `None`, with the reason on stderr, where that
 /// cannot be.
-async fn fixture() -> Option<Fixture> {
-    let host = FakeHost::real()?;
-    if !Path::new("/bin/busybox").exists() {
+pub async fn fixture() -> Option<Fixture> {
+    let busybox = Path::new("/bin/busybox");
+    if !busybox.exists() {
         eprintln!("skipped: no static busybox (Debian: busybox-static)");
         return None;
     }
+    let mut host = FakeHost::real()?;
+    host.debug_shell = Some(busybox.to_owned());
     Some(Fixture::on(host).await)
 }
 
@@ -53,7 +55,7 @@ fn bundle(fixture: &Fixture, id: &str, args: serde_json::Value) -> String {
     bundle
 }
 
-async fn create(
+pub async fn create(
     fixture: &Fixture,
     id: &str,
     args: serde_json::Value,

@@ -1,0 +1,125 @@
+//! A terminal, and a program on it.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::{Winsize, openpty};
+
+use crate::{Said, eventually, run};
+
+/// A program on a terminal of its own.
+pub struct OnTerminal {
+    child: Child,
+    terminal: std::fs::File,
+    line: OwnedFd,
+    /// Came after what the last [`Self::read_until`] looked for.
+    unread: String,
+}
+
+impl OnTerminal {
+    /// Starts the program on a terminal of this size.
+    #[must_use]
+    pub fn spawn(mut command: Command, rows: u16, columns: u16) -> Self {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pty = openpty(Some(&size), None).expect("a new terminal");
+        let line = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
+        let child = command
+            .stdin(line())
+            .stdout(line())
+            .stderr(line())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        Self {
+            child,
+            terminal: pty.master.into(),
+            line: pty.slave,
+            unread: String::new(),
+        }
+    }
+
+    /// Reads until `text` has come, and returns what came up to its end.
+    #[track_caller]
+    pub fn read_until(&mut self, text: &str) -> String {
+        let what = format!("the terminal shows {text:?}");
+        let mut end = None;
+        eventually(&what, || {
+            end = self.unread.find(text).map(|start| start + text.len());
+            if end.is_none() && self.is_readable() {
+                let mut bytes = [0; 1024];
+                let count = self
+                    .terminal
+                    .read(&mut bytes)
+                    .expect("a terminal that is open");
+                let came = String::from_utf8_lossy(&bytes[..count]);
+                self.unread.push_str(&came);
+            }
+            end.is_some()
+        });
+        let rest = self
+            .unread
+            .split_off(end.expect("eventually waited for it"));
+        std::mem::replace(&mut self.unread, rest)
+    }
+
+    fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(self.terminal.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).expect("poll") > 0
+    }
+
+    /// Types keys.
+    pub fn type_in(&mut self, keys: &str) {
+        self.terminal
+            .write_all(keys.as_bytes())
+            .expect("a terminal takes keys");
+    }
+
+    /// Types a line and the key that ends it.
+    pub fn type_line(&mut self, text: &str) {
+        self.type_in(text);
+        self.type_in("\n");
+    }
+
+    /// Changes the terminal's size and tells the program, as a window does.
+    ///
+    /// # Panics
+    ///
+    /// When the terminal or the program is gone.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        self.stty(&["rows", &rows.to_string(), "cols", &columns.to_string()]);
+        self.signal("WINCH");
+    }
+
+    /// Sends the program a signal by its name.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        run("kill", &["-s", name, &pid]).exits(0);
+    }
+
+    /// How the terminal is set, as `stty` writes it.
+    #[must_use]
+    pub fn settings(&self) -> String {
+        self.stty(&["-g"])
+    }
+
+    fn stty(&self, arguments: &[&str]) -> String {
+        let line = self.line.try_clone().expect("a descriptor");
+        let output = Command::new("stty").args(arguments).stdin(line).output();
+        Said::from(output.expect("stty")).exits(0).stdout
+    }
+
+    /// Waits for the program's end and returns its status.
+    ///
+    /// # Panics
+    ///
+    /// Never: the program is this one's child.
+    pub fn wait(&mut self) -> Option<i32> {
+        self.child.wait().expect("the child is ours").code()
+    }
+}
