@@ -15,6 +15,7 @@ mod rootfs;
 mod run;
 mod several;
 mod streams;
+mod volumes;
 
 use std::fs;
 use std::os::unix::net::UnixListener;
