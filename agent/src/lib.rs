@@ -9,6 +9,7 @@
 //!   cgroup/    limits, devices, statistics, freezer, events
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
+//!   volumes/   directories its containers share
 //!   reaper.rs  exit statuses
 //! ```
 //!
@@ -38,4 +39,5 @@ pub mod service;
 pub mod stdio;
 pub mod storage;
 pub mod streams;
+pub mod volumes;
 pub mod watch;

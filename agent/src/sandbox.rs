@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nacre_protocol::agent::{
-    ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, StatsResponse,
+    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, ExecRequest, ReadFileRequest,
+    StatsResponse, TmpfsVolume,
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
@@ -27,6 +28,7 @@ use crate::reaper::{Exit, Reaper};
 use crate::stdio;
 use crate::storage;
 use crate::streams::StreamHub;
+use crate::volumes::{self, Volumes};
 
 /// What the agent is part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +52,7 @@ pub struct Sandbox {
     reaper: Arc<Reaper>,
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
+    volumes: Arc<Volumes>,
     oom_sender: UnboundedSender<(String, u64)>,
     oom_receiver: tokio::sync::Mutex<UnboundedReceiver<(String, u64)>>,
 }
@@ -70,6 +73,7 @@ impl Sandbox {
             reaper,
             streams,
             containers: Mutex::default(),
+            volumes: Arc::default(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
         }
@@ -112,9 +116,7 @@ impl Sandbox {
                 .await?;
         }
         if request.shared_dir {
-            tokio::task::spawn_blocking(mount_shared)
-                .await
-                .map_err(|error| Error::Internal(error.to_string()))??;
+            blocking(mount_shared).await?;
         }
         Ok(())
     }
@@ -176,6 +178,10 @@ impl Sandbox {
         for file in &request.files {
             storage::write_file(&dir, file)?;
         }
+        for subpath in &request.subpaths {
+            volumes::bind_subpath(&dir, subpath)?;
+        }
+        let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
         limit(&cgroup, &spec)?;
@@ -264,9 +270,7 @@ impl Sandbox {
         }
         container.cgroup.remove().await?;
         let dir = container.dir.clone();
-        tokio::task::spawn_blocking(move || storage::remove(&dir))
-            .await
-            .map_err(|error| Error::Internal(error.to_string()))??;
+        blocking(move || storage::remove(&dir)).await?;
         self.slots().remove(id);
         Ok(())
     }
@@ -280,6 +284,36 @@ impl Sandbox {
         let container = self.container(id)?;
         let resources: LinuxResources = parse(resources, "resources")?;
         container.cgroup.apply(&resources)
+    }
+
+    /// Makes a volume that is a tmpfs.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Volumes::make_tmpfs`].
+    pub async fn make_tmpfs(&self, volume: TmpfsVolume) -> Result<()> {
+        let volumes = self.volumes.clone();
+        blocking(move || volumes.make_tmpfs(&volume)).await
+    }
+
+    /// Makes a volume of copied files, or replaces them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Volumes::put_directory`].
+    pub async fn put_directory(&self, volume: DirectoryVolume) -> Result<()> {
+        let volumes = self.volumes.clone();
+        blocking(move || volumes.put_directory(&volume)).await
+    }
+
+    /// The end of a file that came with a container.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` for the container, and those of [`volumes::read_end`].
+    pub async fn read_file(&self, request: ReadFileRequest) -> Result<Vec<u8>> {
+        let dir = self.container(&request.container_id)?.dir.clone();
+        blocking(move || volumes::read_end(&dir, &request.path, request.max_bytes)).await
     }
 
     /// A container's counters.
@@ -321,6 +355,15 @@ impl Sandbox {
         }
         std::process::exit(0);
     }
+}
+
+/// Runs what may block on the pool for that.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::Internal(error.to_string()))?
 }
 
 fn parse<T: serde::de::DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use nacre_protocol::agent::{
-    AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, Empty,
-    Event, ExecRequest, ListProcessesResponse, OomKill, PingResponse, ProcessRequest,
-    ProcessStarted, ResizeTerminalRequest, SignalRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest,
+    DirectoryVolume, Empty, Event, ExecRequest, ListProcessesResponse, OomKill, PingResponse,
+    ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse, ResizeTerminalRequest,
+    SignalRequest, StatsResponse, TmpfsVolume, UpdateRequest, WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -182,5 +182,30 @@ impl Agent for Service {
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         self.0.shutdown().await;
         Ok(Empty::default())
+    }
+
+    async fn make_tmpfs(&self, _: &TtrpcContext, volume: TmpfsVolume) -> ttrpc::Result<Empty> {
+        self.0.make_tmpfs(volume).await?;
+        Ok(Empty::default())
+    }
+
+    async fn put_directory(
+        &self,
+        _: &TtrpcContext,
+        volume: DirectoryVolume,
+    ) -> ttrpc::Result<Empty> {
+        self.0.put_directory(volume).await?;
+        Ok(Empty::default())
+    }
+
+    async fn read_file(
+        &self,
+        _: &TtrpcContext,
+        request: ReadFileRequest,
+    ) -> ttrpc::Result<ReadFileResponse> {
+        Ok(ReadFileResponse {
+            contents: self.0.read_file(request).await?,
+            ..ReadFileResponse::default()
+        })
     }
 }

@@ -44,7 +44,7 @@ pub fn check_id(id: &str) -> Result<()> {
 }
 
 /// Checks that `path` lies below `dir` as it is written.
-fn below<'a>(dir: &Path, path: &'a str) -> Result<&'a Path> {
+pub(crate) fn below<'a>(dir: &Path, path: &'a str) -> Result<&'a Path> {
     let path_ref = Path::new(path);
     let plain = path_ref
         .strip_prefix(dir)

@@ -22,3 +22,6 @@ pub const SHARED_DIR: &str = "/run/nacre/shared";
 /// Per-container directories of the guest:
 /// `CONTAINERS_DIR/<container id>/{rootfs,layers/,files/,...}`.
 pub const CONTAINERS_DIR: &str = "/run/nacre/containers";
+
+/// Directories that containers of the guest share: `VOLUMES_DIR/<name>`.
+pub const VOLUMES_DIR: &str = "/run/nacre/volumes";

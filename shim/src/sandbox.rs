@@ -46,7 +46,7 @@ use crate::hooks::HookError;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
-use crate::storage::{Prepared, StorageError};
+use crate::storage::{Followers, Prepared, StorageError};
 use crate::task::agent_message;
 use crate::virtiofsd::VirtiofsdError;
 
@@ -312,6 +312,7 @@ pub struct Sandbox {
     machine: Arc<dyn Machine>,
     guest: OnceLock<Guest>,
     next_stream: AtomicU64,
+    followers: Followers,
 }
 
 /// A machine's memory.
@@ -339,6 +340,7 @@ impl Sandbox {
             machine,
             guest: OnceLock::new(),
             next_stream: AtomicU64::new(1),
+            followers: Followers::default(),
         }
     }
 
@@ -387,6 +389,11 @@ impl Sandbox {
     /// The agent, after the boot.
     pub fn agent(&self) -> Option<&AgentClient> {
         self.guest.get().map(|guest| &guest.agent)
+    }
+
+    /// What follows the host's volumes for the pod.
+    pub fn followers(&self) -> &Followers {
+        &self.followers
     }
 
     /// Whether the guest has the pod's shared directory.

@@ -6,6 +6,7 @@
 //! like; when the scene ends without a panic it waits until the machine looks
 //! so again and fails naming what is left.
 
+mod kubelet;
 mod leftovers;
 mod shim;
 mod spec;
@@ -17,6 +18,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use kubelet::PodDir;
 pub use leftovers::Machine;
 pub use shim::Shim;
 pub use terminal::OnTerminal;

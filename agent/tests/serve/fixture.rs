@@ -224,8 +224,15 @@ impl Agent {
     }
 
     pub async fn create(&self, id: &str, spec: &Value, stdio: Stdio) -> ttrpc::Result<u32> {
+        let request = self.creation(id, spec, stdio);
+        let started = self.client.create_container(context(), &request).await?;
+        Ok(started.pid)
+    }
+
+    /// The request that makes a container.
+    pub fn creation(&self, id: &str, spec: &Value, stdio: Stdio) -> CreateContainerRequest {
         let image = self.dir.path().join("image");
-        let request = CreateContainerRequest {
+        CreateContainerRequest {
             container_id: id.into(),
             spec: serde_json::to_vec(spec).unwrap(),
             storages: vec![Storage {
@@ -242,9 +249,7 @@ impl Agent {
             }],
             stdio: Some(stdio).into(),
             ..CreateContainerRequest::default()
-        };
-        let started = self.client.create_container(context(), &request).await?;
-        Ok(started.pid)
+        }
     }
 
     pub async fn start(&self, id: &str) -> ttrpc::Result<()> {

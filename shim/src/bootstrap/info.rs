@@ -81,8 +81,13 @@ fn features() -> serde_json::Value {
         "hooks": ["prestart", "createRuntime", "poststop"],
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "cgroup": { "v1": false, "v2": true },
+            "seccomp": { "enabled": true },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false },
+            "intelRdt": { "enabled": false },
+            "mountExtensions": { "idmap": { "enabled": false } },
         },
     })
 }
@@ -101,5 +106,12 @@ mod tests {
         );
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
+        // containerd gives `hostUsers: false` to who has both of these.
+        assert_eq!(
+            features["linux"]["mountExtensions"]["idmap"]["enabled"],
+            false
+        );
+        let namespaces = features["linux"]["namespaces"].as_array().unwrap();
+        assert!(!namespaces.contains(&"user".into()));
     }
 }

@@ -217,19 +217,15 @@ impl FakeHost {
         })
     }
 
-    /// The container's files stay where its bundle is.
+    /// The container's root stays where its bundle is; its volumes are prepared as
+    /// for a guest.
     pub fn prepare(
         &self,
         config: &ContainerConfig,
         _booted: bool,
     ) -> Result<Prepared, StorageError> {
-        Ok(Prepared {
-            disks: Vec::new(),
-            uses_shared_dir: false,
-            storages: Vec::new(),
-            files: Vec::new(),
-            guest_spec: (*config.spec).clone(),
-        })
+        let shared_root = self.root.path().join("shared");
+        crate::storage::prepare_volumes(&config.spec, &config.id, &shared_root)
     }
 
     /// What the containers' limits say, in whole MiB.

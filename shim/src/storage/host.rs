@@ -90,11 +90,25 @@ pub(super) fn make_file(path: &Path) -> Result<(), StorageError> {
 
 /// Bind-mounts `source`, with what is mounted below it, on `target`.
 pub(super) fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), StorageError> {
+    share(source, target, read_only, true)
+}
+
+/// The same; what the host mounts below `source` later arrives if `receives`.
+pub(super) fn share(
+    source: &Path,
+    target: &Path,
+    read_only: bool,
+    receives: bool,
+) -> Result<(), StorageError> {
     let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
     mount(Some(source), target, None::<&str>, flags, None::<&str>)
         .map_err(io::Error::from)
         .map_err(StorageError::host("bind-mount", source))?;
-    isolate(target)?;
+    if receives {
+        isolate(target)?;
+    } else {
+        propagate(target, MsFlags::MS_PRIVATE)?;
+    }
     restrict(target, read_only)
 }
 
@@ -184,7 +198,11 @@ fn shorten_layers(data: &[String]) -> Option<(PathBuf, String)> {
 /// Lets mounts of the host arrive below `target`, and none of ours go back:
 /// unmounting a shared copy would otherwise unmount the original too.
 fn isolate(target: &Path) -> Result<(), StorageError> {
-    let flags = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+    propagate(target, MsFlags::MS_SLAVE)
+}
+
+fn propagate(target: &Path, kind: MsFlags) -> Result<(), StorageError> {
+    let flags = kind | MsFlags::MS_REC;
     mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
         .map_err(io::Error::from)
         .map_err(StorageError::host("isolate", target))
@@ -231,9 +249,7 @@ fn set_attributes(target: &Path, set: u64) -> io::Result<()> {
 
 /// Detaches every mount on or below `dir`, deepest first.
 pub(super) fn unmount_below(dir: &Path) -> Result<(), StorageError> {
-    // The calling thread's namespace, which need not be the main thread's.
-    let table = Path::new("/proc/thread-self/mountinfo");
-    let text = std::fs::read(table).map_err(StorageError::host("read", table))?;
+    let text = mount_table()?;
     for target in mount_points(&text)
         .filter(|point| point.starts_with(dir))
         .collect::<Vec<_>>()
@@ -250,12 +266,32 @@ pub(super) fn unmount_below(dir: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-/// Mount points of a mountinfo table (proc_pid_mountinfo(5)), in mount order.
+/// If something is mounted on `target`: which of its file system's directories.
+pub(super) fn mounted_root(target: &Path) -> Result<Option<PathBuf>, StorageError> {
+    let text = mount_table()?;
+    // The last one covers those before it.
+    let roots = mounts(&text).filter(|(_, point)| point == target);
+    Ok(roots.map(|(root, _)| root).last())
+}
+
+/// The calling thread's namespace's, which need not be the main thread's.
+fn mount_table() -> Result<Vec<u8>, StorageError> {
+    let table = Path::new("/proc/thread-self/mountinfo");
+    std::fs::read(table).map_err(StorageError::host("read", table))
+}
+
+/// Mount points of a mountinfo table, in mount order.
 fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> + '_ {
-    table
-        .split(|&byte| byte == b'\n')
-        .filter_map(|line| line.split(|&byte| byte == b' ').nth(4))
-        .map(|field| PathBuf::from(std::ffi::OsString::from_vec(unescape(field))))
+    mounts(table).map(|(_, point)| point)
+}
+
+/// Roots and mount points of a mountinfo table (proc_pid_mountinfo(5)).
+fn mounts(table: &[u8]) -> impl Iterator<Item = (PathBuf, PathBuf)> + '_ {
+    let path = |field| PathBuf::from(std::ffi::OsString::from_vec(unescape(field)));
+    table.split(|&byte| byte == b'\n').filter_map(move |line| {
+        let mut fields = line.split(|&byte| byte == b' ').skip(3);
+        Some((path(fields.next()?), path(fields.next()?)))
+    })
 }
 
 /// Undoes the octal escapes of mountinfo.
@@ -356,5 +392,7 @@ mod tests {
         let table = b"1 2 0:1 / /a\\040b rw - x y z\n3 1 0:1 / /c rw - x y z\n";
         let points: Vec<_> = mount_points(table).collect();
         assert_eq!(points, [PathBuf::from("/a b"), PathBuf::from("/c")]);
+        let roots: Vec<_> = mounts(b"1 2 0:1 /in\\040it /a rw - x y z").collect();
+        assert_eq!(roots, [("/in it".into(), "/a".into())]);
     }
 }

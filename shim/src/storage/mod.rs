@@ -6,8 +6,11 @@
 //! ```text
 //!  rootfs overlay, bind   --mount(2)--> shared_root/<id>/rootfs     --virtio-fs--> bind
 //!  rootfs EROFS, ext4     --open(2)---> HostDisk                    --virtio-blk-> mount, overlay
-//!  volume directory       --mount(2)--> shared_root/<id>/mounts/<n> --virtio-fs--> bind
+//!  volume directory       --mount(2)--> shared_root/.volumes/<hash> --virtio-fs--> bind
+//!  other file             --mount(2)--> shared_root/<id>/mounts/<n> --virtio-fs--> bind
 //!  small read-only file   --read(2)---> File                        --agent RPC--> bind
+//!  ConfigMap and the like --inotify---> GuestVolumes                --agent RPC--> bind
+//!  memory (emptyDir, shm)               GuestVolumes                --agent RPC--> bind
 //! ```
 //!
 //! `shared_root` is what the pod's virtio-fs daemon serves, all of it, to a
@@ -24,10 +27,15 @@ mod volumes;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
+
+#[cfg(test)]
+pub(crate) use volumes::testing;
+pub use volumes::{CopyError, Follower, Followers, GuestVolumes, MAX_LOG_BYTES, WriteBack};
 
 /// Below a container's shared directory: EROFS layers the host had to mount.
 const LAYERS_DIR: &str = "layers";
@@ -43,6 +51,8 @@ pub struct Prepared {
     pub storages: Vec<agent::Storage>,
     /// Files the agent writes.
     pub files: Vec<agent::File>,
+    /// Volumes the guest holds itself.
+    pub volumes: GuestVolumes,
     /// The container's spec as the agent gets it.
     pub guest_spec: Spec,
 }
@@ -131,6 +141,14 @@ pub enum StorageError {
         /// Why not.
         reason: &'static str,
     },
+    /// A volume that cannot be given to the guest as a copy.
+    #[error("container {container_id}: copy a volume into the guest")]
+    VolumeCopy {
+        /// Whose.
+        container_id: String,
+        /// Why not. Several containers may have waited for it.
+        source: Arc<CopyError>,
+    },
     /// A system call on the host failed.
     #[error("cannot {action} {}", path.display())]
     Host {
@@ -217,11 +235,34 @@ fn assemble(
         disks: root.disks,
         storages: root.storages,
         files: volumes.files,
+        volumes: volumes.guest,
         guest_spec: crate::oci::guest_spec(spec, container_id, volumes.mounts),
     })
 }
 
-/// Unmounts and removes what [`prepare`] made. Doing so twice is no error.
+/// Prepares what a container needs besides its root file system, which stays
+/// the host's.
+#[cfg(test)]
+pub(crate) fn prepare_volumes(
+    spec: &Spec,
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<Prepared, StorageError> {
+    let volumes = volumes::translate(spec, container_id, shared_root)?;
+    let mut guest_spec = spec.clone();
+    guest_spec.set_mounts(Some(volumes.mounts));
+    Ok(Prepared {
+        disks: Vec::new(),
+        uses_shared_dir: volumes.shared,
+        storages: Vec::new(),
+        files: volumes.files,
+        volumes: volumes.guest,
+        guest_spec,
+    })
+}
+
+/// Unmounts and removes what [`prepare`] made for this container alone. Doing so
+/// twice is no error. Shared directories stay for the pod.
 ///
 /// # Errors
 ///

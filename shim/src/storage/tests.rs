@@ -63,6 +63,16 @@ impl Host {
     }
 }
 
+impl Drop for Host {
+    /// The pod's end.
+    fn drop(&mut self) {
+        let unmounted = host::unmount_below(self.0.path());
+        if !std::thread::panicking() {
+            unmounted.unwrap();
+        }
+    }
+}
+
 #[test]
 fn shared_rootfs_is_written_through_and_released() {
     if !own_mounts() {
@@ -191,77 +201,6 @@ fn erofs_layers_of_a_running_vm_are_mounted_by_the_host() {
 }
 
 #[test]
-fn volumes_are_shared_copied_or_replaced() {
-    if !own_mounts() {
-        return;
-    }
-    let host = Host::new();
-    std::fs::write(host.path("resolv.conf"), "nameserver 10.0.0.1\n").unwrap();
-    std::fs::write(host.path("log"), "").unwrap();
-    let prepared = host
-        .prepare(&json!([
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/data", "type": "bind", "source": host.path("data"), "options": ["rbind", "ro"]},
-            {"destination": "/etc/resolv.conf", "type": "bind", "source": host.path("resolv.conf"), "options": ["rbind", "rw"]},
-            {"destination": "/dev/termination-log", "type": "bind", "source": host.path("log"), "options": ["rbind", "rw"]},
-            {"destination": "/dev/shm", "type": "bind", "source": "/nonexistent/shm", "options": ["rbind"]},
-        ]))
-        .unwrap();
-
-    let mounts = prepared.guest_spec.mounts().as_ref().unwrap();
-    let sources: Vec<_> = mounts
-        .iter()
-        .map(|mount| mount.source().as_ref().unwrap().to_str().unwrap())
-        .collect();
-    assert_eq!(
-        sources,
-        [
-            "proc",
-            "/run/nacre/shared/c1/mounts/1",
-            "/run/nacre/containers/c1/files/2",
-            "/run/nacre/shared/c1/mounts/3",
-            "shm",
-        ]
-    );
-    assert_eq!(prepared.files.len(), 1);
-    assert_eq!(prepared.files[0].contents, b"nameserver 10.0.0.1\n");
-    let shared = host.path("shared/c1/mounts");
-    assert!(
-        std::fs::write(shared.join("1/new"), "").is_err(),
-        "read-only holds on the host"
-    );
-    std::fs::write(shared.join("3"), "done").unwrap();
-    assert_eq!(std::fs::read_to_string(host.path("log")).unwrap(), "done");
-    release(&host.path("shared"), "c1").unwrap();
-    assert!(host.path("data").exists() && host.path("log").exists());
-}
-
-#[test]
-fn refused_volume_leaves_nothing_mounted() {
-    if !own_mounts() {
-        return;
-    }
-    let host = Host::new();
-    for (source, needle) in [
-        ("/dev/null", "device node"),
-        ("/dev", "/dev"),
-        ("/proc", "/proc"),
-        ("/nonexistent", "/nonexistent"),
-    ] {
-        let mounts = json!([
-            {"destination": "/data", "type": "bind", "source": host.path("data"), "options": ["rbind"]},
-            {"destination": "/volume", "type": "bind", "source": source, "options": ["rbind"]},
-        ]);
-        let message = host.prepare(&mounts).unwrap_err().to_string();
-        assert!(
-            message.contains("/volume") && message.contains(needle),
-            "{message}"
-        );
-        assert!(!host.path("shared/c1").exists());
-    }
-}
-
-#[test]
 fn container_ids_are_plain_names() {
     for id in ["", ".", "..", "a/b", "../x", "a b", "a\0"] {
         assert!(check_id(id).is_err(), "{id:?}");
@@ -270,3 +209,5 @@ fn container_ids_are_plain_names() {
         assert!(check_id(id).is_ok(), "{id:?}");
     }
 }
+
+mod volumes;

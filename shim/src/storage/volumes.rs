@@ -1,22 +1,46 @@
 //! The mounts of an OCI spec: which of them name host files, and how those get
 //! into the guest.
+//!
+//! ```text
+//!  kubelet.rs    what a path of the kubelet's is
+//!  share.rs      directories, by virtio-fs, once for the pod
+//!  directory.rs  ConfigMap and its kin, read for a copy
+//!  follow.rs     those copies, kept in step
+//!  file.rs       files that are copied, and one that is copied back
+//! ```
+//!
+//! A mount is first given a [`Way`], which touches nothing, and only when all
+//! have one is anything mounted.
 
-use std::io::Read;
+mod directory;
+mod file;
+mod follow;
+mod kubelet;
+mod share;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
-use nacre_protocol::guest::SHARED_DIR;
+use nacre_protocol::guest::{SHARED_DIR, VOLUMES_DIR};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Mount, Spec};
+use sha2::{Digest, Sha256};
 
 use super::{StorageError, host};
 use crate::oci::container_dir;
+use kubelet::{Medium, Place};
+use share::SharedDir;
 
-/// Largest file that is copied into the guest instead of shared.
-const MAX_COPY_BYTES: u64 = 1 << 20;
+pub use directory::CopyError;
+pub use file::{MAX_LOG_BYTES, WriteBack};
+pub use follow::{CopiedDir, Follower, Followers};
+
 /// Size of `/dev/shm` where the host does not tell, as everywhere in Kubernetes.
-const DEFAULT_SHM_KIB: u64 = 64 * 1024;
+const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Files the runtime writes for a container. They are copied even though they
 /// are mounted writable: nothing on the host reads them back.
 const RUNTIME_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
@@ -30,6 +54,21 @@ pub(super) struct Volumes {
     pub files: Vec<agent::File>,
     /// Whether something lies in the shared directory.
     pub shared: bool,
+    /// What the guest needs first.
+    pub guest: GuestVolumes,
+}
+
+/// What the guest has for a container besides its root file system.
+#[derive(Debug, Default)]
+pub struct GuestVolumes {
+    /// Memory the containers of the pod share.
+    pub tmpfs: Vec<agent::TmpfsVolume>,
+    /// Directories that are copied and kept in step.
+    pub dirs: Vec<CopiedDir>,
+    /// Parts of those in memory.
+    pub subpaths: Vec<agent::Subpath>,
+    /// Files that are copied back.
+    pub write_back: Vec<WriteBack>,
 }
 
 /// Translates all mounts of `spec`, making the bind mounts the guest will see.
@@ -38,19 +77,44 @@ pub(super) fn translate(
     container_id: &str,
     shared_root: &Path,
 ) -> Result<Volumes, StorageError> {
-    let mut volumes = Volumes::default();
     let container = Container {
         id: container_id,
         shared_root,
     };
-    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        if is_bind(mount) {
-            container.add_bind(&mut volumes, mount, index)?;
+    let mut ways = Vec::new();
+    let mut copied_bytes = 0;
+    for mount in spec.mounts().iter().flatten() {
+        let way = if is_bind(mount) {
+            container.way(mount, &mut copied_bytes)?
         } else {
-            volumes.mounts.push(mount.clone());
-        }
+            Way::Guest
+        };
+        ways.push((mount, way));
+    }
+    let mut volumes = Volumes::default();
+    for (index, (mount, way)) in ways.into_iter().enumerate() {
+        container.go(&mut volumes, mount, way, index)?;
     }
     Ok(volumes)
+}
+
+/// How a mount gets into the guest.
+#[derive(Debug)]
+enum Way {
+    /// It is the guest's own.
+    Guest,
+    /// Memory of the guest.
+    Tmpfs(agent::TmpfsVolume),
+    /// A directory in such memory.
+    Subpath(agent::TmpfsVolume, String),
+    /// A copy that is kept in step.
+    Follow(CopiedDir),
+    /// A copy; whether it is copied back.
+    Copy { back: bool },
+    /// virtio-fs.
+    ShareFile,
+    /// virtio-fs.
+    ShareDir,
 }
 
 struct Container<'a> {
@@ -59,75 +123,194 @@ struct Container<'a> {
 }
 
 impl Container<'_> {
-    fn add_bind(
-        &self,
-        volumes: &mut Volumes,
-        mount: &Mount,
-        index: usize,
-    ) -> Result<(), StorageError> {
+    fn way(&self, mount: &Mount, copied_bytes: &mut u64) -> Result<Way, StorageError> {
         if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
             return Err(self.refuse(mount, "has an id mapping, which virtio-fs cannot carry"));
         }
-        if let Some(shm) = shared_memory(mount) {
-            volumes.mounts.push(shm);
-            return Ok(());
-        }
-        let metadata = std::fs::metadata(source_of(mount)).map_err(|e| self.lost(mount, e))?;
-        if let Some(reason) = refusal(source_of(mount), &metadata) {
+        if has_option(mount, &["shared", "rshared"]) {
+            let reason = "is to show the host what the container mounts, which another \
+                          kernel cannot (mount propagation Bidirectional)";
             return Err(self.refuse(mount, reason));
         }
-        let guest_source = if metadata.is_file() && is_copied(mount, &metadata) {
-            let file = self.copy(mount, index)?;
-            let path = PathBuf::from(&file.path);
-            volumes.files.push(file);
-            path
-        } else {
-            volumes.shared = true;
-            self.share(mount, index, metadata.is_dir())?
+        let source = source_of(mount);
+        let place = Place::of(source);
+        if place.is_none()
+            && let Some(shm) = shared_memory(mount)
+        {
+            return Ok(Way::Tmpfs(shm));
+        }
+        let metadata = std::fs::metadata(source).map_err(|e| self.lost(mount, e))?;
+        if let Some(reason) = refusal(source, &metadata) {
+            return Err(self.refuse(mount, reason));
+        }
+        if metadata.is_dir() {
+            return self.way_of_dir(mount, place);
+        }
+        if let Some(Place::Subpath(volume)) = &place
+            && matches!(Medium::of(volume), Ok(Medium::Memory))
+        {
+            return Err(self.refuse(mount, "is a file of the host in an emptyDir in memory"));
+        }
+        let back = place == Some(Place::TerminationLog) && !is_read_only(mount);
+        let copied = back || is_read_only(mount) || is_runtime_file(mount);
+        let fits = metadata.len() <= file::MAX_FILE_BYTES
+            && *copied_bytes + metadata.len() <= file::MAX_FILES_BYTES;
+        if copied && fits {
+            *copied_bytes += metadata.len();
+            return Ok(Way::Copy { back });
+        }
+        Ok(Way::ShareFile)
+    }
+
+    fn way_of_dir(&self, mount: &Mount, place: Option<Place>) -> Result<Way, StorageError> {
+        let source = source_of(mount);
+        match place {
+            Some(Place::Written) => {
+                let dir = CopiedDir {
+                    name: volume_name("dir", source),
+                    source: source.to_owned(),
+                };
+                match dir.check() {
+                    Ok(()) => return Ok(Way::Follow(dir)),
+                    Err(error) => {
+                        let error = crate::error::chain(&error);
+                        tracing::info!(
+                            container_id = self.id,
+                            error,
+                            "volume is shared, not copied"
+                        );
+                    }
+                }
+            }
+            Some(Place::EmptyDir) => match Medium::of(source).map_err(|e| self.lost(mount, e))? {
+                Medium::Disk => {}
+                Medium::Memory => {
+                    let volume = tmpfs(source).map_err(|e| self.lost(mount, e))?;
+                    return Ok(Way::Tmpfs(volume));
+                }
+                Medium::HugePages => {
+                    return Err(self.refuse(mount, "is made of huge pages of the host"));
+                }
+            },
+            Some(Place::Subpath(volume)) => {
+                if matches!(Medium::of(&volume), Ok(Medium::Memory)) {
+                    return self.subpath(mount, &volume);
+                }
+            }
+            Some(Place::TerminationLog) | None => {}
+        }
+        Ok(Way::ShareDir)
+    }
+
+    /// The part of an emptyDir in memory that the kubelet bound for a `subPath`.
+    fn subpath(&self, mount: &Mount, volume: &Path) -> Result<Way, StorageError> {
+        let root = host::mounted_root(source_of(mount))?;
+        let path = root.as_deref().and_then(|root| root.strip_prefix("/").ok());
+        let Some(path) = path.and_then(Path::to_str) else {
+            return Err(self.refuse(mount, "is no directory of its volume"));
+        };
+        let volume = tmpfs(volume).map_err(|e| self.lost(mount, e))?;
+        Ok(Way::Subpath(volume, path.to_owned()))
+    }
+
+    /// Does what `way` says.
+    fn go(
+        &self,
+        volumes: &mut Volumes,
+        mount: &Mount,
+        way: Way,
+        index: usize,
+    ) -> Result<(), StorageError> {
+        let own_path = |kind: &str| container_dir(self.id).join(kind).join(index.to_string());
+        let mut options = guest_options(mount);
+        let source = match way {
+            Way::Guest => {
+                volumes.mounts.push(mount.clone());
+                return Ok(());
+            }
+            Way::Tmpfs(volume) => {
+                let source = Path::new(VOLUMES_DIR).join(&volume.name);
+                volumes.guest.tmpfs.push(volume);
+                source
+            }
+            Way::Subpath(volume, path) => {
+                let target = own_path("subpaths");
+                volumes.guest.subpaths.push(agent::Subpath {
+                    volume: volume.name.clone(),
+                    path,
+                    target: target.to_string_lossy().into_owned(),
+                    ..Default::default()
+                });
+                volumes.guest.tmpfs.push(volume);
+                target
+            }
+            Way::Follow(dir) => {
+                let source = Path::new(VOLUMES_DIR).join(&dir.name);
+                volumes.guest.dirs.push(dir);
+                // The kubelet's own rule, whatever the spec says.
+                options.retain(|option| option != "rw");
+                if !is_read_only(mount) {
+                    options.push("ro".into());
+                }
+                source
+            }
+            Way::Copy { back } => {
+                let path = own_path("files");
+                self.copy(volumes, mount, &path, back)?;
+                path
+            }
+            Way::ShareFile => {
+                volumes.shared = true;
+                self.share_file(mount, index)?
+            }
+            Way::ShareDir => {
+                volumes.shared = true;
+                let dir = SharedDir {
+                    source: source_of(mount),
+                    read_only: is_read_only(mount),
+                    receives_mounts: has_option(mount, &["slave", "rslave"]),
+                };
+                dir.share(self.shared_root)?
+            }
         };
         let mut guest = mount.clone();
         guest
             .set_typ(Some("bind".into()))
-            .set_source(Some(guest_source))
-            .set_options(Some(guest_options(mount)));
+            .set_source(Some(source))
+            .set_options(Some(options));
         volumes.mounts.push(guest);
         Ok(())
     }
 
-    /// Bind-mounts the source into the shared directory; returns where the
-    /// guest sees it.
-    fn share(&self, mount: &Mount, index: usize, is_dir: bool) -> Result<PathBuf, StorageError> {
-        let place = Path::new(self.id).join("mounts").join(index.to_string());
-        let target = self.shared_root.join(&place);
-        if is_dir {
-            host::make_dir(&target)?;
-        } else {
-            if let Some(parent) = target.parent() {
-                host::make_dir(parent)?;
-            }
-            host::make_file(&target)?;
+    fn copy(
+        &self,
+        volumes: &mut Volumes,
+        mount: &Mount,
+        path: &Path,
+        back: bool,
+    ) -> Result<(), StorageError> {
+        let source = source_of(mount);
+        let guest_path = path.to_string_lossy().into_owned();
+        if back {
+            let back = WriteBack::open(source, &guest_path).map_err(|e| self.lost(mount, e))?;
+            volumes.guest.write_back.push(back);
         }
-        host::bind(source_of(mount), &target, is_read_only(mount))?;
-        Ok(Path::new(SHARED_DIR).join(place))
+        let file = file::read(source, guest_path).map_err(|e| self.lost(mount, e))?;
+        volumes.files.push(file);
+        Ok(())
     }
 
-    fn copy(&self, mount: &Mount, index: usize) -> Result<agent::File, StorageError> {
-        let file = std::fs::File::open(source_of(mount)).map_err(|e| self.lost(mount, e))?;
-        let metadata = file.metadata().map_err(|e| self.lost(mount, e))?;
-        let mut contents = Vec::new();
-        // Bounded, in case the file grows while it is read.
-        file.take(MAX_COPY_BYTES)
-            .read_to_end(&mut contents)
-            .map_err(|e| self.lost(mount, e))?;
-        let path = container_dir(self.id).join("files").join(index.to_string());
-        Ok(agent::File {
-            path: path.to_string_lossy().into_owned(),
-            mode: metadata.mode() & 0o7777,
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-            contents,
-            ..Default::default()
-        })
+    /// Bind-mounts a file into the shared directory; returns where the guest
+    /// sees it.
+    fn share_file(&self, mount: &Mount, index: usize) -> Result<PathBuf, StorageError> {
+        let place = Path::new(self.id).join("mounts").join(index.to_string());
+        let target = self.shared_root.join(&place);
+        if let Some(parent) = target.parent() {
+            host::make_dir(parent)?;
+        }
+        host::make_file(&target)?;
+        host::bind(source_of(mount), &target, is_read_only(mount))?;
+        Ok(Path::new(SHARED_DIR).join(place))
     }
 
     fn lost(&self, mount: &Mount, source: std::io::Error) -> StorageError {
@@ -171,12 +354,10 @@ fn is_read_only(mount: &Mount) -> bool {
     has_option(mount, &["ro", "rro"])
 }
 
-/// Whether a regular file goes into the guest as a copy.
-fn is_copied(mount: &Mount, metadata: &std::fs::Metadata) -> bool {
-    let by_runtime = RUNTIME_FILES
+fn is_runtime_file(mount: &Mount) -> bool {
+    RUNTIME_FILES
         .iter()
-        .any(|path| mount.destination() == Path::new(path));
-    metadata.len() <= MAX_COPY_BYTES && (is_read_only(mount) || by_runtime)
+        .any(|path| mount.destination() == Path::new(path))
 }
 
 /// Why a source cannot be given to a VM, if so.
@@ -199,28 +380,51 @@ fn refusal(source: &Path, metadata: &std::fs::Metadata) -> Option<&'static str> 
     }
 }
 
-/// The pod's `/dev/shm`: shared memory cannot span kernels, so what is a bind
-/// of a host tmpfs becomes a tmpfs of the guest, of the same size.
-fn shared_memory(mount: &Mount) -> Option<Mount> {
+/// The pod's `/dev/shm`: shared memory cannot span kernels, so what is a tmpfs
+/// of the host, or one that nobody has made yet, is one of the guest's.
+fn shared_memory(mount: &Mount) -> Option<agent::TmpfsVolume> {
     if mount.destination() != Path::new("/dev/shm") {
         return None;
     }
-    let size_kib = statfs(source_of(mount))
-        .ok()
-        .filter(|stat| stat.filesystem_type() == TMPFS_MAGIC)
-        .and_then(|stat| {
-            let block_bytes = u64::try_from(stat.block_size()).ok()?;
-            stat.blocks().checked_mul(block_bytes)
-        })
-        .map_or(DEFAULT_SHM_KIB, |bytes| bytes / 1024);
-    let size = format!("size={size_kib}k");
-    let options = ["nosuid", "noexec", "nodev", "mode=1777", &size].map(str::to_owned);
-    let mut shm = Mount::default();
-    shm.set_destination("/dev/shm".into())
-        .set_typ(Some("tmpfs".into()))
-        .set_source(Some("shm".into()))
-        .set_options(Some(options.into()));
-    Some(shm)
+    let source = source_of(mount);
+    match statfs(source) {
+        Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC => tmpfs(source).ok(),
+        Ok(_) => None,
+        Err(_) => Some(agent::TmpfsVolume {
+            name: volume_name("mem", source),
+            size_bytes: DEFAULT_SHM_BYTES,
+            mode: 0o1777,
+            ..Default::default()
+        }),
+    }
+}
+
+/// A tmpfs for the guest that is like the one at `source`.
+fn tmpfs(source: &Path) -> std::io::Result<agent::TmpfsVolume> {
+    let metadata = std::fs::metadata(source)?;
+    let stat = statfs(source)?;
+    let block_bytes = u64::try_from(stat.block_size()).unwrap_or(0);
+    Ok(agent::TmpfsVolume {
+        name: volume_name("mem", source),
+        size_bytes: stat.blocks().saturating_mul(block_bytes),
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        ..Default::default()
+    })
+}
+
+/// A volume's name in the guest: the same for all containers of the pod that
+/// mount it, and nothing of the host's paths in it.
+fn volume_name(kind: &str, source: &Path) -> String {
+    let hash = Sha256::new_with_prefix(source.as_os_str().as_bytes());
+    format!("{kind}-{}", short_hash(hash))
+}
+
+/// 128 bits of a hash, in hexadecimal.
+fn short_hash(hash: Sha256) -> String {
+    let digest = hash.finalize();
+    digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
 }
 
 /// Options of the bind mount in the guest; it is always one.

@@ -26,6 +26,7 @@ use super::TaskError;
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
+use super::volumes::Attached;
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
@@ -53,6 +54,7 @@ pub struct Container {
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) publisher: Publisher,
     pub(super) limits: Mutex<Limits>,
+    pub(super) attached: Attached,
     pending: Mutex<Option<Pending>>,
     /// Set once the guest has the container.
     in_guest: SetOnce<()>,
@@ -101,6 +103,7 @@ impl Container {
             execs: Mutex::new(HashMap::new()),
             sandbox,
             publisher,
+            attached: Attached::default(),
             pending: Mutex::new(Some(Pending { prepared })),
             in_guest: SetOnce::new(),
         }
@@ -138,7 +141,7 @@ impl Container {
     /// # Errors
     ///
     /// When its streams cannot be opened; the guest's refusal.
-    pub async fn enter_guest(&self, prepared: Prepared) -> Result<(), TaskError> {
+    pub async fn enter_guest(&self, mut prepared: Prepared) -> Result<(), TaskError> {
         let spec = serde_json::to_vec(&prepared.guest_spec).map_err(|error| TaskError::Spec {
             container_id: self.config.id.clone(),
             what: "guest spec",
@@ -148,6 +151,9 @@ impl Container {
             namespace: self.publisher.namespace(),
             id: &self.config.id,
         };
+        let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
+        let subpaths = std::mem::take(&mut prepared.volumes.subpaths);
+        self.attach_volumes(agent, prepared.volumes).await?;
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
         (ids.width, ids.height) = self.init.size();
         let request = agent::CreateContainerRequest {
@@ -156,9 +162,9 @@ impl Container {
             storages: prepared.storages,
             files: prepared.files,
             stdio: Some(ids).into(),
+            subpaths,
             ..Default::default()
         };
-        let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
         agent
             .create_container(deadline(CREATE_TIMEOUT), &request)
             .await
@@ -221,6 +227,9 @@ impl Container {
         tokio::spawn(async move {
             let exit = container.wait_in_guest(&process).await;
             drain(&process).await;
+            if process.exec_id.is_empty() {
+                container.detach_volumes().await;
+            }
             info!(process = process.name(), status = exit.status, "exited");
             process
                 .finish(exit, |exit| container.report_exit(&process, exit))

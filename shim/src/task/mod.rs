@@ -8,6 +8,7 @@
 //! process.rs    one process's state machine
 //! io.rs         FIFOs and files on the host, streams to the guest
 //! resize.rs     new limits, and a machine that is as large as they ask for
+//! volumes.rs    what the guest holds for a container besides its root
 //! logger.rs     logging programs (`binary://`)
 //! console.rs    shells in the guest itself, of which containerd knows nothing
 //! stats.rs      the agent's counters as containerd's message
@@ -28,6 +29,7 @@ mod process;
 mod resize;
 pub mod service;
 mod stats;
+mod volumes;
 
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ mod fixture;
 mod late_boot;
 mod real_agent;
 mod resize;
+mod volumes;
 
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim::oci::ProcessDetails;

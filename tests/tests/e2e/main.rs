@@ -21,6 +21,7 @@ mod run;
 mod several;
 mod steps;
 mod streams;
+mod volumes;
 
 use std::fs;
 use std::os::unix::net::UnixListener;

@@ -14,7 +14,7 @@ use crate::machine::fake::FakeHost;
 
 /// A fixture on the real agent; `None`, with the reason on stderr, where that
 /// cannot be.
-pub async fn fixture() -> Option<Fixture> {
+pub(super) async fn fixture() -> Option<Fixture> {
     let busybox = Path::new("/bin/busybox");
     if !busybox.exists() {
         eprintln!("skipped: no static busybox (Debian: busybox-static)");
@@ -26,14 +26,17 @@ pub async fn fixture() -> Option<Fixture> {
 }
 
 /// A bundle with a root file system, whose init process is `args`.
-fn bundle(fixture: &Fixture, id: &str, args: serde_json::Value) -> String {
+pub(super) fn bundle(fixture: &Fixture, id: &str, args: serde_json::Value) -> String {
     let bundle = fixture.bundle_of(id, json!([]));
     let rootfs = Path::new(&bundle).join("rootfs");
     for directory in ["bin", "proc", "dev", "sys", "etc"] {
         std::fs::create_dir_all(rootfs.join(directory)).unwrap();
     }
     std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
-    for applet in ["sh", "cat", "sleep", "tty", "stty"] {
+    for applet in [
+        "sh", "cat", "sleep", "tty", "stty", "ls", "mkfifo", "readlink", "stat", "df", "tail",
+        "seq",
+    ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }
     std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").unwrap();

@@ -1,0 +1,102 @@
+//! A container's volumes, while the guest has it: what the guest is to have
+//! before the container is made, and what is left to do when it has ended.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nacre_protocol::agent;
+use nacre_protocol::agent_ttrpc::AgentClient;
+use tracing::warn;
+
+use super::TaskError;
+use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
+use super::process::lock;
+use crate::storage::{Follower, GuestVolumes, MAX_LOG_BYTES, StorageError, WriteBack};
+
+/// Time a guest has to hand back what a container wrote, before the exit is
+/// told without it.
+const WRITE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a container holds.
+#[derive(Default)]
+pub struct Attached(Mutex<Held>);
+
+#[derive(Default)]
+struct Held {
+    /// Held, no more: a volume is followed as long as somebody does.
+    _followers: Vec<Arc<Follower>>,
+    write_back: Vec<WriteBack>,
+}
+
+impl Container {
+    /// Has the guest make what the container's mounts refer to.
+    pub(super) async fn attach_volumes(
+        &self,
+        agent: &AgentClient,
+        volumes: GuestVolumes,
+    ) -> Result<(), TaskError> {
+        for tmpfs in &volumes.tmpfs {
+            agent
+                .make_tmpfs(deadline(CALL_TIMEOUT), tmpfs)
+                .await
+                .map_err(agent_error("make a volume in memory"))?;
+        }
+        let mut followers = Vec::new();
+        for dir in &volumes.dirs {
+            let follower = self.sandbox.followers().follow(agent, dir).await;
+            followers.push(follower.map_err(|source| StorageError::VolumeCopy {
+                container_id: self.config.id.clone(),
+                source,
+            })?);
+        }
+        *lock(&self.attached.0) = Held {
+            _followers: followers,
+            write_back: volumes.write_back,
+        };
+        Ok(())
+    }
+
+    /// When the init process has ended: brings back what is to be, and lets the
+    /// copies be.
+    pub(super) async fn detach_volumes(&self) {
+        let held = std::mem::take(&mut *lock(&self.attached.0));
+        let bring_back = async {
+            for file in &held.write_back {
+                self.bring_back(file).await;
+            }
+        };
+        if tokio::time::timeout(WRITE_BACK_TIMEOUT, bring_back)
+            .await
+            .is_err()
+        {
+            let container_id = &self.config.id;
+            warn!(container_id, "the guest does not hand its files back");
+        }
+    }
+
+    async fn bring_back(&self, file: &WriteBack) {
+        let container_id = &self.config.id;
+        let Ok(agent) = self.agent("read from") else {
+            return;
+        };
+        let request = agent::ReadFileRequest {
+            container_id: container_id.clone(),
+            path: file.guest_path.clone(),
+            max_bytes: MAX_LOG_BYTES,
+            ..Default::default()
+        };
+        let call = agent.read_file(deadline(CALL_TIMEOUT), &request);
+        match self.sandbox.unless_stopped(call).await {
+            // A few KiB to the host's page cache.
+            Ok(answer) => {
+                if let Err(error) = file.write(&answer.contents) {
+                    warn!(container_id, %error, "termination log not written");
+                }
+            }
+            Err(error) => {
+                let error = super::agent_message(&error);
+                warn!(container_id, error, "termination log not read");
+            }
+        }
+    }
+}

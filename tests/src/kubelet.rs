@@ -1,0 +1,116 @@
+//! The kubelet's part in a pod's volumes, played.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use crate::run;
+
+/// A pod's directory, as the kubelet lays it out; removed when dropped.
+pub struct PodDir {
+    path: PathBuf,
+    version: u32,
+    mounted: Vec<PathBuf>,
+}
+
+impl PodDir {
+    /// An empty one; `name` is what tells pods apart.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let path = Path::new("/tmp/e2e-kubelet/pods").join(name);
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("/tmp is writable");
+        Self {
+            path,
+            version: 0,
+            mounted: Vec::new(),
+        }
+    }
+
+    /// The path of a volume, made as a directory.
+    #[must_use]
+    pub fn volume(&self, plugin: &str, name: &str) -> PathBuf {
+        let path = self
+            .path
+            .join("volumes")
+            .join(format!("kubernetes.io~{plugin}"))
+            .join(name);
+        fs::create_dir_all(&path).expect("/tmp is writable");
+        path
+    }
+
+    /// An emptyDir in memory.
+    #[must_use]
+    pub fn memory(&mut self, name: &str, options: &str) -> PathBuf {
+        let path = self.volume("empty-dir", name);
+        self.mount(&["-t", "tmpfs", "-o", options, "tmpfs"], &path);
+        path
+    }
+
+    /// What the kubelet binds for a `subPath`.
+    #[must_use]
+    pub fn subpath(&mut self, source: &Path, volume: &str) -> PathBuf {
+        let path = self.path.join("volume-subpaths").join(volume).join("c/0");
+        fs::create_dir_all(&path).expect("/tmp is writable");
+        let source = source.to_str().expect("paths of tests are UTF-8");
+        self.mount(&["--bind", source], &path);
+        path
+    }
+
+    fn mount(&mut self, arguments: &[&str], target: &Path) {
+        let target_text = target.to_str().expect("paths of tests are UTF-8");
+        let arguments = [arguments, &[target_text]].concat();
+        run("mount", &arguments).exits(0);
+        self.mounted.push(target.to_owned());
+    }
+
+    /// A container's termination log.
+    #[must_use]
+    pub fn termination_log(&self) -> PathBuf {
+        let path = self.path.join("containers/c/0a1b2c3d");
+        let parent = path.parent().expect("it has one");
+        fs::create_dir_all(parent).expect("/tmp is writable");
+        fs::write(&path, "").expect("/tmp is writable");
+        path
+    }
+
+    /// Writes a volume's next version, in the order of the atomic writer.
+    pub fn write(&mut self, volume: &Path, files: &[(&str, &str)]) {
+        self.try_write(volume, files).expect("/tmp is writable");
+    }
+
+    fn try_write(&mut self, volume: &Path, files: &[(&str, &str)]) -> std::io::Result<()> {
+        self.version += 1;
+        let version = format!("..2026_11_25_00_00_00.{}", self.version);
+        fs::create_dir(volume.join(&version))?;
+        for (name, contents) in files {
+            fs::write(volume.join(&version).join(name), contents)?;
+        }
+        let data = volume.join("..data");
+        let old = fs::read_link(&data).ok();
+        symlink(&version, volume.join("..data_tmp"))?;
+        fs::rename(volume.join("..data_tmp"), &data)?;
+        for (name, _) in files {
+            if volume.join(name).symlink_metadata().is_err() {
+                symlink(format!("..data/{name}"), volume.join(name))?;
+            }
+        }
+        match old {
+            Some(old) => fs::remove_dir_all(volume.join(old)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for PodDir {
+    fn drop(&mut self) {
+        for target in self.mounted.iter().rev() {
+            run(
+                "umount",
+                &[target.to_str().expect("paths of tests are UTF-8")],
+            );
+        }
+        // What is left is in /tmp: worth no failure.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
