@@ -9,6 +9,7 @@
 //!   cgroup/    limits, devices, statistics, freezer, events
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
+//!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
 //! ```
 //!
@@ -31,6 +32,7 @@ pub mod io;
 pub mod log;
 pub mod mount;
 pub mod network;
+pub mod pids;
 pub mod reaper;
 pub mod sandbox;
 pub mod serve;

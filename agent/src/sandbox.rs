@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nacre_protocol::agent::{
     ConfigureSandboxRequest, CreateContainerRequest, ExecRequest, StatsResponse,
 };
-use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
+use nacre_protocol::guest::{POD_SHM, SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
+use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::boot;
@@ -20,9 +21,11 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
-use crate::engine::init::{Kind, Request};
+use crate::engine::error::Failure;
+use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
 use crate::network::Network;
+use crate::pids;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio;
 use crate::storage;
@@ -50,6 +53,8 @@ pub struct Sandbox {
     reaper: Arc<Reaper>,
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
+    /// Of the PID namespace that containers share, once one has asked for it.
+    pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
     oom_receiver: tokio::sync::Mutex<UnboundedReceiver<(String, u64)>>,
 }
@@ -70,6 +75,7 @@ impl Sandbox {
             reaper,
             streams,
             containers: Mutex::default(),
+            pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
         }
@@ -115,6 +121,12 @@ impl Sandbox {
             tokio::task::spawn_blocking(mount_shared)
                 .await
                 .map_err(|error| Error::Internal(error.to_string()))??;
+        }
+        for (name, value) in &request.sysctls {
+            set_sysctl(name, value).map_err(Failure::from)?;
+        }
+        if request.shm_bytes > 0 && self.mode == Mode::Guest {
+            resize_shm(request.shm_bytes)?;
         }
         Ok(())
     }
@@ -165,6 +177,10 @@ impl Sandbox {
         let id = request.container_id;
         let stdio = request.stdio.unwrap_or_default();
         let mut spec: Spec = parse(&request.spec, "spec")?;
+        if pids::shares(&spec) {
+            let pause = self.pause.get_or_try_init(|| pids::pause(&self.reaper));
+            pids::join(&mut spec, pause.await?.pid);
+        }
         if let Some(process) = spec.process_mut() {
             process.set_terminal(Some(stdio.terminal));
         }
@@ -334,6 +350,15 @@ fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
         cgroup.apply(resources)?;
     }
     cgroup.restrict_devices(resources)
+}
+
+/// The mount is there from the boot on; its options stay.
+fn resize_shm(bytes: u64) -> Result<()> {
+    use nix::mount::MsFlags;
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let size = format!("size={bytes}");
+    nix::mount::mount(None::<&str>, POD_SHM, None::<&str>, flags, Some(&*size))
+        .with_context(|| format!("limit {POD_SHM} to {bytes} bytes"))
 }
 
 fn mount_shared() -> Result<()> {

@@ -143,6 +143,21 @@ pub enum StorageError {
     },
 }
 
+pub use volumes::pod_shm_bytes;
+
+impl Prepared {
+    /// Of a pod's sandbox container: it has no process, so it needs no files.
+    pub fn nothing(spec: &Spec) -> Self {
+        Self {
+            disks: Vec::new(),
+            uses_shared_dir: false,
+            storages: Vec::new(),
+            files: Vec::new(),
+            guest_spec: spec.clone(),
+        }
+    }
+}
+
 impl StorageError {
     fn host(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

@@ -6,17 +6,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
-use nacre_protocol::guest::SHARED_DIR;
+use nacre_protocol::guest::{POD_SHM, SHARED_DIR};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Mount, Spec};
 
 use super::{StorageError, host};
-use crate::oci::container_dir;
+use crate::oci::{container_dir, kubernetes};
 
 /// Largest file that is copied into the guest instead of shared.
 const MAX_COPY_BYTES: u64 = 1 << 20;
 /// Size of `/dev/shm` where the host does not tell, as everywhere in Kubernetes.
-const DEFAULT_SHM_KIB: u64 = 64 * 1024;
+const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Files the runtime writes for a container. They are copied even though they
 /// are mounted writable: nothing on the host reads them back.
 const RUNTIME_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
@@ -41,6 +41,7 @@ pub(super) fn translate(
     let mut volumes = Volumes::default();
     let container = Container {
         id: container_id,
+        sandbox_id: kubernetes::joined_sandbox(spec),
         shared_root,
     };
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
@@ -55,6 +56,8 @@ pub(super) fn translate(
 
 struct Container<'a> {
     id: &'a str,
+    /// The pod's, if it is in one.
+    sandbox_id: Option<&'a str>,
     shared_root: &'a Path,
 }
 
@@ -68,8 +71,8 @@ impl Container<'_> {
         if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
             return Err(self.refuse(mount, "has an id mapping, which virtio-fs cannot carry"));
         }
-        if let Some(shm) = shared_memory(mount) {
-            volumes.mounts.push(shm);
+        if mount.destination() == Path::new("/dev/shm") {
+            volumes.mounts.push(self.shared_memory(mount));
             return Ok(());
         }
         let metadata = std::fs::metadata(source_of(mount)).map_err(|e| self.lost(mount, e))?;
@@ -92,6 +95,30 @@ impl Container<'_> {
             .set_options(Some(guest_options(mount)));
         volumes.mounts.push(guest);
         Ok(())
+    }
+
+    /// Shared memory cannot span kernels, so what is a bind of a host tmpfs
+    /// becomes one of the guest: the pod's, which CRI keeps in a directory of
+    /// the sandbox's name, or else one of the same size.
+    fn shared_memory(&self, mount: &Mount) -> Mount {
+        let is_pods = self
+            .sandbox_id
+            .is_some_and(|id| source_of(mount).ends_with(Path::new(id).join("shm")));
+        let mut options = ["nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
+        let (kind, source) = if is_pods {
+            options.push("rbind".into());
+            ("bind", POD_SHM)
+        } else {
+            options.push("mode=1777".into());
+            options.push(format!("size={}k", shm_bytes(source_of(mount)) / 1024));
+            ("tmpfs", "shm")
+        };
+        let mut shm = Mount::default();
+        shm.set_destination("/dev/shm".into())
+            .set_typ(Some(kind.into()))
+            .set_source(Some(source.into()))
+            .set_options(Some(options));
+        shm
     }
 
     /// Bind-mounts the source into the shared directory; returns where the
@@ -199,28 +226,23 @@ fn refusal(source: &Path, metadata: &std::fs::Metadata) -> Option<&'static str> 
     }
 }
 
-/// The pod's `/dev/shm`: shared memory cannot span kernels, so what is a bind
-/// of a host tmpfs becomes a tmpfs of the guest, of the same size.
-fn shared_memory(mount: &Mount) -> Option<Mount> {
-    if mount.destination() != Path::new("/dev/shm") {
-        return None;
-    }
-    let size_kib = statfs(source_of(mount))
+/// Size of the `/dev/shm` of a pod whose sandbox container has `spec`.
+pub fn pod_shm_bytes(spec: &Spec) -> u64 {
+    let mut mounts = spec.mounts().iter().flatten();
+    let shm = mounts.find(|mount| mount.destination() == Path::new("/dev/shm"));
+    shm.map_or(DEFAULT_SHM_BYTES, |mount| shm_bytes(source_of(mount)))
+}
+
+/// Size of a tmpfs of the host.
+fn shm_bytes(source: &Path) -> u64 {
+    statfs(source)
         .ok()
         .filter(|stat| stat.filesystem_type() == TMPFS_MAGIC)
         .and_then(|stat| {
             let block_bytes = u64::try_from(stat.block_size()).ok()?;
             stat.blocks().checked_mul(block_bytes)
         })
-        .map_or(DEFAULT_SHM_KIB, |bytes| bytes / 1024);
-    let size = format!("size={size_kib}k");
-    let options = ["nosuid", "noexec", "nodev", "mode=1777", &size].map(str::to_owned);
-    let mut shm = Mount::default();
-    shm.set_destination("/dev/shm".into())
-        .set_typ(Some("tmpfs".into()))
-        .set_source(Some("shm".into()))
-        .set_options(Some(options.into()));
-    Some(shm)
+        .unwrap_or(DEFAULT_SHM_BYTES)
 }
 
 /// Options of the bind mount in the guest; it is always one.
