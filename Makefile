@@ -71,11 +71,12 @@ install-tests = cargo test --release --locked $(1) --no-run && \
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/$(2)
 
 # The tests that need KVM and containerd: one lab, first the monitor's own tests,
-# then all of nacre. E2E='name' runs those that match.
+# then containers by ctr, then pods by CRI. E2E='name' runs those that match.
 e2e: stage stage-boot
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
-	@$(LAB) run --timeout 3000 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E)'
+	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
+	@$(LAB) run --timeout 3000 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
 
 test: lint unit e2e
 

@@ -10,6 +10,7 @@
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
 //!   volumes/   directories its containers share
+//!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
 //! ```
 //!
@@ -32,6 +33,7 @@ pub mod io;
 pub mod log;
 pub mod mount;
 pub mod network;
+pub mod pids;
 pub mod reaper;
 pub mod sandbox;
 pub mod serve;

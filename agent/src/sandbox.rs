@@ -14,6 +14,7 @@ use nacre_protocol::agent::{
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
+use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::boot;
@@ -21,9 +22,11 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
-use crate::engine::init::{Kind, Request};
+use crate::engine::error::Failure;
+use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
 use crate::network::Network;
+use crate::pids;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio;
 use crate::storage;
@@ -53,6 +56,8 @@ pub struct Sandbox {
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
+    /// Of the PID namespace that containers share, once one has asked for it.
+    pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
     oom_receiver: tokio::sync::Mutex<UnboundedReceiver<(String, u64)>>,
 }
@@ -74,6 +79,7 @@ impl Sandbox {
             streams,
             containers: Mutex::default(),
             volumes: Arc::default(),
+            pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
         }
@@ -117,6 +123,9 @@ impl Sandbox {
         }
         if request.shared_dir {
             blocking(mount_shared).await?;
+        }
+        for (name, value) in &request.sysctls {
+            set_sysctl(name, value).map_err(Failure::from)?;
         }
         Ok(())
     }
@@ -167,6 +176,10 @@ impl Sandbox {
         let id = request.container_id;
         let stdio = request.stdio.unwrap_or_default();
         let mut spec: Spec = parse(&request.spec, "spec")?;
+        if pids::shares(&spec) {
+            let pause = self.pause.get_or_try_init(|| pids::pause(&self.reaper));
+            pids::join(&mut spec, pause.await?.pid);
+        }
         if let Some(process) = spec.process_mut() {
             process.set_terminal(Some(stdio.terminal));
         }

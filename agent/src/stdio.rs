@@ -35,7 +35,8 @@ pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes copied at a time; half a default pipe.
 const CHUNK: usize = 32 * 1024;
 
-/// The shim's connections, claimed.
+/// The shim's connections, claimed; by default none.
+#[derive(Default)]
 pub struct Connections {
     stdin: Option<Stream>,
     stdout: Option<Stream>,

@@ -19,6 +19,11 @@ pub const SHARED_TAG: &str = "shared";
 /// Where the guest mounts the shared directory.
 pub const SHARED_DIR: &str = "/run/nacre/shared";
 
+/// Stands, in a container's spec, for the PID namespace that the containers of a
+/// pod share: the path of a PID namespace to join. The agent makes it with the
+/// first container that asks for it.
+pub const POD_PID_NAMESPACE: &str = "/run/nacre/pod/pid";
+
 /// Per-container directories of the guest:
 /// `CONTAINERS_DIR/<container id>/{rootfs,layers/,files/,...}`.
 pub const CONTAINERS_DIR: &str = "/run/nacre/containers";

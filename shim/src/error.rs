@@ -44,7 +44,9 @@ fn code(error: &TaskError) -> Code {
 
 fn sandbox_code(error: &SandboxError) -> Code {
     match error {
-        SandboxError::HostNetwork { .. } | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
+        SandboxError::HostNetwork { .. }
+        | SandboxError::HostNamespace { .. }
+        | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,

@@ -69,6 +69,18 @@ pub enum SandboxError {
         /// The container that asked.
         container_id: String,
     },
+    /// The pod wants a namespace of the host, which a VM cannot be in, or users
+    /// mapped to those of the host, which it does not share.
+    #[error(
+        "pod {sandbox_id} asks for {what}, which a virtual machine cannot have: it runs a kernel \
+         of its own"
+    )]
+    HostNamespace {
+        /// The pod that asked.
+        sandbox_id: String,
+        /// For what, in the words of a pod's specification.
+        what: &'static str,
+    },
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),

@@ -7,17 +7,33 @@ use std::time::{Duration, Instant};
 
 use crate::PATIENCE;
 
-/// What belongs to containerd's namespace "default", to the runtime or to the
-/// CNI plugins, not to a pod, and stays. What is *in* the directories counts.
-const PARENTS: [&str; 4] = [
+/// What belongs to a namespace of containerd, to the runtime or to the CNI
+/// plugins, not to a pod, and stays. What is *in* the directories counts.
+const PARENTS: [&str; 5] = [
     "cgroup /sys/fs/cgroup/default",
     "run directory /run/nacre/default",
+    "run directory /run/nacre/k8s.io",
     "run directory /run/nacre/.uids",
     "interface /sys/class/net/cni0",
 ];
 
+/// Directories whose entries are those of one pod or container each: bundles, and
+/// what containerd's CRI keeps.
+const PER_POD: [&str; 6] = [
+    "/run/containerd/io.containerd.runtime.v2.task/default",
+    "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "/run/containerd/io.containerd.grpc.v1.cri/containers",
+    "/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "/var/lib/containerd/io.containerd.grpc.v1.cri/containers",
+];
+
+/// Where the CNI plugins note the addresses they gave away.
+const ADDRESSES: &str = "/var/lib/cni/networks/lab";
+
 /// Everything of the machine that a pod could leak: processes, mounts, network
-/// interfaces and namespaces, cgroups, sockets, run directories.
+/// interfaces, addresses and namespaces, cgroups, sockets, run directories,
+/// bundles.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine(BTreeSet<String>);
 
@@ -33,6 +49,10 @@ impl Machine {
         items.extend(entries("cgroup", Path::new("/sys/fs/cgroup"), 4));
         items.extend(entries("socket", Path::new("/run/containerd/s"), 1));
         items.extend(entries("run directory", Path::new("/run/nacre"), 3));
+        for directory in PER_POD {
+            items.extend(entries("pod", Path::new(directory), 1));
+        }
+        items.extend(addresses());
         for parent in PARENTS {
             items.remove(parent);
         }
@@ -69,6 +89,16 @@ impl Machine {
     }
 }
 
+/// Addresses that are somebody's.
+fn addresses() -> Vec<String> {
+    let mut found = entries("address", Path::new(ADDRESSES), 1);
+    found.retain(|path| !path.contains("/last_reserved_ip") && !path.ends_with("/lock"));
+    found
+}
+
+/// Programs of the tests, whose names resemble nacre's.
+const TESTS: [&str; 2] = ["nacre-e2e", "nacre-pods"];
+
 /// Processes that belong to a runtime, by pid: others come and go.
 fn processes() -> Vec<String> {
     let Ok(proc) = fs::read_dir("/proc") else {
@@ -79,9 +109,8 @@ fn processes() -> Vec<String> {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
             let line = fs::read(entry.path().join("cmdline")).ok()?;
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            let ours = ["nacre", "virtiofsd"]
-                .iter()
-                .any(|name| line.contains(name) && !line.contains("nacre-e2e"));
+            let contains = |name: &&str| line.contains(name);
+            let ours = ["nacre", "virtiofsd"].iter().any(contains) && !TESTS.iter().any(contains);
             ours.then(|| format!("process {pid} {line}"))
         })
         .collect()

@@ -6,8 +6,10 @@
 //! like; when the scene ends without a panic it waits until the machine looks
 //! so again and fails naming what is left.
 
+pub mod cri;
 mod kubelet;
 mod leftovers;
+pub mod pods;
 mod shim;
 mod spec;
 mod terminal;

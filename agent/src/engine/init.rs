@@ -17,6 +17,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::error::{InitError, Step};
+use super::pause;
 use super::process::Launch;
 use super::rootfs;
 use super::sync::{self, Report};
@@ -45,6 +46,9 @@ pub struct Request {
 pub enum Kind {
     /// The first process of a container.
     Create(Box<Spec>),
+    /// The first one of a PID namespace that containers share. It stays in the
+    /// agent's cgroup.
+    Pause,
     /// A further one.
     Exec {
         /// PID of the container's first process.
@@ -85,6 +89,7 @@ fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
             join_cgroup(&request.cgroup, None)?;
             join_listed(spec)?
         }
+        Kind::Pause => libc::CLONE_NEWPID | libc::CLONE_NEWNS,
         Kind::Exec { container_pid, .. } => {
             join_cgroup(&request.cgroup, Some(*container_pid))?;
             join_container(*container_pid)?;
@@ -101,6 +106,7 @@ fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, Ini
     nix::unistd::setsid().step(|| "setsid")?;
     match &request.kind {
         Kind::Create(spec) => create(spec, request, socket),
+        Kind::Pause => pause::run(socket),
         Kind::Exec {
             process, seccomp, ..
         } => {
@@ -253,10 +259,19 @@ fn set_sysctls(spec: &Spec) -> Result<(), InitError> {
         .into_iter()
         .flatten()
     {
-        let path = sysctl_path(key)?;
-        fs::write(&path, value).step(|| format!("set sysctl {key} to {value:?}"))?;
+        set_sysctl(key, value)?;
     }
     Ok(())
+}
+
+/// Sets a kernel parameter, in the namespaces of the caller.
+///
+/// # Errors
+///
+/// A name that cannot be one, and what the kernel says.
+pub fn set_sysctl(key: &str, value: &str) -> Result<(), InitError> {
+    let path = sysctl_path(key)?;
+    fs::write(&path, value).step(|| format!("set sysctl {key} to {value:?}"))
 }
 
 /// "net.ipv4.ip_forward" and, for names with dots, "net/ipv4/conf/eth0.1/...".

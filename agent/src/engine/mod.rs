@@ -13,7 +13,8 @@
 //!   agent (spawn.rs) --exec self--> helper (init.rs) --clone3--> process
 //!                                   joins, reports, exits        rootfs.rs, devices.rs,
 //!                                                                process.rs, credentials.rs,
-//!                                                                seccomp.rs, command.rs
+//!                                                                seccomp.rs, command.rs;
+//!                                                                or pause.rs
 //! ```
 //!
 //! `sync.rs` is the protocol between the three, `sys.rs` the system calls.
@@ -25,6 +26,7 @@ pub mod credentials;
 pub mod devices;
 pub mod error;
 pub mod init;
+pub mod pause;
 pub mod process;
 pub mod rootfs;
 pub mod seccomp;

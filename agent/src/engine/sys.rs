@@ -174,6 +174,19 @@ pub fn set_child_subreaper() -> io::Result<()> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0)
 }
 
+/// SIGKILL when the parent ends.
+///
+/// # Errors
+///
+/// Those of prctl(2).
+pub fn die_with_parent() -> io::Result<()> {
+    prctl(
+        libc::PR_SET_PDEATHSIG,
+        libc::SIGKILL.unsigned_abs().into(),
+        0,
+    )
+}
+
 /// Sets `no_new_privs`.
 ///
 /// # Errors

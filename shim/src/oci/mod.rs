@@ -10,21 +10,25 @@
 //! | root path | the place where the agent assembles the root file system |
 //! | mounts | given by the caller, see [`crate::storage`] |
 //! | network namespace | none: the VM is the pod's network |
-//! | paths of other namespaces | dropped; pid, ipc, uts and mount are always new |
+//! | a pod's IPC and UTS namespaces | none: the VM's own are the pod's |
+//! | a pod's PID namespace | the one the agent makes for it |
+//! | paths of other namespaces | dropped; pid, ipc, uts and mount are new |
 //! | hooks | none, they are host programs |
 //! | cgroup path | `/<container id>` |
 //! | AppArmor profile, SELinux labels | none, the guest loads no policies |
 //! | devices below `/dev/vfio`, `/dev/iommu` | none, the devices themselves are in the VM |
 //! | Intel RDT, network devices | none, they are the host's |
 
+pub mod kubernetes;
+
 use std::path::{Path, PathBuf};
 
-use nacre_protocol::guest::CONTAINERS_DIR;
+use nacre_protocol::guest::{CONTAINERS_DIR, POD_PID_NAMESPACE};
 use oci_spec::runtime::{
     Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Root, RootBuilder, Spec,
 };
 
-/// Namespaces a container gets even where the spec asks for the host's: in the
+/// Namespaces a container outside of Kubernetes' pods gets even where the spec asks for the host's: in the
 /// guest "the host" is the agent, which no container may see or signal.
 const ALWAYS_NEW: [LinuxNamespaceType; 4] = [
     LinuxNamespaceType::Mount,
@@ -54,7 +58,8 @@ pub fn guest_spec(spec: &Spec, container_id: &str, mounts: Vec<Mount>) -> Spec {
         translate_process(process);
     }
     let mut linux = guest.linux().clone().unwrap_or_default();
-    translate_linux(&mut linux, container_id);
+    let in_pod = kubernetes::joins_pod(spec);
+    translate_linux(&mut linux, container_id, in_pod);
     guest.set_linux(Some(linux));
     guest
 }
@@ -73,8 +78,13 @@ pub fn translate_process(process: &mut Process) {
     process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
-fn translate_linux(linux: &mut Linux, container_id: &str) {
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default());
+fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
+    let asked = linux.namespaces().as_deref().unwrap_or_default();
+    let namespaces = if in_pod {
+        pod_namespaces(asked)
+    } else {
+        namespaces(asked)
+    };
     let devices = linux.devices().clone().map(|devices| {
         devices
             .into_iter()
@@ -104,6 +114,28 @@ fn namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
             namespace.set_typ(typ);
             namespaces.push(namespace);
         }
+    }
+    namespaces
+}
+
+/// Those of a container that joins a pod: what it names by a path is the pod's.
+fn pod_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
+    use LinuxNamespaceType::{Ipc, Pid, Uts};
+    let is_joined = |namespace: &LinuxNamespace| {
+        let path = namespace.path().as_ref();
+        path.is_some_and(|path| !path.as_os_str().is_empty())
+    };
+    let joined: Vec<_> = asked
+        .iter()
+        .filter(|namespace| is_joined(namespace))
+        .map(LinuxNamespace::typ)
+        .collect();
+    let mut namespaces = namespaces(asked);
+    namespaces.retain(|own| !matches!(own.typ(), Ipc | Uts) || !joined.contains(&own.typ()));
+    if let Some(pids) = namespaces.iter_mut().find(|own| own.typ() == Pid)
+        && joined.contains(&Pid)
+    {
+        pids.set_path(Some(POD_PID_NAMESPACE.into()));
     }
     namespaces
 }

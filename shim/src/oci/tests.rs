@@ -59,6 +59,36 @@ fn host_objects_are_taken_out() {
 }
 
 #[test]
+fn a_pod_s_namespaces_are_the_machine_s_and_the_agent_s() {
+    let in_pod = |pid: Value| {
+        let guest = translate(json!({
+            "ociVersion": "1.1.0",
+            "annotations": {
+                "io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": "pod",
+            },
+            "linux": {"namespaces": [
+                pid,
+                {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                {"type": "uts", "path": "/proc/7/ns/uts"},
+                {"type": "mount"},
+                {"type": "network", "path": "/proc/7/ns/net"},
+            ]},
+        }));
+        guest["linux"]["namespaces"].clone()
+    };
+
+    assert_eq!(
+        in_pod(json!({"type": "pid"})),
+        json!([{"type": "pid"}, {"type": "mount"}])
+    );
+    assert_eq!(
+        in_pod(json!({"type": "pid", "path": "/proc/7/ns/pid"})),
+        json!([{"type": "pid", "path": "/run/nacre/pod/pid"}, {"type": "mount"}])
+    );
+}
+
+#[test]
 fn what_describes_the_container_passes_through() {
     let resources = json!({
         "devices": [{"allow": false, "access": "rwm"}],

@@ -8,6 +8,7 @@
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
 //! killed shim, can undo any prefix of it.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -34,6 +35,7 @@ use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, VmMachine};
 use crate::network::{self, PodNetwork};
+use crate::oci::kubernetes;
 use crate::rundir::{Proc, RunDir, State};
 use crate::storage::{self, HostBacking, HostDisk, Prepared, StorageError};
 use crate::virtiofsd;
@@ -47,8 +49,6 @@ const DEATH_WAIT: Duration = Duration::from_secs(2);
 const MAX_DISK_QUEUES: u16 = 4;
 /// This very program, whatever happened to its file since it started.
 const SELF_EXE: &str = "/proc/self/exe";
-/// CRI's word for what a container is to its pod.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const GROUP: &str = "io.containerd.runc.v2.group";
 
 /// What lives on the host for the pod.
@@ -97,6 +97,9 @@ impl VmHost {
         config: &ContainerConfig,
         booted: bool,
     ) -> Result<Prepared, StorageError> {
+        if kubernetes::is_sandbox(&config.spec) {
+            return Ok(Prepared::nothing(&config.spec));
+        }
         let config = config.clone();
         let shared_root = self.run_dir.shared_root();
         let prepare = if booted {
@@ -135,6 +138,7 @@ impl VmHost {
     }
 
     async fn try_open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+        refuse_host_namespaces(&config.spec, &config.id)?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
@@ -215,7 +219,7 @@ impl VmHost {
             socket,
         };
         self.send_boot(&machine, &fds, &network, size, uid).await?;
-        let request = ConfigureSandboxRequest {
+        let mut request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
             routes: network.routes,
@@ -223,6 +227,9 @@ impl VmHost {
             shared_dir: shares,
             ..Default::default()
         };
+        if kubernetes::is_sandbox(&config.spec) {
+            request.sysctls = sysctls(&config.spec);
+        }
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
         let memory = MemorySize {
             boot_mib: size.memory_mib,
@@ -455,11 +462,44 @@ fn hostname(spec: &Spec, sandbox_id: &str) -> String {
 
 /// Whether containers may join the pod later, whose files nobody knows yet.
 fn may_grow(spec: &Spec) -> bool {
-    spec.annotations().as_ref().is_some_and(|annotations| {
-        annotations
-            .get(CONTAINER_TYPE)
-            .is_some_and(|kind| kind == "sandbox")
-            || annotations.contains_key(GROUP)
+    let annotations = spec.annotations().as_ref();
+    kubernetes::is_sandbox(spec)
+        || annotations.is_some_and(|annotations| annotations.contains_key(GROUP))
+}
+
+/// A pod's kernel parameters: they are its machine's.
+fn sysctls(spec: &Spec) -> HashMap<String, String> {
+    let linux = spec.linux().as_ref();
+    linux
+        .and_then(|linux| linux.sysctl().clone())
+        .unwrap_or_default()
+}
+
+/// CRI leaves out of the sandbox's spec which namespaces are to be the host's.
+fn refuse_host_namespaces(spec: &Spec, sandbox_id: &str) -> Result<(), SandboxError> {
+    if !kubernetes::is_sandbox(spec) {
+        return Ok(());
+    }
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    let has = |kind| {
+        let mut own = namespaces.unwrap_or_default().iter();
+        own.any(|namespace| namespace.typ() == kind)
+    };
+    let what = if !has(LinuxNamespaceType::Network) {
+        "the host's network (hostNetwork: true)"
+    } else if !has(LinuxNamespaceType::Pid) {
+        "the host's processes (hostPID: true)"
+    } else if !has(LinuxNamespaceType::Ipc) {
+        "the host's IPC (hostIPC: true)"
+    } else if has(LinuxNamespaceType::User) {
+        "users mapped to the host's (hostUsers: false)"
+    } else {
+        return Ok(());
+    };
+    Err(SandboxError::HostNamespace {
+        sandbox_id: sandbox_id.to_owned(),
+        what,
     })
 }
 
@@ -556,8 +596,36 @@ mod tests {
 
     #[test]
     fn pods_may_grow_and_single_containers_not() {
-        let pod = json!({"ociVersion": "1.0.2", "annotations": {CONTAINER_TYPE: "sandbox"}});
+        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+        let pod = json!({"ociVersion": "1.0.2", "annotations": annotations});
         assert!(may_grow(&spec(pod)));
         assert!(!may_grow(&spec(json!({"ociVersion": "1.0.2"}))));
+    }
+
+    #[test]
+    fn pods_in_the_host_s_namespaces_are_refused_by_name() {
+        let pod = |kinds: &[&str]| {
+            let namespaces: Vec<_> = kinds.iter().map(|kind| json!({"type": kind})).collect();
+            spec(json!({
+                "ociVersion": "1.0.2",
+                "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
+                "linux": {"namespaces": namespaces},
+            }))
+        };
+        let refusal = |kinds: &[&str]| {
+            let refused = refuse_host_namespaces(&pod(kinds), "web");
+            refused.err().map(|error| error.to_string())
+        };
+        assert_eq!(refusal(&["network", "pid", "ipc"]), None);
+        for (has, word) in [
+            (&["pid", "ipc"][..], "hostNetwork"),
+            (&["network", "ipc"], "hostPID"),
+            (&["network", "pid"], "hostIPC"),
+            (&["network", "pid", "ipc", "user"], "hostUsers"),
+        ] {
+            assert!(refusal(has).unwrap().contains(word), "{word}");
+        }
+        let alone = spec(json!({"ociVersion": "1.0.2"}));
+        assert!(refuse_host_namespaces(&alone, "web").is_ok());
     }
 }

@@ -161,6 +161,20 @@ pub enum StorageError {
     },
 }
 
+impl Prepared {
+    /// Of a pod's sandbox container: it has no process, so it needs no files.
+    pub fn nothing(spec: &Spec) -> Self {
+        Self {
+            disks: Vec::new(),
+            uses_shared_dir: false,
+            storages: Vec::new(),
+            files: Vec::new(),
+            volumes: GuestVolumes::default(),
+            guest_spec: spec.clone(),
+        }
+    }
+}
+
 impl StorageError {
     fn host(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

@@ -7,7 +7,10 @@
 //! agent.Wait or machine dead -> output drained -> TaskExit queued, Stopped
 //! ```
 //! The guest gets the container with Create, or with Start where the machine
-//! boots only then ([`crate::sandbox`]); until then it is [`Pending`] here.
+//! boots only then ([`crate::sandbox`]); until then it is [`Pending`] here. A
+//! pod's sandbox container never gets there: it has no process
+//! ([`crate::oci::kubernetes`]), runs from Start until it is signalled, and ends
+//! with the machine as the others do.
 //! The guest is asked with a deadline always; only `Wait` may take forever.
 
 use std::collections::HashMap;
@@ -29,6 +32,7 @@ use super::process::{Exit, Phase, Process, lock};
 use super::volumes::Attached;
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
+use crate::oci::kubernetes;
 use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
 use crate::storage::Prepared;
 
@@ -46,6 +50,9 @@ pub const LOST_STATUS: u32 = 137;
 const NOT_STARTED_STATUS: u32 = 255;
 pub(super) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
+/// What a sandbox container answers to most calls.
+const NO_PROCESS: TaskError = TaskError::Unsupported("a process in a pod's sandbox container");
+
 /// A container.
 pub struct Container {
     pub(super) config: ContainerConfig,
@@ -55,6 +62,8 @@ pub struct Container {
     pub(super) publisher: Publisher,
     pub(super) limits: Mutex<Limits>,
     pub(super) attached: Attached,
+    /// Whether it is the pod's sandbox container, without a process.
+    is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
     /// Set once the guest has the container.
     in_guest: SetOnce<()>,
@@ -98,6 +107,7 @@ impl Container {
         let init = Process::new(&config.id, "", stdio, Vec::new());
         Self {
             limits: Mutex::new(Limits::of(&config.spec)),
+            is_sandbox: kubernetes::is_sandbox(&config.spec),
             config,
             init: Arc::new(init),
             execs: Mutex::new(HashMap::new()),
@@ -114,12 +124,17 @@ impl Container {
         &self.sandbox
     }
 
+    /// Whether it is the pod's sandbox container.
+    pub fn is_sandbox(&self) -> bool {
+        self.is_sandbox
+    }
+
     /// What the guest needs of it; `None` once it was taken.
     pub fn take_pending(&self) -> Option<Pending> {
         lock(&self.pending).take()
     }
 
-    /// Whether the guest does not have it yet.
+    /// Whether the guest does not have it, or not yet.
     pub(super) fn is_pending(&self) -> bool {
         !self.in_guest.initialized()
     }
@@ -128,20 +143,26 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// `WrongPhase` before that.
+    /// `WrongPhase` before that; `Unsupported` of a sandbox container.
     pub(super) fn agent(&self, action: &'static str) -> Result<&AgentClient, TaskError> {
+        if self.is_sandbox {
+            return Err(NO_PROCESS);
+        }
         self.sandbox
             .agent()
             .filter(|_| !self.is_pending())
             .ok_or_else(|| self.init.wrong_phase(action, self.init.phase()))
     }
 
-    /// Makes the container in the booted guest.
+    /// Makes the container in the booted guest, unless it is the pod's sandbox.
     ///
     /// # Errors
     ///
     /// When its streams cannot be opened; the guest's refusal.
     pub async fn enter_guest(&self, mut prepared: Prepared) -> Result<(), TaskError> {
+        if self.is_sandbox {
+            return Ok(());
+        }
         let spec = serde_json::to_vec(&prepared.guest_spec).map_err(|error| TaskError::Spec {
             container_id: self.config.id.clone(),
             what: "guest spec",
@@ -316,15 +337,19 @@ impl Container {
     ) -> Result<(), TaskError> {
         let start = async {
             enter.await?;
+            if self.is_sandbox {
+                return Ok(());
+            }
             process.start_input()?;
             self.agent("start")?
                 .start_container(deadline(CALL_TIMEOUT), &self.container_request())
                 .await
+                .map(drop)
                 .map_err(agent_error("start the container"))
         };
         let started = start.await;
         process.advance("start", |_| match started {
-            Ok(_) => {
+            Ok(()) => {
                 self.publisher.publish(&TaskStart {
                     container_id: self.config.id.clone(),
                     pid: self.pid(),
@@ -341,7 +366,7 @@ impl Container {
                 .finish(exit, |exit| self.report_exit(process, exit))
                 .await;
         }
-        started.map(drop)
+        started
     }
 
     async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<(), TaskError> {
@@ -399,6 +424,9 @@ impl Container {
     ///
     /// `WrongPhase` unless the container runs, `ExecExists`, `Spec`.
     pub fn exec(&self, request: ExecProcessRequest) -> Result<(), TaskError> {
+        if self.is_sandbox {
+            return Err(NO_PROCESS);
+        }
         let phase = self.init.phase();
         if phase != Phase::Running {
             return Err(self.init.wrong_phase("exec in", phase));

@@ -40,14 +40,14 @@ impl Container {
     }
 
     /// Sends a signal to a process, whatever its phase. Any signal ends a
-    /// container the guest does not have yet.
+    /// container the guest does not have yet, and the sandbox's.
     pub(super) async fn signal(
         &self,
         process: &Process,
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
-        if self.take_pending().is_some() {
+        if self.is_sandbox() || self.take_pending().is_some() {
             let exit = Exit::now(SIGNAL_STATUS + signal);
             process
                 .finish(exit, |exit| self.report_exit(process, exit))
@@ -74,11 +74,11 @@ impl Container {
     ///
     /// `WrongPhase` unless it runs; the guest's refusal, after which it runs.
     pub async fn pause(&self) -> Result<(), TaskError> {
+        let agent = self.agent("pause")?;
         self.init.advance("pause", |phase| {
             (phase == Phase::Running).then_some(Phase::Pausing)
         })?;
-        let paused = self
-            .agent("pause")?
+        let paused = agent
             .pause(deadline(CALL_TIMEOUT), &self.container_request())
             .await;
         self.init.advance("pause", |phase| match (phase, &paused) {
@@ -249,12 +249,16 @@ impl Container {
             .map(|exec| exec.exec_id.clone())
     }
 
-    /// The container's counters.
+    /// The container's counters; those of the sandbox's, which uses nothing, are
+    /// zeros.
     ///
     /// # Errors
     ///
     /// The guest's refusal.
     pub async fn stats(&self) -> Result<agent::StatsResponse, TaskError> {
+        if self.is_sandbox() {
+            return Ok(agent::StatsResponse::default());
+        }
         self.agent("read the counters of")?
             .stats(deadline(CALL_TIMEOUT), &self.container_request())
             .await

@@ -93,7 +93,9 @@ impl Pod {
         let mut limits: Vec<Limits> = {
             let containers = lock(&self.containers);
             let made = containers.values().flatten();
-            made.map(|container| container.limits()).collect()
+            made.filter(|container| !container.is_sandbox())
+                .map(|container| container.limits())
+                .collect()
         };
         limits.extend(more);
         let wanted_mib = self.host.memory_of(&limits);

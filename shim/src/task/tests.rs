@@ -294,3 +294,27 @@ async fn counters_and_pids() {
     let connect = fixture.client.connect(context(), &connect).await.unwrap();
     assert_eq!(connect.task_pid, std::process::id(), "the machine's");
 }
+
+/// A pod's sandbox container: the machine, and no process in the guest.
+#[tokio::test]
+async fn a_pod_s_sandbox_runs_without_a_process() {
+    let mut fixture = Fixture::new().await;
+    fixture.annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    fixture.run("pod", "exit 1").await;
+    assert_eq!(fixture.status("pod").await, Status::RUNNING);
+    let exec = fixture.exec("pod", "e", "true").await;
+    assert_eq!(code(exec), Code::UNIMPLEMENTED);
+    fixture.annotations = json!({});
+    fixture.run("app", "exec sleep 60").await;
+
+    fixture.kill("pod", "").await.unwrap();
+    assert_eq!(fixture.wait("pod", "").await, 137);
+    fixture.delete("pod", "").await.unwrap();
+    assert_eq!(fixture.status("app").await, Status::RUNNING);
+    fixture.kill("app", "").await.unwrap();
+    fixture.wait("app", "").await;
+    let events = [
+        "create", "start", "create", "start", "exit", "delete", "exit",
+    ];
+    fixture.expect(&events).await;
+}

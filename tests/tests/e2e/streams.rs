@@ -1,7 +1,7 @@
 //! Standard input, output and error; terminals.
 
 use std::io::{Read, Write};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use nacre_tests::{BUSYBOX, OnTerminal, Scene, eventually, run_with_input};
 

@@ -52,6 +52,8 @@ pub struct Fixture {
     pub journal: Journal,
     /// Of the bundles made from now on.
     pub resources: serde_json::Value,
+    /// The same.
+    pub annotations: serde_json::Value,
     servers: Vec<Server>,
 }
 
@@ -87,6 +89,7 @@ impl Fixture {
             machine,
             journal,
             resources: json!({}),
+            annotations: json!({}),
             servers: vec![server, sink],
         }
     }
@@ -123,6 +126,7 @@ impl Fixture {
             "ociVersion": "1.0.2",
             "root": {"path": "/"},
             "process": process,
+            "annotations": self.annotations,
             "linux": {"resources": self.resources},
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();

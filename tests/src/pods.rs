@@ -1,0 +1,295 @@
+//! Pods for tests, made over containerd's CRI the way kubelet makes them.
+//!
+//! ```text
+//! let scene = PodScene::new();
+//! let pod = scene.pod("web").sysctl("net.core.somaxconn", "512").run();
+//! pod.container("init", &["true"]).run().exits(0);
+//! let app = pod.container("app", &["sleep", "3600"]).run_as(1000, 1000).start();
+//! app.exec(&["id", "-u"]).exits(0).prints("1000\n");
+//! ```
+//! As with a [`Scene`](crate::Scene), when a scene ends without a panic nothing of it may
+//! be left. What kubelet does is done here: a cgroup for each pod, directories
+//! for volumes and logs.
+
+mod container;
+mod manifest;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, Once};
+
+use crate::cri::Cri;
+use crate::cri::messages::{PodSandboxConfig, PodSandboxState, PodSandboxStatus};
+use crate::leftovers::Machine;
+use crate::watchdog::Watchdog;
+use crate::{BUSYBOX, ctr, eventually, run};
+
+pub use container::{ContainerManifest, LogLine, PodContainer};
+pub use manifest::PodManifest;
+
+/// The runtime handler under test, as in the lab's containerd configuration.
+pub const HANDLER: &str = "nacre";
+/// What containerd is configured to take for its sandbox containers. Under runc
+/// it sleeps.
+const PAUSE: &str = "docker.io/library/pause:lab";
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// Parent of the pods' cgroups, as kubelet's.
+const CGROUP_PARENT: &str = "/kubepods";
+
+/// One test's pods.
+pub struct PodScene {
+    cri: Cri,
+    before: Machine,
+    scratch: PathBuf,
+    pods: Mutex<Vec<String>>,
+    cgroups: Mutex<Vec<PathBuf>>,
+    _watchdog: Watchdog,
+}
+
+impl Default for PodScene {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PodScene {
+    /// Notes what the machine looks like now; the first one imports the images.
+    ///
+    /// # Panics
+    ///
+    /// When containerd, or the machine, is not as the lab's.
+    #[must_use]
+    pub fn new() -> Self {
+        let cri = Cri::new();
+        prepare_machine(&cri);
+        let scratch = PathBuf::from(format!("/run/pods-{}", unique()));
+        fs::create_dir_all(&scratch).expect("a directory can be made");
+        Self {
+            cri,
+            before: Machine::now(),
+            scratch,
+            pods: Mutex::default(),
+            cgroups: Mutex::default(),
+            _watchdog: Watchdog::new(),
+        }
+    }
+
+    /// containerd's CRI, for what has no helper here.
+    #[must_use]
+    pub fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
+    /// A pod to be, under nacre.
+    #[must_use]
+    pub fn pod(&self, name: &str) -> PodManifest<'_> {
+        PodManifest::new(self, name)
+    }
+
+    /// An empty directory on the host that is gone with the scene.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    #[must_use]
+    pub fn directory(&self, name: &str) -> PathBuf {
+        let path = self.scratch.join(format!("{name}-{}", unique()));
+        fs::create_dir_all(&path).expect("a directory can be made");
+        path
+    }
+
+    /// A cgroup for a pod, as kubelet makes one; its path below the root.
+    fn cgroup(&self, uid: &str) -> String {
+        let group = format!("{CGROUP_PARENT}/pod{uid}");
+        let path = PathBuf::from(format!("{CGROUP_ROOT}{group}"));
+        fs::create_dir_all(&path).expect("a cgroup can be made");
+        delegate(&path);
+        self.cgroups
+            .lock()
+            .unwrap_or_else(|p| p.into_inner())
+            .push(path);
+        group
+    }
+
+    fn note_pod(&self, id: &str) {
+        let mut pods = self.pods.lock().unwrap_or_else(|p| p.into_inner());
+        pods.push(id.to_owned());
+    }
+}
+
+impl Drop for PodScene {
+    fn drop(&mut self) {
+        for id in self
+            .pods
+            .lock()
+            .unwrap_or_else(|p| p.into_inner())
+            .drain(..)
+        {
+            // Most are stopped; a failed test's may not be.
+            for result in [self.cri.stop_pod(&id), self.cri.remove_pod(&id)] {
+                if let Err(error) = result {
+                    eprintln!("pod {id}: {error}");
+                }
+            }
+        }
+        for path in self
+            .cgroups
+            .lock()
+            .unwrap_or_else(|p| p.into_inner())
+            .drain(..)
+        {
+            if let Err(error) = fs::remove_dir(&path) {
+                eprintln!("{}: {error}", path.display());
+            }
+        }
+        if let Err(error) = fs::remove_dir_all(&self.scratch) {
+            eprintln!("{}: {error}", self.scratch.display());
+        }
+        if !std::thread::panicking() {
+            self.before.await_return();
+        }
+    }
+}
+
+/// A sandbox that was made.
+pub struct Pod<'s> {
+    pub(crate) scene: &'s PodScene,
+    /// containerd's id.
+    pub id: String,
+    /// As it was asked for.
+    pub config: PodSandboxConfig,
+}
+
+impl<'s> Pod<'s> {
+    /// A container to be, of busybox.
+    #[must_use]
+    pub fn container(&self, name: &str, command: &[&str]) -> ContainerManifest<'_, 's> {
+        ContainerManifest::new(self, name, command)
+    }
+
+    /// `PodSandboxStatus`.
+    ///
+    /// # Panics
+    ///
+    /// When containerd does not know the pod.
+    #[must_use]
+    #[track_caller]
+    pub fn status(&self) -> PodSandboxStatus {
+        let status = self.scene.cri.pod_status(&self.id);
+        status.unwrap_or_else(|error| panic!("{}: {error}", self.id))
+    }
+
+    /// Whether containerd takes it for running.
+    #[must_use]
+    #[track_caller]
+    pub fn is_ready(&self) -> bool {
+        self.status().state() == PodSandboxState::Ready
+    }
+
+    /// Waits until containerd takes it for ended.
+    #[track_caller]
+    pub fn await_not_ready(&self) {
+        eventually(&format!("pod {} is not ready", self.id), || {
+            !self.is_ready()
+        });
+    }
+
+    /// Its IPv4 address.
+    ///
+    /// # Panics
+    ///
+    /// Without one.
+    #[must_use]
+    #[track_caller]
+    pub fn ip(&self) -> String {
+        let network = self.status().network.expect("a pod's network");
+        assert!(!network.ip.is_empty(), "no address");
+        network.ip
+    }
+
+    /// `StopPodSandbox`.
+    ///
+    /// # Panics
+    ///
+    /// When containerd refuses.
+    #[track_caller]
+    pub fn stop(&self) {
+        let stopped = self.scene.cri.stop_pod(&self.id);
+        stopped.unwrap_or_else(|error| panic!("stop {}: {error}", self.id));
+    }
+
+    /// `RemovePodSandbox`.
+    ///
+    /// # Panics
+    ///
+    /// When containerd refuses.
+    #[track_caller]
+    pub fn remove(&self) {
+        let removed = self.scene.cri.remove_pod(&self.id);
+        removed.unwrap_or_else(|error| panic!("remove {}: {error}", self.id));
+    }
+
+    /// Host pid of its machine's monitor.
+    ///
+    /// # Panics
+    ///
+    /// When it has none.
+    #[must_use]
+    #[track_caller]
+    pub fn monitor(&self) -> u32 {
+        let said = ctr(&["-n", "k8s.io", "task", "ls"]).exits(0);
+        let pid = said.stdout.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some(&self.id)).then(|| words.next()?.parse().ok())?
+        });
+        pid.unwrap_or_else(|| panic!("no task {} in {said:#?}", self.id))
+    }
+}
+
+/// A number no other part of this run has.
+pub(crate) fn unique() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Lets groups below have all controllers.
+fn delegate(group: &Path) {
+    let controllers = fs::read_to_string(group.join("cgroup.controllers")).expect("a cgroup");
+    let all: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    fs::write(group.join("cgroup.subtree_control"), all.join(" ")).expect("controllers");
+}
+
+/// Images in CRI's namespace, and the parent of all pods' cgroups.
+fn prepare_machine(cri: &Cri) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let parent = PathBuf::from(format!("{CGROUP_ROOT}{CGROUP_PARENT}"));
+        fs::create_dir_all(&parent).expect("a cgroup can be made");
+        delegate(&parent);
+        let tree = "/run/pause-image";
+        let archive = "/run/pause-image.tar";
+        fs::create_dir_all(format!("{tree}/bin")).expect("a directory can be made");
+        fs::copy("/bin/busybox", format!("{tree}/bin/busybox")).expect("busybox");
+        let sleep = [
+            "--entrypoint",
+            "/bin/busybox",
+            "--entrypoint",
+            "sleep",
+            "--entrypoint",
+            "infinity",
+        ];
+        let make = [&["--name", PAUSE, "--out", archive][..], &sleep, &[tree]].concat();
+        run("mkimage", &make).exits(0);
+        for archive in ["/opt/lab/images/busybox.tar", archive] {
+            ctr(&["-n", "k8s.io", "image", "import", archive]).exits(0);
+        }
+        for image in [BUSYBOX, PAUSE] {
+            // containerd tells its CRI by an event.
+            eventually(&format!("CRI has {image}"), || cri.has_image(image));
+        }
+    });
+}

@@ -1,0 +1,94 @@
+//! `ExecSync`, and exec and attach by containerd's streaming server.
+
+use std::time::{Duration, Instant};
+
+use nacre_tests::cri::stream::{STDERR, STDIN, STDOUT};
+use nacre_tests::eventually;
+use nacre_tests::pods::PodScene;
+use tonic::Code;
+
+use crate::SLEEP;
+
+#[test]
+fn exec_sync_output_code_and_time_limit() {
+    let scene = PodScene::new();
+    let pod = scene.pod("exec").run();
+    let app = pod.container("app", SLEEP).start();
+    let said = app
+        .sh("echo out; echo err >&2; exit 7")
+        .exits(7)
+        .prints("out\n");
+    assert_eq!(said.stderr, "err\n");
+    let large = app.sh("seq 1 100000").exits(0).stdout;
+    assert_eq!(large.lines().count(), 100_000);
+    assert!(large.ends_with("\n100000\n"));
+    let missing = app.try_exec(&["nope"], Duration::ZERO).unwrap_err();
+    assert!(
+        missing.message().contains("executable file not found"),
+        "{missing}"
+    );
+
+    let begin = Instant::now();
+    let limit = Duration::from_secs(1);
+    let late = app.try_exec(&["sleep", "7200"], limit).unwrap_err();
+    assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
+    assert!(begin.elapsed() >= limit);
+    eventually("the late command is gone", || {
+        !app.exec(&["ps", "-o", "args"]).stdout.contains("7200")
+    });
+}
+
+#[test]
+fn exec_and_attach_streams() {
+    let scene = PodScene::new();
+    let pod = scene.pod("streams").run();
+    let script = "while read line; do echo got $line; echo warned >&2; done";
+    let app = pod.container("app", &["sh", "-c", script]).stdin().start();
+
+    let mut exec = app.exec_stream(&["sh", "-c", "read a; echo $a; echo $a >&2; exit 4"], false);
+    exec.send(STDIN, b"hello\n");
+    exec.read_to_end();
+    assert_eq!(
+        (exec.text(STDOUT), exec.text(STDERR)),
+        ("hello\n".into(), "hello\n".into())
+    );
+    assert_eq!(exec.exit_code(), 4);
+
+    let mut attached = app.attach(false);
+    attached.send(STDIN, b"one\n");
+    attached.read_until(STDOUT, |text| text == "got one\n");
+    attached.read_until(STDERR, |text| text == "warned\n");
+    drop(attached);
+    let mut attached = app.attach(false);
+    attached.send(STDIN, b"two\n");
+    attached.read_until(STDOUT, |text| text == "got two\n");
+    app.await_logged("stdout", "got one\ngot two\n");
+}
+
+#[test]
+fn terminals_and_their_sizes() {
+    let scene = PodScene::new();
+    let pod = scene.pod("terminal").run();
+    let script = "stty size; trap 'stty size' WINCH; echo ready; while true; do sleep 0.1; done";
+    let app = pod.container("app", &["sh", "-c", script]).tty().start();
+    let mut attached = app.attach(true);
+    attached.resize(101, 33);
+    attached.read_until(STDOUT, |text| text.contains("33 101"));
+
+    let mut exec = app.exec_stream(&["sh"], true);
+    exec.resize(120, 40);
+    exec.read_until(STDOUT, |text| text.contains('#'));
+    eventually("the shell's terminal has its size", || {
+        exec.send(STDIN, b"stty size\n");
+        exec.read_until(STDOUT, |text| text.matches("stty size\r\n").count() > 0);
+        exec.text(STDOUT).contains("40 120\r\n")
+    });
+    exec.send(STDIN, b"tty; exit 6\n");
+    exec.read_to_end();
+    assert!(
+        exec.text(STDOUT).contains("/dev/pts/"),
+        "{}",
+        exec.text(STDOUT)
+    );
+    assert_eq!(exec.exit_code(), 6);
+}

@@ -1,0 +1,100 @@
+//! What goes wrong around a pod is told, and leaves nothing.
+
+use std::fs;
+use std::thread;
+
+use nacre_tests::pods::PodScene;
+use nacre_tests::{eventually, run};
+
+use crate::SLEEP;
+
+/// Without a network configuration there is no pod, and nothing of it.
+#[test]
+fn no_network_configuration() {
+    const CONFIGURATION: &str = "/etc/cni/net.d/10-lab.conflist";
+    struct Restored(Vec<u8>);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            fs::write(CONFIGURATION, &self.0).unwrap();
+        }
+    }
+    let scene = PodScene::new();
+    let restored = Restored(fs::read(CONFIGURATION).unwrap());
+    fs::remove_file(CONFIGURATION).unwrap();
+    let mut refusal = String::new();
+    eventually("containerd has seen that there is no network", || {
+        match scene.pod("lonely").try_run() {
+            Ok(pod) => pod.remove(),
+            Err(error) => refusal = error.message().to_owned(),
+        }
+        !refusal.is_empty()
+    });
+    assert!(refusal.contains("network"), "{refusal}");
+    drop(restored);
+    eventually("containerd has seen the network", || {
+        scene.pod("social").try_run().is_ok()
+    });
+}
+
+/// Somebody deletes the network namespace of a running pod: it can be stopped
+/// and removed all the same.
+#[test]
+fn network_namespace_deleted_underneath() {
+    let scene = PodScene::new();
+    let pod = scene.pod("uprooted").run();
+    let app = pod.container("app", SLEEP).start();
+    let said = run("ip", &["netns", "identify", &pod.monitor().to_string()]).exits(0);
+    let name = said.stdout.trim();
+    assert!(name.starts_with("cni-"), "{said:#?}");
+    run("ip", &["netns", "delete", name]).exits(0);
+    app.exec(&["echo", "alive"]).exits(0).prints("alive\n");
+    pod.stop();
+    pod.remove();
+}
+
+/// A container that cannot be made tells why, and its pod goes on.
+#[test]
+fn a_container_that_cannot_be_made() {
+    let scene = PodScene::new();
+    let pod = scene.pod("careful").run();
+    let app = pod.container("app", SLEEP).start();
+    let missing = pod
+        .container("missing", &["nope"])
+        .try_start()
+        .err()
+        .unwrap();
+    assert!(
+        missing.message().contains("executable file not found"),
+        "{missing}"
+    );
+    let socket = scene.directory("socket").join("s");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let refused = pod
+        .container("refused", SLEEP)
+        .mount(&socket, "/run/docker.sock")
+        .try_start()
+        .err()
+        .unwrap();
+    assert!(refused.message().contains("unix socket"), "{refused}");
+    app.exec(&["echo", "alive"]).exits(0).prints("alive\n");
+}
+
+#[test]
+fn eight_pods_at_once() {
+    let scene = PodScene::new();
+    thread::scope(|threads| {
+        for n in 0..8 {
+            let scene = &scene;
+            threads.spawn(move || {
+                let pod = scene.pod(&format!("many-{n}")).run();
+                let text = format!("pod {n}\n");
+                pod.container("app", &["echo", "pod", &n.to_string()])
+                    .run()
+                    .exits(0)
+                    .prints(&text);
+                pod.stop();
+                pod.remove();
+            });
+        }
+    });
+}

@@ -1,0 +1,187 @@
+//! From `RunPodSandbox` to `RemovePodSandbox`, and what may happen in between.
+
+use std::time::{Duration, Instant};
+
+use nacre_tests::cri::messages::ContainerState;
+use nacre_tests::pods::PodScene;
+use nacre_tests::{eventually, run};
+
+use crate::SLEEP;
+
+/// Init containers run one after the other, then the others side by side; one
+/// that ends is replaced in the same sandbox.
+#[test]
+fn init_containers_containers_and_restarts() {
+    let scene = PodScene::new();
+    let volume = scene.directory("empty-dir");
+    let pod = scene.pod("web").run();
+    for step in ["one", "two"] {
+        let script = format!("echo {step} >> /data/steps; cat /data/steps");
+        let said = pod
+            .container(&format!("init-{step}"), &["sh", "-c", &script])
+            .mount(&volume, "/data")
+            .run();
+        let all = if step == "one" { "one\n" } else { "one\ntwo\n" };
+        said.exits(0).prints(all);
+    }
+    let app = pod.container("app", SLEEP).mount(&volume, "/data").start();
+    let script = "until [ -e /data/go ]; do sleep 0.1; done; echo gone >&2; exit 3";
+    let other = pod
+        .container("other", &["sh", "-c", script])
+        .mount(&volume, "/data")
+        .start();
+    app.exec(&["cat", "/data/steps"])
+        .exits(0)
+        .prints("one\ntwo\n");
+    app.exec(&["hostname"]).exits(0).prints("web\n");
+    let states = [app.state(), other.state()];
+    assert_eq!(states, [ContainerState::Running; 2]);
+
+    app.exec(&["touch", "/data/go"]).exits(0);
+    let ended = other.await_exit();
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
+    assert!(ended.created_at <= ended.started_at && ended.started_at < ended.finished_at);
+    assert_eq!(other.logged("stderr"), "gone\n");
+    other.remove();
+
+    let again = pod
+        .container("other", &["echo", "again"])
+        .attempt(1)
+        .start();
+    let ended = again.await_exit();
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (0, "Completed"));
+    assert_eq!(ended.metadata.unwrap().attempt, 1);
+    assert_ne!(again.id, other.id);
+    assert!(pod.is_ready());
+    assert_eq!(app.state(), ContainerState::Running);
+}
+
+/// SIGTERM once, the grace period, SIGKILL.
+#[test]
+fn termination_is_graceful() {
+    let scene = PodScene::new();
+    let volume = scene.directory("notes");
+    let pod = scene.pod("graceful").run();
+    let note = |name: &str, then: &str| {
+        let script = format!(
+            "trap 'echo {name} >> /notes/{name}{then}' TERM; touch /notes/{name}-ready; \
+             while true; do sleep 0.1; done"
+        );
+        pod.container(name, &["sh", "-c", &script])
+            .mount(&volume, "/notes")
+            .start()
+    };
+    let obedient = note("obedient", "; exit 5");
+    let stubborn = note("stubborn", "");
+    for name in ["obedient-ready", "stubborn-ready"] {
+        eventually("traps are set", || volume.join(name).exists());
+    }
+
+    obedient.stop(Duration::from_secs(60));
+    assert_eq!(obedient.status().exit_code, 5);
+    let begin = Instant::now();
+    stubborn.stop(Duration::from_secs(2));
+    assert!(begin.elapsed() >= Duration::from_secs(2));
+    assert_eq!(stubborn.status().exit_code, 137);
+    for name in ["obedient", "stubborn"] {
+        let notes = std::fs::read_to_string(volume.join(name)).unwrap();
+        assert_eq!(notes, format!("{name}\n"));
+    }
+}
+
+/// A pod is stopped with what runs in it, any number of times; then it can
+/// only be removed.
+#[test]
+fn a_pod_is_stopped_twice_and_removed() {
+    let scene = PodScene::new();
+    let pod = scene.pod("stopped").run();
+    let app = pod.container("app", SLEEP).start();
+    let monitor = pod.monitor();
+    pod.stop();
+    assert!(!pod.is_ready());
+    assert_eq!(app.state(), ContainerState::Exited);
+    assert_eq!(app.status().exit_code, 137);
+    eventually("the machine is gone", || {
+        !std::path::Path::new(&format!("/proc/{monitor}")).exists()
+    });
+    pod.stop();
+    let refused = pod.container("late", SLEEP).try_create().err().unwrap();
+    assert!(refused.message().contains("not running"), "{refused}");
+    pod.remove();
+    pod.remove();
+    assert!(
+        scene
+            .cri()
+            .pods()
+            .unwrap()
+            .iter()
+            .all(|other| other.id != pod.id)
+    );
+}
+
+/// When the machine dies, so do pod and containers, and both can be removed.
+#[test]
+fn a_pod_whose_machine_dies_is_not_ready() {
+    let scene = PodScene::new();
+    let pod = scene.pod("dying").run();
+    let app = pod.container("app", SLEEP).start();
+    run("kill", &["-9", &pod.monitor().to_string()]).exits(0);
+    pod.await_not_ready();
+    let ended = app.await_exit();
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "Error"));
+    assert!(app.try_exec(&["true"], Duration::ZERO).is_err());
+    let refused = pod.container("late", SLEEP).try_start().err().unwrap();
+    assert!(!refused.message().is_empty());
+    pod.stop();
+    pod.remove();
+}
+
+/// What containerd is asked right after a restart it still knows.
+#[test]
+fn pods_outlive_containerd() {
+    let scene = PodScene::new();
+    let pod = scene.pod("durable").run();
+    let app = pod.container("app", SLEEP).start();
+    let brief = pod
+        .container("brief", &["sh", "-c", "sleep 1; exit 9"])
+        .start();
+    run("lab-containerd", &["2", "kill"]).exits(0);
+    run("lab-containerd", &["2", "start"]).exits(0);
+    // The first call finds the old connection broken.
+    eventually("CRI answers", || scene.cri().pods().is_ok());
+    let pods = scene.cri().pods().unwrap();
+    assert!(
+        pods.iter()
+            .any(|other| other.id == pod.id && other.state == 0)
+    );
+    assert!(pod.is_ready());
+    assert_eq!(app.state(), ContainerState::Running);
+    app.exec(&["echo", "here"]).exits(0).prints("here\n");
+    assert_eq!(brief.await_exit().exit_code, 9);
+    pod.container("new", &["echo", "new"])
+        .run()
+        .exits(0)
+        .prints("new\n");
+}
+
+/// A pod may be stopped while a container of it is being made.
+#[test]
+fn a_pod_is_stopped_during_a_create() {
+    let scene = PodScene::new();
+    let pod = scene.pod("hurried").run();
+    std::thread::scope(|threads| {
+        let creating = threads.spawn(|| {
+            pod.container("app", SLEEP)
+                .try_start()
+                .map(|container| container.id)
+        });
+        pod.stop();
+        // Which of the two is first is chance; neither may hang or be left.
+        if let Ok(id) = creating.join().unwrap() {
+            assert!(scene.cri().status(&id).is_ok());
+        }
+    });
+    pod.stop();
+    assert!(!pod.is_ready());
+    pod.remove();
+}

@@ -1,0 +1,99 @@
+//! Numbers, printed: how long a pod takes to its first output, beside runc in the
+//! same run, and what an idle one costs the host.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nacre_tests::pods::{HANDLER, PodScene};
+
+use crate::SLEEP;
+
+/// Runs `pods` at once, each from `RunPodSandbox` to a container's output;
+/// returns the longest.
+fn first_output(scene: &PodScene, handler: &'static str, pods: usize) -> Duration {
+    thread::scope(|threads| {
+        let running: Vec<_> = (0..pods)
+            .map(|_| {
+                threads.spawn(move || {
+                    let manifest = scene.pod("timed").runtime(handler);
+                    let begin = Instant::now();
+                    let pod = manifest.run();
+                    let app = pod.container("app", &["echo", "hi"]).start();
+                    app.await_logged("stdout", "hi\n");
+                    let took = begin.elapsed();
+                    pod.stop();
+                    pod.remove();
+                    took
+                })
+            })
+            .collect();
+        let took = running.into_iter().map(|pod| pod.join().unwrap());
+        took.max().unwrap()
+    })
+}
+
+#[test]
+fn pod_starts_beside_runc() {
+    let scene = PodScene::new();
+    for handler in ["runc", HANDLER] {
+        // The first one fills the host's caches.
+        first_output(&scene, handler, 1);
+    }
+    for pods in [1, 5] {
+        let runc = first_output(&scene, "runc", pods);
+        let nacre = first_output(&scene, HANDLER, pods);
+        let ratio = nacre.as_secs_f64() / runc.as_secs_f64();
+        println!(
+            "{pods} pods to first output: nacre {nacre:.2?}, runc {runc:.2?}, {ratio:.2} times"
+        );
+        // A hundred times would be a wait that is none of a machine's.
+        assert!(ratio < 100.0, "{ratio}");
+    }
+}
+
+/// Proportional set size of all processes in the pod's cgroup and its shim, KiB.
+fn pss_kib(monitor: u32, pod_id: &str) -> u64 {
+    let group = fs::read_to_string(format!("/proc/{monitor}/cgroup")).unwrap();
+    let group = group.trim().trim_start_matches("0::").to_owned();
+    let in_pod = fs::read_to_string(format!("/sys/fs/cgroup{group}/cgroup.procs")).unwrap();
+    let mut pids: Vec<u32> = in_pod.lines().map(|line| line.parse().unwrap()).collect();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line.contains("containerd-shim-nacre-v2")
+            && line.contains(pod_id)
+            && !pids.contains(&pid)
+        {
+            pids.push(pid);
+        }
+    }
+    let pss = |pid: &u32| -> u64 {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss:"))
+            .unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    pids.iter().map(pss).sum()
+}
+
+#[test]
+fn what_an_idle_pod_costs_the_host() {
+    let scene = PodScene::new();
+    let pod = scene.pod("idle").run();
+    let empty_kib = pss_kib(pod.monitor(), &pod.id);
+    let _one = pod.container("one", SLEEP).start();
+    let one_kib = pss_kib(pod.monitor(), &pod.id);
+    let _two = pod.container("two", SLEEP).start();
+    let two_kib = pss_kib(pod.monitor(), &pod.id);
+    println!(
+        "idle pod, PSS: {empty_kib} KiB without, {one_kib} with one, {two_kib} with two containers"
+    );
+    // Its machine has 256 MiB or more; an idle one touches little of it.
+    assert!(two_kib < 200 << 10, "{two_kib} KiB");
+}

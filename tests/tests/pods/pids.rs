@@ -1,0 +1,59 @@
+//! PID namespaces: one for each container, or one for the pod.
+
+use nacre_tests::cri::messages::ContainerState;
+use nacre_tests::eventually;
+use nacre_tests::pods::PodScene;
+
+use crate::SLEEP;
+
+#[test]
+fn containers_do_not_see_each_other() {
+    let scene = PodScene::new();
+    let pod = scene.pod("apart").run();
+    let one = pod.container("one", SLEEP).start();
+    let _two = pod.container("two", &["sleep", "7200"]).start();
+    let seen = one.exec(&["ps", "-o", "pid,args"]).exits(0).stdout;
+    assert!(seen.contains("1 sleep 3600"), "{seen}");
+    assert!(!seen.contains("7200"), "{seen}");
+}
+
+/// `shareProcessNamespace`: PID 1 is pause, which collects orphans; one
+/// container's end leaves the others alone.
+#[test]
+fn containers_share_the_pod_s_pids() {
+    let scene = PodScene::new();
+    let pod = scene.pod("together").shared_pids().run();
+    let one = pod.container("one", SLEEP).start();
+    // A grandchild in the background: the container's end is its end, too.
+    let script = "sleep 7201 & exec sleep 7200";
+    let two = pod.container("two", &["sh", "-c", script]).start();
+    let processes = || one.exec(&["ps", "-o", "pid,stat,args"]).exits(0).stdout;
+    eventually("the other container's processes are seen", || {
+        let seen = processes();
+        seen.contains("sleep 7200") && seen.contains("sleep 7201")
+    });
+    one.exec(&["cat", "/proc/1/comm"])
+        .exits(0)
+        .prints("pause\n");
+    one.sh("ls -A /proc/1/root/ | wc -l").prints("0\n");
+
+    // The middle process ends before its child, which is nobody's then.
+    one.sh("(sleep 0.2 &)").exits(0);
+    eventually("the orphan is gone without a trace", || {
+        let seen = processes();
+        !seen.contains("sleep 0.2") && !seen.contains(" Z ")
+    });
+
+    one.exec(&["pkill", "-9", "-f", "sleep 7200"]).exits(0);
+    assert_eq!(two.await_exit().exit_code, 137);
+    eventually("what it left is gone", || {
+        !processes().contains("sleep 7201")
+    });
+    assert_eq!(one.state(), ContainerState::Running);
+    assert!(pod.is_ready());
+    let three = pod.container("two", SLEEP).attempt(1).start();
+    three
+        .exec(&["cat", "/proc/1/comm"])
+        .exits(0)
+        .prints("pause\n");
+}

@@ -1,0 +1,170 @@
+//! Security contexts.
+
+use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
+use nacre_tests::pods::PodScene;
+
+use crate::SLEEP;
+
+const CAP_CHOWN: u64 = 1 << 0;
+const CAP_NET_RAW: u64 = 1 << 13;
+const CAP_SYS_ADMIN: u64 = 1 << 21;
+
+/// A hexadecimal word of /proc/self/status.
+fn mask(status: &str, name: &str) -> u64 {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap();
+    u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+}
+
+#[test]
+fn users_groups_capabilities_and_protections() {
+    let scene = PodScene::new();
+    let pod = scene.pod("secured").run();
+    let status = &["cat", "/proc/self/status"];
+
+    let plain = pod.container("plain", status).run().exits(0).stdout;
+    assert_ne!(mask(&plain, "CapEff") & CAP_CHOWN, 0);
+    assert_eq!(mask(&plain, "CapEff") & CAP_SYS_ADMIN, 0);
+    assert_eq!(
+        (mask(&plain, "NoNewPrivs"), mask(&plain, "Seccomp")),
+        (0, 0)
+    );
+
+    let tight = pod
+        .container("tight", status)
+        .run_as(1000, 1000)
+        .security(|security| {
+            security.supplemental_groups = vec![5, 6];
+            security.no_new_privs = true;
+            security.seccomp = Some(SecurityProfile {
+                profile_type: ProfileType::RuntimeDefault.into(),
+                ..Default::default()
+            });
+            security.capabilities = Some(Capability {
+                add_capabilities: vec!["SYS_ADMIN".into()],
+                drop_capabilities: vec!["ALL".into()],
+            });
+        })
+        .run()
+        .exits(0)
+        .stdout;
+    assert!(tight.contains("Uid:\t1000\t1000\t1000\t1000"), "{tight}");
+    assert!(tight.contains("Gid:\t1000\t1000\t1000\t1000"), "{tight}");
+    let groups = tight
+        .lines()
+        .find_map(|line| line.strip_prefix("Groups:\t"));
+    let mut groups: Vec<_> = groups.unwrap().split_whitespace().collect();
+    groups.retain(|group| *group != "1000");
+    assert_eq!(groups, ["5", "6", "50"], "those asked for and the image's");
+    assert_eq!(mask(&tight, "CapBnd"), CAP_SYS_ADMIN);
+    assert_eq!(
+        (mask(&tight, "NoNewPrivs"), mask(&tight, "Seccomp")),
+        (1, 2)
+    );
+
+    let protected = pod
+        .container("protected", SLEEP)
+        .security(|security| {
+            security.readonly_rootfs = true;
+            security.masked_paths = vec!["/proc/version".into(), "/sys/kernel".into()];
+            security.readonly_paths = vec!["/proc/sys".into()];
+            let drop_capabilities = vec!["NET_RAW".into()];
+            security.capabilities = Some(Capability {
+                drop_capabilities,
+                ..Default::default()
+            });
+        })
+        .start();
+    protected
+        .sh("touch /file")
+        .exits(1)
+        .complains(&["Read-only"]);
+    protected
+        .sh("echo 1 > /proc/sys/net/ipv4/ip_forward")
+        .exits(1)
+        .complains(&["Read-only"]);
+    protected
+        .sh("wc -c < /proc/version; ls /sys/kernel | wc -l")
+        .prints("0\n0\n");
+    let status = protected.exec(status).exits(0).stdout;
+    assert_eq!(
+        mask(&status, "CapEff") & CAP_NET_RAW,
+        0,
+        "execs have the container's"
+    );
+}
+
+/// The default profile refuses what it is there to refuse.
+#[test]
+fn seccomp_profiles_and_privileged_containers() {
+    let scene = PodScene::new();
+    let pod = scene.pod("privileged").privileged().run();
+    let profile = |kind: ProfileType| {
+        Some(SecurityProfile {
+            profile_type: kind.into(),
+            ..Default::default()
+        })
+    };
+    // Anyone may make a user namespace, unless the profile says no.
+    let unshare = &["unshare", "-U", "true"];
+    let unconfined = pod
+        .container("unconfined", unshare)
+        .security(|security| security.seccomp = profile(ProfileType::Unconfined))
+        .run();
+    unconfined.exits(0);
+    let confined = pod
+        .container("confined", unshare)
+        .security(|security| security.seccomp = profile(ProfileType::RuntimeDefault))
+        .run();
+    confined.exits(1).complains(&["Operation not permitted"]);
+
+    let script = "mount -t tmpfs none /mnt && echo mounted; echo 1 > /proc/sys/net/ipv4/ip_forward \
+                  && cat /proc/sys/net/ipv4/ip_forward; grep CapEff /proc/self/status";
+    let said = pod
+        .container("all", &["sh", "-c", &format!("mkdir -p /mnt; {script}")])
+        .security(|security| security.privileged = true)
+        .run()
+        .exits(0);
+    assert!(said.stdout.starts_with("mounted\n1\n"), "{said:#?}");
+    assert_ne!(mask(&said.stdout, "CapEff") & CAP_SYS_ADMIN, 0);
+}
+
+/// Kernel parameters are the pod's, so all of its containers see them.
+#[test]
+fn sysctls() {
+    let scene = PodScene::new();
+    let pod = scene
+        .pod("tuned")
+        .sysctl("net.core.somaxconn", "517")
+        .sysctl("kernel.shm_rmid_forced", "1")
+        .run();
+    let read = &[
+        "cat",
+        "/proc/sys/net/core/somaxconn",
+        "/proc/sys/kernel/shm_rmid_forced",
+    ];
+    for name in ["one", "two"] {
+        pod.container(name, read).run().exits(0).prints("517\n1\n");
+    }
+}
+
+/// What a virtual machine cannot do is refused, by the name it has in a
+/// manifest.
+#[test]
+fn host_namespaces_are_refused() {
+    let scene = PodScene::new();
+    let node: i32 = NamespaceMode::Node.into();
+    for (what, change) in [
+        ("hostNetwork", [node, 1, 0]),
+        ("hostPID", [0, node, 0]),
+        ("hostIPC", [0, 1, node]),
+    ] {
+        let pod = scene.pod("greedy").namespaces(|options| {
+            [options.network, options.pid, options.ipc] = change;
+        });
+        let refused = pod.try_run().err().unwrap();
+        assert!(refused.message().contains(what), "{refused}");
+    }
+}
