@@ -137,8 +137,8 @@ fn is_right_after_a_pause() {
     let mut clock = Clock::start(&mut scene);
     clock.error();
     let id = clock.id.clone();
-    let timer = scene.exec_command(&id, &[], &["sh", "-c", "sleep 5; exit 6"]);
-    let mut timer = { timer }.stdin(Stdio::null()).spawn().unwrap();
+    let mut command = scene.exec_command(&id, &[], &["sh", "-c", "sleep 5; exit 6"]);
+    let mut timer = command.stdin(Stdio::null()).spawn().unwrap();
     eventually("the timer runs", || {
         let said = scene.ctr(&["task", "ps", &id]).exits(0);
         said.stdout.contains("exec_id")
