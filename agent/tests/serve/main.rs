@@ -327,18 +327,20 @@ async fn requests_that_make_no_sense() {
 #[tokio::test]
 async fn containers_share_the_pod_s_pid_namespace() {
     let Some(agent) = start() else { return };
-    let in_pod = |id: &str, script: &str| {
-        let mut spec = spec(id, &["sh", "-c", script]);
+    let in_pod = |id: &str, args: &[&str]| {
+        let mut spec = spec(id, args);
         spec["linux"]["namespaces"][0]["path"] = json!(nacre_protocol::guest::POD_PID_NAMESPACE);
         spec
     };
-    let _first = agent.run("c1", &in_pod("c1", "exec sleep 7200"), 1).await;
+    let _first = agent.run("c1", &in_pod("c1", &["sleep", "7200"]), 1).await;
     let script = "
         cat /proc/1/comm; ls /proc/1/root/ 2>/dev/null | busybox wc -l
         for pid in /proc/[0-9]*; do cat $pid/cmdline; echo; done | busybox grep -c '^sleep.7200'
         (sleep 0.1 &); read line; busybox grep -l '^State.*zombie' /proc/*/status
     ";
-    let mut second = agent.run("c2", &in_pod("c2", script), 10).await;
+    let mut second = agent
+        .run("c2", &in_pod("c2", &["sh", "-c", script]), 10)
+        .await;
     agent.kill("c1", 9, false).await.unwrap();
     assert_eq!(agent.wait("c1", "").await.exit_status, 137);
     agent.delete("c1").await.unwrap();
@@ -346,7 +348,9 @@ async fn containers_share_the_pod_s_pid_namespace() {
     second.close_stdin();
     assert_eq!(agent.wait("c2", "").await.exit_status, 1, "no zombie");
     assert_eq!(second.stdout(), "pause\n0\n1\n");
-    let mut third = agent.run("c3", &in_pod("c3", "cat /proc/1/comm"), 20).await;
+    let mut third = agent
+        .run("c3", &in_pod("c3", &["cat", "/proc/1/comm"]), 20)
+        .await;
     assert_eq!(agent.wait("c3", "").await.exit_status, 0);
     assert_eq!(third.stdout(), "pause\n");
 }
