@@ -7,6 +7,9 @@ use nacre_tests::{OnTerminal, Said, Scene, eventually, run, run_with_input};
 use crate::failures::Changed;
 use crate::host::{Events, pid_of};
 
+/// What the shell's prompt starts with: it waits for input when this has come.
+const PROMPT: &str = "guest:";
+
 /// The configuration with a shell for consoles, until this is dropped.
 fn enabled() -> Changed {
     Changed::new("debug_shell", "\"/bin/busybox\"")
@@ -81,7 +84,7 @@ fn is_unknown_to_containerd() {
     let id = scene.start_sleeper(&[]);
     let tasks = scene.ctr(&["task", "ls"]).exits(0).stdout;
     let mut client = OnTerminal::spawn(console(&id), 24, 80);
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     assert_eq!(scene.ctr(&["task", "ls"]).exits(0).stdout, tasks);
     let said = scene.ctr(&["task", "ps", &id]).exits(0);
     assert_eq!(said.stdout.lines().count(), 2, "{said:#?}");
@@ -145,7 +148,7 @@ fn on_a_terminal_that_changes_its_size() {
     command.env("TERM", "vt100");
     let mut client = OnTerminal::spawn(command, 33, 101);
     let before = client.settings();
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     client.type_line("echo $TERM $(stty size) on $(tty)");
     client.read_until("vt100 33 101 on /dev/pts/");
     assert_ne!(client.settings(), before, "every key is the guest's");
@@ -159,14 +162,14 @@ fn on_a_terminal_that_changes_its_size() {
     client.type_line("echo st''ill here");
     client.read_until("still here");
     // Ctrl-D ends the input of a shell that waits for some.
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     client.type_in("\x04");
     assert_eq!(client.wait(), Some(0));
     assert_eq!(client.settings(), before);
 
     // A command that is told to end leaves the terminal as it was, too.
     let mut client = OnTerminal::spawn(console(&id), 24, 80);
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     client.signal("TERM");
     assert_eq!(client.wait(), Some(128 + 15));
     assert_eq!(client.settings(), before);
@@ -184,7 +187,7 @@ fn ends_with_its_pod() {
     second.stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut second = second.stdout(Stdio::null()).spawn().unwrap();
     let stdin = second.stdin.take();
-    first.read_until("guest:/#");
+    first.read_until(PROMPT);
     first.type_line("until [ $(ls -d /sys/fs/cgroup/containers/console* | wc -l) = 2 ]; do sleep 0.1; done; echo t''wo");
     first.read_until("two");
 
@@ -204,7 +207,7 @@ fn ends_with_the_guest_and_with_the_shim() {
     let id = scene.start_sleeper(&[]);
     let mut client = OnTerminal::spawn(console(&id), 24, 80);
     let before = client.settings();
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     client.type_line("echo c > /proc/sysrq-trigger");
     assert_eq!(client.wait(), Some(1));
     assert_eq!(client.settings(), before);
@@ -215,7 +218,7 @@ fn ends_with_the_guest_and_with_the_shim() {
 
     let id = scene.start_sleeper(&[]);
     let mut client = OnTerminal::spawn(console(&id), 24, 80);
-    client.read_until("guest:/#");
+    client.read_until(PROMPT);
     let shim = crate::host::status_of(&pid_of(&scene, &id))["PPid"].clone();
     run("kill", &["-9", shim.trim()]).exits(0);
     assert_eq!(client.wait(), Some(1));
