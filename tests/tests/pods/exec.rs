@@ -71,6 +71,8 @@ fn terminals_and_their_sizes() {
     let pod = scene.pod("terminal").run();
     let script = "stty size; trap 'stty size' WINCH; echo ready; while true; do sleep 0.1; done";
     let app = pod.container("app", &["sh", "-c", script]).tty().start();
+    // Its trap is set: a size that comes before goes unnoticed.
+    app.await_logged("stdout", "ready");
     let mut attached = app.attach(true);
     attached.resize(101, 33);
     attached.read_until(STDOUT, |text| text.contains("33 101"));

@@ -105,7 +105,7 @@ fn a_pod_is_stopped_twice_and_removed() {
         !std::path::Path::new(&format!("/proc/{monitor}")).exists()
     });
     pod.stop();
-    let refused = pod.container("late", SLEEP).try_create().err().unwrap();
+    let refused = pod.container("late", SLEEP).try_start().err().unwrap();
     assert!(refused.message().contains("not running"), "{refused}");
     pod.remove();
     pod.remove();

@@ -44,7 +44,8 @@ fn containers_share_the_pod_s_pids() {
         !seen.contains("sleep 0.2") && !seen.contains(" Z ")
     });
 
-    one.exec(&["pkill", "-9", "-f", "sleep 7200"]).exits(0);
+    let find = "ps -o pid,args | awk '$2 == \"sleep\" && $3 == 7200 {print $1}'";
+    one.sh(&format!("kill -9 $({find})")).exits(0);
     assert_eq!(two.await_exit().exit_code, 137);
     eventually("what it left is gone", || {
         !processes().contains("sleep 7201")
