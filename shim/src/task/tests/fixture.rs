@@ -79,10 +79,11 @@ impl Fixture {
         let journal = host.journal.clone();
         let publisher = Publisher::new("test", address.to_str().unwrap());
         let pod = Pod::new(Host::Fake(host), publisher);
-        let (connection, server) = connect(&pod).await;
+        let (client, server) = connect(&pod).await;
+        let (console, console_server) = connect(&pod).await;
         Self {
-            client: TaskClient::new(connection.clone()),
-            console: ConsoleClient::new(connection),
+            client: TaskClient::new(client),
+            console: ConsoleClient::new(console),
             pod,
             events,
             directory,
@@ -90,7 +91,7 @@ impl Fixture {
             journal,
             resources: json!({}),
             annotations: json!({}),
-            servers: vec![server, sink],
+            servers: vec![server, console_server, sink],
         }
     }
 
