@@ -68,7 +68,7 @@ unit: setup
 # Builds the tests that $(1) selects and installs their program as $(2).
 install-tests = cargo test --release --locked $(1) --no-run && \
   install -m 755 "$$(cargo test --release --locked $(1) --no-run --message-format=json 2>/dev/null | \
-    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)" $(STAGE)$(PREFIX)/bin/$(2)
+    sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
 
 # The tests that need KVM and containerd: one lab, first the monitor's own tests,
 # then all of nacre. E2E='name' runs those that match.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
 use std::sync::{Arc, Mutex};
@@ -10,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use nacre_protocol::agent::*;
 use nacre_protocol::agent_ttrpc::{self, create_agent};
+use nix::sys::socket::{Shutdown, shutdown};
 use oci_spec::runtime::{Process as OciProcess, Spec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -56,6 +58,7 @@ pub fn serve(connection: UnixStream, journal: Journal) -> Arc<Agent> {
     });
     let service = Arc::new(Service(agent.clone()));
     let mut dead = agent.dead.subscribe();
+    let line = connection.as_fd().try_clone_to_owned().unwrap();
     tokio::spawn(async move {
         let connections = futures::stream::iter([Ok(connection)]);
         let mut server = Server::new()
@@ -63,6 +66,8 @@ pub fn serve(connection: UnixStream, journal: Journal) -> Arc<Agent> {
             .register_service(create_agent(service));
         server.start().await.unwrap();
         dead.wait_for(|dead| *dead).await.ok();
+        // The server alone would wait for calls that hang.
+        shutdown(line.as_raw_fd(), Shutdown::Both).unwrap();
         server.disconnect().await;
     });
     agent
