@@ -141,6 +141,22 @@ impl FakeMachine {
         }
     }
 
+    /// Resolves when a guest that hangs has been asked `calls` times.
+    pub async fn held(&self, calls: u32) {
+        let Streams::Scripted(agent) = &self.streams else {
+            return std::future::pending().await;
+        };
+        let mut held = agent.held.subscribe();
+        held.wait_for(|held| *held >= calls).await.unwrap();
+    }
+
+    /// It answers again.
+    pub fn recover(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.hung.send_replace(false);
+        }
+    }
+
     /// The guest ends as `stop`; whether it still ran.
     pub fn end(&self, stop: Stop) -> bool {
         self.stopped.send_if_modified(|stopped| {

@@ -149,7 +149,8 @@ impl Container {
             id: &self.config.id,
         };
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
-        (ids.width, ids.height) = self.init.size();
+        let size = self.init.size();
+        (ids.width, ids.height) = size;
         let request = agent::CreateContainerRequest {
             container_id: self.config.id.clone(),
             spec,
@@ -165,7 +166,9 @@ impl Container {
             .map_err(agent_error("create the container"))?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
-        self.in_guest.set(()).map_err(|_| TaskError::Cancelled)
+        self.in_guest.set(()).map_err(|_| TaskError::Cancelled)?;
+        self.catch_up(&self.init, size).await;
+        Ok(())
     }
 
     /// As containerd described it.
@@ -337,7 +340,7 @@ impl Container {
 
     async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<(), TaskError> {
         match self.exec_in_guest(process).await {
-            Ok(streams) => {
+            Ok((streams, size)) => {
                 process.attach(streams);
                 process.advance("start", |_| {
                     self.publisher.publish(&TaskExecStarted {
@@ -349,6 +352,7 @@ impl Container {
                     Some(Phase::Running)
                 })?;
                 self.watch(process.clone());
+                self.catch_up(process, size).await;
                 Ok(())
             }
             Err(error) => {
@@ -359,13 +363,15 @@ impl Container {
         }
     }
 
-    async fn exec_in_guest(&self, process: &Process) -> Result<Streams, TaskError> {
+    /// Also returns the terminal size the guest was told.
+    async fn exec_in_guest(&self, process: &Process) -> Result<(Streams, (u32, u32)), TaskError> {
         let owner = Owner {
             namespace: self.publisher.namespace(),
             id: &process.exec_id,
         };
         let (mut streams, mut stdio) = Streams::open(&self.sandbox, &process.stdio, owner).await?;
-        (stdio.width, stdio.height) = process.size();
+        let size = process.size();
+        (stdio.width, stdio.height) = size;
         let request = agent::ExecRequest {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),
@@ -381,7 +387,7 @@ impl Container {
         // Once: an exec is started once.
         process.guest_pid.get_or_init(|| started.pid);
         streams.start_input()?;
-        Ok(streams)
+        Ok((streams, size))
     }
 
     /// Adds an exec; the guest hears of it when it is started.

@@ -6,11 +6,13 @@ use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use nacre_protocol::agent;
 use oci_spec::runtime::LinuxResources;
+use tracing::info;
 
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
 use super::process::{Exit, Phase, Process, lock};
 use crate::cgroup::Limits;
+use crate::error::chain;
 use crate::events::pack;
 
 /// Added to a signal's number it makes a status, as in a shell.
@@ -143,9 +145,30 @@ impl Container {
             }
             Phase::Created | Phase::Starting | Phase::Running | Phase::Pausing | Phase::Paused => {}
         }
+        self.tell_size(&process, (width, height)).await
+    }
+
+    /// Tells the guest of a terminal size that was noted while it made the process
+    /// with size `told`.
+    pub(super) async fn catch_up(&self, process: &Process, told: (u32, u32)) {
+        let size = process.size();
+        if size != told
+            && let Err(error) = self.tell_size(process, size).await
+        {
+            // The process may have ended already.
+            let process = process.name();
+            info!(process, error = chain(&error), "terminal not resized");
+        }
+    }
+
+    async fn tell_size(
+        &self,
+        process: &Process,
+        (width, height): (u32, u32),
+    ) -> Result<(), TaskError> {
         let request = agent::ResizeTerminalRequest {
             container_id: self.config.id.clone(),
-            exec_id: exec_id.to_owned(),
+            exec_id: process.exec_id.clone(),
             width,
             height,
             ..Default::default()

@@ -43,6 +43,8 @@ pub struct Agent {
     dead: watch::Sender<bool>,
     /// Whether pings, and all that is asked of what runs, stay without an answer.
     pub hung: watch::Sender<bool>,
+    /// How many do.
+    pub held: watch::Sender<u32>,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
     /// By how much the guest's clock is ahead of the host's.
@@ -183,11 +185,14 @@ impl Agent {
         code.unsigned_abs()
     }
 
-    /// Never returns in a guest that hangs.
+    /// Returns once the guest does not hang.
     async fn unless_hung(&self) {
-        if *self.hung.borrow() {
-            std::future::pending::<()>().await;
+        let mut hung = self.hung.subscribe();
+        if *hung.borrow() {
+            self.held.send_modify(|held| *held += 1);
         }
+        // This agent holds the sender.
+        hung.wait_for(|hung| !hung).await.unwrap();
     }
 
     fn with<T>(&self, key: &(String, String), f: impl FnOnce(&Process) -> T) -> Result<T> {
@@ -258,6 +263,16 @@ impl agent_ttrpc::Agent for Service {
             pid: started?,
             ..Default::default()
         })
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> Result<Empty> {
+        let (width, height) = (request.width, request.height);
+        lock(&self.0.journal).push(format!("{} {width}x{height}", request.exec_id));
+        Ok(Empty::new())
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {

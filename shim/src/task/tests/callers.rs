@@ -177,3 +177,29 @@ async fn input_may_be_closed_before_the_start() {
     fixture.start("c", "e").await.unwrap();
     assert_eq!(fixture.wait("c", "e").await, 5);
 }
+
+/// A client tells its size as soon as it has one: the guest may be at work on the
+/// process then, with none.
+#[tokio::test]
+async fn size_that_comes_during_a_start_is_not_lost() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    fixture.exec("c", "e", "sleep 60").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let resize = ResizePtyRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        width: 120,
+        height: 40,
+        ..Default::default()
+    };
+    let size = async {
+        machine.held(1).await;
+        fixture.client.resize_pty(context(), &resize).await.unwrap();
+        machine.recover();
+    };
+    let (started, ()) = tokio::join!(fixture.start("c", "e"), size);
+    started.unwrap();
+    assert_eq!(*lock(&fixture.journal), ["e 120x40"]);
+}
