@@ -75,7 +75,7 @@ install-tests = cargo test --release --locked $(1) --no-run && \
 e2e: stage stage-boot
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
-	@$(LAB) run --timeout 3000 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E)'
+	@$(LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E)'
 
 test: lint unit e2e
 
