@@ -21,6 +21,16 @@ fn wait_request(exec_id: &str) -> WaitRequest {
     }
 }
 
+async fn close_input(client: &TaskClient, exec_id: &str) {
+    let request = CloseIORequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+        stdin: true,
+        ..Default::default()
+    };
+    client.close_io(context(), &request).await.unwrap();
+}
+
 #[tokio::test]
 async fn every_waiting_client_gets_the_exit() {
     let mut fixture = Fixture::new().await;
@@ -86,13 +96,7 @@ async fn exec_that_idles_for_an_hour_still_answers() {
         assert!(futures::poll!(wait.as_mut()).is_pending());
     }
     drop(input);
-    let close = CloseIORequest {
-        id: "c".into(),
-        exec_id: "e".into(),
-        stdin: true,
-        ..Default::default()
-    };
-    fixture.client.close_io(context(), &close).await.unwrap();
+    close_input(&fixture.client, "e").await;
     assert_eq!(wait.await.unwrap().exit_status, 0);
 }
 
@@ -167,13 +171,7 @@ async fn input_may_be_closed_before_the_start() {
     let mut request = exec_request("c", "e", "cat; exit 5");
     request.stdin = stdin;
     fixture.client.exec(context(), &request).await.unwrap();
-    let close = CloseIORequest {
-        id: "c".into(),
-        exec_id: "e".into(),
-        stdin: true,
-        ..Default::default()
-    };
-    fixture.client.close_io(context(), &close).await.unwrap();
+    close_input(&fixture.client, "e").await;
     fixture.start("c", "e").await.unwrap();
     assert_eq!(fixture.wait("c", "e").await, 5);
 }
