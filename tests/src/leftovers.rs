@@ -89,11 +89,23 @@ impl Machine {
     }
 }
 
-/// Addresses that are somebody's.
+/// Addresses that are a pod's, with the pod they were given to. Those of `ctr run
+/// --detach` are left out: ctr never gives them back.
 fn addresses() -> Vec<String> {
-    let mut found = entries("address", Path::new(ADDRESSES), 1);
-    found.retain(|path| !path.contains("/last_reserved_ip") && !path.ends_with("/lock"));
-    found
+    let Ok(files) = fs::read_dir(ADDRESSES) else {
+        return Vec::new();
+    };
+    let holder = |path: &Path| {
+        let name = path.file_name()?.to_str()?;
+        let is_address = name != "lock" && !name.starts_with("last_reserved_ip");
+        let holder = is_address.then(|| fs::read_to_string(path).ok())??;
+        (!holder.starts_with("default-"))
+            .then(|| format!("address {name} of {}", holder.replace("\r\n", " ")))
+    };
+    files
+        .flatten()
+        .filter_map(|file| holder(&file.path()))
+        .collect()
 }
 
 /// Programs of the tests, whose names resemble nacre's.
