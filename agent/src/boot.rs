@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 
-use nacre_protocol::guest::{AGENT_PORT, CONTAINERS_DIR};
+use nacre_protocol::guest::{AGENT_PORT, CONTAINERS_DIR, FORWARD_PORT, STREAM_PORT};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
@@ -23,6 +23,7 @@ use nix::sys::stat::{Mode as FileMode, SFlag, makedev, mknod};
 use crate::cgroup::CgroupBase;
 use crate::engine::sys;
 use crate::error::{Context, Result};
+use crate::forward;
 use crate::log;
 use crate::sandbox::Mode;
 use crate::serve::{block_on, serve};
@@ -120,7 +121,9 @@ fn boot() -> Result<()> {
     }
     block_on(async {
         // First: the shim may open streams as soon as it has the connection.
-        let streams = StreamListener::vsock().context("listen on vsock")?;
+        let streams = StreamListener::vsock(STREAM_PORT).context("listen on vsock")?;
+        let forwarded = StreamListener::vsock(FORWARD_PORT).context("listen on vsock")?;
+        tokio::spawn(forward::run(forwarded));
         let rpc = dial().context("dial the host")?;
         serve(Mode::Guest, cgroups, rpc, streams).await
     })

@@ -2,7 +2,7 @@
 //! alike.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -61,6 +61,16 @@ impl Stream {
     /// Those of read(2).
     pub fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
         read(self.0.get_ref(), buffer)
+    }
+
+    /// Tells a socket's other side that no more will come.
+    ///
+    /// # Errors
+    ///
+    /// Those of shutdown(2).
+    pub fn end_output(&self) -> io::Result<()> {
+        use nix::sys::socket::{Shutdown, shutdown};
+        Ok(shutdown(self.0.get_ref().as_raw_fd(), Shutdown::Write)?)
     }
 
     /// Writes all of `bytes`.

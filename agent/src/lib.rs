@@ -10,6 +10,7 @@
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
 //!   volumes/   directories its containers share
+//!   forward.rs connections to the pod's loopback from the host
 //!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
 //! ```
@@ -29,6 +30,7 @@ pub mod container;
 pub mod disk;
 pub mod engine;
 pub mod error;
+pub mod forward;
 pub mod io;
 pub mod log;
 pub mod mount;

@@ -10,7 +10,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nacre_protocol::guest::STREAM_PORT;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, listen, socket,
 };
@@ -28,22 +27,22 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Where stream connections come from.
 #[derive(Debug)]
 pub enum StreamListener {
-    /// `STREAM_PORT` of the guest's vsock.
+    /// A port of the guest's vsock.
     Vsock(AsyncFd<OwnedFd>),
     /// A listening unix socket, in `serve` mode.
     Unix(AsyncFd<OwnedFd>),
 }
 
 impl StreamListener {
-    /// Listens on vsock.
+    /// Listens on a port of vsock.
     ///
     /// # Errors
     ///
     /// Those of socket(2), bind(2) and listen(2).
-    pub fn vsock() -> io::Result<Self> {
+    pub fn vsock(port: u32) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let listener = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
-        let any = VsockAddr::new(libc::VMADDR_CID_ANY, STREAM_PORT);
+        let any = VsockAddr::new(libc::VMADDR_CID_ANY, port);
         bind(listener.as_raw_fd(), &any)?;
         listen(&listener, Backlog::MAXCONN)?;
         Ok(Self::Vsock(register(listener)?))
@@ -59,7 +58,12 @@ impl StreamListener {
         Ok(Self::Unix(register(listener)?))
     }
 
-    async fn accept(&self) -> io::Result<OwnedFd> {
+    /// The next connection.
+    ///
+    /// # Errors
+    ///
+    /// Those of accept4(2).
+    pub async fn accept(&self) -> io::Result<OwnedFd> {
         let (Self::Vsock(listener) | Self::Unix(listener)) = self;
         loop {
             let mut guard = listener.readable().await?;
@@ -146,7 +150,12 @@ impl StreamHub {
     }
 }
 
-async fn read_exact(stream: &Stream, buffer: &mut [u8]) -> io::Result<()> {
+/// Fills `buffer`.
+///
+/// # Errors
+///
+/// `UnexpectedEof`; those of read(2).
+pub async fn read_exact(stream: &Stream, buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         match stream.read(rest).await? {

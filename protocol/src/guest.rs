@@ -9,6 +9,11 @@ pub const AGENT_PORT: u32 = 1024;
 /// the stream's id, 8 bytes little-endian.
 pub const STREAM_PORT: u32 = 1025;
 
+/// Port the agent listens on for connections to the pod's loopback. Each starts
+/// with the TCP port that it is for, 2 bytes little-endian; without anybody there
+/// it is closed.
+pub const FORWARD_PORT: u32 = 1026;
+
 /// The guest's vsock context id. CIDs are local to a VM here (the monitor
 /// implements the device itself), so every guest has the same one.
 pub const GUEST_CID: u64 = 3;

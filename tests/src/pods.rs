@@ -21,6 +21,7 @@ use std::sync::{Mutex, Once};
 
 use crate::cri::Cri;
 use crate::cri::messages::{PodSandboxConfig, PodSandboxState, PodSandboxStatus};
+use crate::cri::stream::Stream;
 use crate::leftovers::Machine;
 use crate::watchdog::Watchdog;
 use crate::{BUSYBOX, ctr, eventually, run};
@@ -228,6 +229,19 @@ impl<'s> Pod<'s> {
     pub fn remove(&self) {
         let removed = self.scene.cri.remove_pod(&self.id);
         removed.unwrap_or_else(|error| panic!("remove {}: {error}", self.id));
+    }
+
+    /// `PortForward` to a port of the pod's loopback, as kubelet has it.
+    ///
+    /// # Panics
+    ///
+    /// When containerd refuses.
+    #[must_use]
+    #[track_caller]
+    pub fn port_forward(&self, port: u16) -> Stream {
+        let url = self.scene.cri.port_forward(&self.id, port);
+        let url = url.unwrap_or_else(|error| panic!("port {port}: {error}"));
+        Stream::open(&format!("{url}?port={port}"))
     }
 
     /// Host pid of its machine's monitor.

@@ -17,6 +17,8 @@
 //! Taps live as long as their descriptors, and the filters go with the
 //! namespace; there is nothing to clean up.
 
+mod bpf;
+pub mod loopback;
 mod netlink;
 mod tap;
 

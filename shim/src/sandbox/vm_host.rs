@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, VmMachine};
+use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
 use crate::oci::kubernetes;
 use crate::rundir::{Proc, RunDir, State};
@@ -203,6 +204,10 @@ impl VmHost {
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
             (machine, parts.netns.take(), parts.network.take(), uid)
         };
+        let loopback = match &netns {
+            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(&netns.file),
+            _ => None,
+        };
         let network = match (network, netns) {
             (Some(network), _) => network,
             (None, Some(netns)) => self.join_network(&netns).await?,
@@ -219,6 +224,9 @@ impl VmHost {
             socket,
         };
         self.send_boot(&machine, &fds, &network, size, uid).await?;
+        if let Some(loopback) = loopback {
+            tokio::spawn(loopback.serve(machine));
+        }
         let mut request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
@@ -465,6 +473,18 @@ fn may_grow(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
     kubernetes::is_sandbox(spec)
         || annotations.is_some_and(|annotations| annotations.contains_key(GROUP))
+}
+
+/// A host that cannot do this has pods without port-forward.
+fn listen(netns: &File) -> Option<Loopback> {
+    loopback::listen(netns)
+        .inspect_err(|error| {
+            warn!(
+                error = chain(error),
+                "no port-forward to the pod's loopback"
+            )
+        })
+        .ok()
 }
 
 /// A pod's kernel parameters: they are its machine's.

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
+use nacre_tests::cri::stream::STDIN;
 use nacre_tests::eventually;
 use nacre_tests::pods::PodScene;
 
@@ -45,6 +46,26 @@ fn pods_reach_each_other_and_the_host_reaches_them() {
     eventually("the host's port answers", || {
         fetch(gateway).as_deref() == Some("server\n")
     });
+}
+
+/// containerd dials 127.0.0.1 in the pod's network namespace on the host.
+#[test]
+fn ports_are_forwarded_to_the_pod_s_loopback() {
+    let scene = PodScene::new();
+    let pod = scene.pod("forwarded").run();
+    let script = "while true; do nc -l -p 7070 -e sh -c 'read line; echo got $line'; done";
+    let app = pod.container("app", &["sh", "-c", script]).start();
+    eventually("somebody listens", || {
+        app.sh("netstat -lnt").stdout.contains(":7070")
+    });
+    for text in ["one\n", "two\n"] {
+        let mut stream = pod.port_forward(7070);
+        let port = 7070u16.to_le_bytes();
+        // Each of the two channels begins with the port.
+        stream.send(STDIN, text.as_bytes());
+        let answer = format!("{}got {text}", String::from_utf8_lossy(&port));
+        stream.read_until(STDIN, |said| said == answer);
+    }
 }
 
 #[test]
