@@ -66,8 +66,8 @@ unit: setup
 	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel
 
 # Builds the tests that $(1) selects and installs their program as $(2).
-install-tests = cargo test --release --locked $(1) --no-run && \
-  install -m 755 "$$(cargo test --release --locked $(1) --no-run --message-format=json 2>/dev/null | \
+install-tests = cargo test --locked $(1) --no-run && \
+  install -m 755 -s "$$(cargo test --locked $(1) --no-run --message-format=json 2>/dev/null | \
     sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
 
 # The tests that need KVM and containerd: one lab, first the monitor's own tests,

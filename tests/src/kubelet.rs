@@ -57,6 +57,15 @@ impl PodDir {
         path
     }
 
+    /// A `/dev/shm`, which containerd makes, in a directory of its own.
+    #[must_use]
+    pub fn shm(&mut self, options: &str) -> PathBuf {
+        let path = self.path.join("sandbox/shm");
+        fs::create_dir_all(&path).expect("/tmp is writable");
+        self.mount(&["-t", "tmpfs", "-o", options, "shm"], &path);
+        path
+    }
+
     fn mount(&mut self, arguments: &[&str], target: &Path) {
         let target_text = target.to_str().expect("paths of tests are UTF-8");
         let arguments = [arguments, &[target_text]].concat();

@@ -116,6 +116,13 @@ pub fn run_with_input(mut command: Command, input: Vec<u8>) -> Said {
     said
 }
 
+/// What `md5sum` says of its input.
+#[must_use]
+pub fn md5(bytes: &[u8]) -> String {
+    let said = run_with_input(Command::new("md5sum"), bytes.to_vec());
+    said.exits(0).stdout
+}
+
 /// A containerd and its `ctr`.
 #[derive(Debug, Clone, Copy)]
 pub struct Containerd {

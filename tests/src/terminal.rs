@@ -14,6 +14,8 @@ pub struct OnTerminal {
     child: Child,
     terminal: std::fs::File,
     line: OwnedFd,
+    /// How it was set before the program had it.
+    before: String,
     /// Came after what the last [`Self::read_until`] looked for.
     unread: String,
 }
@@ -29,6 +31,7 @@ impl OnTerminal {
             ws_ypixel: 0,
         };
         let pty = openpty(Some(&size), None).expect("a new terminal");
+        let before = stty(&pty.slave, &["-g"]);
         let line = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
         let child = command
             .stdin(line())
@@ -40,6 +43,7 @@ impl OnTerminal {
             child,
             terminal: pty.master.into(),
             line: pty.slave,
+            before,
             unread: String::new(),
         }
     }
@@ -92,7 +96,8 @@ impl OnTerminal {
     ///
     /// When the terminal or the program is gone.
     pub fn resize(&self, rows: u16, columns: u16) {
-        self.stty(&["rows", &rows.to_string(), "cols", &columns.to_string()]);
+        let (rows, columns) = (rows.to_string(), columns.to_string());
+        stty(&self.line, &["rows", &rows, "cols", &columns]);
         self.signal("WINCH");
     }
 
@@ -102,16 +107,10 @@ impl OnTerminal {
         run("kill", &["-s", name, &pid]).exits(0);
     }
 
-    /// How the terminal is set, as `stty` writes it.
+    /// Whether the terminal is set as it was before the program had it.
     #[must_use]
-    pub fn settings(&self) -> String {
-        self.stty(&["-g"])
-    }
-
-    fn stty(&self, arguments: &[&str]) -> String {
-        let line = self.line.try_clone().expect("a descriptor");
-        let output = Command::new("stty").args(arguments).stdin(line).output();
-        Said::from(output.expect("stty")).exits(0).stdout
+    pub fn is_as_before(&self) -> bool {
+        stty(&self.line, &["-g"]) == self.before
     }
 
     /// Waits for the program's end and returns its status.
@@ -122,4 +121,10 @@ impl OnTerminal {
     pub fn wait(&mut self) -> Option<i32> {
         self.child.wait().expect("the child is ours").code()
     }
+}
+
+fn stty(line: &OwnedFd, arguments: &[&str]) -> String {
+    let line = line.try_clone().expect("a descriptor");
+    let output = Command::new("stty").args(arguments).stdin(line).output();
+    Said::from(output.expect("stty")).exits(0).stdout
 }

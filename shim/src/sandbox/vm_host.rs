@@ -482,7 +482,7 @@ fn listen(netns: &File) -> Option<Loopback> {
             warn!(
                 error = chain(error),
                 "no port-forward to the pod's loopback"
-            )
+            );
         })
         .ok()
 }

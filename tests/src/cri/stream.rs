@@ -142,8 +142,14 @@ impl Stream {
 
     /// What has come on a channel by now.
     #[must_use]
+    pub fn bytes(&self, channel: u8) -> &[u8] {
+        &self.received[usize::from(channel)]
+    }
+
+    /// The same, lossily decoded.
+    #[must_use]
     pub fn text(&self, channel: u8) -> String {
-        String::from_utf8_lossy(&self.received[usize::from(channel)]).into_owned()
+        String::from_utf8_lossy(self.bytes(channel)).into_owned()
     }
 
     /// How the command ended, after [`Self::read_to_end`].

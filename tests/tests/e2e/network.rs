@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 
-use nacre_tests::{PATIENCE, Scene, eventually, run};
+use nacre_tests::{PATIENCE, Scene, eventually, md5, run};
 
 const BULK: usize = 64 << 20;
 /// Addresses of the bridge (tests/lab, `10-lab.conflist`).
@@ -18,16 +18,6 @@ fn bulk() -> Vec<u8> {
     let mut random = File::open("/dev/urandom").unwrap();
     random.read_exact(&mut bytes).unwrap();
     bytes
-}
-
-fn md5(bytes: &[u8]) -> String {
-    let mut child = Command::new("md5sum")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(bytes).unwrap();
-    String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
 }
 
 /// A pod's addresses, IPv4 and IPv6.

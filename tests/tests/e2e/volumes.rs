@@ -170,9 +170,7 @@ fn memory_is_one_for_the_pod_and_limited() {
 fn dev_shm_is_one_for_the_pod() {
     let mut scene = Scene::new();
     let mut pod = PodDir::new("shm");
-    // Anywhere: containerd's sandboxes have theirs in a directory of its own.
-    let shm = pod.memory("shm", "size=2m,mode=1777");
-    let shm = pod.subpath(&shm, "shm-of-sandbox");
+    let shm = pod.shm("size=2m,mode=1777");
     let start = |scene: &mut Scene, pod: Option<&str>| {
         let mount = bind(&shm, "/dev/shm", &["nosuid", "noexec", "nodev"]);
         scene.start_spec(|spec| {
@@ -213,17 +211,22 @@ fn a_shared_directory_is_one_file_system_for_the_pod() {
     let second = start(&mut scene, Some(&first), &mounts);
     talk(&scene, &first, &second, "/run/disk");
     let shell = |id: &str, script: &str| scene.exec(id, &[], &["sh", "-c", script]);
-    let hold = "echo > /run/disk/lock; flock /run/disk/lock sh -c 'echo > /run/disk/held; cat'";
+    // The host's, which busybox has not.
+    let flock = "/run/usr/lib64/ld-linux-x86-64.so.2 \
+                 --library-path /run/usr/lib/x86_64-linux-gnu /run/usr/bin/flock";
+    let hold =
+        format!("echo > /run/disk/lock; {flock} /run/disk/lock sh -c 'echo > /run/disk/held; cat'");
     let mut holding = scene
-        .exec_command(&first, &[], &["sh", "-c", hold])
+        .exec_command(&first, &[], &["sh", "-c", &hold])
         .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     eventually("the lock is held", || disk.join("held").exists());
-    shell(&second, "flock -n /run/disk/lock true").exits(1);
+    let take = format!("{flock} -n /run/disk/lock true");
+    shell(&second, &take).exits(1);
     drop(holding.stdin.take());
     assert!(holding.wait().unwrap().success());
-    shell(&second, "flock -n /run/disk/lock true").exits(0);
+    shell(&second, &take).exits(0);
     remove(&scene, &[&first, &second]);
 }
 

@@ -2,10 +2,11 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::thread;
 
-use nacre_tests::cri::stream::STDIN;
-use nacre_tests::eventually;
+use nacre_tests::cri::stream::{STDIN, Stream};
 use nacre_tests::pods::PodScene;
+use nacre_tests::{eventually, md5};
 
 use crate::SLEEP;
 
@@ -48,24 +49,82 @@ fn pods_reach_each_other_and_the_host_reaches_them() {
     });
 }
 
+/// Bytes of the transfers through a forwarded port.
+const BULK: usize = 64 << 20;
+
+/// A web server at `address`: `name` says which one it is, `bulk` is random, and
+/// what is sent to `cgi-bin/sum` is answered with its checksum.
+fn serve(address: &str, name: &str) -> String {
+    format!(
+        "mkdir -p /tmp/www/cgi-bin && cd /tmp/www && echo {name} > name \
+         && dd if=/dev/urandom of=/dev/shm/bulk bs=1M count=64 2>/dev/null \
+         && ln -sf /dev/shm/bulk bulk && cat > cgi-bin/sum <<'END' \
+         && chmod +x cgi-bin/sum && exec httpd -f -p {address} -h .\n\
+         #!/bin/sh\nprintf '\\r\\n'\nhead -c $CONTENT_LENGTH | md5sum\nEND\n"
+    )
+}
+
+/// What a server answers through a forwarded port.
+fn through(mut stream: Stream, port: u16, request: &[u8]) -> Vec<u8> {
+    for part in request.chunks(32 << 10) {
+        stream.send(STDIN, part);
+    }
+    stream.read_to_end();
+    // Each channel begins with the port.
+    let said = stream.bytes(STDIN).strip_prefix(&port.to_le_bytes());
+    let said = said.expect("the port");
+    let end = said.windows(4).position(|window| window == b"\r\n\r\n");
+    let body = end.map(|end| &said[end + 4..]);
+    let body = body.unwrap_or_else(|| panic!("no answer in {:?}", stream.text(STDIN)));
+    body.to_vec()
+}
+
+fn get(stream: Stream, port: u16, path: &str) -> Vec<u8> {
+    through(
+        stream,
+        port,
+        format!("GET /{path} HTTP/1.0\r\n\r\n").as_bytes(),
+    )
+}
+
 /// containerd dials 127.0.0.1 in the pod's network namespace on the host.
 #[test]
-fn ports_are_forwarded_to_the_pod_s_loopback() {
+fn ports_are_forwarded_to_the_pod() {
     let scene = PodScene::new();
     let pod = scene.pod("forwarded").run();
-    let script = "while true; do nc -l -p 7070 -e sh -c 'read line; echo got $line'; done";
-    let app = pod.container("app", &["sh", "-c", script]).start();
-    eventually("somebody listens", || {
-        app.sh("netstat -lnt").stdout.contains(":7070")
-    });
-    for text in ["one\n", "two\n"] {
-        let mut stream = pod.port_forward(7070);
-        let port = 7070u16.to_le_bytes();
-        // Each of the two channels begins with the port.
-        stream.send(STDIN, text.as_bytes());
-        let answer = format!("{}got {text}", String::from_utf8_lossy(&port));
-        stream.read_until(STDIN, |said| said == answer);
+    let local = pod.container("local", &["sh", "-c", &serve("127.0.0.1:7070", "local")]);
+    let local = local.start();
+    let own = serve(&format!("{}:7071", pod.ip()), "own");
+    let own = pod.container("own", &["sh", "-c", &own]).start();
+    for (container, port) in [(&local, 7070), (&own, 7071)] {
+        let listens = format!(":{port} ");
+        eventually("the server listens", || {
+            container.sh("netstat -lnt").stdout.contains(&listens)
+        });
     }
+    assert_eq!(get(pod.port_forward(7070), 7070, "name"), b"local\n");
+    assert_eq!(get(pod.port_forward(7071), 7071, "name"), b"own\n");
+
+    let streams: Vec<_> = (0..20).map(|_| pod.port_forward(7070)).collect();
+    thread::scope(|threads| {
+        let asking: Vec<_> = streams
+            .into_iter()
+            .map(|stream| threads.spawn(|| get(stream, 7070, "name")))
+            .collect();
+        for answer in asking {
+            assert_eq!(answer.join().unwrap(), b"local\n");
+        }
+    });
+
+    let sum = local.sh("md5sum < /dev/shm/bulk").exits(0).stdout;
+    let body = get(pod.port_forward(7070), 7070, "bulk");
+    assert_eq!(body.len(), BULK);
+    assert_eq!(md5(&body), sum, "from the pod");
+    let mut request =
+        format!("POST /cgi-bin/sum HTTP/1.0\r\nContent-Length: {BULK}\r\n\r\n").into_bytes();
+    request.extend(&body);
+    let said = through(pod.port_forward(7070), 7070, &request);
+    assert_eq!(String::from_utf8(said).unwrap(), sum, "to the pod");
 }
 
 #[test]
