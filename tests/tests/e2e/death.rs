@@ -105,7 +105,7 @@ fn of_the_shim() {
 }
 
 /// Moments after a process is there: the steps of a start lie between them.
-pub const MOMENTS_MS: [u64; 6] = [0, 100, 300, 700, 1500, 3000];
+pub const MOMENTS_MS: [u64; 3] = [0, 300, 1500];
 
 /// A process of a pod, by its name in the pod's state, as soon as there is one.
 pub fn process_of(id: &str, name: &str) -> String {

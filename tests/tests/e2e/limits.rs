@@ -51,11 +51,11 @@ fn processor_time_is_limited() {
     let script = "cd /sys/fs/cgroup; cat cpu.max; of() { grep $1 cpu.stat | cut -d' ' -f2; }; while :; do :; done & \
                   until [ $(of nr_throttled) -gt 3 ]; do [ $(of usage_usec) -lt 3000000 ] || exit 1; done; echo throttled";
     let said = scene.run_spec(|spec| {
-        spec["linux"]["resources"]["cpu"] = json!({"quota": 20000, "period": 100_000});
+        spec["linux"]["resources"]["cpu"] = json!({"quota": 50000, "period": 100_000});
         with_cgroup(spec);
         spec["process"]["args"] = json!(["sh", "-c", script]);
     });
-    said.exits(0).prints("20000 100000\nthrottled\n");
+    said.exits(0).prints("50000 100000\nthrottled\n");
 }
 
 #[test]
