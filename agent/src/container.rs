@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 use crate::cgroup::Cgroup;
 use crate::cgroup::oom::OomWatch;
 use crate::engine::init::{Kind, Request};
+use crate::engine::is_new;
 use crate::engine::spawn::{Spawning, spawn};
 use crate::engine::sys::{self, WindowSize};
 use crate::error::{Context, Error, Result};
@@ -136,7 +137,7 @@ impl Container {
         let init = Arc::new(parts.init);
         let watching = oom.clone();
         let mut tasks = vec![tokio::spawn(async move { watching.run().await }).abort_handle()];
-        if !has_own_pids(spec) {
+        if !is_new(spec, LinuxNamespaceType::Pid) {
             // Without a PID namespace nothing ends the rest when init exits.
             let (cgroup, mut exit) = (parts.cgroup.clone(), init.exit.clone());
             let end = async move {
@@ -315,13 +316,4 @@ impl Drop for Container {
             task.abort();
         }
     }
-}
-
-fn has_own_pids(spec: &Spec) -> bool {
-    let linux = spec.linux().as_ref();
-    linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default()
-        .iter()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
 }

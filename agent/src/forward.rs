@@ -3,23 +3,22 @@
 //! joined to a connection from here: to the guest's loopback or, when nobody
 //! listens there, to an address of the pod.
 
-use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::ifaddrs::getifaddrs;
+use tokio::io::{AsyncReadExt, copy_bidirectional_with_sizes};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::error::{Context, Error, Result};
 use crate::io::Stream;
-use crate::streams::{StreamListener, read_exact};
+use crate::streams::StreamListener;
 
 /// How long a connection may take to say its port.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Bytes copied at a time.
+/// Bytes copied at a time, each way.
 const CHUNK: usize = 16 * 1024;
 
 /// Joins connections for as long as the agent runs.
@@ -42,39 +41,33 @@ pub async fn run(listener: StreamListener) {
 }
 
 async fn join(connection: OwnedFd) -> Result<()> {
-    let host = Arc::new(Stream::new(connection).context("register")?);
-    let mut port = [0; 2];
-    timeout(LIMIT, read_exact(&host, &mut port))
+    let mut host = Stream::new(connection).context("register")?;
+    let port = timeout(LIMIT, host.read_u16_le())
         .await
         .map_err(|_| Error::Internal("no port in time".into()))?
         .context("read the port")?;
-    let server = Arc::new(dial(u16::from_le_bytes(port)).await?);
-    let there = tokio::spawn(copy(host.clone(), server.clone()));
-    let back = copy(server, host).await;
-    back.context("copy from the server")?;
-    let there = there
+    let mut server = dial(port).await?;
+    copy_bidirectional_with_sizes(&mut host, &mut server, CHUNK, CHUNK)
         .await
-        .map_err(|error| Error::Internal(error.to_string()))?;
-    there.context("copy to the server")
+        .context("copy")?;
+    Ok(())
 }
 
 /// What listens on `localhost` may do so by either protocol.
-async fn dial(port: u16) -> Result<Stream> {
+async fn dial(port: u16) -> Result<TcpStream> {
     let mut addresses: Vec<SocketAddr> = vec![
         (Ipv4Addr::LOCALHOST, port).into(),
         (Ipv6Addr::LOCALHOST, port).into(),
     ];
     addresses.extend(own_addresses(port)?);
     let connected = TcpStream::connect(&addresses[..]).await;
-    let connection = connected.with_context(|| format!("connect to port {port}"))?;
-    let connection = connection.into_std().context("leave the reactor")?;
-    Stream::new(connection.into()).context("register")
+    connected.with_context(|| format!("connect to port {port}"))
 }
 
-/// The guest's addresses, loopback among them.
+/// The guest's addresses, without the loopback's.
 fn own_addresses(port: u16) -> Result<impl Iterator<Item = SocketAddr>> {
     let interfaces = getifaddrs().context("list the pod's addresses")?;
-    Ok(interfaces.filter_map(move |interface| {
+    let addresses = interfaces.filter_map(move |interface| {
         let address = interface.address?;
         let ipv4 = || Some((address.as_sockaddr_in()?.ip(), port).into());
         // Its scope is the interface of a link-local address.
@@ -83,17 +76,6 @@ fn own_addresses(port: u16) -> Result<impl Iterator<Item = SocketAddr>> {
             Some(SocketAddrV6::new(address.ip(), port, 0, address.scope_id()).into())
         };
         ipv4().or_else(ipv6)
-    }))
-}
-
-/// Copies to the end, and passes it on.
-async fn copy(from: Arc<Stream>, to: Arc<Stream>) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        let bytes = from.read(&mut buffer).await?;
-        let Some(read) = buffer.get(..bytes).filter(|read| !read.is_empty()) else {
-            return to.end_output();
-        };
-        to.write_all(read).await?;
-    }
+    });
+    Ok(addresses.filter(|address: &SocketAddr| !address.ip().is_loopback()))
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
@@ -63,16 +64,6 @@ impl Stream {
         read(self.0.get_ref(), buffer)
     }
 
-    /// Tells a socket's other side that no more will come.
-    ///
-    /// # Errors
-    ///
-    /// Those of shutdown(2).
-    pub fn end_output(&self) -> io::Result<()> {
-        use nix::sys::socket::{Shutdown, shutdown};
-        Ok(shutdown(self.0.get_ref().as_raw_fd(), Shutdown::Write)?)
-    }
-
     /// Writes all of `bytes`.
     ///
     /// # Errors
@@ -114,6 +105,46 @@ fn write(fd: &OwnedFd, bytes: &[u8]) -> io::Result<usize> {
     }
 }
 
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(context))?;
+            let space = buffer.initialize_unfilled();
+            if let Ok(result) = guard.try_io(|fd| read(fd.get_ref(), space)) {
+                return Poll::Ready(result.map(|bytes| buffer.advance(bytes)));
+            }
+        }
+    }
+}
+
+/// Its shutdown is that of a socket.
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(context))?;
+            if let Ok(result) = guard.try_io(|fd| write(fd.get_ref(), bytes)) {
+                return Poll::Ready(result);
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(shutdown(self.0.as_raw_fd(), Shutdown::Write)?))
+    }
+}
+
 /// The RPC connection: a [`Stream`] that tells when it breaks.
 #[derive(Debug)]
 pub struct Connection {
@@ -137,40 +168,30 @@ impl Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        loop {
-            let mut guard = ready!(self.stream.0.poll_read_ready(context))?;
-            let space = buffer.initialize_unfilled();
-            let Ok(result) = guard.try_io(|fd| read(fd.get_ref(), space)) else {
-                continue;
-            };
-            if !matches!(result, Ok(1..)) {
-                self.broken.notify_one();
-            }
-            return Poll::Ready(result.map(|bytes| buffer.advance(bytes)));
+        let before = buffer.filled().len();
+        let result = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
+        if result.is_err() || buffer.filled().len() == before {
+            self.broken.notify_one();
         }
+        Poll::Ready(result)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            let mut guard = ready!(self.stream.0.poll_write_ready(context))?;
-            let Ok(result) = guard.try_io(|fd| write(fd.get_ref(), bytes)) else {
-                continue;
-            };
-            if result.is_err() {
-                self.broken.notify_one();
-            }
-            return Poll::Ready(result);
+        let result = ready!(Pin::new(&mut self.stream).poll_write(context, bytes));
+        if result.is_err() {
+            self.broken.notify_one();
         }
+        Poll::Ready(result)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {

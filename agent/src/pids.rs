@@ -7,6 +7,7 @@ use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::container::Process;
 use crate::engine::init::{Kind, Request};
+use crate::engine::namespaces;
 use crate::error::Result;
 use crate::reaper::Reaper;
 use crate::stdio::Connections;
@@ -44,13 +45,6 @@ pub async fn pause(reaper: &Reaper) -> Result<Process> {
     };
     let (process, _) = Process::launch(reaper, &request, Connections::default()).await?;
     Ok(process)
-}
-
-fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
-    let linux = spec.linux().as_ref();
-    linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default()
 }
 
 fn is_shared(namespace: &LinuxNamespace) -> bool {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, listen, socket,
 };
+use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -107,14 +108,13 @@ impl StreamHub {
 
     /// Reads the id a connection starts with.
     async fn greet(&self, connection: OwnedFd) -> Result<()> {
-        let stream = Stream::new(connection).context("register")?;
-        let mut id = [0; 8];
-        timeout(LIMIT, read_exact(&stream, &mut id))
+        let mut stream = Stream::new(connection).context("register")?;
+        let id = timeout(LIMIT, stream.read_u64_le())
             .await
             .map_err(|_| Error::Internal("no stream id in time".into()))?
             .context("read stream id")?;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.insert(u64::from_le_bytes(id), stream);
+        waiting.insert(id, stream);
         self.arrived.notify_waiters();
         Ok(())
     }
@@ -148,20 +148,4 @@ impl StreamHub {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.remove(&id)
     }
-}
-
-/// Fills `buffer`.
-///
-/// # Errors
-///
-/// `UnexpectedEof`; those of read(2).
-pub async fn read_exact(stream: &Stream, buffer: &mut [u8]) -> io::Result<()> {
-    let mut filled = 0;
-    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match stream.read(rest).await? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            bytes => filled += bytes,
-        }
-    }
-    Ok(())
 }

@@ -22,6 +22,7 @@ use super::process::Launch;
 use super::rootfs;
 use super::sync::{self, Report};
 use super::sys::{self, WindowSize};
+use super::{is_new, namespaces};
 
 /// First argument that makes the agent's program the helper.
 pub const COMMAND: &str = "init";
@@ -184,13 +185,11 @@ fn clone_flag(kind: LinuxNamespaceType) -> libc::c_int {
 /// Joins the namespaces the specification names by path; returns the clone
 /// flags of those to be made.
 fn join_listed(spec: &Spec) -> Result<libc::c_int, InitError> {
-    let linux = spec.linux().as_ref();
-    let listed = linux.and_then(|linux| linux.namespaces().as_deref());
     // The container always has its own mounts: pivot_root in the agent's mount
     // namespace would be the end of the guest.
     let mut flags = libc::CLONE_NEWNS;
     let mut joined = Vec::new();
-    for namespace in listed.unwrap_or_default() {
+    for namespace in namespaces(spec) {
         let kind = namespace.typ();
         if matches!(kind, LinuxNamespaceType::User | LinuxNamespaceType::Time) {
             return Err(InitError::Invalid(format!(
@@ -233,15 +232,6 @@ fn join_container(pid: i32) -> Result<(), InitError> {
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET;
     setns(pidfd.as_fd(), all).step(what)
-}
-
-fn is_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
-    let linux = spec.linux().as_ref();
-    linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default()
-        .iter()
-        .any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
 fn set_oom_score(process: &Process) -> Result<(), InitError> {

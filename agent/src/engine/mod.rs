@@ -33,3 +33,22 @@ pub mod seccomp;
 pub mod spawn;
 pub mod sync;
 pub mod sys;
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+/// The namespaces a specification lists.
+#[must_use]
+pub fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
+    let linux = spec.linux().as_ref();
+    linux
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default()
+}
+
+/// Whether it asks for a new namespace of this type.
+#[must_use]
+pub fn is_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    namespaces(spec)
+        .iter()
+        .any(|namespace| namespace.typ() == kind && namespace.path().is_none())
+}

@@ -17,6 +17,7 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::devices;
 use super::error::{InitError, Step};
+use super::namespaces;
 use super::sys::{self, MountAttr};
 use crate::mount::{MountOptions, propagation};
 
@@ -47,7 +48,9 @@ pub fn enter(spec: &Spec, cgroup: &Path) -> Result<(), InitError> {
     // Slave: what the guest mounts later shows up, nothing leaks back.
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .step(|| "make the mounts slaves")?;
-    let own_cgroups = namespaces(spec).any(|kind| kind == LinuxNamespaceType::Cgroup);
+    let own_cgroups = namespaces(spec)
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup);
     let prepared = spec
         .mounts()
         .as_deref()
@@ -70,15 +73,6 @@ pub fn enter(spec: &Spec, cgroup: &Path) -> Result<(), InitError> {
 }
 
 const NONE: Option<&str> = None;
-
-fn namespaces(spec: &Spec) -> impl Iterator<Item = LinuxNamespaceType> {
-    let linux = spec.linux().as_ref();
-    linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default()
-        .iter()
-        .map(oci_spec::runtime::LinuxNamespace::typ)
-}
 
 fn prepare<'a>(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Prepared<'a>, InitError> {
     let mut options = MountOptions::parse(mount.options().as_deref().unwrap_or_default());

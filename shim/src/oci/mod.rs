@@ -28,8 +28,9 @@ use oci_spec::runtime::{
     Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Root, RootBuilder, Spec,
 };
 
-/// Namespaces a container outside of Kubernetes' pods gets even where the spec asks for the host's: in the
-/// guest "the host" is the agent, which no container may see or signal.
+/// Namespaces a container outside of Kubernetes' pods gets even where the spec asks
+/// for the host's: in the guest "the host" is the agent, which no container may see
+/// or signal.
 const ALWAYS_NEW: [LinuxNamespaceType; 4] = [
     LinuxNamespaceType::Mount,
     LinuxNamespaceType::Pid,
@@ -78,12 +79,20 @@ pub fn translate_process(process: &mut Process) {
     process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
+/// The namespaces a spec lists.
+pub fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
+    let linux = spec.linux().as_ref();
+    linux
+        .and_then(|linux| linux.namespaces().as_deref())
+        .unwrap_or_default()
+}
+
 fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
     let asked = linux.namespaces().as_deref().unwrap_or_default();
     let namespaces = if in_pod {
         pod_namespaces(asked)
     } else {
-        namespaces(asked)
+        own_namespaces(asked)
     };
     let devices = linux.devices().clone().map(|devices| {
         devices
@@ -100,7 +109,7 @@ fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
         .set_net_devices(None);
 }
 
-fn namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
+fn own_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
     let mut types: Vec<_> = asked
         .iter()
         .map(LinuxNamespace::typ)
@@ -130,7 +139,7 @@ fn pod_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
         .filter(|namespace| is_joined(namespace))
         .map(LinuxNamespace::typ)
         .collect();
-    let mut namespaces = namespaces(asked);
+    let mut namespaces = own_namespaces(asked);
     namespaces.retain(|own| !matches!(own.typ(), Ipc | Uts) || !joined.contains(&own.typ()));
     if let Some(pids) = namespaces.iter_mut().find(|own| own.typ() == Pid)
         && joined.contains(&Pid)

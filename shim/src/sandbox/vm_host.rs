@@ -36,7 +36,7 @@ use crate::hooks;
 use crate::machine::{Launch, Machine, VmMachine};
 use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
-use crate::oci::kubernetes;
+use crate::oci::{self, kubernetes};
 use crate::rundir::{Proc, RunDir, State};
 use crate::storage::{self, HostBacking, HostDisk, Prepared, StorageError};
 use crate::virtiofsd;
@@ -76,6 +76,15 @@ pub struct VmHost {
 struct NetNs {
     file: File,
     path: Option<PathBuf>,
+}
+
+impl NetNs {
+    /// A descriptor of its own for work elsewhere.
+    fn another(&self) -> Result<File, SandboxError> {
+        self.file
+            .try_clone()
+            .map_err(io_error("duplicate a descriptor"))
+    }
 }
 
 impl VmHost {
@@ -162,10 +171,7 @@ impl VmHost {
     }
 
     async fn join_network(&self, netns: &NetNs) -> Result<PodNetwork, SandboxError> {
-        let netns = netns
-            .file
-            .try_clone()
-            .map_err(io_error("duplicate a descriptor"))?;
+        let netns = netns.another()?;
         let queues = self.config.net_queues;
         Ok(blocking(move || network::prepare(&netns, queues)).await?)
     }
@@ -205,7 +211,7 @@ impl VmHost {
             (machine, parts.netns.take(), parts.network.take(), uid)
         };
         let loopback = match &netns {
-            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(&netns.file),
+            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
             _ => None,
         };
         let network = match (network, netns) {
@@ -227,17 +233,15 @@ impl VmHost {
         if let Some(loopback) = loopback {
             tokio::spawn(loopback.serve(machine));
         }
-        let mut request = ConfigureSandboxRequest {
+        let request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
             routes: network.routes,
             neighbors: network.neighbors,
             shared_dir: shares,
+            sysctls: sysctls(&config.spec),
             ..Default::default()
         };
-        if kubernetes::is_sandbox(&config.spec) {
-            request.sysctls = sysctls(&config.spec);
-        }
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
         let memory = MemorySize {
             boot_mib: size.memory_mib,
@@ -476,21 +480,24 @@ fn may_grow(spec: &Spec) -> bool {
 }
 
 /// A host that cannot do this has pods without port-forward.
-fn listen(netns: &File) -> Option<Loopback> {
-    loopback::listen(netns)
+async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
+    let netns = netns.another()?;
+    let listening = blocking(move || loopback::listen(&netns)).await;
+    Ok(listening
         .inspect_err(|error| {
             warn!(
                 error = chain(error),
                 "no port-forward to the pod's loopback"
             );
         })
-        .ok()
+        .ok())
 }
 
 /// A pod's kernel parameters: they are its machine's.
 fn sysctls(spec: &Spec) -> HashMap<String, String> {
     let linux = spec.linux().as_ref();
     linux
+        .filter(|_| kubernetes::is_sandbox(spec))
         .and_then(|linux| linux.sysctl().clone())
         .unwrap_or_default()
 }
@@ -500,10 +507,8 @@ fn refuse_host_namespaces(spec: &Spec, sandbox_id: &str) -> Result<(), SandboxEr
     if !kubernetes::is_sandbox(spec) {
         return Ok(());
     }
-    let linux = spec.linux().as_ref();
-    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
     let has = |kind| {
-        let mut own = namespaces.unwrap_or_default().iter();
+        let mut own = oci::namespaces(spec).iter();
         own.any(|namespace| namespace.typ() == kind)
     };
     let what = if !has(LinuxNamespaceType::Network) {
@@ -524,12 +529,7 @@ fn refuse_host_namespaces(spec: &Spec, sandbox_id: &str) -> Result<(), SandboxEr
 }
 
 fn open_netns(spec: &Spec, container_id: &str) -> Result<NetNs, SandboxError> {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default();
-    let network = namespaces
+    let network = oci::namespaces(spec)
         .iter()
         .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
         .ok_or_else(|| SandboxError::HostNetwork {

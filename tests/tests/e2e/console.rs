@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use nacre_tests::{OnTerminal, Said, Scene, eventually, run, run_with_input};
 
 use crate::failures::Changed;
-use crate::host::{Events, pid_of};
+use crate::host::{Events, LIFE_WITH_AN_EXEC, pid_of};
 
 /// What the shell's prompt starts with: it waits for input when this has come.
 const PROMPT: &str = "guest:";
@@ -93,17 +93,9 @@ fn is_unknown_to_containerd() {
     // The container has not noticed.
     scene.exec(&id, &[], &["pidof", "sleep"]).exits(0);
     scene.ctr(&["task", "rm", "-f", &id]).exits(0);
-    let topics = [
-        "/tasks/create",
-        "/tasks/start",
-        "/tasks/exec-added",
-        "/tasks/exec-started",
-        "/tasks/exit",
-        "/tasks/exit",
-        "/tasks/delete",
-    ];
     // Of whatever container.
-    assert_eq!(events.topics("", topics.len()), topics);
+    let life = LIFE_WITH_AN_EXEC;
+    assert_eq!(events.topics("", life.len()), life);
 }
 
 /// What a console leaves in the guest: nothing.

@@ -70,6 +70,17 @@ impl Drop for Events {
     }
 }
 
+/// The events of a container with one exec, which is killed.
+pub const LIFE_WITH_AN_EXEC: [&str; 7] = [
+    "/tasks/create",
+    "/tasks/start",
+    "/tasks/exec-added",
+    "/tasks/exec-started",
+    "/tasks/exit",
+    "/tasks/exit",
+    "/tasks/delete",
+];
+
 #[test]
 fn events_come_in_their_order() {
     let mut scene = Scene::new();
@@ -79,18 +90,8 @@ fn events_come_in_their_order() {
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     scene.await_status(&id, "STOPPED");
     scene.ctr(&["task", "rm", &id]).exits(0);
-    assert_eq!(
-        events.topics(&id, 7),
-        [
-            "/tasks/create",
-            "/tasks/start",
-            "/tasks/exec-added",
-            "/tasks/exec-started",
-            "/tasks/exit",
-            "/tasks/exit",
-            "/tasks/delete",
-        ]
-    );
+    let life = LIFE_WITH_AN_EXEC;
+    assert_eq!(events.topics(&id, life.len()), life);
 }
 
 /// Host pid of a container, as containerd has it.
