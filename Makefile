@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 # Everything is staged under target/ with the paths it is installed to.
 STAGE := target/stage
 TARGET := x86_64-unknown-linux-gnu
-LAB := tests/lab/lab
+IN_LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
@@ -70,24 +70,27 @@ install-tests = cargo test --locked $(1) --no-run && \
   install -m 755 -s "$$(cargo test --locked $(1) --no-run --message-format=json 2>/dev/null | \
     sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
 
-# The tests that need KVM and containerd: one lab, first the monitor's own tests,
-# then containers by ctr, then pods by CRI. E2E='name' runs those that match.
+# The tests that need KVM and containerd: the lab's own, then in one lab the
+# monitor's, containers by ctr, and pods by CRI. E2E='name' runs those that match.
+# LAB=host runs them on this host, see tests/lab/README.md.
 e2e: stage stage-boot
+	@[[ $${LAB-} == host ]] || cargo test --locked -p nacre-tests --test lab -- --test-threads=1 $(E2E)
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@$(LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
+	@cp -r tests/lab $(STAGE)/lab
+	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
 
 test: lint unit e2e
 
 demo: stage
-	@$(LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
+	@$(IN_LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
 
 # Counts and times in the lab, whose clock counts instructions here.
 bench: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-bench
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
-	@$(LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
+	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.
@@ -96,13 +99,13 @@ SOAK_PODS ?= 60
 soak: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/
-	@$(LAB) run --timeout $$(($(SOAK_SECONDS) + $(SOAK_PODS) * 15 + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS) $(SOAK_PODS)
+	@$(IN_LAB) run --timeout $$(($(SOAK_SECONDS) + $(SOAK_PODS) * 15 + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS) $(SOAK_PODS)
 
 lab: stage
 ifdef CMD
-	@$(LAB) run $(STAGE) -- bash -c '$(CMD)'
+	@$(IN_LAB) run $(STAGE) -- bash -c '$(CMD)'
 else
-	@$(LAB) shell $(STAGE)
+	@$(IN_LAB) shell $(STAGE)
 endif
 
 clean:

@@ -196,7 +196,10 @@ run_on_host() {
   ctr version >/dev/null || die "LAB=host: containerd does not answer"
   command -v containerd-shim-nacre-v2 >/dev/null || die "LAB=host: nacre is not installed (make install)"
   [[ -z $out ]] || out=$(realpath "$out")
-  exec timeout "$timeout" "$here/guest/opt/lab/with-environment" "LAB_OUT=$out" "${command[@]}" </dev/null
+  local programs
+  programs=$(realpath "$payload")/usr/local/bin
+  exec timeout "$timeout" "$here/guest/opt/lab/with-environment" "LAB_OUT=$out" \
+    "PATH=$programs:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/lab" "${command[@]}" </dev/null
 }
 
 cleanup() {

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use nacre_tests::{PATIENCE, Scene, eventually, run};
+use nacre_tests::{PATIENCE, Said, Scene, eventually, run};
 
 use crate::failures::Changed;
 
@@ -263,4 +263,23 @@ fn processors_and_queues_follow_the_configuration() {
     scene.exec(&id, &[], &["sh", "-c", script]).exits(0).prints(
         "2\n0\n1\n/sys/class/net/eth0/queues/rx-0\n/sys/class/net/eth0/queues/rx-1\nreached\n",
     );
+}
+
+/// The lab is a host with SVM: what `LAB=host` runs, it runs here.
+#[test]
+fn lab_on_a_host_runs_the_tests_here() {
+    let lab = |options: &[&str], command: &[&str]| -> Said {
+        let mut lab = Command::new("/nacre/lab/lab");
+        lab.env("LAB", "host").arg("run").args(options);
+        lab.args(["/nacre", "--"]).args(command);
+        lab.output().unwrap().into()
+    };
+    let said = lab(&[], &["nacre-e2e", "--exact", "run::hostname"]).exits(0);
+    assert!(said.stdout.contains("1 passed"), "{said:#?}");
+    let out = std::env::temp_dir().join("e2e-lab-out");
+    let script = "echo kept > $LAB_OUT/file; exit 7";
+    lab(&["--out", out.to_str().unwrap()], &["sh", "-c", script]).exits(7);
+    assert_eq!(fs::read_to_string(out.join("file")).unwrap(), "kept\n");
+    fs::remove_dir_all(out).unwrap();
+    lab(&["--timeout", "1"], &["sleep", "60"]).exits(124);
 }

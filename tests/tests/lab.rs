@@ -1,0 +1,80 @@
+//! The lab itself: what of a command comes back, and what is left of one that fails.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nacre_tests::{OnTerminal, Said};
+
+fn lab(arguments: &[&str]) -> Command {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/lab");
+    let mut command = Command::new(lab);
+    command.args(arguments).env_remove("LAB");
+    command
+}
+
+/// An empty directory.
+fn directory(name: &str) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory).unwrap();
+    directory
+}
+
+/// `lab run` of a script, with options before the tree.
+fn run(name: &str, options: &[&str], script: &str) -> Said {
+    let tree = directory(name);
+    let mut arguments = vec!["run"];
+    arguments.extend(options);
+    arguments.extend([tree.to_str().unwrap(), "--", "sh", "-c", script]);
+    lab(&arguments).output().unwrap().into()
+}
+
+/// The log that a complaint names.
+fn log_of(said: &Said) -> String {
+    let (_, rest) = said.stderr.split_once("the console's log is ").unwrap();
+    fs::read_to_string(rest.lines().next().unwrap()).unwrap()
+}
+
+#[test]
+fn output_files_and_exit_code_come_back() {
+    let out = directory("lab-out");
+    let options = ["--out", out.to_str().unwrap()];
+    let script = "ls -d /nacre; grep -c -w svm /proc/cpuinfo >&2; echo kept > /out/file; exit 3";
+    let said = run("lab-tree", &options, script)
+        .exits(3)
+        .prints("/nacre\n");
+    assert_eq!(said.stderr.lines().next(), Some("3"), "{said:#?}");
+    assert_eq!(fs::read_to_string(out.join("file")).unwrap(), "kept\n");
+}
+
+#[test]
+fn machine_that_dies_leaves_its_log() {
+    let said = run("lab-panic", &[], "echo c > /proc/sysrq-trigger; sleep 600").exits(125);
+    assert!(said.stderr.contains("ended without a result"), "{said:#?}");
+    assert!(log_of(&said).contains("Kernel panic"), "{said:#?}");
+}
+
+#[test]
+fn command_that_takes_too_long_is_ended() {
+    let said = run("lab-late", &["--timeout", "20"], "sleep 600").exits(124);
+    assert!(
+        said.stderr.contains("stopped after 20 seconds"),
+        "{said:#?}"
+    );
+    log_of(&said);
+}
+
+#[test]
+fn shell_is_on_the_terminal() {
+    let tree = directory("lab-shell");
+    let mut shell = OnTerminal::spawn(lab(&["shell", tree.to_str().unwrap()]), 31, 97);
+    shell.read_until("containerd is ready");
+    shell.read_until("# ");
+    shell.type_line("echo $(stty size) and $(ctr version | grep -c Version)");
+    shell.read_until("31 97 and 2");
+    shell.type_line("exit");
+    shell.read_until("Power down");
+    assert_eq!(shell.wait(), Some(0));
+}
