@@ -70,9 +70,15 @@ prepare_machine() {
   pack "$work/payload.img" "$payload"
 }
 
+# All but the last ten, and those of labs that run: a log's name ends with its
+# lab's pid.
 forget_old_logs() {
-  local logs=("$cache"/logs/*.log)
-  ((${#logs[@]} <= 10)) || rm -f -- "${logs[@]:0:${#logs[@]}-10}"
+  local logs=("$cache"/logs/*.log) log pid
+  ((${#logs[@]} > 10)) || return 0
+  for log in "${logs[@]:0:${#logs[@]}-10}"; do
+    pid=${log##*-}
+    kill -0 "${pid%.log}" 2>/dev/null || rm -f -- "$log"
+  done
 }
 
 # Sets $qemu to the machine's command line without its console and ports. It is

@@ -2,10 +2,13 @@
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::{Said, eventually, run};
 
@@ -34,6 +37,7 @@ impl OnTerminal {
         let before = stty(&pty.slave, &["-g"]);
         let line = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
         let child = command
+            .process_group(0)
             .stdin(line())
             .stdout(line())
             .stderr(line())
@@ -120,6 +124,17 @@ impl OnTerminal {
     /// Never: the program is this one's child.
     pub fn wait(&mut self) -> Option<i32> {
         self.child.wait().expect("the child is ours").code()
+    }
+}
+
+impl Drop for OnTerminal {
+    /// Of a test that failed nothing runs on.
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let group = Pid::from_raw(self.child.id().cast_signed());
+            let _ = killpg(group, Signal::SIGKILL);
+            let _ = self.child.wait();
+        }
     }
 }
 
