@@ -78,13 +78,14 @@ e2e: stage stage-boot
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@cp -r tests/lab $(STAGE)/lab
+	@mkdir $(STAGE)/tests && cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
 
 test: lint unit e2e
 
+# On this host where it has all that takes, else in the lab.
 demo: stage
-	@$(IN_LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
+	@LAB=$${LAB-auto} $(IN_LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
 
 # Counts and times in the lab, whose clock counts instructions here.
 bench: stage

@@ -1,8 +1,16 @@
 # A container under nacre, next to the machine that runs it. Runs in the lab, or
-# on any host with containerd where nacre is installed.
+# from the tree's root on a host with containerd where nacre is installed.
 set -euo pipefail
 image=docker.io/library/busybox:latest
-ctr image ls -q | grep -qx "$image" || ctr image import /opt/lab/images/busybox.tar >/dev/null
+if ! ctr image ls -q | grep -qx "$image"; then
+  images=/opt/lab/images
+  if [[ ! -e $images/busybox.tar ]]; then
+    images=$(mktemp -d)
+    trap 'rm -rf "$images"' EXIT
+    tests/lab/images tests/lab/guest/opt/lab/mkimage "$images" busybox
+  fi
+  ctr image import "$images/busybox.tar" >/dev/null
+fi
 
 echo
 echo "\$ ctr run --rm --runtime io.containerd.nacre.v2 $image demo sh -c '...'"

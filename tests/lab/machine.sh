@@ -132,8 +132,12 @@ lab_shell() {
 lab_run() {
   ((${#command[@]})) || usage_error "COMMAND is missing"
   [[ -z $out ]] || mkdir -p "$out"
-  if [[ ${LAB-} == host ]]; then
-    run_on_host
+  local lacks
+  if [[ ${LAB-} == host || ${LAB-} == auto ]]; then
+    lacks=$(host_lacks)
+    [[ $lacks ]] || run_on_host
+    [[ $LAB == auto ]] || die "LAB=host: $lacks"
+    say "not on this host: $lacks"
   fi
   local begin=$SECONDS
   lab_disk
@@ -196,11 +200,20 @@ lab_failed() {
   exit "$1"
 }
 
+# Prints the first thing this host lacks to run containers under nacre.
+host_lacks() {
+  if ! grep -qwE 'svm|vmx' /proc/cpuinfo; then
+    echo "this processor shows neither svm nor vmx"
+  elif [[ ! -w /dev/kvm ]]; then
+    echo "/dev/kvm is not there for this user"
+  elif ! ctr version >/dev/null 2>&1; then
+    echo "containerd does not answer"
+  elif ! command -v containerd-shim-nacre-v2 >/dev/null; then
+    echo "nacre is not installed (make install)"
+  fi
+}
+
 run_on_host() {
-  grep -qwE 'svm|vmx' /proc/cpuinfo || die "LAB=host: this processor shows neither svm nor vmx"
-  [[ -w /dev/kvm ]] || die "LAB=host: /dev/kvm is not there for this user"
-  ctr version >/dev/null || die "LAB=host: containerd does not answer"
-  command -v containerd-shim-nacre-v2 >/dev/null || die "LAB=host: nacre is not installed (make install)"
   [[ -z $out ]] || out=$(realpath "$out")
   local programs
   programs=$(realpath "$payload")/usr/local/bin

@@ -265,21 +265,43 @@ fn processors_and_queues_follow_the_configuration() {
     );
 }
 
-/// The lab is a host with SVM: what `LAB=host` runs, it runs here.
+/// `lab run` as on a host of its own, which the lab is: it has SVM.
+fn lab(mode: &str, options: &[&str], command: &[&str]) -> Said {
+    let mut lab = Command::new("tests/lab/lab");
+    lab.current_dir("/nacre").env("LAB", mode).arg("run");
+    lab.args(options).args(["/nacre", "--"]).args(command);
+    lab.output().unwrap().into()
+}
+
 #[test]
 fn lab_on_a_host_runs_the_tests_here() {
-    let lab = |options: &[&str], command: &[&str]| -> Said {
-        let mut lab = Command::new("/nacre/lab/lab");
-        lab.env("LAB", "host").arg("run").args(options);
-        lab.args(["/nacre", "--"]).args(command);
-        lab.output().unwrap().into()
-    };
-    let said = lab(&[], &["nacre-e2e", "--exact", "run::hostname"]).exits(0);
+    let said = lab("host", &[], &["nacre-e2e", "--exact", "run::hostname"]).exits(0);
     assert!(said.stdout.contains("1 passed"), "{said:#?}");
     let out = std::env::temp_dir().join("e2e-lab-out");
     let script = "echo kept > $LAB_OUT/file; exit 7";
-    lab(&["--out", out.to_str().unwrap()], &["sh", "-c", script]).exits(7);
+    let options = ["--out", out.to_str().unwrap()];
+    lab("host", &options, &["sh", "-c", script]).exits(7);
     assert_eq!(fs::read_to_string(out.join("file")).unwrap(), "kept\n");
     fs::remove_dir_all(out).unwrap();
-    lab(&["--timeout", "1"], &["sleep", "60"]).exits(124);
+    lab("host", &["--timeout", "1"], &["sleep", "60"]).exits(124);
+}
+
+/// As on a host that never ran a container: with an image of its own making.
+#[test]
+fn demo_runs_on_a_host_that_can() {
+    let script = "mount -t tmpfs none /opt/lab/images && exec bash tests/demo.sh";
+    let namespace = ["env", "CONTAINERD_NAMESPACE=demo"];
+    let command = [&namespace[..], &["unshare", "-m", "sh", "-c", script]].concat();
+    let said = lab("auto", &[], &command).exits(0);
+    let host = run("uname", &["-r"]).stdout;
+    assert!(said.stdout.contains("hello from a micro-VM"), "{said:#?}");
+    let releases = ["guest kernel: ", "host kernel:  "].map(|name| {
+        let line = said.stdout.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name:?} in {said:#?}"))
+    });
+    assert_eq!(releases[1], host.trim());
+    assert_ne!(releases[0], releases[1]);
+    let image = "docker.io/library/busybox:latest";
+    run("ctr", &["-n", "demo", "image", "rm", "--sync", image]).exits(0);
+    run("ctr", &["namespace", "rm", "demo"]).exits(0);
 }
