@@ -31,7 +31,7 @@ pub(super) struct Pod {
 
 /// Prints a table of the pods.
 pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError> {
-    let uptime = uptime_seconds();
+    let uptime = uptime_ticks();
     let mut rows = vec![
         [
             "POD",
@@ -199,15 +199,16 @@ fn row(pod: &Pod, uptime: u64) -> [String; 7] {
     ]
 }
 
+/// Whole seconds: rounded once, so that a pod never looks older than it is.
 fn age_seconds(process: Proc, uptime: u64) -> u64 {
-    uptime.saturating_sub(process.start_time / TICKS_PER_SECOND)
+    uptime.saturating_sub(process.start_time) / TICKS_PER_SECOND
 }
 
-/// The host's, from proc(5) uptime.
-fn uptime_seconds() -> u64 {
+/// The host's, from proc(5) uptime: seconds with two decimals, which are ticks.
+fn uptime_ticks() -> u64 {
     fs::read_to_string("/proc/uptime")
         .ok()
-        .and_then(|text| text.split('.').next()?.parse().ok())
+        .and_then(|text| text.split(' ').next()?.replace('.', "").parse().ok())
         .unwrap_or(0)
 }
 
@@ -287,6 +288,19 @@ mod tests {
         let mut out = Vec::new();
         list(dir, &mut out).unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    /// 8.2 s old, across nine ends of a second.
+    #[test]
+    fn age_is_rounded_once() {
+        let process = Proc {
+            pid: 1,
+            start_time: 10_090,
+        };
+        assert_eq!(age_seconds(process, 10_910), 8);
+        let uptime = uptime_ticks();
+        let itself = Proc::of(std::process::id()).unwrap();
+        assert!(age_seconds(itself, uptime) < 3600, "{itself:?} {uptime}");
     }
 
     #[test]
