@@ -95,10 +95,11 @@ fn exec_ids_are_deleted_and_free_again() {
 #[test]
 fn a_signal_to_all_reaches_init_and_execs() {
     let mut scene = Scene::new();
-    let script = "trap 'exit 5' USR1; echo ready; while :; do sleep 0.1; done";
+    // The container ends later than its exec, which would end with it.
+    let script = "trap 'sleep 5; exit 5' USR1; echo ready; while :; do sleep 0.1; done";
     let (id, command) = scene.command(BUSYBOX, &["--rm"], &["sh", "-c", script]);
     let mut init = Ready::spawn(command);
-    let script = script.replace("exit 5", "exit 6");
+    let script = script.replace("sleep 5; exit 5", "exit 6");
     let mut exec = Ready::spawn(scene.exec_command(&id, &[], &["sh", "-c", &script]));
     scene
         .ctr(&["task", "kill", "--all", "-s", "USR1", &id])
