@@ -298,8 +298,10 @@ mod tests {
             start_time: 10_090,
         };
         assert_eq!(age_seconds(process, 10_910), 8);
-        let uptime = uptime_ticks();
+        // In ticks, as processes' starts are: seconds or nothing would lie before its own.
         let itself = Proc::of(std::process::id()).unwrap();
+        let uptime = uptime_ticks();
+        assert!(uptime >= itself.start_time, "{itself:?} {uptime}");
         assert!(age_seconds(itself, uptime) < 3600, "{itself:?} {uptime}");
     }
 
