@@ -4,13 +4,14 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use crate::{Said, eventually, run};
+use crate::{PATIENCE, Said, run};
 
 /// A program on a terminal of its own.
 pub struct OnTerminal {
@@ -55,11 +56,17 @@ impl OnTerminal {
     /// Reads until `text` has come, and returns what came up to its end.
     #[track_caller]
     pub fn read_until(&mut self, text: &str) -> String {
-        let what = format!("the terminal shows {text:?}");
-        let mut end = None;
-        eventually(&what, || {
-            end = self.unread.find(text).map(|start| start + text.len());
-            if end.is_none() && self.is_readable() {
+        let deadline = Instant::now() + PATIENCE;
+        let end = loop {
+            if let Some(start) = self.unread.find(text) {
+                break start + text.len();
+            }
+            assert!(
+                Instant::now() < deadline,
+                "no {text:?} on the terminal within {PATIENCE:?}, only {:?}",
+                self.unread
+            );
+            if self.is_readable() {
                 let mut bytes = [0; 1024];
                 let count = self
                     .terminal
@@ -68,17 +75,14 @@ impl OnTerminal {
                 let came = String::from_utf8_lossy(&bytes[..count]);
                 self.unread.push_str(&came);
             }
-            end.is_some()
-        });
-        let rest = self
-            .unread
-            .split_off(end.expect("eventually waited for it"));
+        };
+        let rest = self.unread.split_off(end);
         std::mem::replace(&mut self.unread, rest)
     }
 
     fn is_readable(&self) -> bool {
         let mut fds = [PollFd::new(self.terminal.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).expect("poll") > 0
+        poll(&mut fds, 50_u16).expect("poll") > 0
     }
 
     /// Types keys.

@@ -67,9 +67,22 @@ fn command_that_takes_too_long_is_ended() {
 }
 
 #[test]
+fn machine_that_does_not_come_up_is_replaced() {
+    let options = ["--patience", "2", "--qemu", "-S"];
+    let said = run("lab-stopped", &options, "true").exits(125);
+    for seconds in [2, 4, 6] {
+        let line = format!("the machine is not up after {seconds} s; its console's log is ");
+        assert!(said.stderr.contains(&line), "{said:#?}");
+    }
+    let end = "lab: the machine did not come up three times\n";
+    assert!(said.stderr.ends_with(end), "{said:#?}");
+}
+
+#[test]
 fn shell_is_on_the_terminal() {
     let tree = directory("lab-shell");
-    let mut shell = OnTerminal::spawn(lab(&["shell", tree.to_str().unwrap()]), 31, 97);
+    let arguments = ["shell", "--patience", "60", tree.to_str().unwrap()];
+    let mut shell = OnTerminal::spawn(lab(&arguments), 31, 97);
     shell.read_until("containerd is ready");
     shell.read_until("# ");
     shell.type_line("echo $(stty size) and $(ctr version | grep -c Version)");
