@@ -26,7 +26,7 @@ mod watch;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent::ConfigureSandboxRequest;
@@ -54,8 +54,6 @@ pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-/// Time the agent has to set the sandbox up.
-const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Errors of a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -360,21 +358,24 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// When the machine dies, the agent stays silent for `boot_timeout`, or
-    /// refuses.
+    /// When the machine dies, the agent is not there and ready within `boot_timeout`,
+    /// or refuses.
     pub async fn attach(
         &self,
         boot_timeout: Duration,
         request: &ConfigureSandboxRequest,
         memory: MemorySize,
     ) -> Result<(), SandboxError> {
+        let begin = Instant::now();
         let connection = tokio::time::timeout(boot_timeout, self.machine.agent())
             .await
             .map_err(|_| SandboxError::AgentSilent {
                 seconds: boot_timeout.as_secs(),
             })??;
         let agent = AgentClient::new(Client::new(Socket::new(connection)));
-        let context = ttrpc::context::with_duration(CONFIGURE_TIMEOUT);
+        // What slows the boot down slows this down, too.
+        let rest = boot_timeout.saturating_sub(begin.elapsed());
+        let context = ttrpc::context::with_duration(rest);
         agent
             .configure_sandbox(context, request)
             .await

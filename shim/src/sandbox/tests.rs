@@ -1,5 +1,8 @@
-//! A machine whose agent is gone.
+//! A machine whose agent is gone, late, or silent.
 
+use std::sync::Mutex;
+
+use async_trait::async_trait;
 use nacre_protocol::vm::StopReason;
 use tokio::time::{Instant, sleep};
 
@@ -67,4 +70,56 @@ async fn guest_that_hangs_is_killed_in_time() {
     watch.await;
     assert_eq!(sandbox.stopped().await, Stop::Died);
     sandbox.watch(timeout).await;
+}
+
+/// A machine whose agent makes its connection and says nothing on it.
+struct Silent {
+    near: Mutex<Option<UnixStream>>,
+    _far: UnixStream,
+}
+
+#[async_trait]
+impl Machine for Silent {
+    fn pid(&self) -> u32 {
+        0
+    }
+
+    async fn connect(&self, _port: u32) -> Result<UnixStream, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn agent(&self) -> Result<UnixStream, MachineError> {
+        Ok(lock(&self.near).take().unwrap())
+    }
+
+    async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError> {
+        Ok(growth_mib)
+    }
+
+    async fn stopped(&self) -> Stop {
+        std::future::pending().await
+    }
+
+    fn kill(&self) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn guest_has_the_time_of_its_boot_to_be_set_up() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let sandbox = Sandbox::new(Arc::new(Silent {
+        near: Mutex::new(Some(near)),
+        _far: far,
+    }));
+    let begin = Instant::now();
+    let boot_timeout = Duration::from_secs(500);
+    let memory = MemorySize {
+        boot_mib: 128,
+        growth_mib: 0,
+    };
+    let request = ConfigureSandboxRequest::default();
+    let error = sandbox.attach(boot_timeout, &request, memory).await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("configure the sandbox"), "{error}");
+    let seconds = begin.elapsed().as_secs();
+    assert!((490..=510).contains(&seconds), "{seconds} s");
 }
