@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -25,8 +26,7 @@ impl Drop for SpecFile {
 /// ctr's default spec on a root file system of busybox, after `change`.
 pub fn write(id: &str, change: impl FnOnce(&mut Value)) -> SpecFile {
     make_root();
-    let text = run("ctr", &["oci", "spec"]).exits(0).stdout;
-    let mut spec: Value = serde_json::from_str(&text).expect("ctr prints a spec");
+    let mut spec = default_spec();
     spec["root"] = json!({"path": ROOT, "readonly": true});
     spec["linux"]["cgroupsPath"] = json!(format!("/default/{id}"));
     spec["process"]["terminal"] = json!(false);
@@ -34,6 +34,16 @@ pub fn write(id: &str, change: impl FnOnce(&mut Value)) -> SpecFile {
     let path = format!("/tmp/e2e-spec-{id}.json");
     std::fs::write(&path, spec.to_string()).expect("/tmp is writable");
     SpecFile { path }
+}
+
+/// What ctr's spec is without options: asked for once, each call takes its time.
+fn default_spec() -> Value {
+    static SPEC: OnceLock<Value> = OnceLock::new();
+    SPEC.get_or_init(|| {
+        let text = run("ctr", &["oci", "spec"]).exits(0).stdout;
+        serde_json::from_str(&text).expect("ctr prints a spec")
+    })
+    .clone()
 }
 
 fn make_root() {
