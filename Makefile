@@ -51,8 +51,7 @@ stage-boot: stage
 	@install -m 755 target/release/examples/boot $(STAGE)$(PREFIX)/bin/boot
 
 install: stage
-	@cp -r --no-preserve=ownership $(STAGE)/. $(DESTDIR)/
-	@echo "installed below $(or $(DESTDIR),/); next: nacre check"
+	@$(STAGE)$(PREFIX)/bin/nacre install --prefix $(PREFIX) --root $(or $(DESTDIR),/)
 
 lint: setup
 	cargo fmt --all --check

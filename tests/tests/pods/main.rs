@@ -4,6 +4,7 @@
 
 mod exec;
 mod failures;
+mod install;
 mod lifecycle;
 mod logs;
 mod network;
