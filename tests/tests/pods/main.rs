@@ -7,6 +7,7 @@ mod failures;
 mod install;
 mod lifecycle;
 mod logs;
+mod manifests;
 mod network;
 mod numbers;
 mod pids;
