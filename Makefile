@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench soak lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench numbers soak lab e2e install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -51,8 +51,7 @@ stage-boot: stage
 	@install -m 755 target/release/examples/boot $(STAGE)$(PREFIX)/bin/boot
 
 install: stage
-	@cp -r --no-preserve=ownership $(STAGE)/. $(DESTDIR)/
-	@echo "installed below $(or $(DESTDIR),/); next: nacre check"
+	@$(STAGE)$(PREFIX)/bin/nacre install --prefix $(PREFIX) --root $(or $(DESTDIR),/)
 
 lint: setup
 	cargo fmt --all --check
@@ -92,6 +91,11 @@ bench: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-bench
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
+
+# What many pods take and cost, beside runc: minutes in the lab, so no part of `test`.
+numbers: stage
+	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
+	@$(IN_LAB) run --timeout 2400 $(STAGE) -- nacre-pods --test-threads=1 --include-ignored --nocapture numbers::
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

@@ -21,7 +21,8 @@ pub const CONFIG_PATH: &str = "/etc/nacre/nacre.toml";
 /// Environment variable that names another file.
 pub const CONFIG_ENV: &str = "NACRE_CONFIG";
 
-const DEFAULTS: &str = include_str!("../../config/nacre.toml");
+/// The file that is compiled in.
+pub(crate) const DEFAULTS: &str = include_str!("../../config/nacre.toml");
 const DEFAULTS_NAME: &str = "config/nacre.toml";
 const LOG_LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
 
@@ -201,6 +202,7 @@ impl Config {
 /// What a key accepts.
 enum Kind {
     Path,
+    InstalledPath,
     OptionalPath,
     Bool,
     Number(RangeInclusive<i64>),
@@ -211,6 +213,7 @@ impl Kind {
     fn allowed(&self) -> String {
         match self {
             Self::Path => "an absolute path in quotes".into(),
+            Self::InstalledPath => "a path in quotes".into(),
             Self::OptionalPath => "an absolute path in quotes, or \"\"".into(),
             Self::Bool => "true or false".into(),
             Self::Number(range) => format!("{} to {}", range.start(), range.end()),
@@ -233,6 +236,13 @@ macro_rules! key {
             name: stringify!($field),
             kind: Kind::Path,
             set: |config, value| path(value).map(|path| config.$field = path),
+        }
+    };
+    ($field:ident, installed_path) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::InstalledPath,
+            set: |config, value| installed_path(value).map(|path| config.$field = path),
         }
     };
     ($field:ident, bool) => {
@@ -259,8 +269,8 @@ macro_rules! key {
 
 /// Every key there is, in the order of `config/nacre.toml`.
 const KEYS: [Key; 16] = [
-    key!(kernel, path),
-    key!(initrd, path),
+    key!(kernel, installed_path),
+    key!(initrd, installed_path),
     key!(virtiofsd, path),
     key!(default_vcpus, 1..=64),
     key!(default_memory_mib, 128..=1_048_576),
@@ -297,6 +307,26 @@ fn path(value: &Spanned<DeValue<'_>>) -> Result<PathBuf, String> {
     } else {
         Err(format!("{text:?} is not an absolute path"))
     }
+}
+
+/// A path of the installation this program is of, unless it is absolute: what one
+/// version runs is never mixed with files of another.
+fn installed_path(value: &Spanned<DeValue<'_>>) -> Result<PathBuf, String> {
+    let value = value.get_ref();
+    let text = value.as_str().ok_or_else(|| not_a("path", value))?;
+    if text.is_empty() || text.contains('\0') {
+        return Err(format!("{text:?} is not a path"));
+    }
+    let tree = program_tree().map_err(|error| format!("cannot find this program: {error}"))?;
+    Ok(tree.join(text))
+}
+
+/// The directory above that of this program, links resolved: what it was installed
+/// with is there.
+pub(crate) fn program_tree() -> std::io::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let tree = program.parent().and_then(Path::parent);
+    Ok(tree.unwrap_or(Path::new("/")).to_owned())
 }
 
 fn optional_path(value: &Spanned<DeValue<'_>>) -> Result<Option<PathBuf>, String> {
@@ -398,6 +428,21 @@ mod tests {
     }
 
     #[test]
+    fn kernel_is_of_the_programs_tree_or_anywhere() {
+        let mut config = Config::default();
+        let program = std::env::current_exe().unwrap();
+        let tree = program.parent().unwrap().parent().unwrap();
+        assert_eq!(config.kernel, tree.join("share/nacre/vmlinux"));
+        assert_eq!(config.initrd, tree.join("share/nacre/initrd.img"));
+        config.apply("kernel = '/boot/vmlinux'", "f.toml").unwrap();
+        assert_eq!(config.kernel, Path::new("/boot/vmlinux"));
+        assert_eq!(
+            error_of("initrd = ''"),
+            "f.toml:1: initrd: \"\" is not a path; allowed: a path in quotes"
+        );
+    }
+
+    #[test]
     fn no_shell_and_a_shell() {
         let mut config = Config::default();
         assert_eq!(config.debug_shell, None);
@@ -420,8 +465,8 @@ mod tests {
             "f.toml:1: hugepages: a string is not a boolean; allowed: true or false"
         );
         assert_eq!(
-            error_of("kernel = 'vmlinux'"),
-            "f.toml:1: kernel: \"vmlinux\" is not an absolute path; allowed: an absolute path in quotes"
+            error_of("virtiofsd = 'virtiofsd'"),
+            "f.toml:1: virtiofsd: \"virtiofsd\" is not an absolute path; allowed: an absolute path in quotes"
         );
         assert_eq!(
             error_of("debug_shell = true"),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use super::containerd::{self, ContainerdConfig};
 use super::trial;
 use crate::RUNTIME_NAME;
 use crate::cgroup::CGROUP_ROOT;
@@ -16,9 +17,6 @@ use crate::elf;
 use crate::error::chain;
 
 const SHIM: &str = "containerd-shim-nacre-v2";
-const CONTAINERD_CONFIG: &str = "/etc/containerd/config.toml";
-/// Where files that `imports` names usually are.
-const CONTAINERD_IMPORTS: &str = "/etc/containerd/conf.d";
 /// Magic of a cpio archive in "newc" form (Documentation/driver-api/early-userspace).
 const CPIO_MAGIC: &[u8] = b"070701";
 
@@ -251,25 +249,20 @@ fn in_path(program: &str, path: Option<&OsStr>) -> Option<PathBuf> {
 /// `ctr` and `nerdctl` name the runtime themselves; Kubernetes needs it in
 /// containerd's configuration.
 fn containerd() -> Finding {
-    let imports = std::fs::read_dir(CONTAINERD_IMPORTS)
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-        .map(|entry| entry.path());
-    let mentions = |file: &PathBuf| {
-        std::fs::read_to_string(file).is_ok_and(|text| text.contains(RUNTIME_NAME))
-    };
-    let mut files = std::iter::once(PathBuf::from(CONTAINERD_CONFIG)).chain(imports);
-    match files.find(mentions) {
-        Some(file) => found(
-            "containerd",
-            &format!("{RUNTIME_NAME} in {}", file.display()),
-        ),
-        None => optional(
-            "containerd",
-            format!("no {RUNTIME_NAME} in {CONTAINERD_CONFIG}"),
-            "Kubernetes needs it there: see config/ in nacre's source",
-        ),
+    let hint = "Kubernetes needs it there: `nacre install` does it, or tells how";
+    match ContainerdConfig::load(Path::new("/")) {
+        Err(error) => optional("containerd", chain(&error), hint),
+        Ok(config) => match config.and_then(|config| config.naming_runtime()) {
+            Some(file) => found(
+                "containerd",
+                &format!("{RUNTIME_NAME} in {}", file.display()),
+            ),
+            None => optional(
+                "containerd",
+                format!("no {RUNTIME_NAME} in {}", containerd::CONFIG_PATH),
+                hint,
+            ),
+        },
     }
 }
 

@@ -1,8 +1,10 @@
 //! The `nacre` command: whether a host is ready, which pods run, what they
-//! logged, and a shell in their guests. All but the last only reads files.
+//! logged, a shell in their guests; and how nacre itself comes to a host and leaves it.
 
 mod check;
 mod console;
+mod containerd;
+mod install;
 mod pods;
 mod trial;
 
@@ -10,8 +12,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, program_tree};
 use crate::error::chain;
+
+pub use containerd::ContainerdError;
+pub use install::InstallError;
 
 /// Errors of the command, told to a person.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +24,12 @@ pub enum CliError {
     /// The configuration is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// nacre cannot be installed or removed.
+    #[error(transparent)]
+    Install(#[from] InstallError),
+    /// The program does not know where it is itself.
+    #[error("cannot find this program's files")]
+    Program(#[source] std::io::Error),
     /// The pods' directory or a file in it cannot be read.
     #[error("cannot read {path}")]
     Read {
@@ -96,6 +107,22 @@ enum Command {
         /// The pod's id, or a start of it that no other shares.
         pod: String,
     },
+    /// Install the files that are beside this program, or bring an installation up to them.
+    ///
+    /// Pods that run are left alone: each version has a directory of its own below
+    /// PREFIX/lib/nacre, and an earlier one is removed when no pod uses it any more.
+    /// Files in /etc that are there already stay as they are.
+    Install(install::Place),
+    /// Undo `nacre install`.
+    ///
+    /// Files in /etc that were edited since are kept.
+    Uninstall {
+        #[command(flatten)]
+        place: install::Place,
+        /// Do so even if there are pods. They run on, but nothing can end them properly.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 /// Runs the command with the process's arguments.
@@ -135,6 +162,15 @@ fn execute(command: Command) -> Result<ExitCode, CliError> {
         } => {
             let wanted = pods::Wanted { console, follow };
             pods::logs(&Config::load()?.run_dir, &pod, wanted, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Install(place) => {
+            let tree = program_tree().map_err(CliError::Program)?;
+            install::install(&place, &tree, &mut out)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Uninstall { place, force } => {
+            install::uninstall(&place, force, &mut out)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Console { pod } => console::run(&pods::find(&Config::load()?.run_dir, &pod)?),

@@ -23,7 +23,7 @@ const VCPU_THREAD: &str = "vcpu";
 /// A pod on this host.
 #[derive(Debug)]
 pub(super) struct Pod {
-    namespace: String,
+    pub(super) namespace: String,
     pub(super) id: String,
     dir: PathBuf,
     pub(super) state: State,
@@ -118,7 +118,7 @@ impl Changes {
 }
 
 /// The pods with a readable state, by namespace and id.
-fn pods(run_dir: &Path) -> Result<Vec<Pod>, CliError> {
+pub(super) fn pods(run_dir: &Path) -> Result<Vec<Pod>, CliError> {
     let mut pods = Vec::new();
     for (namespace, dir) in directories(run_dir)? {
         for (id, dir) in directories(&dir)? {

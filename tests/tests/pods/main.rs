@@ -4,8 +4,10 @@
 
 mod exec;
 mod failures;
+mod install;
 mod lifecycle;
 mod logs;
+mod manifests;
 mod network;
 mod numbers;
 mod pids;

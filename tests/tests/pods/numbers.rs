@@ -1,5 +1,5 @@
 //! Numbers, printed: how long a pod takes to its first output, beside runc in the
-//! same run, and what an idle one costs the host.
+//! same run, and what an idle one costs the host. `make numbers` has those of many pods.
 
 use std::fs;
 use std::thread;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nacre_tests::pods::{HANDLER, PodScene};
 
 use crate::SLEEP;
+use crate::manifests::overhead_mib;
 
 /// Runs `pods` at once, each from `RunPodSandbox` to a container's output;
 /// returns the longest.
@@ -36,14 +37,14 @@ fn first_output(scene: &PodScene, handler: &'static str, pods: usize) -> Duratio
     })
 }
 
-#[test]
-fn pod_starts_beside_runc() {
+/// Prints how long so many pods at once take, under nacre and under runc.
+fn print_starts(at_once: &[usize]) {
     let scene = PodScene::new();
     for handler in ["runc", HANDLER] {
         // The first one fills the host's caches.
         first_output(&scene, handler, 1);
     }
-    for pods in [1, 5] {
+    for &pods in at_once {
         let runc = first_output(&scene, "runc", pods);
         let nacre = first_output(&scene, HANDLER, pods);
         let ratio = nacre.as_secs_f64() / runc.as_secs_f64();
@@ -52,6 +53,39 @@ fn pod_starts_beside_runc() {
         );
         // A hundred times would be a wait that is none of a machine's.
         assert!(ratio < 100.0, "{ratio}");
+    }
+}
+
+#[test]
+fn pod_starts_beside_runc() {
+    print_starts(&[1, 5]);
+}
+
+#[test]
+#[ignore = "minutes long in the lab: make numbers"]
+fn many_pods_start_beside_runc() {
+    let _patience = LongBoots::new();
+    print_starts(&[1, 5, 20]);
+}
+
+/// Guests may take ten minutes to boot until it is dropped, as many at once in the lab do.
+struct LongBoots {
+    before: String,
+}
+
+impl LongBoots {
+    const CONFIG: &str = "/etc/nacre/nacre.toml";
+
+    fn new() -> Self {
+        let before = fs::read_to_string(Self::CONFIG).unwrap();
+        fs::write(Self::CONFIG, "boot_timeout_seconds = 600\n").unwrap();
+        Self { before }
+    }
+}
+
+impl Drop for LongBoots {
+    fn drop(&mut self) {
+        fs::write(Self::CONFIG, &self.before).unwrap();
     }
 }
 
@@ -124,4 +158,41 @@ fn what_an_idle_pod_costs_the_host() {
     );
     // Its machine has 256 MiB or more; an idle one touches little of it.
     assert!(two_kib < 200 << 10, "{two_kib} KiB");
+    // What the pod costs beyond its containers is what nacre.toml and, by the manifests'
+    // test, the RuntimeClass say it may.
+    let overhead_kib = overhead_mib() << 10;
+    assert!(
+        empty_kib <= overhead_kib,
+        "{empty_kib} KiB of {overhead_kib}"
+    );
+}
+
+#[test]
+#[ignore = "minutes long in the lab: make numbers"]
+fn what_many_idle_pods_cost_the_host() {
+    const COUNTS: [u64; 3] = [1, 10, 30];
+    let _pages = SmallPages::new();
+    let scene = PodScene::new();
+    let mut pods = Vec::new();
+    let mut totals = Vec::new();
+    for count in COUNTS {
+        while (pods.len() as u64) < count {
+            pods.push(scene.pod("idle").run());
+        }
+        let total: u64 = pods.iter().map(|pod| pss_kib(pod.monitor(), &pod.id)).sum();
+        println!(
+            "{count} idle pods, PSS: {total} KiB, {} each",
+            total / count
+        );
+        totals.push(total);
+    }
+    let [one, _, many] = totals[..] else {
+        panic!("{totals:?}")
+    };
+    let each = many.saturating_sub(one) / (COUNTS[2] - COUNTS[0]);
+    println!("each further idle pod, PSS: {each} KiB");
+    // Two pods share at least the programs' pages.
+    assert!(each < one, "{each} KiB, the first one {one}");
+    let overhead_kib = overhead_mib() << 10;
+    assert!(each <= overhead_kib, "{each} KiB of {overhead_kib}");
 }

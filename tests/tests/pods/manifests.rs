@@ -1,0 +1,109 @@
+//! The manifests of config/ and docs/: by kubectl, and by what they must agree with.
+//!
+//! kubectl has no schema of its own: `apply --dry-run=client` asks a server for it, and
+//! here is none. What it does have is the types of the Kubernetes API, and a strategic
+//! merge of a manifest into itself (`patch --local`) looks up every object and list in
+//! them. So it refuses unknown kinds, and unknown fields that hold objects or lists;
+//! fields that hold plain values it lets pass, and those are compared here.
+
+use std::process::Command;
+
+use nacre_tests::pods::HANDLER;
+use nacre_tests::{Said, run_with_input};
+use serde_json::{Value, json};
+
+const RUNTIME_CLASS: &str = include_str!("../../../config/runtimeclass.yaml");
+const NACRE_TOML: &str = include_str!("../../../config/nacre.toml");
+const CONTAINERD: [&str; 2] = [
+    include_str!("../../../config/containerd-2.toml"),
+    include_str!("../../../config/containerd-1.7.toml"),
+];
+const DOCUMENTATION: &str = include_str!("../../../docs/kubernetes.md");
+
+/// What nacre.toml says a pod may use beyond its containers, MiB.
+pub fn overhead_mib() -> u64 {
+    let line = NACRE_TOML
+        .lines()
+        .find_map(|line| line.strip_prefix("overhead_memory_mib = "));
+    line.unwrap().parse().unwrap()
+}
+
+fn merged_by_kubectl(manifest: &str) -> Said {
+    let mut kubectl = Command::new("kubectl");
+    kubectl.args(["patch", "--local", "--type", "strategic", "-o", "json"]);
+    kubectl.args(["-f", "-", "-p", manifest]);
+    run_with_input(kubectl, manifest.into())
+}
+
+/// The manifest as kubectl understands it.
+#[track_caller]
+fn checked(manifest: &str) -> Value {
+    let said = merged_by_kubectl(manifest).exits(0);
+    serde_json::from_str(&said.stdout).unwrap()
+}
+
+fn expected_class() -> Value {
+    json!({
+        "apiVersion": "node.k8s.io/v1",
+        "kind": "RuntimeClass",
+        "metadata": { "name": "nacre" },
+        "handler": HANDLER,
+        "overhead": {
+            "podFixed": { "memory": format!("{}Mi", overhead_mib()), "cpu": "100m" },
+        },
+    })
+}
+
+#[test]
+fn runtime_class_is_one_and_has_the_overhead_of_nacre_toml() {
+    assert_eq!(checked(RUNTIME_CLASS), expected_class());
+}
+
+#[test]
+fn runtime_class_for_some_nodes_is_one_too() {
+    let (class, commented) = RUNTIME_CLASS.split_once("and uncomment:\n").unwrap();
+    let lines = commented.lines();
+    let lines: Vec<_> = lines.map(|line| line.strip_prefix("# ").unwrap()).collect();
+    let mut expected = expected_class();
+    expected["scheduling"] = json!({ "nodeSelector": { "nacre.dev/ready": "true" } });
+    assert_eq!(
+        checked(&format!("{class}\n{}\n", lines.join("\n"))),
+        expected
+    );
+}
+
+/// kubectl's check can fail.
+#[test]
+fn manifests_with_mistakes_are_refused() {
+    for (right, wrong, complaint) in [
+        ("overhead:", "overheads:", "overheads"),
+        ("podFixed:", "podFix:", "podFix"),
+        ("kind: RuntimeClass", "kind: RuntimeClas", "RuntimeClas"),
+    ] {
+        let manifest = RUNTIME_CLASS.replace(right, wrong);
+        merged_by_kubectl(&manifest)
+            .exits(1)
+            .complains(&[complaint]);
+    }
+}
+
+#[test]
+fn documented_pod_is_one_and_names_the_class() {
+    let (_, rest) = DOCUMENTATION.split_once("```yaml\n").unwrap();
+    let (manifest, _) = rest.split_once("```").unwrap();
+    let pod = checked(manifest);
+    assert_eq!(pod["kind"], "Pod");
+    assert_eq!(
+        pod["spec"]["runtimeClassName"],
+        expected_class()["metadata"]["name"]
+    );
+}
+
+/// The RuntimeClass's handler is the runtime's name in containerd's configuration.
+#[test]
+fn containerd_has_the_handler() {
+    for text in CONTAINERD {
+        let table = format!(".containerd.runtimes.{HANDLER}]");
+        assert!(text.lines().any(|line| line.ends_with(&table)), "{text}");
+    }
+}
