@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench numbers soak lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench numbers soak lab e2e devices install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -79,6 +79,23 @@ e2e: stage stage-boot
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@mkdir $(STAGE)/tests && cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
+
+# What is to be passed to pods, in a lab that has it: tests/tests/devices/main.rs says
+# what is where. DEVICES='name' runs the tests that match.
+DEVICES_DISK := target/devices-disk.img
+nvme = -drive if=none,id=$(1),format=raw,snapshot=on,file=$(DEVICES_DISK) -device nvme,drive=$(1),serial=$(1),$(2)
+DEVICES_QEMU := \
+  -device pcie-root-port,id=port1,chassis=1,addr=0x10 $(call nvme,alone,bus=port1) \
+  -device pcie-root-port,id=port2,chassis=2,addr=0x11 -device x3130-upstream,id=switch,bus=port2 \
+  -device xio3130-downstream,id=port3,chassis=3,bus=switch $(call nvme,switched,bus=port3) \
+  $(call nvme,first,addr=0x12.0),multifunction=on $(call nvme,second,addr=0x12.1) \
+  -device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=128G,addr=0x14 \
+  -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
+devices: stage
+	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
+	@truncate -s 64M $(DEVICES_DISK)
+	@$(IN_LAB) run --timeout 1200 --iommu $(foreach argument,$(DEVICES_QEMU),--qemu $(argument)) $(STAGE) -- \
+	  nacre-devices --test-threads=1 $(DEVICES)
 
 test: lint unit e2e
 

@@ -47,11 +47,14 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::HostNetwork { .. }
         | SandboxError::HostNamespace { .. }
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
+        SandboxError::NoPassthrough { .. } => Code::UNIMPLEMENTED,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
+        | SandboxError::Devices { .. }
+        | SandboxError::Claim { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,

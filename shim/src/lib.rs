@@ -16,6 +16,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod cli;
 pub mod config;
+pub mod devices;
 mod elf;
 pub mod error;
 pub mod events;

@@ -1,7 +1,8 @@
 //! `/run/nacre/<namespace>/<sandbox id>/`: what is known about a pod on disk.
 //!
 //! ```text
-//! <root>/uids/<uid> -> <namespace>/<sandbox id>   a monitor uid in use (symlink: made whole or not at all)
+//! <root>/.uids/<uid> -> <namespace>/<sandbox id>  a monitor uid in use (symlink: made whole or not at all)
+//! <root>/.devices/<PCI address> -> the same       a device in use, see `devices/claim.rs`
 //! <root>/<namespace>/<sandbox id>/
 //!     state.json   processes, cgroup, ...: enough to clean up after a killed shim
 //!     log          the shim's and the monitor's messages
@@ -23,6 +24,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
+
+use crate::devices::Claims;
 
 pub use process::{Proc, pidfd_kill, pidfd_open};
 
@@ -239,8 +242,8 @@ impl RunDir {
     ///
     /// `NoUid` when the range is full.
     pub fn allocate_uid(&self, base: u32, count: u32) -> Result<u32, RunDirError> {
-        let _lock = self.lock_uids()?;
-        let owner = Path::new(&self.namespace).join(&self.id);
+        let _lock = lock(&self.uids_dir())?;
+        let owner = self.owner();
         for uid in base..base.saturating_add(count) {
             let link = self.uids_dir().join(uid.to_string());
             match fs::read_link(&link) {
@@ -277,6 +280,7 @@ impl RunDir {
         if let Some(uid) = state.uid {
             self.release_uid(uid);
         }
+        self.claims().release(self);
         let path = self.path();
         // A recursive removal would empty whatever is still mounted inside.
         if unmounted {
@@ -293,22 +297,24 @@ impl RunDir {
         }
     }
 
+    /// Who has which device on this host.
+    pub fn claims(&self) -> Claims {
+        Claims::of(&self.root)
+    }
+
+    /// The pod as links name it: its directory below the root.
+    pub fn owner(&self) -> PathBuf {
+        Path::new(&self.namespace).join(&self.id)
+    }
+
     fn uids_dir(&self) -> PathBuf {
         // Not a possible namespace: those start with a letter or digit.
         self.root.join(".uids")
     }
 
-    fn lock_uids(&self) -> Result<Flock<File>, RunDirError> {
-        let path = self.uids_dir();
-        let directory = File::open(&path).map_err(io_error("open", &path))?;
-        Flock::lock(directory, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| io_error("lock", &path)(errno.into()))
-    }
-
     fn release_uid(&self, uid: u32) {
         let link = self.uids_dir().join(uid.to_string());
-        let owner = Path::new(&self.namespace).join(&self.id);
-        if fs::read_link(&link).is_ok_and(|target| target == owner) {
+        if fs::read_link(&link).is_ok_and(|target| target == self.owner()) {
             remove(&link, fs::remove_file(&link));
         }
     }
@@ -332,7 +338,21 @@ pub fn check_id(id: &str) -> Result<(), RunDirError> {
     }
 }
 
-fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> RunDirError + 'a {
+/// Locks a directory until the lock is dropped (flock(2)).
+///
+/// # Errors
+///
+/// When it cannot be opened or locked.
+pub(crate) fn lock(path: &Path) -> Result<Flock<File>, RunDirError> {
+    let directory = File::open(path).map_err(io_error("open", path))?;
+    Flock::lock(directory, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| io_error("lock", path)(errno.into()))
+}
+
+pub(crate) fn io_error<'a>(
+    what: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> RunDirError + 'a {
     move |source| RunDirError::Io {
         what,
         path: path.to_owned(),
@@ -340,7 +360,7 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
     }
 }
 
-fn remove(path: &Path, result: io::Result<()>) {
+pub(crate) fn remove(path: &Path, result: io::Result<()>) {
     match result {
         Ok(()) => debug!(path = %path.display(), "removed"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => (),
@@ -377,7 +397,7 @@ fn unmount_below(path: &Path) -> bool {
 }
 
 /// Undoes mountinfo's octal escapes (proc(5)).
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
         .iter()
         .zip([" ", "\t", "\n", "\\"])

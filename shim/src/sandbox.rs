@@ -42,6 +42,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::cgroup::{CgroupError, Limits};
 use crate::config::ConfigError;
+use crate::devices::{AssignedDevice, ClaimError, RequestError};
 use crate::hooks::HookError;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::network::NetworkError;
@@ -92,6 +93,33 @@ pub enum SandboxError {
         container_id: String,
         /// What is missing.
         what: &'static str,
+    },
+    /// The devices a container asks for cannot be had.
+    #[error("container {container_id}: the devices it asks for")]
+    Devices {
+        /// The container.
+        container_id: String,
+        /// Why.
+        source: RequestError,
+    },
+    /// Another pod has a device.
+    #[error("container {container_id}: the devices it asks for")]
+    Claim {
+        /// The container.
+        container_id: String,
+        /// Which, and whose it is.
+        source: ClaimError,
+    },
+    /// A machine can be given no devices.
+    #[error(
+        "container {container_id} asks for {devices}; this version of nacre finds and reserves \
+         such devices but cannot yet pass them to a virtual machine"
+    )]
+    NoPassthrough {
+        /// The container.
+        container_id: String,
+        /// Their addresses.
+        devices: String,
     },
     /// A second container came before the first was started.
     #[error(
@@ -210,6 +238,22 @@ impl Host {
             Self::Vm(host) => host.prepare(config, booted).await,
             #[cfg(test)]
             Self::Fake(host) => host.prepare(config, booted),
+        }
+    }
+
+    /// The host's devices that a container asks for.
+    ///
+    /// # Errors
+    ///
+    /// `Devices`: what cannot be passed.
+    pub async fn devices(
+        &self,
+        config: &ContainerConfig,
+    ) -> Result<Vec<AssignedDevice>, SandboxError> {
+        match self {
+            Self::Vm(host) => host.devices(config).await,
+            #[cfg(test)]
+            Self::Fake(host) => host.devices(config),
         }
     }
 

@@ -9,11 +9,12 @@ use crate::PATIENCE;
 
 /// What belongs to a namespace of containerd, to the runtime or to the CNI
 /// plugins, not to a pod, and stays. What is *in* the directories counts.
-const PARENTS: [&str; 5] = [
+const PARENTS: [&str; 6] = [
     "cgroup /sys/fs/cgroup/default",
     "run directory /run/nacre/default",
     "run directory /run/nacre/k8s.io",
     "run directory /run/nacre/.uids",
+    "run directory /run/nacre/.devices",
     "interface /sys/class/net/cni0",
 ];
 

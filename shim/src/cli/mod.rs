@@ -1,11 +1,14 @@
 //! The `nacre` command: whether a host is ready, which pods run, what they
-//! logged, a shell in their guests; and how nacre itself comes to a host and leaves it.
+//! logged, a shell in their guests, the host's devices for them; and how nacre itself
+//! comes to a host and leaves it.
 
 mod check;
 mod console;
 mod containerd;
+mod devices;
 mod install;
 mod pods;
+mod table;
 mod trial;
 
 use std::process::ExitCode;
@@ -13,6 +16,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, program_tree};
+use crate::devices::{Address, Claims, DeviceError, System};
 use crate::error::chain;
 
 pub use containerd::ContainerdError;
@@ -68,6 +72,9 @@ pub enum CliError {
         /// Why.
         source: std::io::Error,
     },
+    /// A device cannot be moved, or not be looked at.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The output is closed.
     #[error("cannot write the output")]
     Write(#[source] std::io::Error),
@@ -123,6 +130,30 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// List the host's PCI devices that pods could be given, or move some.
+    Devices {
+        #[command(subcommand)]
+        action: Option<Action>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Give devices to vfio-pci, so that pods can be given them.
+    ///
+    /// A device in use is refused: a mounted disk, a network interface that is up,
+    /// the console's GPU, whatever a process has open.
+    Bind {
+        /// PCI addresses, such as 0000:01:00.0.
+        #[arg(required = true)]
+        addresses: Vec<Address>,
+    },
+    /// Give devices back to the host's drivers.
+    Unbind {
+        /// PCI addresses, such as 0000:01:00.0.
+        #[arg(required = true)]
+        addresses: Vec<Address>,
+    },
 }
 
 /// Runs the command with the process's arguments.
@@ -174,6 +205,17 @@ fn execute(command: Command) -> Result<ExitCode, CliError> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Console { pod } => console::run(&pods::find(&Config::load()?.run_dir, &pod)?),
+        Command::Devices { action } => {
+            let (system, claims) = (System::default(), Claims::of(&Config::load()?.run_dir));
+            match action {
+                None => devices::list(&system, &claims, &mut out)?,
+                Some(Action::Bind { addresses }) => devices::bind(&system, &addresses, &mut out)?,
+                Some(Action::Unbind { addresses }) => {
+                    devices::unbind(&system, &claims, &addresses, &mut out)?;
+                }
+            }
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

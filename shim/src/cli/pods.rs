@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use super::CliError;
+use super::{CliError, table};
+use crate::devices::{Address, Claims, DeviceError};
 use crate::rundir::{Proc, State};
 
 const STATE_FILE: &str = "state.json";
@@ -32,6 +33,7 @@ pub(super) struct Pod {
 /// Prints a table of the pods.
 pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError> {
     let uptime = uptime_ticks();
+    let claims = Claims::of(run_dir).by_pod().map_err(DeviceError::from)?;
     let mut rows = vec![
         [
             "POD",
@@ -41,11 +43,16 @@ pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError>
             "UPTIME",
             "VCPUS",
             "MEMORY",
+            "DEVICES",
         ]
         .map(str::to_owned),
     ];
-    rows.extend(pods(run_dir)?.iter().map(|pod| row(pod, uptime)));
-    print_table(out, &rows).map_err(CliError::Write)
+    rows.extend(pods(run_dir)?.iter().map(|pod| {
+        let owner = format!("{}/{}", pod.namespace, pod.id);
+        let devices = claims.get(&owner).map(Vec::as_slice);
+        row(pod, uptime, devices.unwrap_or_default())
+    }));
+    table::print(out, &rows).map_err(CliError::Write)
 }
 
 /// What of a pod's log is wanted.
@@ -175,7 +182,7 @@ pub(super) fn find(run_dir: &Path, name: &str) -> Result<Pod, CliError> {
     }
 }
 
-fn row(pod: &Pod, uptime: u64) -> [String; 7] {
+fn row(pod: &Pod, uptime: u64, devices: &[Address]) -> [String; 8] {
     let dash = || "-".to_owned();
     let [pid, state, age, vcpus, memory] = match pod.state.monitor {
         None => [dash(), "starting".into(), dash(), dash(), dash()],
@@ -196,6 +203,7 @@ fn row(pod: &Pod, uptime: u64) -> [String; 7] {
         age,
         vcpus,
         memory,
+        table::list(devices),
     ]
 }
 
@@ -244,26 +252,10 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-fn print_table(out: &mut impl Write, rows: &[[String; 7]]) -> io::Result<()> {
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(String::len).max().unwrap_or(0)
-    };
-    let widths: [usize; 7] = std::array::from_fn(width);
-    for row in rows {
-        let cells: Vec<_> = row
-            .iter()
-            .zip(widths)
-            .map(|(cell, width)| format!("{cell:<width$}"))
-            .collect();
-        writeln!(out, "{}", cells.join("  ").trim_end())?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rundir::RunDir;
     use std::fs::File;
     use std::io::Read;
 
@@ -313,6 +305,18 @@ mod tests {
         assert_eq!(&row[..2], ["abc", "k8s.io"]);
         assert_eq!(row[2], std::process::id().to_string());
         assert_eq!(row[3], "running");
+    }
+
+    #[test]
+    fn pods_are_listed_with_their_devices() {
+        let dir = run_dir(&["abc", "xyz"]);
+        let pod = RunDir::new(dir.path(), "k8s.io", "abc").unwrap();
+        let devices = ["0000:02:00.0", "0000:01:00.0"].map(|text| text.parse::<Address>().unwrap());
+        Claims::of(dir.path()).claim(&pod, &devices).unwrap();
+        let text = list_text(dir.path());
+        let column = |line: usize| text.lines().nth(line).unwrap().split("  ").last().unwrap();
+        let columns = [0, 1, 2].map(|line| column(line).trim());
+        assert_eq!(columns, ["DEVICES", "0000:01:00.0,0000:02:00.0", "-"]);
     }
 
     #[test]

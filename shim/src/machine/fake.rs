@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
+use crate::devices::{AssignedDevice, System, request};
 use crate::sandbox::{ContainerConfig, MemorySize, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
@@ -183,6 +184,8 @@ pub struct FakeHost {
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
     pub journal: Journal,
+    /// Where the host's devices are.
+    pub system: System,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -196,6 +199,7 @@ impl FakeHost {
             knows_network: true,
             debug_shell: None,
             journal: Journal::default(),
+            system: System::default(),
             agent_exe: None,
             root: tempfile::tempdir().unwrap(),
         }
@@ -253,6 +257,14 @@ impl FakeHost {
     /// Notes the call.
     pub fn set_limits(&self, memory_mib: u32) {
         lock(&self.journal).push(format!("host {memory_mib}"));
+    }
+
+    /// Those of `system` that the container asks for.
+    pub fn devices(&self, config: &ContainerConfig) -> Result<Vec<AssignedDevice>, SandboxError> {
+        request::assigned(&self.system, &config.spec).map_err(|source| SandboxError::Devices {
+            container_id: config.id.clone(),
+            source,
+        })
     }
 
     /// Starts an agent.

@@ -16,7 +16,7 @@
 //! | hooks | none, they are host programs |
 //! | cgroup path | `/<container id>` |
 //! | AppArmor profile, SELinux labels | none, the guest loads no policies |
-//! | devices below `/dev/vfio`, `/dev/iommu` | none, the devices themselves are in the VM |
+//! | devices below `/dev/vfio`, `/dev/iommu`, and the rules that allow them | none, the devices themselves are in the VM |
 //! | Intel RDT, network devices | none, they are the host's |
 
 pub mod kubernetes;
@@ -25,8 +25,11 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::guest::{CONTAINERS_DIR, POD_PID_NAMESPACE};
 use oci_spec::runtime::{
-    Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Root, RootBuilder, Spec,
+    Linux, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount, Process,
+    Root, RootBuilder, Spec,
 };
+
+use crate::devices::request::is_passthrough_node;
 
 /// Namespaces a container outside of Kubernetes' pods gets even where the spec asks
 /// for the host's: in the guest "the host" is the agent, which no container may see
@@ -94,15 +97,9 @@ fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
     } else {
         own_namespaces(asked)
     };
-    let devices = linux.devices().clone().map(|devices| {
-        devices
-            .into_iter()
-            .filter(|device| !is_passthrough_node(device.path()))
-            .collect()
-    });
+    drop_passthrough_nodes(linux);
     linux
         .set_namespaces(Some(namespaces))
-        .set_devices(devices)
         .set_cgroups_path(Some(Path::new("/").join(container_id)))
         .set_mount_label(None)
         .set_intel_rdt(None)
@@ -149,9 +146,28 @@ fn pod_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
     namespaces
 }
 
-/// Device nodes that stand for a device handed to the VM as a whole.
-fn is_passthrough_node(path: &Path) -> bool {
-    path.starts_with("/dev/vfio") || path == Path::new("/dev/iommu")
+/// Takes out device nodes that stand for a device handed to the VM as a whole, and the
+/// rules that allow them: in the guest other devices have their numbers.
+fn drop_passthrough_nodes(linux: &mut Linux) {
+    let all = linux.devices().clone().unwrap_or_default();
+    let is_passed = |device: &LinuxDevice| is_passthrough_node(device.path());
+    let (passed, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(is_passed);
+    if passed.is_empty() {
+        return;
+    }
+    linux.set_devices(Some(kept));
+    let Some(resources) = linux.resources_mut() else {
+        return;
+    };
+    if let Some(rules) = resources.devices_mut() {
+        rules.retain(|rule| !passed.iter().any(|device| allows(rule, device)));
+    }
+}
+
+/// Whether a rule is this very device's.
+fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
+    let numbers = (Some(device.major()), Some(device.minor()));
+    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
 }
 
 #[cfg(test)]

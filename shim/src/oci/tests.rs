@@ -58,6 +58,41 @@ fn host_objects_are_taken_out() {
     assert_eq!(devices[0]["path"], "/dev/fuse");
 }
 
+/// A rule for a number of the host's would let the container at another device of the
+/// guest's.
+#[test]
+fn a_passed_device_s_node_and_its_rule_are_taken_out() {
+    let rule = |major: u32, minor: u32| json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
+    let deny_all = json!({"allow": false, "access": "rwm"});
+    let node = |path: &str, major: u32, minor: u32| json!({"path": path, "type": "c", "major": major, "minor": minor});
+    let guest = translate(json!({
+        "ociVersion": "1.1.0",
+        "linux": {
+            "devices": [
+                node("/dev/vfio/vfio", 10, 196), node("/dev/vfio/12", 240, 3), node("/dev/fuse", 10, 229),
+            ],
+            "resources": {"devices": [
+                deny_all, rule(10, 196), rule(240, 3), rule(10, 229), rule(240, 4),
+            ]},
+        },
+    }));
+    let linux = &guest["linux"];
+    let paths: Vec<_> = linux["devices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|device| &device["path"])
+        .collect();
+    assert_eq!(paths, ["/dev/fuse"]);
+    let rules = linux["resources"]["devices"].as_array().unwrap();
+    let numbers: Vec<_> = rules
+        .iter()
+        .map(|rule| (rule["major"].as_u64(), rule["minor"].as_u64()))
+        .collect();
+    let kept = [(None, None), (Some(10), Some(229)), (Some(240), Some(4))];
+    assert_eq!(numbers, kept);
+}
+
 #[test]
 fn a_pod_s_namespaces_are_the_machine_s_and_the_agent_s() {
     let in_pod = |pid: Value| {

@@ -1,12 +1,14 @@
 //! [`VmHost`]: everything a pod's virtual machine has on the host.
 //!
 //! ```text
-//! open: netns -> uid, cgroup -> monitor process -> host hooks -> taps
+//! open: devices -> netns -> uid, cgroup -> monitor process -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
 //! killed shim, can undo any prefix of it.
+
+mod devices;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -31,6 +33,7 @@ use super::sizing::{Size, host_limits, memory_of, size_of};
 use super::{ContainerConfig, MemorySize, Sandbox, SandboxError, cmdline};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
+use crate::devices::System;
 use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, VmMachine};
@@ -69,6 +72,7 @@ pub struct VmHost {
     config: Config,
     run_dir: RunDir,
     sandbox_id: String,
+    system: System,
     parts: Mutex<Parts>,
 }
 
@@ -94,6 +98,7 @@ impl VmHost {
             config,
             run_dir,
             sandbox_id,
+            system: System::default(),
             parts: Mutex::new(Parts {
                 state,
                 ..Parts::default()
@@ -149,6 +154,8 @@ impl VmHost {
 
     async fn try_open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
         refuse_host_namespaces(&config.spec, &config.id)?;
+        let devices = self.claim_devices(config).await?;
+        devices::refuse(&devices, &config.id)?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
@@ -412,7 +419,10 @@ impl VmHost {
                 warn!("the monitor does not die");
             }
         }
+        let run_dir = self.run_dir.clone();
         let result = blocking(move || {
+            // The monitor is gone, and with it what it had open.
+            run_dir.claims().release(&run_dir);
             if let Some(mut child) = virtiofsd {
                 child.kill()?;
                 child.wait()?;

@@ -218,6 +218,12 @@ impl Pod {
                 container_id: config.id.clone(),
             }));
         }
+        if !self.host.devices(config).await?.is_empty() {
+            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
+                container_id: config.id.clone(),
+                what: "a device of the host",
+            }));
+        }
         let prepared = self.host.prepare(config, booted).await?;
         if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
             return Err(TaskError::Sandbox(SandboxError::NoHotplug {

@@ -1,0 +1,256 @@
+//! Which of the host's devices a container asks for, and what of them a monitor opens.
+//!
+//! | in the spec | stands for |
+//! |---|---|
+//! | `linux.devices` with `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
+//! | with `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
+//! | with `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
+//! | annotation `io.nacre.devices` | PCI addresses or directories in sysfs, with commas between |
+//! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
+//!
+//! However a device is named, its whole IOMMU group is meant. Annotations come from whoever
+//! makes the pod, if the administrator lets them through: what they name ends up in
+//! paths only as an address that was parsed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{LinuxDevice, Spec};
+
+use super::pci::{Address, Function};
+use super::{DeviceError, System, cdi, group};
+
+/// The annotation that names devices.
+pub const DEVICES_ANNOTATION: &str = "io.nacre.devices";
+
+const VFIO_DIR: &str = "/dev/vfio";
+const IOMMU_NODE: &str = "/dev/iommu";
+/// The container of groups, in the group interface.
+const CONTAINER_NODE: &str = "/dev/vfio/vfio";
+
+/// Errors in what a container asks for.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The device cannot be passed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The host still drives it.
+    #[error(
+        "PCI device {address} is with driver {driver}, and pods get what vfio-pci has: \
+         `nacre devices bind {address}`"
+    )]
+    NotBound {
+        /// Which.
+        address: Address,
+        /// Whose it is.
+        driver: String,
+    },
+    /// A node that no device has.
+    #[error("{} is no device's that could be passed; `nacre devices` lists them", .0.display())]
+    NoNode(PathBuf),
+    /// Neither an address nor a directory of a PCI device.
+    #[error(
+        "annotation io.nacre.devices: {0:?} is neither a PCI address nor a PCI device's directory \
+         in /sys"
+    )]
+    BadName(String),
+    /// A name that no CDI spec has.
+    #[error("no CDI spec names a device {name:?}; {known}")]
+    NoCdiDevice {
+        /// The name.
+        name: String,
+        /// What was looked at.
+        known: String,
+    },
+    /// A name that two specs have.
+    #[error("CDI device {name:?} is in {files}; which is meant?")]
+    CdiConflict {
+        /// The name.
+        name: String,
+        /// Where.
+        files: String,
+    },
+    /// A name without a VFIO device behind it.
+    #[error(
+        "CDI device {0:?} names no node of a device below /dev/vfio, and a virtual machine can \
+         be given no other"
+    )]
+    CdiWithoutVfio(String),
+    /// A spec cannot be read.
+    #[error("cannot read CDI spec {}", path.display())]
+    CdiRead {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A spec is malformed.
+    #[error("malformed CDI spec {}", path.display())]
+    CdiSyntax {
+        /// Which.
+        path: PathBuf,
+        /// The parser's complaint.
+        source: serde_json::Error,
+    },
+}
+
+/// A device for a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AssignedDevice {
+    /// Where it is on the host.
+    pub address: Address,
+    /// Its IOMMU group.
+    pub group: u32,
+    /// To be opened where the host is used by the group interface: the whole group's.
+    pub group_node: PathBuf,
+    /// To be opened where the host has iommufd: its own.
+    pub device_node: Option<PathBuf>,
+}
+
+/// Whether a device node stands for a device that the machine is given as a whole, so
+/// that the container in it has no use for the node.
+pub fn is_passthrough_node(path: &Path) -> bool {
+    path.starts_with(VFIO_DIR) || path == Path::new(IOMMU_NODE)
+}
+
+/// The devices a container gets, by address: all of each group it asks for.
+///
+/// # Errors
+///
+/// A name nobody has, a device or a group that cannot be passed.
+pub fn assigned(system: &System, spec: &Spec) -> Result<Vec<AssignedDevice>, RequestError> {
+    let mut groups = BTreeMap::new();
+    for address in asked(system, spec)? {
+        let function = system.function(address)?;
+        if function.is_bridge() {
+            return Err(DeviceError::Bridge(address).into());
+        }
+        if !function.is_on_vfio() {
+            return Err(RequestError::NotBound {
+                address,
+                driver: function.driver_name().to_owned(),
+            });
+        }
+        let (group, members) = group::of(system, &function)?;
+        groups.insert(group, members);
+    }
+    let mut assigned = Vec::new();
+    for (group, members) in groups {
+        group::check(group, &members, &[])?;
+        let passed = members.iter().filter(|member| member.is_on_vfio());
+        assigned.extend(passed.map(|member| device(system, group, member)));
+    }
+    assigned.sort_by_key(|device| device.address);
+    Ok(assigned)
+}
+
+fn device(system: &System, group: u32, function: &Function) -> AssignedDevice {
+    let nodes = system.dev.join("vfio");
+    let own = function.vfio_node.as_ref();
+    AssignedDevice {
+        address: function.address,
+        group,
+        device_node: own.map(|name| nodes.join("devices").join(name)),
+        group_node: nodes.join(group.to_string()),
+    }
+}
+
+/// What is asked for by name.
+fn asked(system: &System, spec: &Spec) -> Result<BTreeSet<Address>, RequestError> {
+    let mut asked = BTreeSet::new();
+    let devices = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_ref());
+    for path in devices.into_iter().flatten().map(LinuxDevice::path) {
+        asked.extend(by_node(system, path)?);
+    }
+    for (key, value) in spec.annotations().iter().flatten() {
+        let names = value
+            .split(',')
+            .map(str::trim)
+            .filter(|name| !name.is_empty());
+        if key == DEVICES_ANNOTATION {
+            for name in names {
+                asked.insert(by_name(system, name)?);
+            }
+        } else if key.starts_with(cdi::ANNOTATION_PREFIX) {
+            for name in names {
+                asked.extend(by_cdi(system, name)?);
+            }
+        }
+    }
+    Ok(asked)
+}
+
+/// The devices behind a device node; none if it is no VFIO device's.
+fn by_node(system: &System, path: &Path) -> Result<Vec<Address>, RequestError> {
+    let means_nothing = [VFIO_DIR, CONTAINER_NODE, IOMMU_NODE]
+        .iter()
+        .any(|node| path == Path::new(node));
+    if means_nothing || !is_passthrough_node(path) {
+        return Ok(Vec::new());
+    }
+    let below = path.strip_prefix(VFIO_DIR).unwrap_or(path);
+    let members = match (below.to_str(), below.strip_prefix("devices")) {
+        (_, Ok(node)) => {
+            let mut all = system.functions()?;
+            all.retain(|function| {
+                function
+                    .vfio_node
+                    .as_ref()
+                    .is_some_and(|own| node == Path::new(own))
+            });
+            all
+        }
+        // By its exact name: "+4" is none.
+        (Some(name), _) if name.bytes().all(|byte| byte.is_ascii_digit()) => match name.parse() {
+            Ok(number) => system.group(number)?,
+            Err(_) => Vec::new(),
+        },
+        _ => Vec::new(),
+    };
+    let devices = members.iter().filter(|member| member.is_on_vfio());
+    let devices: Vec<_> = devices.map(|member| member.address).collect();
+    if devices.is_empty() {
+        return Err(RequestError::NoNode(path.to_owned()));
+    }
+    Ok(devices)
+}
+
+/// The device of an address or a directory in sysfs.
+fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
+    let bad = || RequestError::BadName(name.to_owned());
+    let Ok(below) = Path::new(name).strip_prefix("/sys") else {
+        return name.parse().map_err(|_| bad());
+    };
+    let is_plain = below
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    let last = below.file_name().and_then(|last| last.to_str());
+    let address: Address = last.and_then(|last| last.parse().ok()).ok_or_else(bad)?;
+    if !is_plain {
+        return Err(bad());
+    }
+    let real = |path: PathBuf| path.canonicalize().ok();
+    let there = real(system.function_dir(address)).ok_or(DeviceError::NoDevice(address))?;
+    if real(system.sys.join(below)) != Some(there) {
+        return Err(bad());
+    }
+    Ok(address)
+}
+
+fn by_cdi(system: &System, name: &str) -> Result<Vec<Address>, RequestError> {
+    let mut found = Vec::new();
+    for node in cdi::nodes(&system.cdi, name)? {
+        found.extend(by_node(system, &node)?);
+    }
+    if found.is_empty() {
+        return Err(RequestError::CdiWithoutVfio(name.to_owned()));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,86 @@
+//! Containers that ask for a device. No virtual machine is given one yet: what can be shown
+//! is that each way to ask is understood, and that nothing is left of it.
+
+use std::fs;
+
+use nacre_tests::{Said, Scene};
+use serde_json::json;
+
+use crate::{Bound, EDU, NVME_PORT, PAIR, behind, driver, group};
+
+/// What nacre says of a container whose devices were all found.
+const FOUND: &str = "cannot yet pass them";
+
+fn with_annotation(scene: &mut Scene, key: &str, value: &str) -> Said {
+    let said = scene.run_spec(|spec| spec["annotations"] = json!({key: value}));
+    // Nothing is anybody's after a refusal.
+    let claims = fs::read_dir("/run/nacre/.devices").into_iter().flatten();
+    assert_eq!(claims.count(), 0);
+    said
+}
+
+#[test]
+fn by_address_and_by_path() {
+    let mut scene = Scene::new();
+    let nvme = behind(NVME_PORT);
+    with_annotation(&mut scene, "io.nacre.devices", &nvme)
+        .exits(1)
+        .complains(&[&nvme, "driver nvme", "nacre devices bind"]);
+    // The shim moves nothing.
+    assert_eq!(driver(&nvme).as_deref(), Some("nvme"));
+    let bound = Bound::new(&[&nvme, EDU]);
+    let both = format!("{nvme},/sys/bus/pci/devices/{EDU}");
+    with_annotation(&mut scene, "io.nacre.devices", &both)
+        .exits(1)
+        .complains(&[&nvme, EDU, FOUND]);
+    with_annotation(&mut scene, "io.nacre.devices", "0000:7f:00.0")
+        .exits(1)
+        .complains(&["no PCI device 0000:7f:00.0"]);
+    drop(bound);
+}
+
+#[test]
+fn by_the_group_s_node() {
+    let mut scene = Scene::new();
+    let bound = Bound::new(&[EDU]);
+    let node = format!("/dev/vfio/{}", group(EDU));
+    scene
+        .run_with(&["--device", &node], &["true"])
+        .exits(1)
+        .complains(&[EDU, FOUND]);
+    drop(bound);
+}
+
+#[test]
+fn by_the_name_of_a_cdi_spec() {
+    let mut scene = Scene::new();
+    let bound = Bound::new(&[EDU]);
+    let node = format!("/dev/vfio/{}", group(EDU));
+    let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]});
+    let spec = json!({
+        "cdiVersion": "0.6.0",
+        "kind": "nacre.test/edu",
+        "devices": [{"name": "0", "containerEdits": edits}],
+    });
+    fs::create_dir_all("/var/run/cdi").unwrap();
+    let file = "/var/run/cdi/nacre-test.json";
+    fs::write(file, spec.to_string()).unwrap();
+    let key = "cdi.k8s.io/test";
+    let found = with_annotation(&mut scene, key, "nacre.test/edu=0");
+    let wrong = with_annotation(&mut scene, key, "nacre.test/edu=1");
+    fs::remove_file(file).unwrap();
+    found.exits(1).complains(&[EDU, FOUND]);
+    wrong.exits(1).complains(&["nacre.test/edu=1", file]);
+    drop(bound);
+}
+
+#[test]
+fn a_group_that_is_not_complete() {
+    let mut scene = Scene::new();
+    let [first, second] = PAIR;
+    crate::devices(&["bind", first]).exits(0);
+    let said = with_annotation(&mut scene, "io.nacre.devices", first);
+    crate::devices(&["unbind", first]).exits(0);
+    said.exits(1)
+        .complains(&["IOMMU group", &format!("{second} (nvme)")]);
+}
