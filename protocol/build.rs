@@ -9,7 +9,11 @@ fn main() {
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     Codegen::new()
         .out_dir(&out_dir)
-        .inputs(["proto/agent.proto", "proto/console.proto"])
+        .inputs([
+            "proto/agent.proto",
+            "proto/console.proto",
+            "proto/cri.proto",
+        ])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
@@ -23,7 +27,7 @@ fn main() {
     // have to be modules of their own.
     std::fs::write(
         out_dir.join("mod.rs"),
-        "pub mod agent;\npub mod agent_ttrpc;\npub mod console;\npub mod console_ttrpc;\n",
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod console;\npub mod console_ttrpc;\npub mod cri;\n",
     )
     .expect("OUT_DIR is writable");
 }

@@ -5,6 +5,7 @@
 //!   shim  -- agent.proto (ttrpc over one vsock connection the guest dials)          --> agent
 //!   shim  -- streams (one vsock connection per stdio stream, the shim dials)        --> agent
 //!   nacre -- console.proto (ttrpc over the shim's socket)                           --> shim
+//!   containerd -- cri.proto, Kubernetes' own, in CreateSandbox                      --> shim
 //! ```
 //!
 //! Trust runs one way: the monitor believes the shim, the agent believes the
@@ -21,4 +22,4 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
-pub use generated::{agent, agent_ttrpc, console, console_ttrpc};
+pub use generated::{agent, agent_ttrpc, console, console_ttrpc, cri};

@@ -25,10 +25,13 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 
 fn code(error: &TaskError) -> Code {
     match error {
-        TaskError::NoContainer(_) | TaskError::NoExec { .. } | TaskError::Finished { .. } => {
-            Code::NOT_FOUND
-        }
-        TaskError::ContainerExists(_) | TaskError::ExecExists { .. } => Code::ALREADY_EXISTS,
+        TaskError::NoContainer(_)
+        | TaskError::NoExec { .. }
+        | TaskError::NoSandbox(_)
+        | TaskError::Finished { .. } => Code::NOT_FOUND,
+        TaskError::ContainerExists(_)
+        | TaskError::ExecExists { .. }
+        | TaskError::SandboxExists(_) => Code::ALREADY_EXISTS,
         TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
         TaskError::Unsupported(_) => Code::UNIMPLEMENTED,

@@ -6,6 +6,7 @@
 //! <root>/<namespace>/<sandbox id>/
 //!     state.json   processes, cgroup, ...: enough to clean up after a killed shim
 //!     log          the shim's and the monitor's messages
+//!     etc/         files of all containers of the pod, where the shim makes them
 //!     shared/      root of the pod's shared directory
 //! ```
 //!

@@ -200,9 +200,21 @@ pub enum SandboxError {
     Hook(#[from] HookError),
 }
 
+/// Those of containerd's APIs that make containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    /// The Task API.
+    Task,
+    /// The Sandbox API. Its one container is the pod's sandbox container, which the
+    /// Task API does not know then.
+    Sandbox,
+}
+
 /// A container as containerd describes it when it creates it.
 #[derive(Debug, Clone)]
 pub struct ContainerConfig {
+    /// By which API that was.
+    pub api: Api,
     /// Its id.
     pub id: String,
     /// Its bundle.
@@ -267,6 +279,15 @@ impl Host {
             Self::Vm(host) => host.open(config).await,
             #[cfg(test)]
             Self::Fake(host) => Ok(host.open()),
+        }
+    }
+
+    /// Where the pod's own files are on the host, if they are the shim's to make.
+    pub fn files_dir(&self) -> PathBuf {
+        match self {
+            Self::Vm(host) => host.files_dir(),
+            #[cfg(test)]
+            Self::Fake(host) => host.files_dir(),
         }
     }
 
@@ -356,7 +377,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.teardown().await,
             #[cfg(test)]
-            Self::Fake(_) => (),
+            Self::Fake(host) => host.teardown(),
         }
     }
 }

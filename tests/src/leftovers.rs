@@ -20,9 +20,10 @@ const PARENTS: [&str; 6] = [
 
 /// Directories whose entries are those of one pod or container each: bundles, and
 /// what containerd's CRI keeps.
-const PER_POD: [&str; 6] = [
+const PER_POD: [&str; 7] = [
     "/run/containerd/io.containerd.runtime.v2.task/default",
     "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io",
     "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
     "/run/containerd/io.containerd.grpc.v1.cri/containers",
     "/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes",

@@ -31,6 +31,8 @@ pub use manifest::PodManifest;
 
 /// The runtime handler under test, as in the lab's containerd configuration.
 pub const HANDLER: &str = "nacre";
+/// The same with `sandboxer = "shim"`.
+const SANDBOXED: &str = "nacre-sandboxed";
 /// What containerd is configured to take for its sandbox containers. Under runc
 /// it sleeps.
 const PAUSE: &str = "docker.io/library/pause:lab";
@@ -41,6 +43,7 @@ const CGROUP_PARENT: &str = "/kubepods";
 /// One test's pods.
 pub struct PodScene {
     cri: Cri,
+    handler: &'static str,
     before: Machine,
     scratch: PathBuf,
     pods: Mutex<Vec<String>>,
@@ -62,12 +65,27 @@ impl PodScene {
     /// When containerd, or the machine, is not as the lab's.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_handler(HANDLER)
+    }
+
+    /// The same with containerd's other mode: its pods have no sandbox container.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn sandboxed() -> Self {
+        Self::with_handler(SANDBOXED)
+    }
+
+    fn with_handler(handler: &'static str) -> Self {
         let cri = Cri::new();
         prepare_machine(&cri);
         let scratch = PathBuf::from(format!("/run/pods-{}", unique()));
         fs::create_dir_all(&scratch).expect("a directory can be made");
         Self {
             cri,
+            handler,
             before: Machine::now(),
             scratch,
             pods: Mutex::default(),
@@ -252,12 +270,11 @@ impl<'s> Pod<'s> {
     #[must_use]
     #[track_caller]
     pub fn monitor(&self) -> u32 {
-        let said = ctr(&["-n", "k8s.io", "task", "ls"]).exits(0);
-        let pid = said.stdout.lines().find_map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some(&self.id)).then(|| words.next()?.parse().ok())?
-        });
-        pid.unwrap_or_else(|| panic!("no task {} in {said:#?}", self.id))
+        let info = self.scene.cri.pod_info(&self.id);
+        let info = info.unwrap_or_else(|error| panic!("{}: {error}", self.id));
+        let pid = info["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        pid.filter(|pid| *pid != 0)
+            .unwrap_or_else(|| panic!("no pid of {} in {info}", self.id))
     }
 }
 

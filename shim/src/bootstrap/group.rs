@@ -10,7 +10,7 @@ use super::BootstrapError;
 /// Annotations that name the pod, strongest first: CRI's, and the one runc's
 /// shim invented for everybody else.
 const GROUP_ANNOTATIONS: [&str; 2] = [
-    "io.kubernetes.cri.sandbox-id",
+    crate::oci::kubernetes::SANDBOX_ID,
     "io.containerd.runc.v2.group",
 ];
 

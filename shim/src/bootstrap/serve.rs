@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::events::Publisher;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{Host, VmHost};
-use crate::task::{Pod, console, service};
+use crate::task::{Pod, console, sandboxed, service};
 
 /// How long the last events may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -81,6 +81,7 @@ async fn run(args: &Args, config: Config) -> Result<(), BootstrapError> {
     let mut server = Server::new()
         .add_listener(listener()?)
         .register_service(service::create(&pod))
+        .register_service(sandboxed::create(&pod))
         .register_service(console::create(&pod));
     server.start().await?;
     info!(id = args.id, "serving");

@@ -248,6 +248,18 @@ impl FakeHost {
         crate::storage::prepare_volumes(&config.spec, &config.id, &shared_root)
     }
 
+    /// Next to the machine's own.
+    pub fn files_dir(&self) -> PathBuf {
+        self.root.path().join("etc")
+    }
+
+    /// Kills the machine.
+    pub fn teardown(&self) {
+        if let Some(machine) = lock(&self.machine).as_ref() {
+            machine.kill();
+        }
+    }
+
     /// What the containers' limits say, in whole MiB.
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         let bytes = containers.iter().filter_map(|limits| limits.memory_bytes);

@@ -20,6 +20,7 @@
 //! | Intel RDT, network devices | none, they are the host's |
 
 pub mod kubernetes;
+pub mod pod;
 
 use std::path::{Path, PathBuf};
 

@@ -12,10 +12,9 @@ use oci_spec::runtime::Spec;
 
 use crate::cgroup::Limits;
 use crate::config::Config;
-
-const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+use crate::oci::kubernetes::{
+    SANDBOX_CPU_PERIOD as CPU_PERIOD, SANDBOX_CPU_QUOTA as CPU_QUOTA, SANDBOX_MEMORY as MEMORY,
+};
 
 /// What guest kernel and agent need beside the containers.
 const GUEST_RESERVE_MIB: u64 = 64;

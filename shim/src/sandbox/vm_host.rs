@@ -183,6 +183,11 @@ impl VmHost {
         Ok(blocking(move || network::prepare(&netns, queues)).await?)
     }
 
+    /// See [`super::Host::files_dir`].
+    pub fn files_dir(&self) -> PathBuf {
+        self.run_dir.path().join("etc")
+    }
+
     /// See [`super::Host::knows_network`].
     pub fn knows_network(&self) -> bool {
         crate::task::lock(&self.parts).network.is_some()
@@ -592,6 +597,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::pod::sandbox_spec;
+    use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+    use nacre_protocol::cri::{NamespaceMode, PodSandboxConfig};
     use serde_json::json;
 
     fn spec(value: serde_json::Value) -> Spec {
@@ -657,5 +665,26 @@ mod tests {
         }
         let alone = spec(json!({"ociVersion": "1.0.2"}));
         assert!(refuse_host_namespaces(&alone, "web").is_ok());
+    }
+
+    #[test]
+    fn sandboxes_in_the_host_s_namespaces_are_refused_by_name() {
+        let request = CreateSandboxRequest::default();
+        let mut config = PodSandboxConfig::default();
+        let refused = |config: &PodSandboxConfig| {
+            refuse_host_namespaces(&sandbox_spec(&request, config), "web")
+                .err()
+                .map(|error| error.to_string())
+        };
+        assert_eq!(refused(&config), None);
+        let linux = config.linux.mut_or_insert_default();
+        let security = linux.security_context.mut_or_insert_default();
+        let options = security.namespace_options.mut_or_insert_default();
+        options.ipc = NamespaceMode::NODE.into();
+        assert!(
+            refused(&config)
+                .unwrap()
+                .contains("pod web asks for the host's IPC")
+        );
     }
 }

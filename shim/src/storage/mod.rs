@@ -21,6 +21,7 @@
 //! `docs/storage.md` has the table of what goes which way, and why.
 
 mod host;
+mod pod_files;
 mod rootfs;
 mod volumes;
 
@@ -33,6 +34,7 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
 
+pub use pod_files::PodFiles;
 #[cfg(test)]
 pub(crate) use volumes::testing;
 pub use volumes::{CopyError, Follower, Followers, GuestVolumes, MAX_LOG_BYTES, WriteBack};

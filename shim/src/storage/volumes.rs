@@ -43,7 +43,7 @@ pub use follow::{CopiedDir, Follower, Followers};
 const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 /// Files the runtime writes for a container. They are copied even though they
 /// are mounted writable: nothing on the host reads them back.
-const RUNTIME_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+pub(super) const RUNTIME_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
 /// A spec's mounts, translated.
 #[derive(Debug, Default)]
@@ -346,7 +346,7 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
         .any(|option| names.contains(&option.as_str()))
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 

@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
@@ -62,6 +62,8 @@ pub struct Container {
     pub(super) publisher: Publisher,
     pub(super) limits: Mutex<Limits>,
     pub(super) attached: Attached,
+    /// When.
+    created_at: SystemTime,
     /// Whether it is the pod's sandbox container, without a process.
     is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
@@ -107,6 +109,7 @@ impl Container {
         let init = Process::new(&config.id, "", stdio, Vec::new());
         Self {
             limits: Mutex::new(Limits::of(&config.spec)),
+            created_at: SystemTime::now(),
             is_sandbox: kubernetes::is_sandbox(&config.spec),
             config,
             init: Arc::new(init),
@@ -122,6 +125,11 @@ impl Container {
     /// The sandbox it is in.
     pub fn sandbox(&self) -> &Arc<Sandbox> {
         &self.sandbox
+    }
+
+    /// When it was created.
+    pub fn created_at(&self) -> SystemTime {
+        self.created_at
     }
 
     /// Whether it is the pod's sandbox container.

@@ -1,7 +1,8 @@
-//! containerd's Task API.
+//! containerd's Task API, and its Sandbox API.
 //!
 //! ```text
 //! service.rs    the ttrpc trait; each method only delegates
+//! sandboxed.rs  the Sandbox API, for a pod whose sandbox is no task
 //! pod.rs        the containers of one pod, its one sandbox, create and shutdown
 //! container.rs  one container and its execs, from start to deletion
 //! control.rs    signals, pause, terminal size, limits, counters
@@ -27,6 +28,7 @@ mod logger;
 mod pod;
 mod process;
 mod resize;
+pub mod sandboxed;
 pub mod service;
 mod stats;
 mod volumes;
@@ -56,6 +58,12 @@ pub enum TaskError {
         /// The exec.
         exec_id: String,
     },
+    /// There is no such sandbox.
+    #[error("no sandbox {0}")]
+    NoSandbox(String),
+    /// The pod has its sandbox.
+    #[error("cannot create sandbox {0}: its pod exists already")]
+    SandboxExists(String),
     /// The process has exited; containerd takes `NOT_FOUND` for that.
     #[error("process {process} has already finished")]
     Finished {

@@ -5,14 +5,19 @@
 //! else the first Start does. When the sandbox's machine dies, every container's
 //! processes end (each has a task that waits for that), but the containers stay
 //! until containerd deletes them.
+//!
+//! The sandbox container comes by Create or by CreateSandbox (`sandboxed.rs`);
+//! from there on it is a container like another, except that only the API it came
+//! by knows it.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse};
 use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskOOM};
+use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
 use tokio::sync::{OnceCell, watch};
@@ -25,8 +30,9 @@ use super::process::lock;
 use super::resize::take_room;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
-use crate::sandbox::{ContainerConfig, Host, Sandbox, SandboxError};
-use crate::storage::Prepared;
+use crate::machine::MachineError;
+use crate::sandbox::{Api, ContainerConfig, Host, Sandbox, SandboxError};
+use crate::storage::{PodFiles, Prepared};
 
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
@@ -39,6 +45,8 @@ pub struct Pod {
     pub(super) sandbox: OnceCell<Arc<Sandbox>>,
     /// `None`: being created.
     pub(super) containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    /// Those the shim had to make.
+    pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
     pub(super) resizing: tokio::sync::Mutex<()>,
     ended: watch::Sender<bool>,
@@ -52,6 +60,7 @@ impl Pod {
             publisher,
             sandbox: OnceCell::new(),
             containers: Mutex::new(HashMap::new()),
+            files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
             ended: watch::Sender::new(false),
         })
@@ -68,11 +77,14 @@ impl Pod {
     ///
     /// `NoContainer`.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        lock(&self.containers)
-            .get(id)
-            .cloned()
-            .flatten()
+        self.find(id, Api::Task)
             .ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+    }
+
+    /// Finds a container that came by `api`.
+    pub(super) fn find(&self, id: &str, api: Api) -> Option<Arc<Container>> {
+        let container = lock(&self.containers).get(id).cloned().flatten();
+        container.filter(|container| container.config().api == api)
     }
 
     /// Creates a container, and with the first one the sandbox. Returns the pod's
@@ -85,17 +97,47 @@ impl Pod {
         if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
             return Err(TaskError::Unsupported("restoring a checkpoint"));
         }
-        let id = request.id.clone();
+        let bundle = PathBuf::from(&request.bundle);
+        let mut spec = load_spec(&bundle)?;
+        if let Some(files) = self.files.get() {
+            files.mount_into(&mut spec);
+        }
+        let config = ContainerConfig {
+            api: Api::Task,
+            id: request.id,
+            spec: Arc::new(spec),
+            bundle,
+            rootfs: request.rootfs,
+        };
+        let stdio = StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        Ok(self.make(config, stdio).await?.pid())
+    }
+
+    /// Makes a container, whichever way it came.
+    ///
+    /// # Errors
+    ///
+    /// Anything on the way; nothing of the container is left then.
+    pub(super) async fn make(
+        self: &Arc<Self>,
+        config: ContainerConfig,
+        stdio: StdioPaths,
+    ) -> Result<Arc<Container>, TaskError> {
+        let id = config.id.clone();
         self.reserve(&id)?;
-        let result = self.create_reserved(request).await;
+        let result = self.make_reserved(config, stdio).await;
         let mut containers = lock(&self.containers);
         match result {
             Ok(container) => {
-                let pid = container.pid();
-                self.publisher.publish(&create_event(&container, pid));
+                container.publisher.publish(&create_event(&container));
                 container.watch_init();
-                containers.insert(id, Some(container));
-                Ok(pid)
+                containers.insert(id, Some(container.clone()));
+                Ok(container)
             }
             Err(error) => {
                 containers.remove(&id);
@@ -117,26 +159,17 @@ impl Pod {
         Ok(())
     }
 
-    async fn create_reserved(
+    async fn make_reserved(
         self: &Arc<Self>,
-        request: CreateTaskRequest,
+        config: ContainerConfig,
+        stdio: StdioPaths,
     ) -> Result<Arc<Container>, TaskError> {
-        let bundle = PathBuf::from(&request.bundle);
-        let config = ContainerConfig {
-            id: request.id,
-            spec: Arc::new(load_spec(&bundle)?),
-            bundle,
-            rootfs: request.rootfs,
-        };
-        let stdio = StdioPaths {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        };
         let created = async {
             let (sandbox, prepared) = self.sandbox_for(&config).await?;
-            let publisher = self.publisher.clone();
+            let publisher = match config.api {
+                Api::Task => self.publisher.clone(),
+                Api::Sandbox => self.publisher.muted(),
+            };
             let container = Container::new(config.clone(), stdio, prepared, sandbox, publisher);
             let booted = container.sandbox().agent().is_some();
             if booted || self.host.knows_network() {
@@ -178,8 +211,20 @@ impl Pod {
     /// Those of [`Container::start`], and for a container that waits for its
     /// machine those of the boot.
     pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, TaskError> {
-        let container = self.container(id)?;
-        let enter = self.enter_guest(&container);
+        self.start_in(&self.container(id)?, exec_id).await
+    }
+
+    /// Starts a container or an exec in it, whichever way it came.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Pod::start`].
+    pub(super) async fn start_in(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        exec_id: &str,
+    ) -> Result<u32, TaskError> {
+        let enter = self.enter_guest(container);
         container.start(exec_id, enter).await?;
         Ok(container.pid())
     }
@@ -210,6 +255,9 @@ impl Pod {
         config: &ContainerConfig,
         sandbox: &Sandbox,
     ) -> Result<Prepared, TaskError> {
+        if let Some(stop) = sandbox.stopped().now_or_never() {
+            return Err(MachineError::Stopped(stop).into());
+        }
         let booted = sandbox.agent().is_some();
         // The pod's first container may be gone before it was ever started.
         let alone = lock(&self.containers).len() == 1;
@@ -296,9 +344,15 @@ impl Pod {
     }
 
     /// Ends the pod if it has no containers any more; else does nothing, as
-    /// containerd asks after each container.
-    pub async fn shutdown(&self) {
-        if lock(&self.containers).is_empty() {
+    /// containerd asks after each container. Its sandbox by the Sandbox API is none
+    /// if it is asked for: containerd does so when it does not know that sandbox.
+    pub async fn shutdown(&self, id: &str) {
+        let sandbox = self.find(id, Api::Sandbox);
+        let is_alone = {
+            let containers = lock(&self.containers);
+            containers.len() == usize::from(sandbox.is_some())
+        };
+        if is_alone {
             self.stop().await;
         }
     }
@@ -324,7 +378,7 @@ fn load_spec(bundle: &std::path::Path) -> Result<Spec, TaskError> {
     Spec::load(&path).map_err(|error| TaskError::Invalid(format!("{}: {error}", path.display())))
 }
 
-fn create_event(container: &Container, pid: u32) -> TaskCreate {
+fn create_event(container: &Container) -> TaskCreate {
     let config = container.config();
     let stdio = container.init().stdio.clone();
     TaskCreate {
@@ -339,7 +393,7 @@ fn create_event(container: &Container, pid: u32) -> TaskCreate {
             ..Default::default()
         })
         .into(),
-        pid,
+        pid: container.pid(),
         ..Default::default()
     }
 }

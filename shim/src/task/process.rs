@@ -73,7 +73,8 @@ impl Phase {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// In a word.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Starting => "starting",

@@ -34,7 +34,7 @@ struct TaskService {
 }
 
 /// Runs `work` to its end, whatever becomes of the caller.
-async fn detached<T: Send + 'static>(
+pub(super) async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let result = tokio::spawn(work).await;
@@ -174,10 +174,10 @@ impl Task for TaskService {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod.clone();
         detached(async move {
-            pod.shutdown().await;
+            pod.shutdown(&request.id).await;
             Ok(())
         })
         .await?;

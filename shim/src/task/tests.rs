@@ -1,4 +1,4 @@
-//! The Task API against fake machines, called as containerd calls it: over
+//! The Task API and the Sandbox API against fake machines, called as containerd calls it: over
 //! ttrpc, with FIFOs, with events going to a listener that plays containerd.
 
 mod callers;
@@ -8,6 +8,7 @@ mod fixture;
 mod late_boot;
 mod real_agent;
 mod resize;
+mod sandboxed;
 mod volumes;
 
 use containerd_shim_protos::api::*;

@@ -156,8 +156,33 @@ impl Cri {
     ///
     /// containerd's.
     pub fn pod_status(&self, id: &str) -> Result<PodSandboxStatus, Status> {
-        let answer: PodSandboxStatusResponse = self.on_pod("PodSandboxStatus", id)?;
+        let answer = self.pod_status_response(id, false)?;
         Ok(answer.status.unwrap_or_default())
+    }
+
+    /// What a verbose `PodSandboxStatus` tells beyond the status, as `crictl inspectp`
+    /// shows it.
+    ///
+    /// # Errors
+    ///
+    /// containerd's; `Internal` when that is not what it should be.
+    pub fn pod_info(&self, id: &str) -> Result<serde_json::Value, Status> {
+        let answer = self.pod_status_response(id, true)?;
+        let info = answer.info.get("info").map_or("", String::as_str);
+        serde_json::from_str(info).map_err(|error| Status::internal(format!("{info:?}: {error}")))
+    }
+
+    fn pod_status_response(
+        &self,
+        id: &str,
+        verbose: bool,
+    ) -> Result<PodSandboxStatusResponse, Status> {
+        let pod_sandbox_id = id.to_owned();
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id,
+            verbose,
+        };
+        self.call("PodSandboxStatus", request)
     }
 
     /// `ListPodSandbox`.

@@ -4,7 +4,7 @@ use std::fs;
 
 use tonic::Status;
 
-use super::{HANDLER, Pod, PodScene, unique};
+use super::{Pod, PodScene, unique};
 use crate::cri::messages::*;
 use crate::cri::owned;
 
@@ -45,7 +45,7 @@ impl<'s> PodManifest<'s> {
         };
         Self {
             scene,
-            handler: HANDLER,
+            handler: scene.handler,
             config,
         }
     }

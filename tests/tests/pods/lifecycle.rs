@@ -8,11 +8,18 @@ use nacre_tests::{eventually, run};
 
 use crate::SLEEP;
 
+in_both_modes![
+    init_containers_containers_and_restarts,
+    termination_is_graceful,
+    a_pod_is_stopped_twice_and_removed,
+    a_pod_whose_machine_dies_is_not_ready,
+    pods_outlive_containerd,
+    a_pod_is_stopped_during_a_create
+];
+
 /// Init containers run one after the other, then the others side by side; one
 /// that ends is replaced in the same sandbox.
-#[test]
-fn init_containers_containers_and_restarts() {
-    let scene = PodScene::new();
+fn init_containers_containers_and_restarts(scene: &PodScene) {
     let volume = scene.directory("empty-dir");
     let pod = scene.pod("web").run();
     for step in ["one", "two"] {
@@ -57,9 +64,7 @@ fn init_containers_containers_and_restarts() {
 }
 
 /// SIGTERM once, the grace period, SIGKILL.
-#[test]
-fn termination_is_graceful() {
-    let scene = PodScene::new();
+fn termination_is_graceful(scene: &PodScene) {
     let volume = scene.directory("notes");
     let pod = scene.pod("graceful").run();
     let note = |name: &str, then: &str| {
@@ -91,9 +96,7 @@ fn termination_is_graceful() {
 
 /// A pod is stopped with what runs in it, any number of times; then it can
 /// only be removed.
-#[test]
-fn a_pod_is_stopped_twice_and_removed() {
-    let scene = PodScene::new();
+fn a_pod_is_stopped_twice_and_removed(scene: &PodScene) {
     let pod = scene.pod("stopped").run();
     let app = pod.container("app", SLEEP).start();
     let monitor = pod.monitor();
@@ -120,9 +123,7 @@ fn a_pod_is_stopped_twice_and_removed() {
 }
 
 /// When the machine dies, so do pod and containers, and both can be removed.
-#[test]
-fn a_pod_whose_machine_dies_is_not_ready() {
-    let scene = PodScene::new();
+fn a_pod_whose_machine_dies_is_not_ready(scene: &PodScene) {
     let pod = scene.pod("dying").run();
     let app = pod.container("app", SLEEP).start();
     run("kill", &["-9", &pod.monitor().to_string()]).exits(0);
@@ -137,9 +138,7 @@ fn a_pod_whose_machine_dies_is_not_ready() {
 }
 
 /// What containerd is asked right after a restart it still knows.
-#[test]
-fn pods_outlive_containerd() {
-    let scene = PodScene::new();
+fn pods_outlive_containerd(scene: &PodScene) {
     let pod = scene.pod("durable").run();
     let app = pod.container("app", SLEEP).start();
     let brief = pod
@@ -165,9 +164,7 @@ fn pods_outlive_containerd() {
 }
 
 /// A pod may be stopped while a container of it is being made.
-#[test]
-fn a_pod_is_stopped_during_a_create() {
-    let scene = PodScene::new();
+fn a_pod_is_stopped_during_a_create(scene: &PodScene) {
     let pod = scene.pod("hurried").run();
     std::thread::scope(|threads| {
         let creating = threads.spawn(|| {

@@ -10,6 +10,8 @@ use nacre_tests::{eventually, md5};
 
 use crate::SLEEP;
 
+in_both_modes![names_and_name_servers];
+
 /// Answers each connection to port 8080 with the host name.
 const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
 
@@ -127,9 +129,7 @@ fn ports_are_forwarded_to_the_pod() {
     assert_eq!(String::from_utf8(said).unwrap(), sum, "to the pod");
 }
 
-#[test]
-fn names_and_name_servers() {
-    let scene = PodScene::new();
+fn names_and_name_servers(scene: &PodScene) {
     let pod = scene
         .pod("named")
         .dns(

@@ -6,6 +6,8 @@ use nacre_tests::pods::{PodContainer, PodScene};
 
 use crate::SLEEP;
 
+in_both_modes![the_machine_is_as_large_as_the_pod];
+
 const MIB: i64 = 1 << 20;
 
 /// A number the guest tells.
@@ -21,9 +23,7 @@ const TOTAL_KIB: &str = "awk '/MemTotal/ {print $2}' /proc/meminfo";
 const MEMORY_MAX: &str = "cat /sys/fs/cgroup/memory.max";
 
 /// kubelet tells with the sandbox what its containers may use together.
-#[test]
-fn the_machine_is_as_large_as_the_pod() {
-    let scene = PodScene::new();
+fn the_machine_is_as_large_as_the_pod(scene: &PodScene) {
     let pod = scene.pod("sized").limits(448, 2).run();
     let limit = |resources: &mut LinuxContainerResources| {
         resources.memory_limit_in_bytes = 224 * MIB;

@@ -5,6 +5,8 @@ use nacre_tests::pods::PodScene;
 
 use crate::SLEEP;
 
+in_both_modes![sysctls, host_namespaces_are_refused];
+
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_RAW: u64 = 1 << 13;
 const CAP_SYS_ADMIN: u64 = 1 << 21;
@@ -132,9 +134,7 @@ fn seccomp_profiles_and_privileged_containers() {
 }
 
 /// Kernel parameters are the pod's, so all of its containers see them.
-#[test]
-fn sysctls() {
-    let scene = PodScene::new();
+fn sysctls(scene: &PodScene) {
     let pod = scene
         .pod("tuned")
         .sysctl("net.core.somaxconn", "517")
@@ -152,9 +152,7 @@ fn sysctls() {
 
 /// What a virtual machine cannot do is refused, by the name it has in a
 /// manifest.
-#[test]
-fn host_namespaces_are_refused() {
-    let scene = PodScene::new();
+fn host_namespaces_are_refused(scene: &PodScene) {
     let node: i32 = NamespaceMode::Node.into();
     for (what, change) in [
         ("hostNetwork", [node, 1, 0]),

@@ -7,6 +7,8 @@ use nacre_tests::pods::PodScene;
 
 use crate::SLEEP;
 
+in_both_modes![memory_is_shared_by_the_pod];
+
 #[test]
 fn host_paths_and_empty_dirs() {
     let scene = PodScene::new();
@@ -67,9 +69,7 @@ fn config_maps() {
 }
 
 /// The pod's shared memory, and System V's: all of its containers have the same.
-#[test]
-fn memory_is_shared_by_the_pod() {
-    let scene = PodScene::new();
+fn memory_is_shared_by_the_pod(scene: &PodScene) {
     let pod = scene.pod("shm").run();
     let one = pod.container("one", SLEEP).start();
     let two = pod.container("two", SLEEP).start();

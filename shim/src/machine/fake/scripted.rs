@@ -229,6 +229,7 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> Result<ProcessStarted> {
+        self.0.unless_hung().await;
         let spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, error))?;
         let command = spec.process().clone().unwrap_or_default();

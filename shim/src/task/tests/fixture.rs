@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::*;
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use nacre_protocol::console_ttrpc::ConsoleClient;
 use nix::sys::stat::Mode;
@@ -24,7 +25,7 @@ use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::{Context, with_duration};
 
-use super::super::{Pod, console, service};
+use super::super::{Pod, console, sandboxed, service};
 use crate::events::Publisher;
 use crate::machine::fake::{FakeHost, FakeMachine, Journal};
 use crate::sandbox::Host;
@@ -45,6 +46,8 @@ pub struct Fixture {
     pub client: TaskClient,
     /// On a connection of its own.
     pub console: ConsoleClient,
+    /// The same.
+    pub sandbox: SandboxClient,
     pub pod: Arc<Pod>,
     pub events: mpsc::UnboundedReceiver<String>,
     pub directory: tempfile::TempDir,
@@ -81,9 +84,11 @@ impl Fixture {
         let pod = Pod::new(Host::Fake(host), publisher);
         let (client, server) = connect(&pod).await;
         let (console, console_server) = connect(&pod).await;
+        let (sandbox, sandbox_server) = connect(&pod).await;
         Self {
             client: TaskClient::new(client),
             console: ConsoleClient::new(console),
+            sandbox: SandboxClient::new(sandbox),
             pod,
             events,
             directory,
@@ -91,7 +96,7 @@ impl Fixture {
             journal,
             resources: json!({}),
             annotations: json!({}),
-            servers: vec![server, console_server, sink],
+            servers: vec![server, console_server, sandbox_server, sink],
         }
     }
 
@@ -228,6 +233,7 @@ async fn connect(pod: &Arc<Pod>) -> (Client, Server) {
     let mut server = Server::new()
         .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
         .register_service(service::create(pod))
+        .register_service(sandboxed::create(pod))
         .register_service(console::create(pod));
     server.start().await.unwrap();
     (Client::new(Socket::new(near)), server)

@@ -22,7 +22,7 @@ fn bind(source: &Path, destination: &str, options: &str) -> Value {
 }
 
 /// Starts a container that has `mounts`; returns where its output goes.
-async fn start(fixture: &Fixture, id: &str, script: &str, mounts: Vec<Value>) -> String {
+pub(super) async fn start(fixture: &Fixture, id: &str, script: &str, mounts: Vec<Value>) -> String {
     let bundle = bundle(fixture, id, json!(["sh", "-c", script]));
     let config = Path::new(&bundle).join("config.json");
     let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
@@ -42,7 +42,7 @@ async fn start(fixture: &Fixture, id: &str, script: &str, mounts: Vec<Value>) ->
 }
 
 /// Waits until a container has printed `text`; fails after `limit`.
-async fn printed(stdout: &str, text: &str, limit: Duration) {
+pub(super) async fn printed(stdout: &str, text: &str, limit: Duration) {
     let deadline = Instant::now() + limit;
     loop {
         let now = std::fs::read_to_string(stdout).unwrap();

@@ -134,7 +134,7 @@ pub struct RunPodSandboxRequest {
     pub runtime_handler: String,
 }
 
-/// `StopPodSandbox`, `RemovePodSandbox`, `PodSandboxStatus` and `PodSandboxStats` take this.
+/// `StopPodSandbox`, `RemovePodSandbox` and `PodSandboxStats` take this.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PodSandboxRequest {
     #[prost(string, tag = "1")]
@@ -181,11 +181,22 @@ pub struct PodSandboxStatus {
     pub runtime_handler: String,
 }
 
+/// `runtime.v1.PodSandboxStatusRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PodSandboxStatusRequest {
+    #[prost(string, tag = "1")]
+    pub pod_sandbox_id: String,
+    #[prost(bool, tag = "2")]
+    pub verbose: bool,
+}
+
 /// `runtime.v1.PodSandboxStatusResponse`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PodSandboxStatusResponse {
     #[prost(message, optional, tag = "1")]
     pub status: Option<PodSandboxStatus>,
+    #[prost(map = "string, string", tag = "2")]
+    pub info: HashMap<String, String>,
 }
 
 /// A list request without a filter.
