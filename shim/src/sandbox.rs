@@ -32,6 +32,7 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
+use nacre_protocol::hook::HookError;
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
@@ -42,7 +43,6 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::cgroup::{CgroupError, Limits};
 use crate::config::ConfigError;
-use crate::hooks::HookError;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;

@@ -4,6 +4,7 @@
 mod callers;
 mod console;
 mod fixture;
+mod hooks;
 mod late_boot;
 mod real_agent;
 mod resize;
