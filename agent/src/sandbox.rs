@@ -13,7 +13,7 @@ use nacre_protocol::agent::{
     StatsResponse, TmpfsVolume,
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
-use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
+use oci_spec::runtime::{ContainerState, LinuxResources, Process as OciProcess, Spec, State};
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -201,10 +201,13 @@ impl Sandbox {
         let request = Request {
             cgroup: cgroup.path().to_owned(),
             window: stdio::window(&stdio),
-            kind: Kind::Create(Box::new(spec)),
+            kind: Kind::Create {
+                state: Box::new(created_state(&spec, &id, request.bundle)),
+                spec: Box::new(spec),
+            },
         };
         let (init, spawning) = Process::launch(&self.reaper, &request, connections).await?;
-        let Kind::Create(spec) = request.kind else {
+        let Kind::Create { spec, .. } = request.kind else {
             return Err(Error::Internal("not a creation".into()));
         };
         let parts = Parts {
@@ -381,6 +384,18 @@ async fn blocking<T: Send + 'static>(
 
 fn parse<T: serde::de::DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {
     serde_json::from_slice(json).map_err(|error| Error::InvalidArgument(format!("{what}: {error}")))
+}
+
+/// What a container's hooks are told of it (runtime-spec 1.2, runtime.md, "State").
+fn created_state(spec: &Spec, id: &str, bundle: String) -> State {
+    let mut state = State::default();
+    state
+        .set_version(spec.version().clone())
+        .set_id(id.to_owned())
+        .set_status(ContainerState::Created)
+        .set_bundle(bundle.into())
+        .set_annotations(spec.annotations().clone());
+    state
 }
 
 fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {

@@ -135,13 +135,17 @@ pub struct Disk {
     pub queues: u16,
 }
 
+/// Most partitions of a disk: Linux numbers so many (`DISK_MAX_PARTS`) and does
+/// not show those beyond.
+pub const MAX_PARTITIONS: usize = 255;
+
 /// The bytes of a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DiskBacking {
     /// One file or block device.
     Whole(FdIndex),
     /// Read-only files one after another, each a partition of a GPT that
-    /// exists in memory only: `/dev/vdX1` is the first.
+    /// exists in memory only: `/dev/vdX1` is the first. [`MAX_PARTITIONS`] at most.
     Partitions(Vec<FdIndex>),
 }
 

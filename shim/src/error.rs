@@ -34,7 +34,7 @@ fn code(error: &TaskError) -> Code {
         | TaskError::SandboxExists(_) => Code::ALREADY_EXISTS,
         TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
-        TaskError::Unsupported(_) => Code::UNIMPLEMENTED,
+        TaskError::Unsupported(_) | TaskError::Hook(_) => Code::UNIMPLEMENTED,
         TaskError::Agent { answer, .. } => agent_code(answer),
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),

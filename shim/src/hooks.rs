@@ -1,218 +1,252 @@
-//! OCI hooks on the host (runtime-spec, config.md, "POSIX-platform Hooks").
+//! OCI hooks (runtime-spec 1.2, config.md, "POSIX-platform Hooks").
 //!
-//! `prestart` and `createRuntime` run when the monitor process stands in the
-//! pod's network namespace and before the guest boots: nerdctl configures the
-//! network in one, by the pid of the state it gets on stdin. `poststop` runs
-//! when a container is deleted. Hooks that belong inside the container
-//! (`createContainer`, `startContainer`) would need the bundle in the guest and
-//! do not run.
+//! | hook | where | when | when it fails |
+//! |---|---|---|---|
+//! | `prestart`, `createRuntime` | host | the monitor process stands in the pod's network namespace, the guest has not booted | the create fails |
+//! | `createContainer` | a program of the host inside the container | never: refused | the create fails |
+//! | `startContainer` | guest, by the agent | before the container's process | the start fails, the container ends |
+//! | `poststart` | host | the container's process runs, its start has not returned | logged |
+//! | `poststop` | host | the container is deleted | logged |
+//!
+//! nerdctl configures the network in a `createRuntime` hook, by the pid of the
+//! state it gets on stdin.
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::process::Stdio;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use oci_spec::runtime::{Hook, Spec};
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use nacre_protocol::hook::{self, HookError};
+use oci_spec::runtime::{ContainerState, Hook, Hooks, Spec, State};
+use tracing::warn;
 
-/// Time a hook without a limit of its own gets.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::oci::kubernetes;
+use crate::sandbox::ContainerConfig;
+
 /// nerdctl reads the network namespace from here.
 const NERDCTL_NETNS: &str = "nerdctl/network-namespace";
 
-/// A hook failed.
+/// A hook that cannot be run as it is meant.
 #[derive(Debug, thiserror::Error)]
-pub enum HookError {
-    /// It could not be run.
-    #[error("run hook {path}")]
-    Run {
+pub enum HookRefused {
+    /// The host's program, the guest's namespaces.
+    #[error(
+        "container {container_id}: createContainer hook {} is a program of the host that runs \
+         inside the container, which a virtual machine makes impossible; use createRuntime for \
+         the host's programs and startContainer for the container's",
+        path.display()
+    )]
+    CreateContainer {
+        /// Whose.
+        container_id: String,
         /// The program.
-        path: String,
-        /// The failure.
-        source: std::io::Error,
+        path: PathBuf,
     },
-    /// It took too long.
-    #[error("hook {path} took longer than {seconds} s")]
-    Timeout {
+    /// There is no process that it would run before.
+    #[error(
+        "container {container_id}: startContainer hook {} has nothing to run in: a pod's sandbox \
+         container has no process in a virtual machine",
+        path.display()
+    )]
+    Sandbox {
+        /// Whose.
+        container_id: String,
         /// The program.
-        path: String,
-        /// Its limit.
-        seconds: u64,
-    },
-    /// It said no.
-    #[error("hook {path} failed ({status}): {stderr}")]
-    Failed {
-        /// The program.
-        path: String,
-        /// How it ended.
-        status: std::process::ExitStatus,
-        /// The end of what it said.
-        stderr: String,
+        path: PathBuf,
     },
 }
 
-/// When hooks run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
-    /// `prestart`, then `createRuntime`.
-    Create,
-    /// `poststop`.
-    Stopped,
+/// Refuses a container whose hooks cannot all be run.
+///
+/// # Errors
+///
+/// The first one of those.
+pub fn check(config: &ContainerConfig) -> Result<(), HookRefused> {
+    let first = |get| {
+        of(&config.spec, get)
+            .first()
+            .map(|hook| hook.path().clone())
+    };
+    if let Some(path) = first(Hooks::create_container) {
+        return Err(HookRefused::CreateContainer {
+            container_id: config.id.clone(),
+            path,
+        });
+    }
+    match first(Hooks::start_container) {
+        Some(path) if kubernetes::is_sandbox(&config.spec) => Err(HookRefused::Sandbox {
+            container_id: config.id.clone(),
+            path,
+        }),
+        _ => Ok(()),
+    }
 }
 
-/// Runs a stage's hooks in order, up to the first that fails.
+/// How long the guest may run a container's hooks before its process.
+pub fn time_in_guest(spec: &Spec) -> Duration {
+    let hooks = of(spec, Hooks::start_container).iter();
+    hooks.map(hook::timeout).sum()
+}
+
+/// Runs `prestart`, then `createRuntime`, up to the first that fails.
 ///
 /// # Errors
 ///
 /// That hook's.
-pub async fn run(
-    stage: Stage,
-    spec: &Spec,
-    container_id: &str,
-    bundle: &Path,
-    pid: u32,
-) -> Result<(), HookError> {
-    let Some(hooks) = spec.hooks() else {
-        return Ok(());
-    };
+pub async fn create(config: &ContainerConfig, pid: u32) -> Result<(), HookError> {
+    let mut state = state(config, ContainerState::Creating, Some(pid));
+    let annotations: &mut HashMap<_, _> = state.annotations_mut().get_or_insert_default();
+    annotations
+        .entry(NERDCTL_NETNS.into())
+        .or_insert_with(|| format!("/proc/{pid}/ns/net"));
     #[allow(deprecated, reason = "prestart is what older clients still set")]
-    let lists = match stage {
-        Stage::Create => vec![hooks.prestart(), hooks.create_runtime()],
-        Stage::Stopped => vec![hooks.poststop()],
-    };
-    let state = state(stage, spec, container_id, bundle, pid);
-    for hook in lists.into_iter().flatten().flatten() {
-        run_one(hook, &state, bundle).await?;
+    let lists = [
+        of(&config.spec, Hooks::prestart),
+        of(&config.spec, Hooks::create_runtime),
+    ];
+    for hook in lists.into_iter().flatten() {
+        run(hook, config, &state).await?;
     }
     Ok(())
 }
 
+/// Runs `poststart`.
+pub async fn started(config: &ContainerConfig, pid: u32) {
+    let state = state(config, ContainerState::Running, Some(pid));
+    run_all(Hooks::poststart, config, &state).await;
+}
+
+/// Runs `poststop`.
+pub async fn stopped(config: &ContainerConfig) {
+    let state = state(config, ContainerState::Stopped, None);
+    run_all(Hooks::poststop, config, &state).await;
+}
+
+/// Runs hooks that change nothing when they fail (runtime-spec 1.2, runtime.md,
+/// "Lifecycle", steps 9 and 13: log a warning, go on with the next).
+async fn run_all(list: fn(&Hooks) -> &Option<Vec<Hook>>, config: &ContainerConfig, state: &State) {
+    for hook in of(&config.spec, list) {
+        if let Err(error) = run(hook, config, state).await {
+            let error = crate::error::chain(&error);
+            warn!(container_id = config.id, error, "hook");
+        }
+    }
+}
+
+fn of(spec: &Spec, list: fn(&Hooks) -> &Option<Vec<Hook>>) -> &[Hook] {
+    let hooks = spec.hooks().as_ref();
+    hooks
+        .and_then(|hooks| list(hooks).as_deref())
+        .unwrap_or_default()
+}
+
 /// The container's state (runtime-spec, runtime.md, "State").
-fn state(stage: Stage, spec: &Spec, container_id: &str, bundle: &Path, pid: u32) -> Vec<u8> {
-    let mut annotations: HashMap<String, String> = spec.annotations().clone().unwrap_or_default();
-    let status = match stage {
-        Stage::Create => {
-            annotations
-                .entry(NERDCTL_NETNS.into())
-                .or_insert_with(|| format!("/proc/{pid}/ns/net"));
-            "creating"
-        }
-        Stage::Stopped => "stopped",
-    };
-    let mut state = serde_json::json!({
-        "ociVersion": spec.version(),
-        "id": container_id,
-        "status": status,
-        "bundle": bundle,
-        "annotations": annotations,
-    });
-    if stage == Stage::Create {
-        state["pid"] = pid.into();
-    }
-    state.to_string().into_bytes()
+fn state(config: &ContainerConfig, status: ContainerState, pid: Option<u32>) -> State {
+    let mut state = State::default();
+    state
+        .set_version(config.spec.version().clone())
+        .set_id(config.id.clone())
+        .set_status(status)
+        .set_pid(pid.and_then(|pid| i32::try_from(pid).ok()))
+        .set_bundle(config.bundle.clone())
+        .set_annotations(config.spec.annotations().clone());
+    state
 }
 
-async fn run_one(hook: &Hook, state: &[u8], bundle: &Path) -> Result<(), HookError> {
-    let path = hook.path().display().to_string();
-    let failed = |source| HookError::Run {
-        path: path.clone(),
-        source,
-    };
-    let arguments = hook.args().clone().unwrap_or_default();
-    let mut command = Command::new(hook.path());
-    // The first argument is the program's own name.
-    if let Some(name) = arguments.first() {
-        command.arg0(name);
+/// Runs one hook where it may block, in the bundle.
+async fn run(hook: &Hook, config: &ContainerConfig, state: &State) -> Result<(), HookError> {
+    let mut command = hook::command(hook);
+    command.current_dir(&config.bundle);
+    let (hook, state) = (hook.clone(), state.clone());
+    let run = tokio::task::spawn_blocking(move || hook::run(&hook, command, &state));
+    match run.await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-    let environment = hook.env().clone().unwrap_or_default();
-    let mut child = command
-        .args(arguments.iter().skip(1))
-        .env_clear()
-        .envs(environment.iter().filter_map(|pair| pair.split_once('=')))
-        .current_dir(bundle)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        match stdin.write_all(state).await {
-            // A hook need not read its state.
-            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                return Err(failed(error));
-            }
-            _ => (),
-        }
-    }
-    let limit = hook
-        .timeout()
-        .and_then(|seconds| u64::try_from(seconds).ok())
-        .filter(|seconds| *seconds > 0)
-        .map_or(DEFAULT_TIMEOUT, Duration::from_secs);
-    let output = tokio::time::timeout(limit, child.wait_with_output())
-        .await
-        .map_err(|_| HookError::Timeout {
-            path: path.clone(),
-            seconds: limit.as_secs(),
-        })?
-        .map_err(failed)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(HookError::Failed {
-        path: path.clone(),
-        status: output.status,
-        stderr: last_words(&output.stderr),
-    })
-}
-
-fn last_words(stderr: &[u8]) -> String {
-    let text = String::from_utf8_lossy(stderr);
-    let lines: Vec<&str> = text.lines().rev().take(3).collect();
-    lines.into_iter().rev().collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
+    use std::path::Path;
+    use std::sync::Arc;
 
-    fn spec(script: &str) -> Spec {
-        serde_json::from_value(json!({
-            "ociVersion": "1.0.2",
-            "hooks": {"createRuntime": [
-                {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]},
-            ]},
-        }))
-        .unwrap()
+    fn config(bundle: &Path, hooks: Value) -> ContainerConfig {
+        let spec = json!({
+            "ociVersion": "1.0.2", "annotations": {"a": "b"}, "hooks": hooks,
+        });
+        ContainerConfig {
+            id: "c".into(),
+            spec: Arc::new(serde_json::from_value(spec).unwrap()),
+            bundle: bundle.to_owned(),
+            rootfs: Vec::new(),
+        }
+    }
+
+    fn hook(script: &str) -> Value {
+        json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]})
+    }
+
+    fn read_state(bundle: &Path, name: &str) -> Value {
+        serde_json::from_slice(&std::fs::read(bundle.join(name)).unwrap()).unwrap()
     }
 
     #[tokio::test]
-    async fn a_hook_gets_the_pid_and_the_namespace() {
+    async fn hooks_get_the_state_of_their_stage() {
         let bundle = tempfile::tempdir().unwrap();
-        let spec = spec("cat > state");
-        run(Stage::Create, &spec, "c", bundle.path(), 42)
-            .await
-            .unwrap();
-        let text = std::fs::read(bundle.path().join("state")).unwrap();
-        let state: serde_json::Value = serde_json::from_slice(&text).unwrap();
-        assert_eq!(state["pid"], 42);
-        assert_eq!(state["annotations"][NERDCTL_NETNS], "/proc/42/ns/net");
-        // Other stages have no hook here.
-        run(Stage::Stopped, &spec, "c", bundle.path(), 42)
-            .await
-            .unwrap();
+        let config = config(
+            bundle.path(),
+            json!({
+                "prestart": [hook("test ! -e created && cat > prestart")],
+                "createRuntime": [hook("cat > created")],
+                "poststart": [hook("cat > started")],
+                "poststop": [hook("cat > stopped")],
+            }),
+        );
+        create(&config, 42).await.unwrap();
+        let created = read_state(bundle.path(), "created");
+        assert_eq!(created, read_state(bundle.path(), "prestart"));
+        assert_eq!(created["status"], "creating");
+        assert_eq!(created["pid"], 42);
+        assert_eq!(created["bundle"], json!(bundle.path()));
+        assert_eq!(created["annotations"][NERDCTL_NETNS], "/proc/42/ns/net");
+        assert!(!bundle.path().join("started").exists());
+        started(&config, 42).await;
+        let state = read_state(bundle.path(), "started");
+        assert_eq!(
+            (&state["status"], &state["pid"]),
+            (&"running".into(), &42.into())
+        );
+        assert!(!bundle.path().join("stopped").exists());
+        stopped(&config).await;
+        let state = read_state(bundle.path(), "stopped");
+        assert_eq!(state["status"], "stopped");
+        assert_eq!(state.get("pid"), None);
+        assert_eq!(state["annotations"], json!({"a": "b"}));
     }
 
     #[tokio::test]
-    async fn a_failing_hook_is_quoted() {
+    async fn a_failing_hook_ends_a_create_and_nothing_else() {
         let bundle = tempfile::tempdir().unwrap();
-        let spec = spec("echo no bridge >&2; exit 3");
-        let error = run(Stage::Create, &spec, "c", bundle.path(), 42)
-            .await
-            .unwrap_err();
+        let list = json!([hook("echo no bridge >&2; exit 3"), hook("echo > second")]);
+        let second = bundle.path().join("second");
+        let on_create = config(bundle.path(), json!({"createRuntime": list}));
+        let error = create(&on_create, 42).await.unwrap_err();
         assert!(error.to_string().contains("no bridge"), "{error}");
+        assert!(!second.exists());
+        let later = config(bundle.path(), json!({"poststart": list, "poststop": list}));
+        started(&later, 42).await;
+        std::fs::remove_file(&second).unwrap();
+        stopped(&later).await;
+        assert!(second.exists());
+    }
+
+    #[test]
+    fn the_guest_has_as_long_as_its_hooks() {
+        let hooks = json!({"startContainer": [
+            {"path": "/a"}, {"path": "/b", "timeout": 5}, {"path": "/c", "timeout": i64::MAX},
+        ]});
+        let config = config(Path::new("/"), hooks);
+        assert_eq!(time_in_guest(&config.spec).as_secs(), 60 + 5 + 86400);
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io;
 
+use nacre_protocol::hook::HookError;
 use serde::{Deserialize, Serialize};
 
 /// Why a process could not be made.
@@ -15,6 +16,9 @@ pub enum InitError {
     /// The specification asks for something that does not exist here.
     #[error("{0}")]
     Invalid(String),
+    /// A hook says no.
+    #[error(transparent)]
+    Hook(HookError),
     /// A step of the set-up failed.
     #[error("{what}")]
     Step {
@@ -59,6 +63,15 @@ impl From<InitError> for Failure {
             InitError::Command(message) | InitError::Invalid(message) => Self {
                 invalid: true,
                 message,
+            },
+            InitError::Hook(error) => Self {
+                invalid: false,
+                message: match &error {
+                    HookError::Run { source, .. } => {
+                        format!("startContainer: {error}: {}", plain(source))
+                    }
+                    error => format!("startContainer: {error}"),
+                },
             },
             InitError::Step { what, source } => Self {
                 invalid: false,

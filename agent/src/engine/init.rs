@@ -13,10 +13,11 @@ use std::process::ExitCode;
 
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec, State};
 use serde::{Deserialize, Serialize};
 
 use super::error::{InitError, Step};
+use super::hooks::StartHooks;
 use super::pause;
 use super::process::Launch;
 use super::rootfs;
@@ -46,7 +47,12 @@ pub struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Kind {
     /// The first process of a container.
-    Create(Box<Spec>),
+    Create {
+        /// Its specification.
+        spec: Box<Spec>,
+        /// What its hooks are told.
+        state: Box<State>,
+    },
     /// The first one of a PID namespace that containers share. It stays in the
     /// agent's cgroup.
     Pause,
@@ -86,7 +92,7 @@ fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
     sys::cloexec_from(SYNC_FD).step(|| "set close-on-exec")?;
     sys::set_undumpable().step(|| "hide the helper")?;
     let flags = match &request.kind {
-        Kind::Create(spec) => {
+        Kind::Create { spec, .. } => {
             join_cgroup(&request.cgroup, None)?;
             join_listed(spec)?
         }
@@ -106,7 +112,7 @@ fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
 fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, InitError> {
     nix::unistd::setsid().step(|| "setsid")?;
     match &request.kind {
-        Kind::Create(spec) => create(spec, request, socket),
+        Kind::Create { spec, state } => create(spec, state, request, socket),
         Kind::Pause => pause::run(socket),
         Kind::Exec {
             process, seccomp, ..
@@ -118,13 +124,19 @@ fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, Ini
                 window: request.window,
                 waits: false,
                 console: false,
+                hooks: None,
             };
             launch.run(socket)
         }
     }
 }
 
-fn create(spec: &Spec, request: &Request, socket: &OwnedFd) -> Result<Infallible, InitError> {
+fn create(
+    spec: &Spec,
+    state: &State,
+    request: &Request,
+    socket: &OwnedFd,
+) -> Result<Infallible, InitError> {
     let process = spec
         .process()
         .as_ref()
@@ -138,12 +150,15 @@ fn create(spec: &Spec, request: &Request, socket: &OwnedFd) -> Result<Infallible
         sys::loopback_up().step(|| "bring up loopback")?;
     }
     rootfs::enter(spec, &request.cgroup)?;
+    let hooks = spec.hooks().as_ref();
+    let hooks = hooks.and_then(|hooks| hooks.start_container().as_deref());
     let launch = Launch {
         process,
         seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
         window: request.window,
         waits: true,
         console: true,
+        hooks: hooks.map(|list| StartHooks { list, state }),
     };
     launch.run(socket)
 }

@@ -13,18 +13,20 @@
 //!   agent (spawn.rs) --exec self--> helper (init.rs) --clone3--> process
 //!                                   joins, reports, exits        rootfs.rs, devices.rs,
 //!                                                                process.rs, credentials.rs,
-//!                                                                seccomp.rs, command.rs;
-//!                                                                or pause.rs
+//!                                                                seccomp.rs, command.rs,
+//!                                                                hooks.rs; or pause.rs
 //! ```
 //!
 //! `sync.rs` is the protocol between the three, `sys.rs` the system calls.
-//! Hooks, AppArmor and SELinux are not run here: hooks are the host's, and the
-//! guest kernel has no such modules.
+//! Of the hooks, those for inside the container run here (`hooks.rs`); the others
+//! are the host's. AppArmor and SELinux are not there: the guest kernel has no
+//! such modules.
 
 pub mod command;
 pub mod credentials;
 pub mod devices;
 pub mod error;
+pub mod hooks;
 pub mod init;
 pub mod pause;
 pub mod process;

@@ -13,6 +13,7 @@ use oci_spec::runtime::{LinuxSeccomp, Process};
 use super::command;
 use super::credentials::{self, Permitted};
 use super::error::{InitError, Step};
+use super::hooks::StartHooks;
 use super::seccomp::Filter;
 use super::sync::{self, Report};
 use super::sys::{self, WindowSize};
@@ -29,6 +30,8 @@ pub struct Launch<'a> {
     pub waits: bool,
     /// Whether the terminal also becomes /dev/console.
     pub console: bool,
+    /// What runs before it.
+    pub hooks: Option<StartHooks<'a>>,
 }
 
 impl Launch<'_> {
@@ -73,7 +76,11 @@ impl Launch<'_> {
         let (args, env) = (command::c_strings(args)?, command::c_strings(&env)?);
         sys::cloexec_from(3).step(|| "close descriptors")?;
         default_signals().step(|| "reset signals")?;
-        if let Some(filter) = filter.filter(|_| no_new_privs) {
+        let filter = filter.filter(|_| no_new_privs);
+        if let Some(hooks) = &self.hooks {
+            hooks.run(filter.as_ref())?;
+        }
+        if let Some(filter) = filter {
             filter.install()?;
         }
         Err(command::failed(name, &sys::exec(&path, &args, &env)))

@@ -18,6 +18,7 @@
 //! that are always allowed.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::str::FromStr;
 
 use libc::sock_filter;
@@ -111,7 +112,16 @@ impl Filter {
     ///
     /// Those of seccomp(2).
     pub fn install(&self) -> Result<(), InitError> {
-        sys::install_seccomp(&self.program, self.flags).step(|| "install seccomp filter")
+        self.enter().step(|| "install seccomp filter")
+    }
+
+    /// The same, for a process that has just been forked.
+    ///
+    /// # Errors
+    ///
+    /// Those of seccomp(2).
+    pub fn enter(&self) -> io::Result<()> {
+        sys::install_seccomp(&self.program, self.flags)
     }
 }
 

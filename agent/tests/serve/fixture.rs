@@ -248,6 +248,7 @@ impl Agent {
                 ..Default::default()
             }],
             stdio: Some(stdio).into(),
+            bundle: "/host/bundle".into(),
             ..CreateContainerRequest::default()
         }
     }
@@ -303,6 +304,11 @@ impl Agent {
         let request = container(id);
         self.client.delete_container(context(), &request).await?;
         Ok(())
+    }
+
+    /// A file of the image, which is what containers write to.
+    pub fn file(&self, path: &str) -> PathBuf {
+        self.dir.path().join("image").join(path)
     }
 
     /// Whether the container's directory is gone.

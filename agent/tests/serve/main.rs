@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod fixture;
+mod hooks;
 mod volumes;
 
 use std::io::{Read, Write};

@@ -13,7 +13,7 @@
 //! | a pod's IPC and UTS namespaces | none: the VM's own are the pod's |
 //! | a pod's PID namespace | the one the agent makes for it |
 //! | paths of other namespaces | dropped; pid, ipc, uts and mount are new |
-//! | hooks | none, they are host programs |
+//! | hooks | `startContainer`, the others are the host's, see [`crate::hooks`] |
 //! | cgroup path | `/<container id>` |
 //! | AppArmor profile, SELinux labels | none, the guest loads no policies |
 //! | devices below `/dev/vfio`, `/dev/iommu`, and the rules that allow them | none, the devices themselves are in the VM |
@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::guest::{CONTAINERS_DIR, POD_PID_NAMESPACE};
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount, Process,
-    Root, RootBuilder, Spec,
+    Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount,
+    Process, Root, RootBuilder, Spec,
 };
 
 use crate::devices::request::is_passthrough_node;
@@ -56,7 +56,7 @@ pub fn guest_rootfs(container_id: &str) -> PathBuf {
 pub fn guest_spec(spec: &Spec, container_id: &str, mounts: Vec<Mount>) -> Spec {
     let mut guest = spec.clone();
     guest
-        .set_hooks(None)
+        .set_hooks(spec.hooks().as_ref().and_then(guest_hooks))
         .set_mounts(Some(mounts))
         .set_root(Some(root(spec.root().as_ref(), container_id)));
     if let Some(process) = guest.process_mut().as_mut() {
@@ -67,6 +67,13 @@ pub fn guest_spec(spec: &Spec, container_id: &str, mounts: Vec<Mount>) -> Spec {
     translate_linux(&mut linux, container_id, in_pod);
     guest.set_linux(Some(linux));
     guest
+}
+
+fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
+    let start = hooks.start_container().clone()?;
+    let mut guest = Hooks::default();
+    guest.set_start_container(Some(start));
+    Some(guest)
 }
 
 fn root(host: Option<&Root>, container_id: &str) -> Root {

@@ -17,7 +17,11 @@ fn host_objects_are_taken_out() {
             "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "a:b:c:s0",
             "oomScoreAdj": -997,
         },
-        "hooks": {"createRuntime": [{"path": "/usr/bin/nerdctl"}]},
+        "hooks": {
+            "createRuntime": [{"path": "/usr/bin/nerdctl"}],
+            "startContainer": [{"path": "/bin/check"}],
+            "poststop": [{"path": "/usr/bin/nerdctl"}],
+        },
         "linux": {
             "cgroupsPath": "/k8s.io/c1",
             "mountLabel": "a:b:c:s0",
@@ -40,7 +44,10 @@ fn host_objects_are_taken_out() {
         guest["root"],
         json!({"path": "/run/nacre/containers/c1/rootfs", "readonly": true})
     );
-    assert_eq!(guest.get("hooks"), None);
+    assert_eq!(
+        guest["hooks"],
+        json!({"startContainer": [{"path": "/bin/check"}]})
+    );
     assert_eq!(guest["process"].get("apparmorProfile"), None);
     assert_eq!(guest["process"].get("selinuxLabel"), None);
     assert_eq!(guest["process"]["oomScoreAdj"], -997);

@@ -159,14 +159,7 @@ impl VmHost {
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
-        hooks::run(
-            hooks::Stage::Create,
-            &config.spec,
-            &config.id,
-            &config.bundle,
-            machine.pid(),
-        )
-        .await?;
+        hooks::create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
         // one of our own somebody may yet put an interface.

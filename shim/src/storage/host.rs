@@ -10,12 +10,12 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 
 use super::StorageError;
 
-/// mount(2) takes its data in one page, the terminating zero included.
-const MAX_DATA_BYTES: usize = 4095;
+mod overlay;
+
+pub(super) use overlay::overlay;
 
 /// Mount options, split as mount(2) wants them.
 #[derive(Debug, PartialEq, Eq)]
@@ -125,74 +125,6 @@ pub(super) fn erofs(image: &Path, target: &Path) -> Result<(), StorageError> {
         })
         .map_err(StorageError::host("mount", image))?;
     isolate(target)
-}
-
-/// Mounts an overlay on `target`.
-pub(super) fn overlay(target: &Path, options: &Options) -> Result<(), StorageError> {
-    let flags = options.flags | MsFlags::MS_NODEV;
-    let data = options.data.join(",");
-    if data.len() <= MAX_DATA_BYTES {
-        mount(
-            Some("overlay"),
-            target,
-            Some("overlay"),
-            flags,
-            Some(data.as_str()),
-        )
-        .map_err(io::Error::from)
-    } else {
-        overlay_from_parent(target, flags, &options.data)
-    }
-    .map_err(StorageError::host("mount an overlay on", target))?;
-    isolate(target)
-}
-
-/// Mounts an overlay whose layer paths together exceed a page, by paths
-/// relative to the directory they have in common. The working directory is a
-/// thread's own only after unshare(2), hence the thread.
-fn overlay_from_parent(target: &Path, flags: MsFlags, data: &[String]) -> io::Result<()> {
-    let (parent, data) = shorten_layers(data)
-        .filter(|(_, data)| data.len() <= MAX_DATA_BYTES)
-        .ok_or_else(|| io::Error::other("the layers' paths exceed a page"))?;
-    std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(&parent)?;
-            mount(
-                Some("overlay"),
-                target,
-                Some("overlay"),
-                flags,
-                Some(data.as_str()),
-            )
-        });
-        match worker.join() {
-            Ok(result) => result.map_err(io::Error::from),
-            Err(_) => Err(io::Error::other("mount thread panicked")),
-        }
-    })
-}
-
-/// The layers' common parent, and the data with layer paths relative to it.
-fn shorten_layers(data: &[String]) -> Option<(PathBuf, String)> {
-    let lower = data.iter().find_map(|o| o.strip_prefix("lowerdir="))?;
-    let layers: Vec<&Path> = lower.split(':').map(Path::new).collect();
-    let mut parent = layers.first()?.parent()?;
-    while !layers.iter().all(|layer| layer.starts_with(parent)) {
-        parent = parent.parent()?;
-    }
-    let mut relative = Vec::new();
-    for layer in &layers {
-        relative.push(layer.strip_prefix(parent).ok()?.to_str()?);
-    }
-    let options: Vec<String> = data
-        .iter()
-        .map(|option| match option.strip_prefix("lowerdir=") {
-            Some(_) => format!("lowerdir={}", relative.join(":")),
-            None => option.clone(),
-        })
-        .collect();
-    Some((parent.into(), options.join(",")))
 }
 
 /// Lets mounts of the host arrive below `target`, and none of ours go back:
@@ -377,14 +309,6 @@ mod tests {
             Options::parse(&strings(&["ro", "rw"])).flags,
             MsFlags::empty()
         );
-    }
-
-    #[test]
-    fn layers_become_relative_to_their_parent() {
-        let data = strings(&["lowerdir=/s/1/fs:/s/22/fs", "upperdir=/s/3/fs"]);
-        let (parent, data) = shorten_layers(&data).unwrap();
-        assert_eq!(parent, Path::new("/s"));
-        assert_eq!(data, "lowerdir=1/fs:22/fs,upperdir=/s/3/fs");
     }
 
     #[test]

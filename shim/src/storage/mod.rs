@@ -75,7 +75,7 @@ pub struct HostDisk {
 pub enum HostBacking {
     /// One file or block device.
     Whole(File),
-    /// Read-only files, each a partition.
+    /// Read-only files, each a partition; `MAX_PARTITIONS` at most.
     Partitions(Vec<File>),
 }
 
@@ -104,6 +104,19 @@ pub enum StorageError {
         fstype: String,
         /// The option.
         option: String,
+    },
+    /// More layers than Linux stacks.
+    #[error(
+        "container {container_id}: the image has {layers} layers, and Linux's overlay file system \
+         stacks {limit} at most; build the image with fewer"
+    )]
+    TooManyLayers {
+        /// Whose.
+        container_id: String,
+        /// How many there are.
+        layers: usize,
+        /// How many there may be.
+        limit: usize,
     },
     /// Neither mounts nor a root path.
     #[error("container {0}: neither rootfs mounts nor a root path")]

@@ -27,6 +27,10 @@ use super::{HostDisk, StorageError};
 /// Layer blob of containerd's erofs snapshotter, beside the layer's mount point.
 const LAYER_BLOB: &str = "layer.erofs";
 
+/// Most lower layers of an overlay (Linux, fs/overlayfs, `OVL_MAX_STACK`). Beyond
+/// them it says no more than "invalid argument".
+pub(super) const MAX_LAYERS: usize = 500;
+
 /// Where a root file system comes from.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Source {
@@ -75,6 +79,41 @@ pub(super) struct Root {
 impl Source {
     /// Decides how a root file system reaches the guest.
     pub fn of(
+        bundle: &Path,
+        container_id: &str,
+        mounts: &[Mount],
+        spec: &Spec,
+        disks: bool,
+    ) -> Result<Self, StorageError> {
+        let source = Self::read(bundle, container_id, mounts, spec, disks)?;
+        let layers = source.layers();
+        if layers > MAX_LAYERS {
+            return Err(StorageError::TooManyLayers {
+                container_id: container_id.into(),
+                layers,
+                limit: MAX_LAYERS,
+            });
+        }
+        Ok(source)
+    }
+
+    /// How many layers the largest of its overlays has.
+    fn layers(&self) -> usize {
+        let of_mount = |mount: &HostMount| match mount {
+            HostMount::Overlay { options } => {
+                let mut lower = options.iter().filter_map(|o| o.strip_prefix("lowerdir="));
+                lower.next().map_or(0, |lower| lower.split(':').count())
+            }
+            HostMount::Bind { .. } => 1,
+        };
+        match self {
+            Self::Layers { images, .. } | Self::HostLayers { images, .. } => images.len(),
+            Self::Host(mounts) => mounts.iter().map(of_mount).max().unwrap_or(0),
+            Self::Image { .. } => 1,
+        }
+    }
+
+    fn read(
         bundle: &Path,
         container_id: &str,
         mounts: &[Mount],

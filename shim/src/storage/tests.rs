@@ -94,46 +94,95 @@ fn shared_rootfs_is_written_through_and_released() {
     assert!(host.path("snapshot/hello").exists());
 }
 
+/// Layers on a tmpfs, since an overlay cannot lie on an overlay's upper: each has
+/// one file `file<n>`. Returns their paths.
+fn layers_on_tmpfs(host: &Host, count: usize, name: impl Fn(usize) -> String) -> Vec<String> {
+    let layers = host.path("layers");
+    std::fs::create_dir(&layers).unwrap();
+    let (fstype, flags) = (Some("tmpfs"), MsFlags::empty());
+    nix::mount::mount(fstype, &layers, fstype, flags, None::<&str>).unwrap();
+    let make = |n: usize| {
+        let layer = layers.join(name(n)).join("fs");
+        std::fs::create_dir_all(&layer).unwrap();
+        std::fs::write(layer.join(format!("file{n}")), "").unwrap();
+        layer.display().to_string()
+    };
+    (0..count).map(make).collect()
+}
+
+fn overlay_mount(options: Vec<String>) -> Mount {
+    Mount {
+        type_: "overlay".into(),
+        source: "overlay".into(),
+        options,
+        ..Default::default()
+    }
+}
+
 #[test]
 fn overlay_with_more_layer_paths_than_a_page() {
     if !own_mounts() {
         return;
     }
     let host = Host::new();
-    // An overlay cannot lie on an overlay's upper; a tmpfs does everywhere.
-    let layers = host.path("layers");
-    std::fs::create_dir(&layers).unwrap();
-    nix::mount::mount(
-        Some("tmpfs"),
-        &layers,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        None::<&str>,
-    )
-    .unwrap();
-    let name = |n: usize| layers.join(format!("{n}-{}", "x".repeat(100))).join("fs");
-    let lower: Vec<String> = (0..40)
-        .map(|n| {
-            std::fs::create_dir_all(name(n)).unwrap();
-            std::fs::write(name(n).join(format!("file{n}")), "").unwrap();
-            name(n).display().to_string()
-        })
-        .collect();
+    let name = |n: usize| format!("{n}-{}", "x".repeat(100));
+    let lower = layers_on_tmpfs(&host, 38, name).join(":");
     // Relative to their common directory they fit; with it they do not.
-    let data: usize = lower.iter().map(String::len).sum();
-    assert!(data > 4096);
-    let options = [format!("lowerdir={}", lower[..38].join(":")), "ro".into()];
-    let mount = Mount {
-        type_: "overlay".into(),
-        source: "overlay".into(),
-        options: options.into(),
-        ..Default::default()
-    };
+    assert!(lower.len() > 4096);
+    let mount = overlay_mount(vec![format!("lowerdir={lower}"), "ro".into()]);
     let shared = host.path("shared");
 
     prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared).unwrap();
 
     assert!(shared.join("c1/rootfs/file37").exists());
+    release(&shared, "c1").unwrap();
+}
+
+/// As containerd hands them over, with snapshots numbered in the ten thousands.
+#[test]
+fn overlay_with_as_many_layers_as_there_can_be() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let mut lower = layers_on_tmpfs(&host, 501, |n| (10_000 + n).to_string());
+    let layers = host.path("layers");
+    for directory in ["upper", "work"] {
+        std::fs::create_dir(layers.join(directory)).unwrap();
+    }
+    let options = |lower: &[String]| {
+        vec![
+            "index=off".into(),
+            "nosuid".into(),
+            format!("workdir={}", layers.join("work").display()),
+            format!("upperdir={}", layers.join("upper").display()),
+            format!("lowerdir={}", lower.join(":")),
+        ]
+    };
+    let shared = host.path("shared");
+    let prepare_on = |lower: &[String]| {
+        let mount = overlay_mount(options(lower));
+        prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared)
+    };
+
+    let error = prepare_on(&lower).unwrap_err().to_string();
+    assert!(
+        error.starts_with("container c1: the image has 501 layers"),
+        "{error}"
+    );
+    assert!(error.contains("500"), "{error}");
+    assert!(!shared.join("c1").exists());
+
+    lower.remove(0);
+    prepare_on(&lower).unwrap();
+    let root = shared.join("c1/rootfs");
+    assert!(root.join("file1").exists() && root.join("file500").exists());
+    std::fs::write(root.join("file1"), "new").unwrap();
+    assert!(layers.join("upper/file1").exists());
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let place = format!(" {} ", root.display());
+    let line = mounts.lines().find(|line| line.contains(&place)).unwrap();
+    assert!(line.contains("nosuid,nodev"), "{line}");
     release(&shared, "c1").unwrap();
 }
 

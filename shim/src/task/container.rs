@@ -32,6 +32,7 @@ use super::process::{Exit, Phase, Process, lock};
 use super::volumes::Attached;
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
+use crate::hooks;
 use crate::oci::kubernetes;
 use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
 use crate::storage::Prepared;
@@ -193,6 +194,7 @@ impl Container {
             files: prepared.files,
             stdio: Some(ids).into(),
             subpaths,
+            bundle: self.config.bundle.display().to_string(),
             ..Default::default()
         };
         agent
@@ -352,8 +354,9 @@ impl Container {
                 return Ok(());
             }
             process.start_input()?;
+            let limit = CALL_TIMEOUT + hooks::time_in_guest(&self.config.spec);
             self.agent("start")?
-                .start_container(deadline(CALL_TIMEOUT), &self.container_request())
+                .start_container(deadline(limit), &self.container_request())
                 .await
                 .map(drop)
                 .map_err(agent_error("start the container"))

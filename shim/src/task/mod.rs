@@ -36,6 +36,7 @@ mod volumes;
 #[cfg(test)]
 mod tests;
 
+use crate::hooks::HookRefused;
 use crate::machine::MachineError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
@@ -135,6 +136,9 @@ pub enum TaskError {
     /// The container's storage could not be set up.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The container has a hook that cannot be run.
+    #[error(transparent)]
+    Hook(#[from] HookRefused),
     /// An answer cannot be encoded.
     #[error("encode the answer")]
     Encode(#[source] protobuf::Error),

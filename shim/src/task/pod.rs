@@ -164,6 +164,7 @@ impl Pod {
         config: ContainerConfig,
         stdio: StdioPaths,
     ) -> Result<Arc<Container>, TaskError> {
+        hooks::check(&config)?;
         let created = async {
             let (sandbox, prepared) = self.sandbox_for(&config).await?;
             let publisher = match config.api {
@@ -226,6 +227,9 @@ impl Pod {
     ) -> Result<u32, TaskError> {
         let enter = self.enter_guest(container);
         container.start(exec_id, enter).await?;
+        if exec_id.is_empty() {
+            hooks::started(container.config(), container.pid()).await;
+        }
         Ok(container.pid())
     }
 
@@ -280,8 +284,7 @@ impl Pod {
             }));
         }
         let pid = sandbox.pid();
-        let stage = hooks::Stage::Create;
-        hooks::run(stage, &config.spec, &config.id, &config.bundle, pid)
+        hooks::create(config, pid)
             .await
             .map_err(SandboxError::Hook)?;
         Ok(prepared)
@@ -328,17 +331,7 @@ impl Pod {
     async fn forget(self: &Arc<Self>, container: &Container) {
         let config = container.config();
         self.host.release(&config.id).await;
-        let stage = hooks::Stage::Stopped;
-        let run = hooks::run(stage, &config.spec, &config.id, &config.bundle, 0);
-        if let Err(error) = run.await {
-            // The container is gone whatever a hook says (runtime-spec,
-            // "Lifecycle", step 13: log and go on).
-            warn!(
-                container_id = config.id,
-                error = crate::error::chain(&error),
-                "hook"
-            );
-        }
+        hooks::stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));
     }

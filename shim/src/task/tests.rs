@@ -5,6 +5,7 @@ mod callers;
 mod console;
 mod devices;
 mod fixture;
+mod hooks;
 mod late_boot;
 mod real_agent;
 mod resize;

@@ -1,5 +1,5 @@
-//! Hooks on the host (runtime-spec, "POSIX-platform Hooks") and the network a
-//! hook makes, as nerdctl's do.
+//! Hooks on the host and in the guest (runtime-spec, "POSIX-platform Hooks"), and
+//! the network a hook makes, as nerdctl's do.
 
 use std::fs;
 use std::path::Path;
@@ -83,4 +83,52 @@ fn hook_that_fails_fails_the_container() {
         spec["hooks"] = json!({"createRuntime": hook("echo no bridge >&2; exit 3")});
     });
     said.exits(1).complains(&["/bin/sh", "no bridge"]);
+}
+
+/// The one sees the container's files and processes, the others the host's.
+#[test]
+fn hooks_around_the_start_run_where_they_belong() {
+    let mut scene = scene();
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({
+            "startContainer": hook("echo \"$state\" > /run/state; cat /proc/1/comm /proc/version > /run/where"),
+            "poststart": hook("echo \"$state\" > /tmp/e2e-hooks/started; exit 1"),
+        });
+        let script = "cat /run/state; tail -n 1 /run/where";
+        spec["process"]["args"] = json!(["sh", "-c", script]);
+    });
+    let said = said.exits(0);
+    let (state_text, version) = said.stdout.trim().split_once('\n').unwrap();
+    let guest: Value = serde_json::from_str(state_text).unwrap();
+    assert_eq!(
+        (&guest["status"], &guest["pid"]),
+        (&json!("created"), &json!(1))
+    );
+    let host = fs::read_to_string("/proc/version").unwrap();
+    assert_ne!(version, host.trim(), "the guest's kernel");
+    let started = state("started");
+    assert_eq!(started["status"], "running");
+    assert_eq!(started["id"], guest["id"]);
+    assert_eq!(started["bundle"], guest["bundle"]);
+}
+
+#[test]
+fn hook_in_the_guest_that_fails_fails_the_start() {
+    let mut scene = scene();
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({"startContainer": hook("echo no gpu >&2; exit 3")});
+    });
+    said.exits(1)
+        .prints("")
+        .complains(&["startContainer", "/bin/sh", "exit status: 3", "no gpu"]);
+}
+
+#[test]
+fn hooks_of_the_host_inside_the_container_are_refused() {
+    let mut scene = scene();
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({"createContainer": hook("touch /tmp/e2e-hooks/ran")});
+    });
+    said.exits(1).complains(&["createContainer", "/bin/sh"]);
+    assert!(!Path::new(DIRECTORY).join("ran").exists());
 }

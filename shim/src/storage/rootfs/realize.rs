@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
 use nacre_protocol::guest::SHARED_DIR;
+use nacre_protocol::vm::MAX_PARTITIONS;
 use sha2::{Digest, Sha256};
 
 use super::{HostMount, Root, Source, Upper};
@@ -109,24 +110,31 @@ pub(super) fn layers(
     container_id: &str,
 ) -> Result<Root, StorageError> {
     let dir = container_dir(container_id);
-    let layer_serial = serial('l', container_id);
     let mut root = Root::default();
-    let mut files = Vec::new();
-    let mut lower = Vec::new();
-    for (number, path) in (1..).zip(images) {
-        files.push(open(path, false)?);
-        let target = dir.join("layers").join(number.to_string());
-        let source = format!("serial:{layer_serial}:{number}");
-        root.storages
-            .push(storage(&source, &target, "erofs", ["ro"]));
-        lower.push(text(&target));
+    let mut targets = (1..).map(|number: usize| dir.join("layers").join(number.to_string()));
+    for (index, part) in images.chunks(MAX_PARTITIONS).enumerate() {
+        let serial = format!("{}{index}", serial('l', container_id));
+        let mut files = Vec::new();
+        for ((number, path), target) in (1..).zip(part).zip(&mut targets) {
+            files.push(open(path, false)?);
+            let source = format!("serial:{serial}:{number}");
+            root.storages
+                .push(storage(&source, &target, "erofs", ["ro"]));
+        }
+        root.disks.push(HostDisk {
+            serial,
+            read_only: true,
+            backing: HostBacking::Partitions(files),
+        });
     }
-    root.disks.push(HostDisk {
-        serial: layer_serial,
-        read_only: true,
-        backing: HostBacking::Partitions(files),
-    });
+    overlay(root, upper, container_id)
+}
 
+/// Adds an overlay of what is mounted by now.
+fn overlay(mut root: Root, upper: &Upper, container_id: &str) -> Result<Root, StorageError> {
+    let dir = container_dir(container_id);
+    let layers = root.storages.iter().map(|layer| layer.target.as_str());
+    let lower = layers.collect::<Vec<_>>().join(":");
     let scratch = dir.join("scratch");
     let (upper_dir, work_dir) = match upper {
         Upper::Tmpfs => {
@@ -144,7 +152,7 @@ pub(super) fn layers(
         }
     };
     let options = [
-        format!("lowerdir={}", lower.join(":")),
+        format!("lowerdir={lower}"),
         format!("upperdir={}", text(&scratch.join(upper_dir))),
         format!("workdir={}", text(&scratch.join(work_dir))),
     ];

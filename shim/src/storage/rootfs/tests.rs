@@ -228,6 +228,58 @@ fn layers_become_one_disk_and_an_overlay() {
     assert!(!root.shared);
 }
 
+/// A disk shows 255 partitions, an overlay takes 500 layers.
+#[test]
+fn many_layers_become_several_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("layer.erofs");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let images = vec![image; MAX_LAYERS];
+
+    let root = layers(&images, &Upper::Tmpfs, "c1").unwrap();
+
+    let counts = root.disks.iter().map(|disk| match &disk.backing {
+        HostBacking::Partitions(files) => files.len(),
+        HostBacking::Whole(_) => panic!("a whole disk"),
+    });
+    assert_eq!(counts.collect::<Vec<_>>(), [255, 245]);
+    let serials: Vec<_> = root.disks.iter().map(|disk| &disk.serial).collect();
+    assert!(serials[0] != serials[1] && serials.iter().all(|serial| serial.len() <= 20));
+    let places = |index: usize| {
+        let storage = &root.storages[index];
+        (storage.source.clone(), storage.target.clone())
+    };
+    let at = |serial: &str, partition: u32, layer: u32| {
+        let target = format!("/run/nacre/containers/c1/layers/{layer}");
+        (format!("serial:{serial}:{partition}"), target)
+    };
+    assert_eq!(places(254), at(serials[0], 255, 255));
+    assert_eq!(places(255), at(serials[1], 1, 256));
+    assert_eq!(places(499), at(serials[1], 245, 500));
+    let overlay = root.storages.last().unwrap();
+    let lower = overlay.options[0].strip_prefix("lowerdir=").unwrap();
+    assert_eq!(lower.split(':').count(), 500);
+}
+
+#[test]
+fn more_layers_than_an_overlay_takes_are_refused() {
+    let raw = |count: usize| {
+        let mut mounts = vec![mount("erofs", "/l.erofs", &["ro"]); count];
+        let lower = format!("lowerdir={{{{ overlay {} 0 }}}}", count - 1);
+        mounts.push(mount("format/mkdir/overlay", "overlay", &[&lower]));
+        mounts
+    };
+    for disks in [true, false] {
+        let of = |count| Source::of(Path::new("/b"), "c1", &raw(count), &spec(), disks);
+        assert!(of(500).is_ok());
+        let error = of(501).unwrap_err();
+        assert!(
+            matches!(error, StorageError::TooManyLayers { layers: 501, .. }),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn image_that_was_cut_to_nothing_is_named() {
     let dir = tempfile::tempdir().unwrap();

@@ -20,7 +20,7 @@ pub enum Backing {
     /// One file or block device of whole sectors.
     Whole(File),
     /// Read-only files one after another, the first one the disk's first
-    /// partition. Linux shows 255 partitions of a disk at most.
+    /// partition.
     Partitions(Vec<File>),
 }
 

@@ -13,14 +13,13 @@
 //! The same files under the same serial number give the same bytes, so that a
 //! guest may hold on to what it read.
 
+use nacre_protocol::vm::MAX_PARTITIONS;
+
 use super::SECTOR_BYTES;
 
 #[cfg(test)]
 mod tests;
 
-/// Most partitions a table is made for. Linux numbers 255 partitions of a disk
-/// (`DISK_MAX_PARTS`) and ignores those beyond.
-pub const MAX_PARTITIONS: usize = 4096;
 /// Where partitions may start: 1 MiB, as partitioning tools do it.
 const ALIGNMENT: u64 = 2048 * SECTOR_BYTES;
 /// A partition has whole pages: its file's length rounded up.

@@ -66,6 +66,6 @@ pub enum BlockError {
     #[error("a disk of partitions can only be read-only")]
     WritablePartitions,
     /// More partitions than the table has room for, none, or ones too large.
-    #[error("{0} partitions cannot be laid out, 1 to {max} can", max = gpt::MAX_PARTITIONS)]
+    #[error("{0} partitions cannot be laid out, 1 to {max} can", max = nacre_protocol::vm::MAX_PARTITIONS)]
     Partitions(usize),
 }

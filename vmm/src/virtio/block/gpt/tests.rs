@@ -103,7 +103,7 @@ fn both_headers_describe_the_same_partitions() {
 
 #[test]
 fn table_grows_with_the_partitions_and_ends_before_the_first() {
-    for count in [1, 128, 129, 500, MAX_PARTITIONS] {
+    for count in [1, 128, 129, MAX_PARTITIONS] {
         let gpt = Gpt::new("", &vec![4096; count]).unwrap();
         assert!(gpt.head.len() as u64 <= gpt.starts[0]);
         let header = &gpt.head[sector(1)..];
