@@ -22,6 +22,7 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
+use crate::devices;
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
@@ -194,6 +195,7 @@ impl Sandbox {
         for subpath in &request.subpaths {
             volumes::bind_subpath(&dir, subpath)?;
         }
+        devices::add(&mut spec, &dir, &request.block_devices).await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;

@@ -52,6 +52,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
+        | SandboxError::NoSlot { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
@@ -68,7 +69,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
 fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
-        MachineError::Spawn(_) | MachineError::Io { .. } => Code::INTERNAL,
+        MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
+            Code::INTERNAL
+        }
     }
 }
 

@@ -16,7 +16,8 @@
 //! | hooks | none, they are host programs |
 //! | cgroup path | `/<container id>` |
 //! | AppArmor profile, SELinux labels | none, the guest loads no policies |
-//! | devices below `/dev/vfio`, `/dev/iommu` | none, the devices themselves are in the VM |
+//! | devices but the kernel's own, rules for block devices | none, see [`crate::storage`] |
+//! | processors and memory nodes | none, the machine runs on them |
 //! | Intel RDT, network devices | none, they are the host's |
 
 pub mod kubernetes;
@@ -25,8 +26,11 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::guest::{CONTAINERS_DIR, POD_PID_NAMESPACE};
 use oci_spec::runtime::{
-    Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Root, RootBuilder, Spec,
+    Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root, RootBuilder,
+    Spec,
 };
+
+use crate::storage::devices::keep_kernel_s;
 
 /// Namespaces a container outside of Kubernetes' pods gets even where the spec asks
 /// for the host's: in the guest "the host" is the agent, which no container may see
@@ -79,6 +83,15 @@ pub fn translate_process(process: &mut Process) {
     process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
+/// Takes processors and memory nodes of the host out of limits: the machine runs on
+/// them ([`crate::cgroup`]), the guest has its own.
+pub fn translate_resources(resources: &mut LinuxResources) {
+    if let Some(mut cpu) = resources.cpu().clone() {
+        cpu.set_cpus(None).set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+}
+
 /// The namespaces a spec lists.
 pub fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
     let linux = spec.linux().as_ref();
@@ -94,15 +107,13 @@ fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
     } else {
         own_namespaces(asked)
     };
-    let devices = linux.devices().clone().map(|devices| {
-        devices
-            .into_iter()
-            .filter(|device| !is_passthrough_node(device.path()))
-            .collect()
-    });
+    keep_kernel_s(linux);
+    if let Some(mut resources) = linux.resources().clone() {
+        translate_resources(&mut resources);
+        linux.set_resources(Some(resources));
+    }
     linux
         .set_namespaces(Some(namespaces))
-        .set_devices(devices)
         .set_cgroups_path(Some(Path::new("/").join(container_id)))
         .set_mount_label(None)
         .set_intel_rdt(None)
@@ -150,7 +161,7 @@ fn pod_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
 }
 
 /// Device nodes that stand for a device handed to the VM as a whole.
-fn is_passthrough_node(path: &Path) -> bool {
+pub(crate) fn is_passthrough_node(path: &Path) -> bool {
     path.starts_with("/dev/vfio") || path == Path::new("/dev/iommu")
 }
 

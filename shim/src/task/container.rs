@@ -29,7 +29,7 @@ use super::TaskError;
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
-use super::volumes::Attached;
+use super::volumes::{Attached, Disks};
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::oci::kubernetes;
@@ -62,6 +62,7 @@ pub struct Container {
     pub(super) publisher: Publisher,
     pub(super) limits: Mutex<Limits>,
     pub(super) attached: Attached,
+    pub(super) disks: Disks,
     /// Whether it is the pod's sandbox container, without a process.
     is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
@@ -114,6 +115,7 @@ impl Container {
             sandbox,
             publisher,
             attached: Attached::default(),
+            disks: Disks::default(),
             pending: Mutex::new(Some(Pending { prepared })),
             in_guest: SetOnce::new(),
         }
@@ -174,6 +176,7 @@ impl Container {
         };
         let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
         let subpaths = std::mem::take(&mut prepared.volumes.subpaths);
+        let block_devices = self.attach_devices(&prepared.block_devices).await?;
         self.attach_volumes(agent, prepared.volumes).await?;
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
         let size = self.init.size();
@@ -185,6 +188,7 @@ impl Container {
             files: prepared.files,
             stdio: Some(ids).into(),
             subpaths,
+            block_devices,
             ..Default::default()
         };
         agent

@@ -3,6 +3,7 @@
 
 mod callers;
 mod console;
+mod devices;
 mod fixture;
 mod late_boot;
 mod real_agent;

@@ -2,6 +2,7 @@
 //! calls it, and real guests. See `tests/lab`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
+mod devices;
 mod exec;
 mod failures;
 mod lifecycle;

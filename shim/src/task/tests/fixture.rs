@@ -54,6 +54,8 @@ pub struct Fixture {
     pub resources: serde_json::Value,
     /// The same.
     pub annotations: serde_json::Value,
+    /// The same.
+    pub devices: serde_json::Value,
     servers: Vec<Server>,
 }
 
@@ -91,6 +93,7 @@ impl Fixture {
             journal,
             resources: json!({}),
             annotations: json!({}),
+            devices: json!([]),
             servers: vec![server, console_server, sink],
         }
     }
@@ -128,7 +131,7 @@ impl Fixture {
             "root": {"path": "/"},
             "process": process,
             "annotations": self.annotations,
-            "linux": {"resources": self.resources},
+            "linux": {"resources": self.resources, "devices": self.devices},
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle.to_str().unwrap().to_owned()
