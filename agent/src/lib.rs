@@ -12,6 +12,7 @@
 //!   volumes/   directories its containers share
 //!   devices.rs block devices of the host, uevent.rs the kernel's word that they are there
 //!   forward.rs connections to the pod's loopback from the host
+//!   hugepages.rs  the pool of huge pages that containers may use
 //!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
 //! ```
@@ -33,6 +34,7 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod forward;
+pub mod hugepages;
 pub mod io;
 pub mod log;
 pub mod mount;

@@ -26,6 +26,7 @@ use crate::devices;
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
+use crate::hugepages::{self, HugePages};
 use crate::network::Network;
 use crate::pids;
 use crate::reaper::{Exit, Reaper};
@@ -57,6 +58,7 @@ pub struct Sandbox {
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
+    huge_pages: Arc<HugePages>,
     /// Of the PID namespace that containers share, once one has asked for it.
     pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
@@ -73,6 +75,7 @@ impl Sandbox {
         streams: Arc<StreamHub>,
     ) -> Self {
         let (oom_sender, oom_receiver) = unbounded_channel();
+        let pools = (mode == Mode::Guest).then(|| hugepages::POOLS.into());
         Self {
             mode,
             cgroups,
@@ -80,6 +83,7 @@ impl Sandbox {
             streams,
             containers: Mutex::default(),
             volumes: Arc::default(),
+            huge_pages: Arc::new(HugePages::new(pools)),
             pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
@@ -200,6 +204,7 @@ impl Sandbox {
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
         limit(&cgroup, &spec)?;
+        let spec = self.reserve_pages(&id, spec).await?;
         let request = Request {
             cgroup: cgroup.path().to_owned(),
             window: stdio::window(&stdio),
@@ -220,12 +225,30 @@ impl Sandbox {
         Ok(Container::new(parts, &spec))
     }
 
+    async fn reserve_pages(&self, id: &str, spec: Spec) -> Result<Spec> {
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        blocking(move || huge_pages.reserve(&id, resources(&spec)).map(|()| spec)).await
+    }
+
+    /// The pages are free once the container's processes are gone.
+    async fn release_pages(&self, id: &str) {
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        let release = blocking(move || {
+            huge_pages.release(&id);
+            Ok(())
+        });
+        if let Err(error) = release.await {
+            tracing::warn!("{}", error.full());
+        }
+    }
+
     async fn undo_create(&self, id: &str) {
         let removed = match self.cgroups.create(id) {
             Ok(cgroup) => cgroup.remove().await,
             Err(error) => Err(error),
         };
         let unmounted = storage::container_dir(id).and_then(|dir| storage::remove(&dir));
+        self.release_pages(id).await;
         for error in [removed, unmounted].into_iter().filter_map(Result::err) {
             tracing::warn!("container {id}: {}", error.full());
         }
@@ -286,6 +309,7 @@ impl Sandbox {
         container.cgroup.remove().await?;
         let dir = container.dir.clone();
         blocking(move || storage::remove(&dir)).await?;
+        self.release_pages(id).await;
         self.slots().remove(id);
         Ok(())
     }
@@ -385,9 +409,13 @@ fn parse<T: serde::de::DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {
     serde_json::from_slice(json).map_err(|error| Error::InvalidArgument(format!("{what}: {error}")))
 }
 
-fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
     let linux = spec.linux().as_ref();
-    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    linux.and_then(|linux| linux.resources().as_ref())
+}
+
+fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
+    let resources = resources(spec);
     if let Some(resources) = resources {
         cgroup.apply(resources)?;
     }
