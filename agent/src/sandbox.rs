@@ -122,8 +122,14 @@ impl Sandbox {
             || !request.routes.is_empty()
             || !request.neighbors.is_empty()
         {
-            Network::connect()?
-                .configure(&request.interfaces, &request.routes, &request.neighbors)
+            let mut network = Network::connect()?;
+            network
+                .configure(
+                    &request.interfaces,
+                    &request.routes,
+                    &request.rules,
+                    &request.neighbors,
+                )
                 .await?;
         }
         if request.shared_dir {

@@ -239,6 +239,7 @@ impl VmHost {
             hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
             routes: network.routes,
+            rules: network.rules,
             neighbors: network.neighbors,
             shared_dir: shares,
             sysctls: sysctls(&config.spec),
