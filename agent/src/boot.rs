@@ -35,6 +35,10 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// Open files per process: containers inherit it, as from containerd's service.
 const MAX_FILES: u64 = 1_048_576;
 
+/// Spares the agent when the machine has no memory left (proc_pid_oom_score_adj(5)):
+/// without it the guest ends. One that has nobody else to kill panics, which is told.
+const OOM_SCORE: &str = "-1000";
+
 /// File system, where, flags, data.
 type Mount = (&'static str, &'static str, MsFlags, &'static str);
 
@@ -109,6 +113,7 @@ fn boot() -> Result<()> {
     if let Err(error) = set_limits() {
         tracing::warn!("{}", error.full());
     }
+    fs::write("/proc/self/oom_score_adj", OOM_SCORE).context("set oom_score_adj")?;
     sys::loopback_up().context("bring up loopback")?;
     let cgroups = own_cgroup()?;
     for (name, value) in SYSCTLS {

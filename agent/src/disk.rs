@@ -12,10 +12,13 @@ use std::time::Duration;
 use nix::sys::inotify::AddWatchFlags;
 
 use crate::error::{Context, Error, Result};
+use crate::uevent::Uevents;
 use crate::watch::Watch;
 
 /// How long a disk may take to appear.
 const LIMIT: Duration = Duration::from_secs(10);
+/// What /sys/block/vdX/size counts in, whatever the disk has.
+const SECTOR_BYTES: u64 = 512;
 
 /// A disk or one of its partitions, as a `Storage` source names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,6 +99,41 @@ impl DiskRef {
         }
         Ok(None)
     }
+}
+
+/// Waits until the disk with this serial number has a size: one that was made empty
+/// gets its bytes later, of which the kernel tells.
+///
+/// # Errors
+///
+/// `NotFound` if there is no such disk, or not in time.
+pub async fn wait_for_size(serial: &str, size_bytes: u64) -> Result<PathBuf> {
+    let disk = DiskRef {
+        serial: serial.into(),
+        partition: None,
+    };
+    let path = disk.wait().await?;
+    let uevents = Uevents::listen().context("listen to the kernel")?;
+    let grow = async {
+        while size_of(&path).context("look at a disk's size")? != size_bytes {
+            uevents.happened().await.context("listen to the kernel")?;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(LIMIT, grow)
+        .await
+        .unwrap_or_else(|_| {
+            let text = format!("disk with serial {serial:?} and {size_bytes} bytes");
+            Err(Error::NotFound(text))
+        })?;
+    Ok(path)
+}
+
+fn size_of(disk: &Path) -> io::Result<u64> {
+    let name = disk.file_name().unwrap_or_default();
+    let text = fs::read_to_string(Path::new("/sys/block").join(name).join("size"))?;
+    let sectors: u64 = text.trim().parse().map_err(io::Error::other)?;
+    Ok(sectors.saturating_mul(SECTOR_BYTES))
 }
 
 #[cfg(test)]

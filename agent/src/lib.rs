@@ -10,7 +10,9 @@
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
 //!   volumes/   directories its containers share
+//!   devices.rs block devices of the host, uevent.rs the kernel's word that they are there
 //!   forward.rs connections to the pod's loopback from the host
+//!   hugepages.rs  the pool of huge pages that containers may use
 //!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
 //! ```
@@ -27,10 +29,12 @@ pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod container;
+pub mod devices;
 pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod forward;
+pub mod hugepages;
 pub mod io;
 pub mod log;
 pub mod mount;
@@ -43,5 +47,6 @@ pub mod service;
 pub mod stdio;
 pub mod storage;
 pub mod streams;
+pub mod uevent;
 pub mod volumes;
 pub mod watch;

@@ -4,11 +4,11 @@
 //! addresses are set without duplicate address detection: the host's interface
 //! has done it, and a tentative address would refuse connections for a second.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt;
-use nacre_protocol::agent::{Interface, Neighbor, Route};
+use nacre_protocol::agent::{Interface, Neighbor, Route, Rule};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::route::{RouteMessage, RouteScope};
@@ -16,11 +16,16 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use crate::error::{Context, Error, Result};
 
+mod rules;
+
 /// A connection to the kernel's routing tables.
 pub struct Network {
     handle: Handle,
     /// Indices by interface name, kept over the calls of one configuration.
     indices: HashMap<String, u32>,
+    /// Interfaces that are configured: several may have one MAC address (ipvlan), and
+    /// are then taken in the order of the machine's slots.
+    taken: HashSet<u32>,
 }
 
 impl Network {
@@ -35,6 +40,7 @@ impl Network {
         Ok(Self {
             handle,
             indices: HashMap::new(),
+            taken: HashSet::new(),
         })
     }
 
@@ -48,6 +54,7 @@ impl Network {
         &mut self,
         interfaces: &[Interface],
         routes: &[Route],
+        rules: &[Rule],
         neighbors: &[Neighbor],
     ) -> Result<()> {
         for interface in interfaces {
@@ -58,6 +65,9 @@ impl Network {
             routes.iter().partition(|route| route.gateway.is_empty());
         for route in on_link.into_iter().chain(by_gateway) {
             self.add_route(route).await?;
+        }
+        for rule in rules {
+            self.add_rule(rule).await?;
         }
         for neighbor in neighbors {
             self.add_neighbor(neighbor).await?;
@@ -94,12 +104,13 @@ impl Network {
         Ok(())
     }
 
-    async fn index_by_mac(&self, mac: [u8; 6], text: &str) -> Result<u32> {
+    async fn index_by_mac(&mut self, mac: [u8; 6], text: &str) -> Result<u32> {
         let mut links = self.handle.link().get().execute();
         while let Some(link) = netlink(links.try_next().await, || "list interfaces")? {
             let is_it = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Address(bytes) if bytes.as_slice() == mac);
-            if link.attributes.iter().any(is_it) {
-                return Ok(link.header.index);
+            let index = link.header.index;
+            if link.attributes.iter().any(is_it) && self.taken.insert(index) {
+                return Ok(index);
             }
         }
         Err(Error::NotFound(format!("interface with MAC {text}")))
@@ -133,6 +144,14 @@ impl Network {
                 "route {destination} via {:?} dev {}",
                 route.gateway, route.device
             )
+        })
+    }
+
+    async fn add_rule(&self, rule: &Rule) -> Result<()> {
+        let mut request = self.handle.rule().add();
+        *request.message_mut() = rules::message(rule)?;
+        netlink(request.execute().await, || {
+            format!("rule {} to table {}", rule.priority, rule.table)
         })
     }
 

@@ -22,9 +22,11 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
+use crate::devices;
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
+use crate::hugepages::{self, HugePages};
 use crate::network::Network;
 use crate::pids;
 use crate::reaper::{Exit, Reaper};
@@ -56,6 +58,7 @@ pub struct Sandbox {
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
+    huge_pages: Arc<HugePages>,
     /// Of the PID namespace that containers share, once one has asked for it.
     pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
@@ -72,6 +75,7 @@ impl Sandbox {
         streams: Arc<StreamHub>,
     ) -> Self {
         let (oom_sender, oom_receiver) = unbounded_channel();
+        let pools = (mode == Mode::Guest).then(|| hugepages::POOLS.into());
         Self {
             mode,
             cgroups,
@@ -79,6 +83,7 @@ impl Sandbox {
             streams,
             containers: Mutex::default(),
             volumes: Arc::default(),
+            huge_pages: Arc::new(HugePages::new(pools)),
             pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
@@ -117,8 +122,14 @@ impl Sandbox {
             || !request.routes.is_empty()
             || !request.neighbors.is_empty()
         {
-            Network::connect()?
-                .configure(&request.interfaces, &request.routes, &request.neighbors)
+            let mut network = Network::connect()?;
+            network
+                .configure(
+                    &request.interfaces,
+                    &request.routes,
+                    &request.rules,
+                    &request.neighbors,
+                )
                 .await?;
         }
         if request.shared_dir {
@@ -194,10 +205,12 @@ impl Sandbox {
         for subpath in &request.subpaths {
             volumes::bind_subpath(&dir, subpath)?;
         }
+        devices::add(&mut spec, &dir, &request.block_devices).await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
         limit(&cgroup, &spec)?;
+        let spec = self.reserve_pages(&id, spec).await?;
         let request = Request {
             cgroup: cgroup.path().to_owned(),
             window: stdio::window(&stdio),
@@ -221,12 +234,30 @@ impl Sandbox {
         Ok(Container::new(parts, &spec))
     }
 
+    async fn reserve_pages(&self, id: &str, spec: Spec) -> Result<Spec> {
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        blocking(move || huge_pages.reserve(&id, resources(&spec)).map(|()| spec)).await
+    }
+
+    /// The pages are free once the container's processes are gone.
+    async fn release_pages(&self, id: &str) {
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        let release = blocking(move || {
+            huge_pages.release(&id);
+            Ok(())
+        });
+        if let Err(error) = release.await {
+            tracing::warn!("{}", error.full());
+        }
+    }
+
     async fn undo_create(&self, id: &str) {
         let removed = match self.cgroups.create(id) {
             Ok(cgroup) => cgroup.remove().await,
             Err(error) => Err(error),
         };
         let unmounted = storage::container_dir(id).and_then(|dir| storage::remove(&dir));
+        self.release_pages(id).await;
         for error in [removed, unmounted].into_iter().filter_map(Result::err) {
             tracing::warn!("container {id}: {}", error.full());
         }
@@ -287,6 +318,7 @@ impl Sandbox {
         container.cgroup.remove().await?;
         let dir = container.dir.clone();
         blocking(move || storage::remove(&dir)).await?;
+        self.release_pages(id).await;
         self.slots().remove(id);
         Ok(())
     }
@@ -398,9 +430,13 @@ fn created_state(spec: &Spec, id: &str, bundle: String) -> State {
     state
 }
 
-fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
     let linux = spec.linux().as_ref();
-    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    linux.and_then(|linux| linux.resources().as_ref())
+}
+
+fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
+    let resources = resources(spec);
     if let Some(resources) = resources {
         cgroup.apply(resources)?;
     }

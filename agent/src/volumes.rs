@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   tmpfs        a mount, written by containers       emptyDir in memory, /dev/shm
+//!   hugetlbfs    the same                             emptyDir of huge pages
 //!   directory    files on the guest's /run, written   ConfigMap, Secret, projected,
 //!                by the agent, see `directory.rs`     downward API
 //! ```
@@ -48,7 +49,7 @@ struct Made {
 }
 
 impl Volumes {
-    /// Makes a tmpfs, unless it is there.
+    /// Makes a tmpfs or a hugetlbfs, unless it is there.
     ///
     /// # Errors
     ///
@@ -59,19 +60,13 @@ impl Volumes {
         if made.tmpfs.contains(&volume.name) {
             return Ok(());
         }
-        let what = || format!("mount a tmpfs on {}", target.display());
+        let (kind, data) = memory_options(volume);
+        let what = || format!("mount a {kind} on {}", target.display());
         fs::create_dir_all(&target).with_context(what)?;
-        let data = format!(
-            "size={},mode={:o},uid={},gid={}",
-            volume.size_bytes,
-            volume.mode & 0o7777,
-            volume.uid,
-            volume.gid
-        );
         mount(
-            Some("tmpfs"),
+            Some(kind),
             &target,
-            Some("tmpfs"),
+            Some(kind),
             MsFlags::MS_NODEV,
             Some(data.as_str()),
         )
@@ -98,6 +93,20 @@ impl Volumes {
         made.directories.insert(name, volume.generation);
         Ok(())
     }
+}
+
+/// Type and data for mount(2).
+fn memory_options(volume: &TmpfsVolume) -> (&'static str, String) {
+    let mode = volume.mode & 0o7777;
+    let mut data = format!("mode={mode:o},uid={},gid={}", volume.uid, volume.gid);
+    if volume.size_bytes != 0 {
+        data += &format!(",size={}", volume.size_bytes);
+    }
+    if volume.page_bytes == 0 {
+        return ("tmpfs", data);
+    }
+    data += &format!(",pagesize={}", volume.page_bytes);
+    ("hugetlbfs", data)
 }
 
 fn volume_dir(name: &str) -> Result<PathBuf> {
@@ -254,6 +263,21 @@ mod tests {
         for other in [link, dir.path().join("nowhere"), dir.path().to_owned()] {
             assert!(read_end(dir.path(), other.to_str().unwrap(), 4).is_err());
         }
+    }
+
+    #[test]
+    fn memory_has_the_options_of_its_kind() {
+        let mut volume = TmpfsVolume {
+            size_bytes: 4 << 20,
+            mode: 0o2770,
+            gid: 7,
+            ..TmpfsVolume::default()
+        };
+        let tmpfs = "mode=2770,uid=0,gid=7,size=4194304".to_owned();
+        assert_eq!(memory_options(&volume), ("tmpfs", tmpfs));
+        (volume.size_bytes, volume.page_bytes) = (0, 2 << 20);
+        let huge = "mode=2770,uid=0,gid=7,pagesize=2097152".to_owned();
+        assert_eq!(memory_options(&volume), ("hugetlbfs", huge));
     }
 
     #[test]

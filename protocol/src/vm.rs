@@ -28,6 +28,16 @@ pub enum Request {
         /// Beyond the size at boot, a multiple of [`GROWTH_STEP_MIB`].
         growth_mib: u32,
     },
+    /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
+    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that.
+    Exchange {
+        /// The disk's serial number.
+        serial: String,
+        /// One file or block device; without one the disk is empty again.
+        file: Option<FdIndex>,
+        /// Whether writes fail.
+        read_only: bool,
+    },
 }
 
 /// From the monitor to the shim.
@@ -46,6 +56,13 @@ pub enum Event {
     Resized {
         /// What it uses beyond the size at boot, in whole MiB.
         growth_mib: u32,
+    },
+    /// What became of [`Request::Exchange`].
+    Exchanged {
+        /// The disk's serial number.
+        serial: String,
+        /// Its size in bytes, or why it is as it was.
+        result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.
     Stopped(StopReason),
@@ -147,6 +164,8 @@ pub enum DiskBacking {
     /// Read-only files one after another, each a partition of a GPT that
     /// exists in memory only: `/dev/vdX1` is the first. [`MAX_PARTITIONS`] at most.
     Partitions(Vec<FdIndex>),
+    /// None yet: [`Request::Exchange`] gives it some.
+    Empty,
 }
 
 /// A virtio-net device.

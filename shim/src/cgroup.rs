@@ -12,6 +12,11 @@
 //! the scope itself is not registered with systemd, which leaves alone what it
 //! does not know.
 //!
+//! **Processors.** A cpuset names processors of the host, which a guest does not have:
+//! it is the machine that runs on them, on those of all its containers together, and
+//! their memory nodes are where its memory is. Among themselves containers of a pod
+//! share the machine's vCPUs.
+//!
 //! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`)
 //! or are moved by [`PodCgroup::add_process`].
 
@@ -25,11 +30,15 @@ use std::time::{Duration, Instant};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
+mod cpus;
+
+pub use cpus::NumberList;
+
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Controllers the pod's group wants, where the host has them.
-const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "hugetlb"];
+const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "memory", "pids", "io", "hugetlb"];
 /// How long killed processes may take to be gone.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// CPU period where the spec names a quota only; the kernel's default.
@@ -72,6 +81,12 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// CPU time per period, both in microseconds.
     pub cpu: Option<(u64, u64)>,
+    /// Processors of the host it may run on.
+    pub cpus: Option<NumberList>,
+    /// Memory nodes of the host its memory may be on.
+    pub mems: Option<NumberList>,
+    /// Memory in huge pages of the guest, beside the other.
+    pub huge_page_bytes: u64,
 }
 
 impl Limits {
@@ -100,6 +115,9 @@ impl Limits {
                 None | Some(0) => self.cpu,
                 Some(quota) => u64::try_from(quota).ok().map(|quota| (quota, period)),
             },
+            cpus: listed(cpu.and_then(|cpu| cpu.cpus().as_deref())).or(self.cpus),
+            mems: listed(cpu.and_then(|cpu| cpu.mems().as_deref())).or(self.mems),
+            huge_page_bytes: huge_page_bytes(resources).unwrap_or(self.huge_page_bytes),
         }
     }
 
@@ -116,6 +134,9 @@ impl Limits {
                 .cpu
                 .zip(other.cpu)
                 .map(|(a, b)| if share(a) > share(b) { a } else { b }),
+            cpus: self.cpus.zip(other.cpus).map(|(a, b)| a.or(b)),
+            mems: self.mems.zip(other.mems).map(|(a, b)| a.or(b)),
+            huge_page_bytes: self.huge_page_bytes.max(other.huge_page_bytes),
         }
     }
 
@@ -133,6 +154,11 @@ impl Limits {
                 memory_bytes: sum(many.iter().map(|limits| limits.memory_bytes)),
                 cpu: sum(many.iter().map(|limits| limits.cpu.map(scaled)))
                     .map(|quota| (quota, DEFAULT_PERIOD_USEC)),
+                cpus: union(many.iter().map(|limits| limits.cpus)),
+                mems: union(many.iter().map(|limits| limits.mems)),
+                huge_page_bytes: many
+                    .iter()
+                    .fold(0, |sum, limits| sum.saturating_add(limits.huge_page_bytes)),
             },
         }
     }
@@ -143,6 +169,30 @@ fn updated(before: Option<u64>, change: Option<i64>) -> Option<u64> {
         None | Some(0) => before,
         Some(value) => u64::try_from(value).ok(),
     }
+}
+
+/// An empty list names nothing, one that cannot be read is told of.
+fn listed(text: Option<&str>) -> Option<NumberList> {
+    let text = text.filter(|text| !text.is_empty())?;
+    let list = NumberList::parse(text);
+    if list.is_none() {
+        tracing::warn!(text, "no list of processors or memory nodes: left out");
+    }
+    list
+}
+
+/// What the limits of all page sizes are together; `None` if there are none. Where
+/// there is no limit nothing is kept ready.
+fn huge_page_bytes(resources: &LinuxResources) -> Option<u64> {
+    let limits = resources.hugepage_limits().as_ref()?;
+    let bytes = limits.iter().map(|limit| limit.limit());
+    let bytes = bytes.filter(|bytes| (0..1 << 62).contains(bytes));
+    Some(bytes.fold(0, |sum, bytes| sum.saturating_add(bytes.unsigned_abs())))
+}
+
+fn union(mut lists: impl Iterator<Item = Option<NumberList>>) -> Option<NumberList> {
+    let first = lists.next()??;
+    lists.try_fold(first, |all, list| Some(all.or(list?)))
 }
 
 fn sum(mut values: impl Iterator<Item = Option<u64>>) -> Option<u64> {
@@ -217,7 +267,28 @@ impl PodCgroup {
             .cpu
             .map(|(quota, period)| format!("{quota} {period}"));
         self.set("memory.max", memory.as_deref())?;
-        self.set("cpu.max", cpu.as_deref())
+        self.set("cpu.max", cpu.as_deref())?;
+        self.set_list("cpuset.cpus", limits.cpus)?;
+        self.set_list("cpuset.mems", limits.mems)
+    }
+
+    /// Of a group with processes the kernel does not take an empty list back: it gets
+    /// what the group above has.
+    fn set_list(&self, name: &str, list: Option<NumberList>) -> Result<(), CgroupError> {
+        let path = self.path.join(name);
+        let text = match list {
+            Some(list) => list.to_string(),
+            None => {
+                let now = fs::read_to_string(&path).unwrap_or_default();
+                if now.trim().is_empty() {
+                    return Ok(());
+                }
+                let above = self.path.with_file_name(format!("{name}.effective"));
+                let above = fs::read_to_string(&above).map_err(failed("read", &above))?;
+                above.trim().to_owned()
+            }
+        };
+        write(&path, &text).map_err(failed("write", &path))
     }
 
     fn set(&self, name: &str, value: Option<&str>) -> Result<(), CgroupError> {
@@ -379,121 +450,4 @@ fn slice_dirs(slice: &str) -> Option<Vec<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn both_forms_of_paths() {
-        assert_eq!(expand("/default/id").unwrap(), ["default", "id"]);
-        assert_eq!(
-            expand("kubepods-burstable-pod1.slice:cri-containerd:abc").unwrap(),
-            [
-                "kubepods.slice",
-                "kubepods-burstable.slice",
-                "kubepods-burstable-pod1.slice",
-                "cri-containerd-abc.scope",
-            ]
-        );
-        assert_eq!(
-            expand(":nerdctl:abc").unwrap(),
-            ["system.slice", "nerdctl-abc.scope"]
-        );
-        assert_eq!(expand("-.slice::x.scope").unwrap(), ["x.scope"]);
-    }
-
-    #[test]
-    fn paths_do_not_climb() {
-        for path in [
-            "",
-            "/",
-            "/a/../b",
-            "a:b",
-            "a.slice:p:x/y",
-            "a/b.slice:p:x",
-            "..slice:p:x",
-        ] {
-            assert!(expand(path).is_err(), "{path:?}");
-        }
-    }
-
-    #[test]
-    fn updates_change_what_they_name() {
-        let resources = |value| -> LinuxResources { serde_json::from_value(value).unwrap() };
-        let both = json!({"memory": {"limit": 4096}, "cpu": {"quota": 150_000}});
-        let limits = Limits::default().updated_by(&resources(both));
-        assert_eq!(limits.memory_bytes, Some(4096));
-        assert_eq!(limits.cpu, Some((150_000, 100_000)));
-        let cpu = json!({"memory": {"limit": 0}, "cpu": {"quota": 1000, "period": 50_000}});
-        let limits = limits.updated_by(&resources(cpu));
-        assert_eq!(limits.memory_bytes, Some(4096));
-        assert_eq!(limits.cpu, Some((1000, 50_000)));
-        let period = json!({"cpu": {"quota": 0, "period": 10_000}});
-        assert_eq!(limits.updated_by(&resources(period)), limits);
-        let lifted = json!({"memory": {"limit": -1}, "cpu": {"quota": -1}});
-        assert_eq!(limits.updated_by(&resources(lifted)), Limits::default());
-    }
-
-    #[test]
-    fn more_of_two() {
-        let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu };
-        let one = limits(Some(10), Some((10, 10)));
-        let other = limits(Some(20), Some((15, 20)));
-        assert_eq!(one.or_more(other), limits(Some(20), Some((10, 10))));
-        assert_eq!(one.or_more(Limits::default()), Limits::default());
-    }
-
-    #[test]
-    fn containers_together() {
-        let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu };
-        let one = limits(Some(10), Some((5, 20)));
-        assert_eq!(Limits::together(&[one]), one);
-        let other = limits(Some(u64::MAX), Some((100_000, 50_000)));
-        let both = limits(Some(u64::MAX), Some((225_000, 100_000)));
-        assert_eq!(Limits::together(&[one, other]), both);
-        let free = Limits::default();
-        assert_eq!(Limits::together(&[one, free]), free);
-        assert_eq!(Limits::together(&[]), free);
-    }
-
-    /// The first writable cgroup v2 mount, also on hosts that have v1 as well.
-    fn root() -> Option<PathBuf> {
-        [CGROUP_ROOT, "/sys/fs/cgroup/unified"]
-            .map(PathBuf::from)
-            .into_iter()
-            .find(|path| {
-                statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
-            })
-    }
-
-    #[test]
-    fn leftover_processes_are_killed_on_removal() {
-        let Some(root) = root() else {
-            eprintln!("skipped: no cgroup v2 here");
-            return;
-        };
-        let name = format!("/nacre-test-{}/pod", std::process::id());
-        let cgroup = match PodCgroup::create_below(&root, &name, &Limits::default()) {
-            Err(CgroupError::Io { source, .. })
-                if source.kind() == io::ErrorKind::PermissionDenied =>
-            {
-                eprintln!("skipped: not allowed to make cgroups");
-                return;
-            }
-            result => result.unwrap(),
-        };
-        let mut child = std::process::Command::new("sleep")
-            .arg("600")
-            .spawn()
-            .unwrap();
-        cgroup.add_process(child.id()).unwrap();
-
-        // The zombie holds the group until it is reaped.
-        let reaper = std::thread::spawn(move || child.wait().unwrap());
-        cgroup.remove().unwrap();
-        assert!(!reaper.join().unwrap().success());
-        cgroup.remove().unwrap();
-        assert!(!cgroup.path().exists());
-        fs::remove_dir(cgroup.path().parent().unwrap()).unwrap();
-    }
-}
+mod tests;

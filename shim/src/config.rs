@@ -80,6 +80,8 @@ pub struct Config {
     pub overhead_memory_mib: u32,
     /// Back guest memory with 2 MiB pages.
     pub hugepages: bool,
+    /// Block devices the containers of a pod can have at once.
+    pub pod_disks: u8,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -156,6 +158,7 @@ impl Config {
             default_memory_mib: 0,
             overhead_memory_mib: 0,
             hugepages: false,
+            pod_disks: 0,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -268,7 +271,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 16] = [
+const KEYS: [Key; 17] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -276,6 +279,7 @@ const KEYS: [Key; 16] = [
     key!(default_memory_mib, 128..=1_048_576),
     key!(overhead_memory_mib, 0..=4096),
     key!(hugepages, bool),
+    key!(pod_disks, 0..=16),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),

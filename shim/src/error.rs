@@ -58,6 +58,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
+        | SandboxError::NoSlot { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
@@ -74,7 +75,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
 fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
-        MachineError::Spawn(_) | MachineError::Io { .. } => Code::INTERNAL,
+        MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
+            Code::INTERNAL
+        }
     }
 }
 

@@ -18,6 +18,7 @@
 
 mod cmdline;
 mod sizing;
+mod slots;
 #[cfg(test)]
 mod tests;
 mod vm_host;
@@ -37,7 +38,7 @@ use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::info;
+use tracing::{info, warn};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
@@ -47,10 +48,11 @@ use crate::devices::{AssignedDevice, ClaimError, RequestError};
 use crate::machine::{Machine, MachineError, Stop};
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
-use crate::storage::{Followers, Prepared, StorageError};
+use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
 use crate::task::agent_message;
 use crate::virtiofsd::VirtiofsdError;
 
+use slots::Slots;
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
@@ -120,6 +122,17 @@ pub enum SandboxError {
         container_id: String,
         /// Their addresses.
         devices: String,
+    },
+    /// All disks for block devices are in use.
+    #[error(
+        "container {container_id} needs a block device, and the pod's virtual machine has no \
+         empty disk left of the {count} it was made with: raise pod_disks in nacre.toml"
+    )]
+    NoSlot {
+        /// The container.
+        container_id: String,
+        /// How many there are.
+        count: usize,
     },
     /// A second container came before the first was started.
     #[error(
@@ -399,10 +412,20 @@ pub struct MemorySize {
     pub growth_mib: u32,
 }
 
+/// What a machine was made with for containers that come later.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Its memory.
+    pub memory: MemorySize,
+    /// Empty disks.
+    pub disks: usize,
+}
+
 /// What there is after the boot.
 struct Guest {
     agent: AgentClient,
     shares_directory: bool,
+    slots: Slots,
     memory: MemorySize,
     /// What it has.
     memory_mib: AtomicU32,
@@ -429,7 +452,7 @@ impl Sandbox {
         &self,
         boot_timeout: Duration,
         request: &ConfigureSandboxRequest,
-        memory: MemorySize,
+        room: Room,
     ) -> Result<(), SandboxError> {
         let begin = Instant::now();
         let connection = tokio::time::timeout(boot_timeout, self.machine.agent())
@@ -453,8 +476,9 @@ impl Sandbox {
         self.guest.get_or_init(|| Guest {
             agent,
             shares_directory,
-            memory,
-            memory_mib: AtomicU32::new(memory.boot_mib),
+            slots: Slots::new(room.disks),
+            memory: room.memory,
+            memory_mib: AtomicU32::new(room.memory.boot_mib),
         });
         Ok(())
     }
@@ -536,6 +560,34 @@ impl Sandbox {
         let has_mib = boot_mib.saturating_add(growth);
         guest.memory_mib.store(has_mib, Ordering::Relaxed);
         Ok(has_mib)
+    }
+
+    /// Gives the guest a block device; returns the serial number of its disk.
+    ///
+    /// # Errors
+    ///
+    /// `Stopped` before the boot, those of [`Slots::fill`].
+    pub async fn attach_disk(
+        &self,
+        container_id: &str,
+        device: &BlockDevice,
+    ) -> Result<String, SandboxError> {
+        let guest = self.guest.get().ok_or(SandboxError::Stopped)?;
+        let fill = guest
+            .slots
+            .fill(&self.machine, container_id, &device.file, device.read_only);
+        fill.await
+    }
+
+    /// Takes it back; what goes wrong is logged, and such a disk not used again.
+    pub async fn detach_disk(&self, serial: &str) {
+        let Some(guest) = self.guest.get() else {
+            return;
+        };
+        match guest.slots.empty(&self.machine, serial).await {
+            Ok(()) | Err(MachineError::Stopped(_)) => (),
+            Err(error) => warn!(serial, %error, "a disk is not taken back"),
+        }
     }
 
     /// Opens a stdio stream; returns its id with it.

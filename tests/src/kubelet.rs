@@ -47,11 +47,25 @@ impl PodDir {
         path
     }
 
-    /// What the kubelet binds for a `subPath`.
+    /// An emptyDir of huge pages.
+    #[must_use]
+    pub fn huge_pages(&mut self, name: &str, options: &str) -> PathBuf {
+        let path = self.volume("empty-dir", name);
+        self.mount(&["-t", "hugetlbfs", "-o", options, "hugetlbfs"], &path);
+        path
+    }
+
+    /// What the kubelet binds for a `subPath`, of a directory or of a file.
     #[must_use]
     pub fn subpath(&mut self, source: &Path, volume: &str) -> PathBuf {
         let path = self.path.join("volume-subpaths").join(volume).join("c/0");
-        fs::create_dir_all(&path).expect("/tmp is writable");
+        let parent = path.parent().expect("it has one");
+        fs::create_dir_all(parent).expect("/tmp is writable");
+        if source.is_file() {
+            fs::write(&path, "").expect("/tmp is writable");
+        } else {
+            fs::create_dir_all(&path).expect("/tmp is writable");
+        }
         let source = source.to_str().expect("paths of tests are UTF-8");
         self.mount(&["--bind", source], &path);
         path

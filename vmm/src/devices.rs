@@ -3,6 +3,7 @@
 //! The one place that knows every device's constructor. Slots are given in this
 //! order: vsock, rng, console, shared directory, disks, network interfaces, memory.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
@@ -12,7 +13,7 @@ use nacre_protocol::vm::{Disk, DiskBacking, FdIndex, Nic, SharedDir, VmConfig};
 
 use crate::memory::Growth;
 use crate::virtio::VirtioDevice;
-use crate::virtio::block::{Backing, Block, BlockError};
+use crate::virtio::block::{Backing, Block, BlockError, Exchanger};
 use crate::virtio::console::Console;
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mem::{Mem, Resizer};
@@ -64,6 +65,8 @@ pub struct Devices {
     pub file_server: Option<OwnedFd>,
     /// Resizes the memory, if it can grow.
     pub resizer: Option<Resizer>,
+    /// The disks that were made empty, by their serial numbers.
+    pub slots: HashMap<String, Exchanger>,
 }
 
 /// Makes the devices `config` names out of `fds`; `dialed` hears of connections
@@ -92,8 +95,13 @@ pub fn build(
         file_server = Some(socket.try_clone().map_err(FsError::Socket)?);
         devices.push(Box::new(Fs::new(tag, socket)?));
     }
+    let mut slots = HashMap::new();
     for disk in &config.disks {
-        devices.push(Box::new(block(disk, fds)?));
+        let block = block(disk, fds)?;
+        if disk.backing == DiskBacking::Empty {
+            slots.insert(disk.serial.clone(), block.exchanger());
+        }
+        devices.push(Box::new(block));
     }
     for nic in &config.nics {
         devices.push(Box::new(net(nic, fds)?));
@@ -110,6 +118,7 @@ pub fn build(
         serial,
         file_server,
         resizer,
+        slots,
     })
 }
 
@@ -120,6 +129,7 @@ fn block(disk: &Disk, fds: &mut Fds) -> Result<Block, DeviceError> {
             let files = take_all(files, fds)?;
             Backing::Partitions(files.into_iter().map(File::from).collect())
         }
+        DiskBacking::Empty => Backing::Empty,
     };
     Block::new(&disk.serial, disk.read_only, backing, disk.queues).map_err(|source| {
         DeviceError::Disk {

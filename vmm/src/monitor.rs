@@ -10,6 +10,8 @@
 //! guest's calls through a bounded queue: a guest that dials faster than the shim
 //! listens is refused.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
@@ -29,6 +31,7 @@ use crate::machine::{Machine, MachineError, Parts, Running};
 use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
+use crate::virtio::block::{Backing, Exchanger};
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
@@ -149,6 +152,7 @@ fn build(
         dialer: devices.dialer,
         file_server: devices.file_server,
         resizer: devices.resizer,
+        slots: devices.slots,
     };
     Ok((machine, peers))
 }
@@ -158,6 +162,7 @@ struct Peers {
     dialer: Dialer,
     file_server: Option<OwnedFd>,
     resizer: Option<Resizer>,
+    slots: HashMap<String, Exchanger>,
 }
 
 /// Serves the channel until the machine has ended.
@@ -214,9 +219,31 @@ fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
             Some(resizer) => resizer.request(u64::from(growth_mib) * MIB),
             None => tracing::warn!(growth_mib, "memory that cannot grow is not resized"),
         },
+        (
+            Request::Exchange {
+                serial,
+                file,
+                read_only,
+            },
+            mut fds,
+        ) => {
+            let backing = match file {
+                Some(file) => Backing::Whole(File::from(fds.take(file)?)),
+                None => Backing::Empty,
+            };
+            let result = exchange(peers, &serial, read_only, backing);
+            channel.send(&Event::Exchanged { serial, result }, &FdList::default())?;
+        }
         (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
+}
+
+fn exchange(peers: &Peers, serial: &str, read_only: bool, backing: Backing) -> Result<u64, String> {
+    let slot = peers.slots.get(serial);
+    let slot = slot.ok_or_else(|| format!("no empty disk {serial}"))?;
+    slot.exchange(read_only, backing)
+        .map_err(|error| error.to_string())
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

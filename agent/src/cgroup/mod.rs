@@ -154,6 +154,10 @@ impl Cgroup {
             if file == "memory.swap.max" && !self.path.join(&file).exists() {
                 continue;
             }
+            // kubelet limits the pages of all sizes its own kernel has, to zero.
+            if file.starts_with("hugetlb.") && value == "0" && !self.path.join(&file).exists() {
+                continue;
+            }
             self.write(&file, &value)?;
         }
         Ok(())
@@ -275,5 +279,29 @@ mod tests {
             Some(PathBuf::from("/sys/fs/cgroup/unified"))
         );
         assert_eq!(find_mount(""), None);
+    }
+
+    /// kubelet limits huge pages of all sizes, to zero where a pod asks for none.
+    #[test]
+    fn page_sizes_the_kernel_does_not_have_may_be_limited_to_zero() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup {
+            path: dir.path().into(),
+            strict: true,
+        };
+        let known = dir.path().join("hugetlb.2MB.max");
+        fs::write(&known, "max").unwrap();
+        let limits = serde_json::json!({"hugepageLimits": [
+            {"pageSize": "64GB", "limit": 0}, {"pageSize": "2MB", "limit": 0},
+        ]});
+        cgroup
+            .apply(&serde_json::from_value(limits).unwrap())
+            .unwrap();
+        assert_eq!(fs::read_to_string(known).unwrap(), "0");
+        // In a cgroup there is nothing to write to.
+        assert!(!dir.path().join("hugetlb.64GB.max").exists());
+        let one = serde_json::json!({"hugepageLimits": [{"pageSize": "64GB", "limit": 1}]});
+        cgroup.apply(&serde_json::from_value(one).unwrap()).unwrap();
+        assert!(dir.path().join("hugetlb.64GB.max").exists());
     }
 }

@@ -35,8 +35,11 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
         settings.io(io);
     }
     for limit in resources.hugepage_limits().iter().flatten() {
-        let file = format!("hugetlb.{}.max", limit.page_size());
-        settings.add_checked(file, max(limit.limit()))?;
+        // Reserving more fails; without the first, using it would be SIGBUS.
+        for kind in ["rsvd.max", "max"] {
+            let file = format!("hugetlb.{}.{kind}", limit.page_size());
+            settings.add_checked(file, max(limit.limit()))?;
+        }
     }
     for (file, value) in resources.unified().iter().flatten() {
         settings.add_checked(file.clone(), value.clone())?;
@@ -230,7 +233,10 @@ mod tests {
         );
         check(
             serde_json::json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]}),
-            &[("hugetlb.2MB.max", "4096")],
+            &[
+                ("hugetlb.2MB.rsvd.max", "4096"),
+                ("hugetlb.2MB.max", "4096"),
+            ],
         );
     }
 

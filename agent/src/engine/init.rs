@@ -249,10 +249,9 @@ fn join_container(pid: i32) -> Result<(), InitError> {
     setns(pidfd.as_fd(), all).step(what)
 }
 
+/// The agent's own score spares it; no process of a container inherits that.
 fn set_oom_score(process: &Process) -> Result<(), InitError> {
-    let Some(score) = process.oom_score_adj() else {
-        return Ok(());
-    };
+    let score = process.oom_score_adj().unwrap_or(0);
     fs::write("/proc/self/oom_score_adj", score.to_string())
         .step(|| format!("set oom_score_adj to {score}"))
 }

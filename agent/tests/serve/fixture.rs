@@ -311,6 +311,12 @@ impl Agent {
         self.dir.path().join("image").join(path)
     }
 
+    /// Makes the kernel spare or prefer the agent when memory runs out.
+    pub fn set_oom_score(&self, score: i32) {
+        let path = format!("/proc/{}/oom_score_adj", self.child.id());
+        fs::write(path, score.to_string()).unwrap();
+    }
+
     /// Whether the container's directory is gone.
     pub fn is_clean(&self, id: &str) -> bool {
         let run = self.dir.path().join("run/containers");

@@ -41,6 +41,29 @@ async fn output_exit_code_and_removal() {
     assert_eq!(status(&error).0, Code::NOT_FOUND);
 }
 
+/// What the agent has, -1000 in a guest, no container inherits. Raising a score takes no
+/// privilege.
+#[tokio::test]
+async fn processes_have_a_score_of_their_own() {
+    let Some(agent) = start() else { return };
+    agent.set_oom_score(300);
+    let script = "cat /proc/self/oom_score_adj; cat";
+    let mut ends = agent.run("c1", &spec("c1", &["sh", "-c", script]), 1).await;
+    let (mut exec, stdio) = agent.streams(11);
+    let mut command = process(&["cat", "/proc/self/oom_score_adj"]);
+    agent.exec("c1", "plain", &command, stdio).await.unwrap();
+    agent.wait("c1", "plain").await;
+    assert_eq!(exec.stdout(), "0\n");
+    command["oomScoreAdj"] = json!(700);
+    let (mut exec, stdio) = agent.streams(21);
+    agent.exec("c1", "cheap", &command, stdio).await.unwrap();
+    agent.wait("c1", "cheap").await;
+    assert_eq!(exec.stdout(), "700\n");
+    ends.close_stdin();
+    agent.wait("c1", "").await;
+    assert_eq!(ends.stdout(), "0\n");
+}
+
 #[tokio::test]
 async fn a_container_sees_its_own_world() {
     let Some(agent) = start() else { return };

@@ -4,6 +4,8 @@
 //! runs commands as plain host processes: it needs no privilege, and tests make
 //! it misbehave. [`FakeHost::real`] is `nacre-agent serve`, if it was built.
 
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,16 +23,19 @@ use tokio::sync::watch;
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, System, request};
-use crate::sandbox::{ContainerConfig, MemorySize, Sandbox, SandboxError};
+use crate::sandbox::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
 
 mod scripted;
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
-const MEMORY: MemorySize = MemorySize {
-    boot_mib: 256,
-    growth_mib: 1024,
+const ROOM: Room = Room {
+    memory: MemorySize {
+        boot_mib: 256,
+        growth_mib: 1024,
+    },
+    disks: 2,
 };
 
 /// What happened, in order.
@@ -83,6 +88,24 @@ impl Machine for FakeMachine {
         lock(&self.journal).push(format!("machine +{growth_mib}"));
         let taken = growth_mib.min(self.takes_mib.load(Ordering::Relaxed));
         Ok(taken.max(self.keeps_mib.load(Ordering::Relaxed)))
+    }
+
+    async fn exchange(
+        &self,
+        serial: &str,
+        mut file: Option<&File>,
+        read_only: bool,
+    ) -> Result<u64, MachineError> {
+        let what = match (file, read_only) {
+            (None, _) => "empty",
+            (Some(_), true) => "read-only",
+            (Some(_), false) => "writable",
+        };
+        lock(&self.journal).push(format!("{serial} {what}"));
+        let size = file
+            .as_mut()
+            .map_or(Ok(0), |file| file.seek(SeekFrom::End(0)));
+        size.map_err(MachineError::io("look at a disk's file"))
     }
 
     async fn stopped(&self) -> Stop {
@@ -293,7 +316,7 @@ impl FakeHost {
 /// Attaches to a machine's agent.
 pub async fn boot(sandbox: &Sandbox) -> Result<(), SandboxError> {
     let request = ConfigureSandboxRequest::default();
-    sandbox.attach(BOOT_TIMEOUT, &request, MEMORY).await
+    sandbox.attach(BOOT_TIMEOUT, &request, ROOM).await
 }
 
 fn scripted_machine(journal: Journal) -> FakeMachine {

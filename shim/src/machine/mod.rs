@@ -14,6 +14,7 @@ mod vm;
 #[cfg(test)]
 pub mod fake;
 
+use std::fs::File;
 use std::io;
 
 use async_trait::async_trait;
@@ -41,6 +42,14 @@ pub enum MachineError {
         what: &'static str,
         /// The failure.
         source: io::Error,
+    },
+    /// A disk cannot have other bytes.
+    #[error("disk {serial}: {reason}")]
+    Disk {
+        /// Its serial number.
+        serial: String,
+        /// The monitor's words.
+        reason: String,
     },
     /// The machine is dead.
     #[error("the virtual machine is gone: {0}")]
@@ -95,6 +104,15 @@ pub trait Machine: Send + Sync {
     /// multiple of [`GROWTH_STEP_MIB`], and waits until it does or comes no nearer.
     /// Returns what it uses then.
     async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError>;
+
+    /// Gives a disk that was made empty the bytes of `file`, or none again. Nothing
+    /// touches those it had when this returns. The size in bytes.
+    async fn exchange(
+        &self,
+        serial: &str,
+        file: Option<&File>,
+        read_only: bool,
+    ) -> Result<u64, MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;

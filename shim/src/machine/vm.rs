@@ -7,6 +7,7 @@
 //! reports a stop only when the process is gone, so that cgroup and devices are
 //! free by then.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -54,9 +55,14 @@ pub struct VmMachine {
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
     /// Memory the guest uses beyond its size at boot.
     growth_mib: watch::Receiver<u32>,
+    /// Answers to exchanges of disks, of which one is under way at a time.
+    exchanged: Mutex<mpsc::Receiver<Exchanged>>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
+
+/// A disk's serial number, its size or why it is as it was.
+type Exchanged = (String, Result<u64, String>);
 
 /// Both directions of the channel. Sending takes `&Channel`, receiving `&mut`;
 /// they are separate objects on one socket.
@@ -104,11 +110,13 @@ impl VmMachine {
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
+        let (exchanged_tx, exchanged_rx) = mpsc::channel(1);
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
+            exchanged: exchanged_tx,
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -123,6 +131,7 @@ impl VmMachine {
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
+            exchanged: Mutex::new(exchanged_rx),
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -211,6 +220,35 @@ impl Machine for VmMachine {
         Ok(*now.borrow())
     }
 
+    async fn exchange(
+        &self,
+        serial: &str,
+        file: Option<&File>,
+        read_only: bool,
+    ) -> Result<u64, MachineError> {
+        let mut exchanged = self.exchanged.lock().await;
+        // The answer to a caller who did not wait for it.
+        while exchanged.try_recv().is_ok() {}
+        let mut fds = FdList::default();
+        let request = Request::Exchange {
+            serial: serial.to_owned(),
+            file: file.map(|file| fds.push(file.as_fd())),
+            read_only,
+        };
+        self.send(&request, &fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        loop {
+            match exchanged.recv().await {
+                Some((of, result)) if of == serial => {
+                    return result.map_err(|reason| MachineError::Disk { serial: of, reason });
+                }
+                Some(_) => {}
+                None => return Err(MachineError::Stopped(self.stopped().await)),
+            }
+        }
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.clone();
         match stopped.wait_for(Option::is_some).await {
@@ -286,6 +324,7 @@ async fn watch_monitor(
 struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
+    exchanged: mpsc::Sender<Exchanged>,
 }
 
 /// Reads events until one ends the machine.
@@ -311,6 +350,12 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
             },
             Event::Resized { growth_mib } => {
                 news.growth_mib.send_replace(growth_mib);
+            }
+            Event::Exchanged { serial, result } => {
+                // Nobody waits for more than one.
+                if news.exchanged.try_send((serial, result)).is_err() {
+                    warn!("the monitor tells of a disk nobody asked for");
+                }
             }
             Event::Stopped(reason) => return Stop::Guest(reason),
             Event::Failed { message } => return Stop::Failed(message),
@@ -449,6 +494,45 @@ mod tests {
         machine.kill();
         assert_eq!(machine.stopped().await, Stop::Died);
         assert!(machine.resize(8).await.is_err(), "the machine is gone");
+    }
+
+    #[tokio::test]
+    async fn exchanges_are_answered_with_a_size_or_a_reason() {
+        let (machine, mut monitor) = with_stand_in();
+        let shim = tokio::spawn(async move {
+            let file = File::open("/dev/null").unwrap();
+            let size = machine.exchange("slot0", Some(&file), true).await;
+            let refused = machine.exchange("slot1", None, false).await;
+            machine.kill();
+            let dead = machine.exchange("slot0", None, false).await;
+            (size.unwrap(), refused.unwrap_err(), dead.is_err())
+        });
+        let monitor = tokio::task::spawn_blocking(move || {
+            let answer = |monitor: &Channel, serial: &str, result| {
+                let serial = serial.to_owned();
+                let event = Event::Exchanged { serial, result };
+                monitor.send(&event, &FdList::default()).unwrap();
+            };
+            let (request, mut fds) = monitor.recv::<Request>().unwrap();
+            let Request::Exchange {
+                file: Some(file),
+                read_only: true,
+                ..
+            } = request
+            else {
+                panic!("{request:?}");
+            };
+            fds.take(file).unwrap();
+            answer(&monitor, "slot0", Ok(4096));
+            let (request, _) = monitor.recv::<Request>().unwrap();
+            assert!(matches!(request, Request::Exchange { file: None, .. }));
+            answer(&monitor, "slot1", Err("broken".into()));
+        });
+        let (size, refused, dead) = shim.await.unwrap();
+        monitor.await.unwrap();
+        assert_eq!(size, 4096);
+        assert_eq!(refused.to_string(), "disk slot1: broken");
+        assert!(dead);
     }
 
     #[tokio::test]

@@ -20,6 +20,7 @@
 mod bpf;
 pub mod loopback;
 mod netlink;
+mod rules;
 mod tap;
 
 use std::fs::File;
@@ -93,6 +94,8 @@ pub struct PodNetwork {
     pub interfaces: Vec<agent::Interface>,
     /// routes, in an order in which they can be added,
     pub routes: Vec<agent::Route>,
+    /// rules of which table they are looked up in,
+    pub rules: Vec<agent::Rule>,
     /// and permanent neighbours.
     pub neighbors: Vec<agent::Neighbor>,
 }
@@ -150,6 +153,7 @@ async fn join_all(queues: u16) -> Result<PodNetwork, NetworkError> {
     }
     network.interfaces = netlink.interfaces(&links).await?;
     network.routes = netlink.routes(&links).await?;
+    network.rules = netlink.rules().await?;
     network.neighbors = netlink.neighbors(&links).await?;
     Ok(network)
 }

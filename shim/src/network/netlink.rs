@@ -18,7 +18,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use netlink_packet_route::tc::TcHandle;
-use rtnetlink::{Handle, LinkUnspec};
+use rtnetlink::{Handle, IpVersion, LinkUnspec};
 
 use super::{NetworkError, system};
 
@@ -173,6 +173,17 @@ impl Netlink {
         }
         routes.sort_by_key(|route| !route.gateway.is_empty());
         Ok(routes)
+    }
+
+    /// The rules that are not the kernel's own, first to last.
+    pub async fn rules(&self) -> Result<Vec<agent::Rule>, NetworkError> {
+        let mut rules = Vec::new();
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let request = self.handle.rule().get(version).execute();
+            let messages = collect("list rules", request).await?;
+            rules.extend(messages.iter().filter_map(super::rules::rule));
+        }
+        Ok(rules)
     }
 
     /// Neighbours that were put there to stay; the guest learns the others.

@@ -56,6 +56,11 @@ impl Netns {
         pod.ip("link set eth0 up");
         pod.ip("route add default via 10.88.0.1");
         pod.ip("route add 192.0.2.0/24 dev eth0 table 100");
+        pod.ip("route add 192.0.2.0/24 dev eth0 table 1000");
+        pod.ip("rule add from 10.88.0.5 table 100 priority 500");
+        pod.ip("rule add not fwmark 7/255 iif lo table 1000 priority 600");
+        pod.ip("rule add uidrange 1-2 table 100 priority 700");
+        pod.ip("-6 rule add to fd00:1::/64 prohibit priority 800");
         pod.ip("neigh add 10.88.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
         Some((pod, node))
     }
@@ -161,10 +166,36 @@ fn what_the_namespace_holds_is_told() {
         .iter()
         .map(|r| (r.destination.as_str(), r.gateway.as_str(), r.table))
         .collect();
-    assert_eq!(routes, [("192.0.2.0/24", "", 100), ("", "10.88.0.1", 0)]);
+    let mut expected = [
+        ("192.0.2.0/24", "", 100),
+        ("192.0.2.0/24", "", 1000),
+        ("", "10.88.0.1", 0),
+    ];
+    expected.sort_by_key(|(_, gateway, table)| (!gateway.is_empty(), *table));
+    let mut routes = routes;
+    routes.sort_by_key(|(_, gateway, table)| (!gateway.is_empty(), *table));
+    assert_eq!(routes, expected);
     assert!(network.routes.iter().all(|route| route.device == "eth0"));
     assert_eq!(network.neighbors.len(), 1);
     assert_eq!(network.neighbors[0].address, "10.88.0.9");
+}
+
+#[test]
+fn rules_are_told_but_for_the_kernel_s() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let rules = prepare(&pod.0, 1).unwrap().rules;
+    // The one with users is left out: the guest's are others.
+    let [from, mark, prohibit] = rules.as_slice() else {
+        panic!("{rules:?}");
+    };
+    assert_eq!((from.priority, from.table), (500, 100));
+    assert_eq!((from.from.as_str(), from.action), ("10.88.0.5/32", 1));
+    assert_eq!((mark.fw_mark, mark.fw_mask, mark.invert), (7, 255, true));
+    assert_eq!((mark.input_device.as_str(), mark.table), ("lo", 1000));
+    assert_eq!((prohibit.to.as_str(), prohibit.action), ("fd00:1::/64", 8));
+    assert!(prohibit.ipv6 && !from.ipv6);
 }
 
 #[test]

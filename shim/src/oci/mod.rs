@@ -16,7 +16,8 @@
 //! | hooks | `startContainer`, the others are the host's, see [`crate::hooks`] |
 //! | cgroup path | `/<container id>` |
 //! | AppArmor profile, SELinux labels | none, the guest loads no policies |
-//! | devices below `/dev/vfio`, `/dev/iommu`, and the rules that allow them | none, the devices themselves are in the VM |
+//! | devices but the kernel's own, rules for block devices | none, see [`crate::storage`] |
+//! | processors and memory nodes | none, the machine runs on them |
 //! | Intel RDT, network devices | none, they are the host's |
 
 pub mod kubernetes;
@@ -26,11 +27,11 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::guest::{CONTAINERS_DIR, POD_PID_NAMESPACE};
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount,
-    Process, Root, RootBuilder, Spec,
+    Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root,
+    RootBuilder, Spec,
 };
 
-use crate::devices::request::is_passthrough_node;
+use crate::storage::devices::keep_kernel_s;
 
 /// Namespaces a container outside of Kubernetes' pods gets even where the spec asks
 /// for the host's: in the guest "the host" is the agent, which no container may see
@@ -90,6 +91,15 @@ pub fn translate_process(process: &mut Process) {
     process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
+/// Takes processors and memory nodes of the host out of limits: the machine runs on
+/// them ([`crate::cgroup`]), the guest has its own.
+pub fn translate_resources(resources: &mut LinuxResources) {
+    if let Some(mut cpu) = resources.cpu().clone() {
+        cpu.set_cpus(None).set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+}
+
 /// The namespaces a spec lists.
 pub fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
     let linux = spec.linux().as_ref();
@@ -105,7 +115,11 @@ fn translate_linux(linux: &mut Linux, container_id: &str, in_pod: bool) {
     } else {
         own_namespaces(asked)
     };
-    drop_passthrough_nodes(linux);
+    keep_kernel_s(linux);
+    if let Some(mut resources) = linux.resources().clone() {
+        translate_resources(&mut resources);
+        linux.set_resources(Some(resources));
+    }
     linux
         .set_namespaces(Some(namespaces))
         .set_cgroups_path(Some(Path::new("/").join(container_id)))
@@ -152,30 +166,6 @@ fn pod_namespaces(asked: &[LinuxNamespace]) -> Vec<LinuxNamespace> {
         pids.set_path(Some(POD_PID_NAMESPACE.into()));
     }
     namespaces
-}
-
-/// Takes out device nodes that stand for a device handed to the VM as a whole, and the
-/// rules that allow them: in the guest other devices have their numbers.
-fn drop_passthrough_nodes(linux: &mut Linux) {
-    let all = linux.devices().clone().unwrap_or_default();
-    let is_passed = |device: &LinuxDevice| is_passthrough_node(device.path());
-    let (passed, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(is_passed);
-    if passed.is_empty() {
-        return;
-    }
-    linux.set_devices(Some(kept));
-    let Some(resources) = linux.resources_mut() else {
-        return;
-    };
-    if let Some(rules) = resources.devices_mut() {
-        rules.retain(|rule| !passed.iter().any(|device| allows(rule, device)));
-    }
-}
-
-/// Whether a rule is this very device's.
-fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
-    let numbers = (Some(device.major()), Some(device.minor()));
-    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
 }
 
 #[cfg(test)]

@@ -137,12 +137,15 @@ fn what_describes_the_container_passes_through() {
         "memory": {"limit": 67108864},
         "cpu": {"quota": 50000, "period": 100000},
     });
+    let mut asked = resources.clone();
+    asked["cpu"]["cpus"] = json!("6-7");
+    asked["cpu"]["mems"] = json!("1");
     let seccomp = json!({"defaultAction": "SCMP_ACT_ERRNO"});
     let guest = translate(json!({
         "ociVersion": "1.1.0",
         "hostname": "web",
         "annotations": {"a": "b"},
-        "linux": {"resources": resources, "seccomp": seccomp, "maskedPaths": ["/proc/kcore"]},
+        "linux": {"resources": asked, "seccomp": seccomp, "maskedPaths": ["/proc/kcore"]},
     }));
 
     assert_eq!(guest["linux"]["resources"]["memory"], resources["memory"]);

@@ -43,6 +43,7 @@ pub fn size_of(spec: &Spec, config: &Config) -> Size {
     let memory_mib = annotated(annotations, MEMORY)
         .or_else(|| spec_memory(spec))
         .map_or(config.default_memory_mib, mib_for);
+    let memory_mib = with_huge_pages(memory_mib, Limits::of(spec).huge_page_bytes);
     let quota = annotated(annotations, CPU_QUOTA)
         .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
         .or_else(|| spec_cpu(spec));
@@ -85,14 +86,21 @@ pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
     let known = containers.iter().filter_map(|limits| limits.memory_bytes);
     let bytes = known.fold(0, u64::saturating_add);
     let mib = mib_for(bytes);
-    if containers
+    let limited = containers
         .iter()
-        .all(|limits| limits.memory_bytes.is_some())
-    {
+        .all(|limits| limits.memory_bytes.is_some());
+    let mib = if limited {
         mib
     } else {
         mib.max(config.default_memory_mib)
-    }
+    };
+    with_huge_pages(mib, Limits::together(containers).huge_page_bytes)
+}
+
+/// Huge pages are beside the memory that has a limit, as in Kubernetes.
+fn with_huge_pages(memory_mib: u32, bytes: u64) -> u32 {
+    let mib = u64::from(memory_mib).saturating_add(bytes.div_ceil(1 << 20));
+    u32::try_from(mib.min(MAX_MEMORY_MIB)).unwrap_or(u32::MAX)
 }
 
 /// Memory of a machine whose containers may use `bytes` together.
@@ -110,7 +118,7 @@ pub fn host_limits(containers: &[Limits], memory_mib: u32, config: &Config) -> L
         + u64::from(config.overhead_memory_mib);
     Limits {
         memory_bytes: together.memory_bytes.map(|_| mib << 20),
-        cpu: together.cpu,
+        ..together
     }
 }
 
@@ -187,6 +195,7 @@ mod tests {
         let limit = |mib: u64| Limits {
             memory_bytes: Some(mib << 20),
             cpu: Some((50_000, 100_000)),
+            ..Limits::default()
         };
         let both = [limit(256), limit(512)];
         assert_eq!(memory_of(&both, &config), 832);
@@ -202,6 +211,22 @@ mod tests {
             Limits::default()
         );
         assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);
+    }
+
+    #[test]
+    fn huge_pages_are_beside_the_other_memory() {
+        let config = Config::default();
+        let huge = json!([{"pageSize": "2MB", "limit": 64 << 20}]);
+        let spec = json!({"linux": {"resources": {
+            "memory": {"limit": 256 << 20}, "hugepageLimits": huge,
+        }}});
+        assert_eq!(size(&spec).1, 256 + 64 + 64);
+        let limits = Limits {
+            memory_bytes: Some(256 << 20),
+            huge_page_bytes: 64 << 20,
+            ..Limits::default()
+        };
+        assert_eq!(memory_of(&[limits, limits], &config), 512 + 64 + 128);
     }
 
     #[test]

@@ -96,6 +96,15 @@ impl Machine for Silent {
         Ok(growth_mib)
     }
 
+    async fn exchange(
+        &self,
+        _serial: &str,
+        _file: Option<&std::fs::File>,
+        _read_only: bool,
+    ) -> Result<u64, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
     async fn stopped(&self) -> Stop {
         std::future::pending().await
     }
@@ -112,12 +121,15 @@ async fn guest_has_the_time_of_its_boot_to_be_set_up() {
     }));
     let begin = Instant::now();
     let boot_timeout = Duration::from_secs(500);
-    let memory = MemorySize {
-        boot_mib: 128,
-        growth_mib: 0,
+    let room = Room {
+        memory: MemorySize {
+            boot_mib: 128,
+            growth_mib: 0,
+        },
+        disks: 0,
     };
     let request = ConfigureSandboxRequest::default();
-    let error = sandbox.attach(boot_timeout, &request, memory).await;
+    let error = sandbox.attach(boot_timeout, &request, room).await;
     let error = error.unwrap_err().to_string();
     assert!(error.contains("configure the sandbox"), "{error}");
     let seconds = begin.elapsed().as_secs();

@@ -30,7 +30,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
 use super::sizing::{Size, host_limits, memory_of, size_of};
-use super::{ContainerConfig, MemorySize, Sandbox, SandboxError, cmdline};
+use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, cmdline, slots};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::System;
@@ -225,6 +225,7 @@ impl VmHost {
             (None, None) => return Err(SandboxError::Stopped),
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
+        let slots = self.slots_for(&config.spec, prepared);
         let socket = shares.then(|| self.start_virtiofsd()).transpose()?;
         let fds = BootFds {
             kvm: open(Path::new("/dev/kvm"), true)?,
@@ -232,6 +233,7 @@ impl VmHost {
             initrd: open(&self.config.initrd, false)?,
             console: self.open_console()?,
             disks: std::mem::take(&mut prepared.disks),
+            slots,
             socket,
         };
         self.send_boot(&machine, &fds, &network, size, uid).await?;
@@ -242,17 +244,32 @@ impl VmHost {
             hostname: hostname(&config.spec, &self.sandbox_id),
             interfaces: network.interfaces,
             routes: network.routes,
+            rules: network.rules,
             neighbors: network.neighbors,
             shared_dir: shares,
             sysctls: sysctls(&config.spec),
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
-        let memory = MemorySize {
-            boot_mib: size.memory_mib,
-            growth_mib: size.growth_mib,
+        let room = Room {
+            memory: MemorySize {
+                boot_mib: size.memory_mib,
+                growth_mib: size.growth_mib,
+            },
+            disks: slots,
         };
-        sandbox.attach(timeout, &request, memory).await
+        sandbox.attach(timeout, &request, room).await
+    }
+
+    /// Disks to be made empty: what the first container needs, and in a pod as many
+    /// as the configuration says.
+    fn slots_for(&self, spec: &Spec, prepared: &Prepared) -> usize {
+        let later = if may_grow(spec) {
+            usize::from(self.config.pod_disks)
+        } else {
+            0
+        };
+        later.max(prepared.block_devices.len())
     }
 
     /// See [`super::Host::hang_timeout`].
@@ -379,6 +396,7 @@ impl VmHost {
                 .disks
                 .iter()
                 .map(|disk| vm_disk(disk, disk_queues, &mut list))
+                .chain(slots::disks(fds.slots, disk_queues))
                 .collect(),
             nics: vm_nics(network, &mut list),
             shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
@@ -440,6 +458,8 @@ struct BootFds {
     initrd: File,
     console: Option<File>,
     disks: Vec<HostDisk>,
+    /// Disks without bytes.
+    slots: usize,
     socket: Option<StdUnixStream>,
 }
 

@@ -11,6 +11,7 @@
 //!  small read-only file   --read(2)---> File                        --agent RPC--> bind
 //!  ConfigMap and the like --inotify---> GuestVolumes                --agent RPC--> bind
 //!  memory (emptyDir, shm)               GuestVolumes                --agent RPC--> bind
+//!  block device           --open(2)---> BlockDevice                 --virtio-blk-> device node
 //! ```
 //!
 //! `shared_root` is what the pod's virtio-fs daemon serves, all of it, to a
@@ -20,6 +21,7 @@
 //!
 //! `docs/storage.md` has the table of what goes which way, and why.
 
+pub(crate) mod devices;
 mod host;
 mod pod_files;
 mod rootfs;
@@ -34,6 +36,7 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
 
+pub use devices::BlockDevice;
 pub use pod_files::PodFiles;
 #[cfg(test)]
 pub(crate) use volumes::testing;
@@ -49,6 +52,8 @@ pub struct Prepared {
     pub disks: Vec<HostDisk>,
     /// Whether the container needs the pod's shared directory.
     pub uses_shared_dir: bool,
+    /// Block devices the container gets.
+    pub block_devices: Vec<BlockDevice>,
     /// Mounts the agent makes, in this order.
     pub storages: Vec<agent::Storage>,
     /// Files the agent writes.
@@ -156,6 +161,18 @@ pub enum StorageError {
         /// Why not.
         reason: &'static str,
     },
+    /// A device node that makes no sense in a VM.
+    #[error("device {path} of container {container_id} {reason}")]
+    Device {
+        /// Whose.
+        container_id: String,
+        /// Its node in the container.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+        /// The system's reason.
+        source: Option<io::Error>,
+    },
     /// A volume that cannot be given to the guest as a copy.
     #[error("container {container_id}: copy a volume into the guest")]
     VolumeCopy {
@@ -182,6 +199,7 @@ impl Prepared {
         Self {
             disks: Vec::new(),
             uses_shared_dir: false,
+            block_devices: Vec::new(),
             storages: Vec::new(),
             files: Vec::new(),
             volumes: GuestVolumes::default(),
@@ -257,11 +275,13 @@ fn assemble(
     spec: &Spec,
     shared_root: &Path,
 ) -> Result<Prepared, StorageError> {
+    let block_devices = devices::open(spec, container_id)?;
     let root = source.realize(container_id, shared_root)?;
     let volumes = volumes::translate(spec, container_id, shared_root)?;
     Ok(Prepared {
         uses_shared_dir: root.shared || volumes.shared,
         disks: root.disks,
+        block_devices,
         storages: root.storages,
         files: volumes.files,
         volumes: volumes.guest,
@@ -277,12 +297,14 @@ pub(crate) fn prepare_volumes(
     container_id: &str,
     shared_root: &Path,
 ) -> Result<Prepared, StorageError> {
+    let block_devices = devices::open(spec, container_id)?;
     let volumes = volumes::translate(spec, container_id, shared_root)?;
     let mut guest_spec = spec.clone();
     guest_spec.set_mounts(Some(volumes.mounts));
     Ok(Prepared {
         disks: Vec::new(),
         uses_shared_dir: volumes.shared,
+        block_devices,
         storages: Vec::new(),
         files: volumes.files,
         volumes: volumes.guest,

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
 use nacre_protocol::guest::{SHARED_DIR, VOLUMES_DIR};
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Mount, Spec};
 use sha2::{Digest, Sha256};
 
@@ -41,6 +41,8 @@ pub use follow::{CopiedDir, Follower, Followers};
 
 /// Size of `/dev/shm` where the host does not tell, as everywhere in Kubernetes.
 const DEFAULT_SHM_BYTES: u64 = 64 << 20;
+/// The only huge pages a guest is sure to have.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 /// Files the runtime writes for a container. They are copied even though they
 /// are mounted writable: nothing on the host reads them back.
 pub(super) const RUNTIME_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
@@ -147,7 +149,7 @@ impl Container<'_> {
             return self.way_of_dir(mount, place);
         }
         if let Some(Place::Subpath(volume)) = &place
-            && matches!(Medium::of(volume), Ok(Medium::Memory))
+            && matches!(Medium::of(volume), Ok(Medium::Memory | Medium::HugePages))
         {
             return Err(self.refuse(mount, "is a file of the host in an emptyDir in memory"));
         }
@@ -184,16 +186,12 @@ impl Container<'_> {
             }
             Some(Place::EmptyDir) => match Medium::of(source).map_err(|e| self.lost(mount, e))? {
                 Medium::Disk => {}
-                Medium::Memory => {
-                    let volume = tmpfs(source).map_err(|e| self.lost(mount, e))?;
-                    return Ok(Way::Tmpfs(volume));
-                }
-                Medium::HugePages => {
-                    return Err(self.refuse(mount, "is made of huge pages of the host"));
+                Medium::Memory | Medium::HugePages => {
+                    return Ok(Way::Tmpfs(self.memory(mount, source)?));
                 }
             },
             Some(Place::Subpath(volume)) => {
-                if matches!(Medium::of(&volume), Ok(Medium::Memory)) {
+                if matches!(Medium::of(&volume), Ok(Medium::Memory | Medium::HugePages)) {
                     return self.subpath(mount, &volume);
                 }
             }
@@ -209,8 +207,16 @@ impl Container<'_> {
         let Some(path) = path.and_then(Path::to_str) else {
             return Err(self.refuse(mount, "is no directory of its volume"));
         };
-        let volume = tmpfs(volume).map_err(|e| self.lost(mount, e))?;
-        Ok(Way::Subpath(volume, path.to_owned()))
+        Ok(Way::Subpath(self.memory(mount, volume)?, path.to_owned()))
+    }
+
+    /// Memory of the guest that is like the host's at `volume`.
+    fn memory(&self, mount: &Mount, volume: &Path) -> Result<agent::TmpfsVolume, StorageError> {
+        let memory = tmpfs(volume).map_err(|e| self.lost(mount, e))?;
+        if ![0, HUGE_PAGE_BYTES].contains(&memory.page_bytes) {
+            return Err(self.refuse(mount, "is made of huge pages of another size than 2 MiB"));
+        }
+        Ok(memory)
     }
 
     /// Does what `way` says.
@@ -399,17 +405,20 @@ fn shared_memory(mount: &Mount) -> Option<agent::TmpfsVolume> {
     }
 }
 
-/// A tmpfs for the guest that is like the one at `source`.
+/// A tmpfs or a hugetlbfs for the guest that is like the one at `source`.
 fn tmpfs(source: &Path) -> std::io::Result<agent::TmpfsVolume> {
     let metadata = std::fs::metadata(source)?;
     let stat = statfs(source)?;
+    // Of hugetlbfs it is the page's (statfs(2)).
     let block_bytes = u64::try_from(stat.block_size()).unwrap_or(0);
+    let is_huge = stat.filesystem_type() == HUGETLBFS_MAGIC;
     Ok(agent::TmpfsVolume {
         name: volume_name("mem", source),
         size_bytes: stat.blocks().saturating_mul(block_bytes),
         mode: metadata.mode() & 0o7777,
         uid: metadata.uid(),
         gid: metadata.gid(),
+        page_bytes: if is_huge { block_bytes } else { 0 },
         ..Default::default()
     })
 }

@@ -29,7 +29,7 @@ use super::TaskError;
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::{Exit, Phase, Process, lock};
-use super::volumes::Attached;
+use super::volumes::{Attached, Disks};
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
@@ -65,6 +65,7 @@ pub struct Container {
     pub(super) attached: Attached,
     /// When.
     created_at: SystemTime,
+    pub(super) disks: Disks,
     /// Whether it is the pod's sandbox container, without a process.
     is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
@@ -118,6 +119,7 @@ impl Container {
             sandbox,
             publisher,
             attached: Attached::default(),
+            disks: Disks::default(),
             pending: Mutex::new(Some(Pending { prepared })),
             in_guest: SetOnce::new(),
         }
@@ -183,6 +185,7 @@ impl Container {
         };
         let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
         let subpaths = std::mem::take(&mut prepared.volumes.subpaths);
+        let block_devices = self.attach_devices(&prepared.block_devices).await?;
         self.attach_volumes(agent, prepared.volumes).await?;
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
         let size = self.init.size();
@@ -195,6 +198,7 @@ impl Container {
             stdio: Some(ids).into(),
             subpaths,
             bundle: self.config.bundle.display().to_string(),
+            block_devices,
             ..Default::default()
         };
         agent

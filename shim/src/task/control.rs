@@ -213,7 +213,9 @@ impl Container {
     ///
     /// The guest's refusal.
     pub async fn update(&self, resources: &LinuxResources) -> Result<(), TaskError> {
-        let resources = serde_json::to_vec(resources);
+        let mut resources = resources.clone();
+        crate::oci::translate_resources(&mut resources);
+        let resources = serde_json::to_vec(&resources);
         let request = agent::UpdateRequest {
             container_id: self.config.id.clone(),
             resources: resources.map_err(|error| self.unusable_resources(error))?,

@@ -173,8 +173,11 @@ impl Pod {
             };
             let container = Container::new(config.clone(), stdio, prepared, sandbox, publisher);
             let booted = container.sandbox().agent().is_some();
-            if booted || self.host.knows_network() {
-                self.enter_guest(&container).await?;
+            if (booted || self.host.knows_network())
+                && let Err(error) = self.enter_guest(&container).await
+            {
+                container.detach_devices().await;
+                return Err(error);
             }
             Ok(Arc::new(container))
         };
@@ -330,6 +333,7 @@ impl Pod {
     /// What the host keeps of a container that is gone from the guest.
     async fn forget(self: &Arc<Self>, container: &Container) {
         let config = container.config();
+        container.detach_devices().await;
         self.host.release(&config.id).await;
         hooks::stopped(config).await;
         lock(&self.containers).remove(&config.id);

@@ -1,6 +1,7 @@
 //! The Task API and the Sandbox API against fake machines, called as containerd calls it: over
 //! ttrpc, with FIFOs, with events going to a listener that plays containerd.
 
+mod block_devices;
 mod callers;
 mod console;
 mod devices;

@@ -1,4 +1,4 @@
-//! A container's volumes, while the guest has it: what the guest is to have
+//! A container's volumes and block devices, while the guest has it: what the guest is to have
 //! before the container is made, and what is left to do when it has ended.
 
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,7 @@ use tracing::warn;
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
 use super::process::lock;
-use crate::storage::{Follower, GuestVolumes, MAX_LOG_BYTES, StorageError, WriteBack};
+use crate::storage::{BlockDevice, Follower, GuestVolumes, MAX_LOG_BYTES, StorageError, WriteBack};
 
 /// Time a guest has to hand back what a container wrote, before the exit is
 /// told without it.
@@ -27,6 +27,10 @@ struct Held {
     _followers: Vec<Arc<Follower>>,
     write_back: Vec<WriteBack>,
 }
+
+/// Serial numbers of the disks a container has until it is gone from the guest.
+#[derive(Default)]
+pub struct Disks(Mutex<Vec<String>>);
 
 impl Container {
     /// Has the guest make what the container's mounts refer to.
@@ -54,6 +58,38 @@ impl Container {
             write_back: volumes.write_back,
         };
         Ok(())
+    }
+
+    /// Gives the machine the container's block devices; returns what the agent makes
+    /// of them. Those that have come so far are the container's even when one fails.
+    pub(super) async fn attach_devices(
+        &self,
+        devices: &[BlockDevice],
+    ) -> Result<Vec<agent::BlockDevice>, TaskError> {
+        let mut attached = Vec::new();
+        for device in devices {
+            let serial = self.sandbox.attach_disk(&self.config.id, device).await?;
+            lock(&self.disks.0).push(serial.clone());
+            attached.push(agent::BlockDevice {
+                serial,
+                size_bytes: device.size_bytes,
+                path: device.path.to_string_lossy().into_owned(),
+                access: device.access.clone(),
+                mode: device.mode,
+                uid: device.uid,
+                gid: device.gid,
+                ..Default::default()
+            });
+        }
+        Ok(attached)
+    }
+
+    /// Takes the block devices back, when the guest has no such container any more.
+    pub async fn detach_devices(&self) {
+        let serials = std::mem::take(&mut *lock(&self.disks.0));
+        for serial in serials {
+            self.sandbox.detach_disk(&serial).await;
+        }
     }
 
     /// When the init process has ended: brings back what is to be, and lets the

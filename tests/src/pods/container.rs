@@ -84,6 +84,32 @@ impl<'p, 's> ContainerManifest<'p, 's> {
         self
     }
 
+    /// With a volume mounted as `change` says.
+    #[must_use]
+    pub fn mount_with(
+        mut self,
+        host: &Path,
+        container: &str,
+        change: impl FnOnce(&mut Mount),
+    ) -> Self {
+        self = self.mount(host, container);
+        if let Some(mount) = self.config.mounts.last_mut() {
+            change(mount);
+        }
+        self
+    }
+
+    /// `volumeDevices`, with kubelet's permissions: `mrw`, or `r` if read-only.
+    #[must_use]
+    pub fn device(mut self, host: &str, container: &str, permissions: &str) -> Self {
+        self.config.devices.push(Device {
+            container_path: container.into(),
+            host_path: host.into(),
+            permissions: permissions.into(),
+        });
+        self
+    }
+
     fn linux(&mut self) -> &mut LinuxContainerConfig {
         self.config.linux.get_or_insert_default()
     }

@@ -12,6 +12,7 @@ mod hooks;
 mod host;
 mod images;
 mod inputs;
+mod interfaces;
 mod layers;
 mod limits;
 mod load;

@@ -1,8 +1,11 @@
 //! Sizes and limits: of the machine, of a container, changed while it runs.
 
-use nacre_tests::cri::messages::{ContainerState, LinuxContainerResources};
-use nacre_tests::eventually;
+use std::fs;
+use std::path::Path;
+
+use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
 use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::{PodDir, eventually, run};
 
 use crate::SLEEP;
 
@@ -61,6 +64,160 @@ fn one_container_runs_out_of_memory() {
     assert_eq!(sibling.state(), ContainerState::Running);
     sibling.exec(&["echo", "alive"]).exits(0).prints("alive\n");
     assert!(pod.is_ready());
+}
+
+/// The machine has no memory left, and no container a limit of its own. Scores are
+/// those of a Guaranteed pod's containers, behind which the agent would be first.
+#[test]
+fn the_machine_runs_out_of_memory() {
+    let scene = PodScene::new();
+    let pod = scene.pod("exhausted").run();
+    let guaranteed = |resources: &mut LinuxContainerResources| resources.oom_score_adj = -997;
+    let sibling = pod
+        .container("sibling", SLEEP)
+        .resources(guaranteed)
+        .start();
+    let hungry = pod
+        .container("hungry", &["sh", "-c", "exec tail /dev/zero"])
+        .resources(guaranteed)
+        .start();
+    assert_eq!(hungry.await_exit().exit_code, 137);
+    eventually("the reason is told", || {
+        hungry.status().reason == "OOMKilled"
+    });
+    sibling
+        .exec(&["cat", "/proc/self/oom_score_adj"])
+        .exits(0)
+        .prints("-997\n");
+    assert_eq!(sibling.state(), ContainerState::Running);
+    assert!(pod.is_ready());
+
+    // One that must not be killed leaves nobody to kill in the end.
+    let _immortal = pod
+        .container("immortal", &["sh", "-c", "exec tail /dev/zero"])
+        .resources(|resources| resources.oom_score_adj = -1000)
+        .start();
+    pod.await_not_ready();
+    let log = run("nacre", &["logs", &pod.id]).exits(0).stdout;
+    assert!(log.contains("deadlocked on memory"), "{log}");
+}
+
+/// Processor time a container has had.
+const USAGE_USEC: &str = "awk '/^usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat";
+
+/// Shares are between the containers of a pod; a cpuset names processors of the host,
+/// on which the machine runs.
+#[test]
+fn shares_and_processors() {
+    let scene = PodScene::new();
+    let pod = scene.pod("shared").limits(256, 1).run();
+    let busy = &["sh", "-c", "while :; do :; done"];
+    let [many, few] = [("many", 2048), ("few", 256)].map(|(name, shares)| {
+        let container = pod.container(name, busy);
+        let container = container.resources(|resources| {
+            resources.cpu_shares = shares;
+            resources.cpuset_cpus = "2".into();
+        });
+        container.start()
+    });
+    let linux = pod.config.linux.as_ref().unwrap();
+    let cpus = format!(
+        "/sys/fs/cgroup{}/{}/cpuset.cpus",
+        linux.cgroup_parent, pod.id
+    );
+    let on_host = || fs::read_to_string(&cpus).unwrap().trim().to_owned();
+    assert_eq!(on_host(), "2");
+    let monitor = fs::read_to_string(format!("/proc/{}/status", pod.monitor())).unwrap();
+    assert!(monitor.contains("Cpus_allowed_list:\t2\n"), "{monitor}");
+    many.sh("cat /sys/fs/cgroup/cpu.weight /sys/fs/cgroup/cpuset.cpus")
+        .prints("79\n\n");
+
+    let usage = || [&many, &few].map(|container| number(container, USAGE_USEC));
+    let before = usage();
+    let spent = || {
+        let now = usage();
+        [now[0] - before[0], now[1] - before[1]]
+    };
+    eventually("four seconds of work", || {
+        spent().iter().sum::<i64>() > 4_000_000
+    });
+    // 79 to 10 by weight; asking takes time, too.
+    let [much, little] = spent();
+    assert!(much > 3 * little, "{much} and {little} usec");
+
+    let update = |container: &PodContainer, cpus: &str| {
+        let cpuset_cpus = cpus.to_owned();
+        let resources = LinuxContainerResources {
+            cpuset_cpus,
+            ..Default::default()
+        };
+        scene.cri().update(&container.id, resources).unwrap();
+    };
+    update(&few, "1");
+    assert_eq!(on_host(), "1-2", "those of both");
+    update(&many, "1");
+    assert_eq!(on_host(), "1");
+    let free = pod.container("free", SLEEP).start();
+    assert_ne!(on_host(), "1", "one may run anywhere");
+    free.exec(&["true"]).exits(0);
+}
+
+/// Huge pages are memory of the machine beside the limit, a volume of them is the
+/// guest's own.
+#[test]
+fn huge_pages() {
+    let scene = PodScene::new();
+    let mut kubelet = PodDir::new("huge");
+    let volume = kubelet.huge_pages("huge", "pagesize=2M");
+    let pod = scene.pod("huge").limits(128, 1).run();
+    let usr = Path::new("/usr");
+    // As kubelet sends it: a limit for each size of the host's.
+    let limits = |pages: u64| {
+        move |resources: &mut LinuxContainerResources| {
+            resources.memory_limit_in_bytes = 64 * MIB;
+            let of = |page_size: &str, limit| HugepageLimit {
+                page_size: page_size.into(),
+                limit,
+            };
+            resources.hugepage_limits = vec![of("2MB", pages << 21), of("1GB", 0)];
+        }
+    };
+    let [large, small] = [("large", 16), ("small", 2)].map(|(name, pages)| {
+        let container = pod.container(name, SLEEP).resources(limits(pages));
+        let container = container.mount(&volume, "/huge");
+        container.mount_read_only(usr, "/run/usr").start()
+    });
+    let pages = |what: &str| {
+        number(
+            &large,
+            &format!("awk '/^HugePages_{what}/ {{print $2}}' /proc/meminfo"),
+        )
+    };
+    assert_eq!((pages("Total"), pages("Free")), (18, 18));
+    let total_mib = number(&large, TOTAL_KIB) / 1024;
+    assert!(total_mib > 128 + 36, "{total_mib} MiB");
+    let allocate = |container: &PodContainer, file: &str, pages: u64| {
+        container.sh(&format!(
+            "exec /run/usr/lib64/ld-linux-x86-64.so.2 --library-path \
+             /run/usr/lib/x86_64-linux-gnu /run/usr/bin/fallocate -l {} /huge/{file}",
+            pages << 21
+        ))
+    };
+    allocate(&large, "file", 4).exits(0);
+    assert_eq!(pages("Free"), 14);
+    small.sh("wc -c < /huge/file").exits(0).prints("8388608\n");
+    // More than its own limit, though the pool has them.
+    assert_ne!(allocate(&small, "more", 5).code, Some(0));
+    small.sh("rm /huge/*").exits(0);
+    assert_eq!(pages("Free"), 18);
+    assert_eq!(
+        fs::read_dir(&volume).unwrap().count(),
+        0,
+        "it is the guest's"
+    );
+    small.stop(std::time::Duration::ZERO);
+    small.remove();
+    eventually("its pages are given back", || pages("Total") == 16);
 }
 
 #[test]

@@ -1,9 +1,13 @@
 //! Volumes as kubelet prepares them.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
 
-use nacre_tests::pods::PodScene;
+use nacre_tests::cri::messages::MountPropagation;
+use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::{PodDir, eventually, run};
 
 use crate::SLEEP;
 
@@ -46,26 +50,211 @@ fn host_paths_and_empty_dirs() {
     one.exec(&["cat", "/data/later"]).exits(0).prints("later\n");
 }
 
-/// A ConfigMap: files are links through `..data`, a link that kubelet swaps.
+/// Prints what a reader saw of two versions at once, until there is a file `end`.
+const FOLLOW: &str = "
+    until [ -e /config/end ]; do
+        set -- $(cd /config/..data && cat a b 2>/dev/null)
+        [ $# != 2 ] || [ $1 = $2 ] || echo half: $1 $2
+    done
+    cat /config/a
+    for dir in empty optional; do ls /$dir | wc -l; done
+    cat /etc/one-key
+    echo why > /dev/termination-log
+    exit 3";
+/// Between an update and its arrival; what is promised is 2 s, on hardware.
+const LAB_UPDATE_SECONDS: u64 = 20;
+
+/// ConfigMaps: one that changes, one without keys, an optional one that is not
+/// there (kubelet makes an empty volume), one key by `subPath`; a termination log.
 #[test]
-fn config_maps() {
+fn what_kubelet_writes() {
     let scene = PodScene::new();
-    let volume = scene.directory("config-map");
-    fs::create_dir(volume.join("..1")).unwrap();
-    fs::write(volume.join("..1/key"), "value\n").unwrap();
-    symlink("..1", volume.join("..data")).unwrap();
-    symlink("..data/key", volume.join("key")).unwrap();
-    let pod = scene.pod("configured").run();
+    let mut kubelet = PodDir::new("written");
+    let [config, empty, optional, keys] =
+        ["config", "empty", "optional", "keys"].map(|name| kubelet.volume("configmap", name));
+    kubelet.write(&config, &[("a", "1 "), ("b", "1\n")]);
+    for volume in [&empty, &optional] {
+        kubelet.write(volume, &[]);
+    }
+    kubelet.write(&keys, &[("key", "one key\n")]);
+    let key = kubelet.subpath(&keys.join("..data/key"), "keys");
+    let log = kubelet.termination_log();
+    let pod = scene.pod("written").run();
+    let app = pod
+        .container("app", &["sh", "-c", FOLLOW])
+        .mount_read_only(&config, "/config")
+        .mount_read_only(&empty, "/empty")
+        .mount_read_only(&optional, "/optional")
+        .mount_read_only(&key, "/etc/one-key")
+        .mount(&log, "/dev/termination-log")
+        .start();
+    app.sh("readlink /config/a; echo x > /config/a")
+        .exits(1)
+        .prints("..data/a\n")
+        .complains(&["Read-only"]);
+
+    for version in 2..8 {
+        let (a, b) = (format!("{version} "), format!("{version}\n"));
+        kubelet.write(&config, &[("a", &a), ("b", &b)]);
+        let arrived = format!("until [ \"$(cat /config/b)\" = {version} ]; do :; done");
+        let written = Instant::now();
+        app.sh(&arrived).exits(0);
+        let seconds = written.elapsed().as_secs();
+        assert!(seconds < LAB_UPDATE_SECONDS, "{seconds} s");
+    }
+    kubelet.write(&config, &[("a", "last\n"), ("b", "last\n"), ("end", "")]);
+    let ended = app.await_exit();
+    assert_eq!(ended.exit_code, 3);
+    assert_eq!(app.logged("stdout"), "last\n0\n0\none key\n");
+    assert_eq!(fs::read_to_string(log).unwrap(), "why\n");
+}
+
+/// Perl of the host, on a share of its /usr: busybox has no unix sockets.
+const PERL: &str = "/run/usr/lib64/ld-linux-x86-64.so.2 \
+    --library-path /run/usr/lib/x86_64-linux-gnu /run/usr/bin/perl \
+    -I/run/usr/lib/x86_64-linux-gnu/perl-base -MIO::Socket::UNIX";
+
+/// Something from one container to the other, by a pipe and by a unix socket.
+fn talk(one: &PodContainer, two: &PodContainer, directory: &str) {
+    two.sh(&format!("mkfifo {directory}/pipe")).exits(0);
+    thread::scope(|threads| {
+        let reading = threads.spawn(|| one.exec(&["cat", &format!("{directory}/pipe")]));
+        two.sh(&format!("echo piped > {directory}/pipe")).exits(0);
+        reading.join().unwrap().exits(0).prints("piped\n");
+        let listen = format!(
+            "exec {PERL} -e '$s = IO::Socket::UNIX->new(Local => \"{directory}/.socket\", \
+             Listen => 1) or die \"listen: $!\"; rename \"{directory}/.socket\", \
+             \"{directory}/socket\"; $c = $s->accept; print <$c>'"
+        );
+        let listening = threads.spawn(move || one.sh(&listen));
+        let speak = format!(
+            "until [ -S {directory}/socket ]; do :; done; exec {PERL} -e '$c = \
+             IO::Socket::UNIX->new(\"{directory}/socket\") or die \"connect: $!\"; \
+             print $c \"through\\n\"'"
+        );
+        two.sh(&speak).exits(0);
+        listening.join().unwrap().exits(0).prints("through\n");
+    });
+}
+
+/// KiB that a directory of the host takes, as kubelet counts them.
+fn used_kib(directory: &Path) -> u64 {
+    let said = run("du", &["-sk", directory.to_str().unwrap()]).exits(0);
+    let kib = said.stdout.split_whitespace().next().unwrap();
+    kib.parse().unwrap()
+}
+
+#[test]
+fn empty_dirs_of_disk_and_memory() {
+    let scene = PodScene::new();
+    let mut kubelet = PodDir::new("empty-dirs");
+    let disk = kubelet.volume("empty-dir", "disk");
+    let memory = kubelet.memory("memory", "size=2m,mode=1777");
+    fs::create_dir(disk.join("part")).unwrap();
+    let part = kubelet.subpath(&disk.join("part"), "disk");
+    let pod = scene.pod("empty-dirs").run();
+    let usr = Path::new("/usr");
+    let [one, two] = ["one", "two"].map(|name| {
+        let container = pod.container(name, SLEEP).mount(&disk, "/disk");
+        let container = container.mount(&memory, "/memory").mount(&part, "/part");
+        container.mount_read_only(usr, "/run/usr").start()
+    });
+    for directory in ["/disk", "/memory"] {
+        talk(&one, &two, directory);
+    }
+    one.sh("echo part > /part/file").exits(0);
+    two.exec(&["cat", "/disk/part/file"]).prints("part\n");
+    assert_eq!(
+        fs::read_to_string(disk.join("part/file")).unwrap(),
+        "part\n"
+    );
+
+    let fill = |path: &str, kib: u32| {
+        one.sh(&format!(
+            "dd if=/dev/urandom of={path} bs=1k count={kib} 2>/dev/null"
+        ))
+    };
+    fill("/memory/half", 1024).exits(0);
+    fill("/memory/more", 2048).exits(1);
+    one.sh("rm /memory/more").exits(0);
+    fill("/memory/more", 512).exits(0);
+    assert_eq!(
+        fs::read_dir(&memory).unwrap().count(),
+        0,
+        "it is the guest's"
+    );
+
+    let before = used_kib(&disk);
+    fill("/disk/file", 8192).exits(0);
+    one.sh("sync").exits(0);
+    let full = used_kib(&disk);
+    assert!(
+        (8192..9000).contains(&(full - before)),
+        "{before} to {full}"
+    );
+    one.sh("rm /disk/file").exits(0);
+    eventually("the space is given back", || used_kib(&disk) <= before + 64);
+}
+
+/// A mount of the host, taken off again.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        run("mount", &["-t", "tmpfs", "tmpfs", path.to_str().unwrap()]).exits(0);
+        Self(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // The file server may have it open, as any process may.
+        run("umount", &["-l", self.0.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn mounts_of_the_host_below_a_volume() {
+    let scene = PodScene::new();
+    let host = Mounted::new(scene.directory("host"));
+    run("mount", &["--make-shared", host.0.to_str().unwrap()]).exits(0);
+    let inner = Mounted::new(host.0.join("inner"));
+    fs::create_dir(host.0.join("later")).unwrap();
+    let pod = scene.pod("mounts").run();
     let app = pod
         .container("app", SLEEP)
-        .mount_read_only(&volume, "/config")
+        .mount_with(&host.0, "/slave", |mount| {
+            mount.propagation = MountPropagation::HostToContainer.into();
+        })
+        .mount(&host.0, "/private")
+        .mount_read_only(&host.0, "/ro")
+        .mount_with(&host.0, "/rro", |mount| {
+            (mount.readonly, mount.recursive_read_only) = (true, true);
+        })
         .start();
-    app.exec(&["cat", "/config/key"]).exits(0).prints("value\n");
-    app.exec(&["readlink", "/config/key"])
-        .prints("..data/key\n");
-    app.sh("echo x > /config/key")
-        .exits(1)
-        .complains(&["Read-only"]);
+    app.sh("echo inner > /private/inner/file").exits(0);
+    assert_eq!(fs::read(inner.0.join("file")).unwrap(), b"inner\n");
+    for directory in ["/ro", "/ro/inner", "/rro", "/rro/inner"] {
+        app.sh(&format!("echo x > {directory}/no"))
+            .exits(1)
+            .complains(&["Read-only"]);
+    }
+    let later = Mounted::new(host.0.join("later"));
+    fs::write(later.0.join("file"), "later\n").unwrap();
+    eventually("the mount arrives", || {
+        app.exec(&["cat", "/slave/later/file"]).stdout == "later\n"
+    });
+    app.sh("ls /private/later").exits(0).prints("");
+
+    let refused = pod
+        .container("both", SLEEP)
+        .mount_with(&host.0, "/both", |mount| {
+            mount.propagation = MountPropagation::Bidirectional.into();
+        })
+        .try_start();
+    let refused = refused.err().unwrap();
+    assert!(refused.message().contains("Bidirectional"), "{refused}");
 }
 
 /// The pod's shared memory, and System V's: all of its containers have the same.

@@ -63,6 +63,12 @@ pub trait VirtioDevice: Send {
     /// Reads device configuration space. Bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// Another value whenever what [`Self::read_config`] tells has changed by itself
+    /// (virtio 1.2, 4.1.4.3.1), so that a driver does not take halves of two.
+    fn config_generation(&self) -> u8 {
+        0
+    }
+
     /// Writes device configuration space. Devices without writable fields
     /// ignore it.
     fn write_config(&mut self, offset: u64, data: &[u8]) {

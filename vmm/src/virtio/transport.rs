@@ -31,6 +31,8 @@ pub const BAR_SIZE: u64 = 0x8000;
 
 const PAGE: u32 = 0x1000;
 const COMMON: u32 = 0x0000;
+/// `config_generation` in the common configuration (virtio 1.2, 4.1.4.3): the device's.
+const CONFIG_GENERATION: u64 = 0x15;
 const ISR: u32 = 0x1000;
 const DEVICE: u32 = 0x2000;
 const NOTIFY: u32 = 0x3000;
@@ -210,7 +212,10 @@ impl Function {
     fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
         let (page, offset) = split(offset);
         match page {
-            COMMON => self.common.read(offset, data),
+            COMMON => match data {
+                [byte] if offset == CONFIG_GENERATION => *byte = self.device.config_generation(),
+                data => self.common.read(offset, data),
+            },
             DEVICE => self.device.read_config(offset, data),
             MSIX_TABLE => self.msix.read_table(offset, data),
             MSIX_PENDING => self.msix.read_pending(offset, data),

@@ -240,6 +240,76 @@ fn empty_dirs_in_memory_are_memory_of_the_guest() {
 }
 
 #[test]
+fn empty_dirs_of_huge_pages_are_huge_pages_of_the_guest() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let volume = host.pod("volumes/kubernetes.io~empty-dir/huge");
+    let part = host.pod("volume-subpaths/huge/c/0");
+    for dir in [&volume, &part] {
+        std::fs::create_dir_all(dir).unwrap();
+    }
+    let kind = Some("hugetlbfs");
+    let data = Some("pagesize=2M,mode=2770,gid=77");
+    if let Err(errno) = nix::mount::mount(kind, &volume, kind, MsFlags::empty(), data) {
+        eprintln!("skipped: no hugetlbfs: {errno}");
+        return;
+    }
+    std::fs::create_dir(volume.join("a")).unwrap();
+    let bound = Some(volume.join("a"));
+    let none = None::<&str>;
+    nix::mount::mount(bound.as_ref(), &part, none, MsFlags::MS_BIND, none).unwrap();
+
+    let mounts = json!([
+        bind(&volume, "/huge", &["rw"]),
+        bind(&part, "/part", &["rw"])
+    ]);
+    let prepared = host.prepare(&mounts).unwrap();
+
+    let sources = sources(&prepared);
+    let memory = &prepared.volumes.tmpfs[0];
+    assert_eq!(sources[0], format!("/run/nacre/volumes/{}", memory.name));
+    assert_eq!((memory.page_bytes, memory.mode), (2 << 20, 0o2770));
+    assert_eq!((memory.gid, memory.size_bytes), (77, 0));
+    assert_eq!(sources[1], "/run/nacre/containers/c1/subpaths/1");
+    assert_eq!(prepared.volumes.subpaths[0].path, "a");
+}
+
+#[test]
+fn sub_paths_of_files_are_copied_if_read_only_else_shared() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let mut config = Writer::new();
+    config.write(&[("key", b"value")]);
+    let none = None::<&str>;
+    let part = |volume: &str, source: &Path| {
+        let part = host.pod(&format!("volume-subpaths/{volume}/c/0"));
+        std::fs::create_dir_all(part.parent().unwrap()).unwrap();
+        std::fs::write(&part, "").unwrap();
+        nix::mount::mount(Some(source), &part, none, MsFlags::MS_BIND, none).unwrap();
+        part
+    };
+    let key = part("config", &config.path().join("..data/key"));
+    let file = host.path("data/file");
+    std::fs::write(&file, "before").unwrap();
+    let on_disk = part("disk", &file);
+    let mounts = json!([
+        bind(&key, "/key", &["ro"]),
+        bind(&on_disk, "/file", &["rw"])
+    ]);
+    let prepared = host.prepare(&mounts).unwrap();
+
+    let sources = sources(&prepared);
+    assert!(sources[0].ends_with("/files/0"));
+    assert_eq!(prepared.files[0].contents, b"value");
+    std::fs::write(host.shared(&sources[1]), "after").unwrap();
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "after");
+}
+
+#[test]
 fn dev_shm_is_as_large_as_the_host_s() {
     if !own_mounts() {
         return;

@@ -57,6 +57,8 @@ pub struct Fixture {
     pub resources: serde_json::Value,
     /// The same.
     pub annotations: serde_json::Value,
+    /// The same.
+    pub devices: serde_json::Value,
     servers: Vec<Server>,
 }
 
@@ -96,6 +98,7 @@ impl Fixture {
             journal,
             resources: json!({}),
             annotations: json!({}),
+            devices: json!([]),
             servers: vec![server, console_server, sandbox_server, sink],
         }
     }
@@ -133,7 +136,7 @@ impl Fixture {
             "root": {"path": "/"},
             "process": process,
             "annotations": self.annotations,
-            "linux": {"resources": self.resources},
+            "linux": {"resources": self.resources, "devices": self.devices},
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle.to_str().unwrap().to_owned()

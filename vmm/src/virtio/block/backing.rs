@@ -22,6 +22,8 @@ pub enum Backing {
     /// Read-only files one after another, the first one the disk's first
     /// partition.
     Partitions(Vec<File>),
+    /// Nothing: a disk of no sectors, until another takes its place.
+    Empty,
 }
 
 /// Part of a disk, in bytes.
@@ -72,6 +74,11 @@ impl Disk {
             Backing::Whole(file) => Self::whole(read_only, file),
             Backing::Partitions(_) if !read_only => Err(BlockError::WritablePartitions),
             Backing::Partitions(files) => Self::partitions(serial, files),
+            Backing::Empty => Ok(Self {
+                size: 0,
+                read_only,
+                content: Content::Pieces(Vec::new()),
+            }),
         }
     }
 

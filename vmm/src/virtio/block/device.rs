@@ -1,8 +1,9 @@
 //! The device: features, configuration space, and its workers.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_blk as spec;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::{Backing, Disk};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SERIAL_BYTES};
@@ -41,8 +42,44 @@ const FLUSH: u64 = 1 << spec::VIRTIO_BLK_F_FLUSH;
 /// A disk.
 pub struct Block {
     service: Arc<Service>,
+    interrupt: Arc<ConfigInterrupt>,
+    read_only: bool,
     queues: u16,
     workers: Vec<Worker<()>>,
+}
+
+/// Tells an active driver to look at the configuration.
+type ConfigInterrupt = Mutex<Option<Arc<EventFd>>>;
+
+fn lock(interrupt: &ConfigInterrupt) -> MutexGuard<'_, Option<Arc<EventFd>>> {
+    interrupt.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Puts another file in the place of a disk's.
+pub struct Exchanger {
+    service: Arc<Service>,
+    interrupt: Arc<ConfigInterrupt>,
+}
+
+impl Exchanger {
+    /// Gives the disk other bytes. When this returns, nothing touches those it had.
+    /// Whether the guest may write them is theirs to say; to the driver the device
+    /// stays what it was. Returns the new size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the file is not what it should be; the disk is as before then.
+    pub fn exchange(&self, read_only: bool, backing: Backing) -> Result<u64, BlockError> {
+        let disk = Disk::open("", read_only, backing)?;
+        let size = disk.size();
+        self.service.replace(disk);
+        if let Some(interrupt) = &*lock(&self.interrupt)
+            && let Err(error) = interrupt.write(1)
+        {
+            tracing::warn!(%error, "the guest is not told of another disk");
+        }
+        Ok(size)
+    }
 }
 
 impl Block {
@@ -66,15 +103,23 @@ impl Block {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(BlockError::Queues(queues));
         }
-        let service = Service {
-            disk: Disk::open(serial, read_only, backing)?,
-            serial: bytes,
-        };
+        let service = Service::new(Disk::open(serial, read_only, backing)?, bytes);
         Ok(Self {
             service: Arc::new(service),
+            interrupt: Arc::default(),
+            read_only,
             queues,
             workers: Vec::new(),
         })
+    }
+
+    /// What changes its bytes later.
+    #[must_use]
+    pub fn exchanger(&self) -> Exchanger {
+        Exchanger {
+            service: self.service.clone(),
+            interrupt: self.interrupt.clone(),
+        }
     }
 
     /// `struct virtio_blk_config`; fields of features not offered are zero.
@@ -85,13 +130,13 @@ impl Block {
                 place.copy_from_slice(field);
             }
         };
-        let sectors = self.service.disk.size() / SECTOR_BYTES;
+        let sectors = self.service.disk().size() / SECTOR_BYTES;
         let ranges = u32::from(MAX_RANGES);
         put(0, &sectors.to_le_bytes());
         put(12, &MAX_SEGMENTS.to_le_bytes());
         put(20, &512u32.to_le_bytes());
         put(34, &self.queues.to_le_bytes());
-        if !self.service.disk.read_only() {
+        if !self.read_only {
             put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
             put(40, &ranges.to_le_bytes());
             put(44, &DISCARD_ALIGNMENT.to_le_bytes());
@@ -149,7 +194,7 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let mut features = FEATURES;
-        if self.service.disk.read_only() {
+        if self.read_only {
             features |= 1 << spec::VIRTIO_BLK_F_RO;
         } else {
             features |= WRITE_FEATURES;
@@ -168,10 +213,15 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn config_generation(&self) -> u8 {
+        self.service.generation()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         if !self.workers.is_empty() {
             return Err(ActivateError::Unavailable);
         }
+        *lock(&self.interrupt) = Some(activation.config_interrupt.clone());
         let started = self.start(activation);
         if started.is_err() {
             self.reset();
@@ -180,6 +230,7 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
+        *lock(&self.interrupt) = None;
         for worker in self.workers.drain(..) {
             worker.stop();
         }

@@ -13,7 +13,9 @@
 //! been answered and nothing touches guest memory any more.
 //!
 //! A disk is one file or block device, or read-only files that become the
-//! partitions of a GPT nobody has to store ([`gpt`]).
+//! partitions of a GPT nobody has to store ([`gpt`]). One that has no bytes yet gets
+//! some while the machine runs ([`Exchanger`]): its size changes, and the driver is
+//! told (virtio 1.2, 5.2.4: the configuration change notification).
 
 mod backing;
 mod device;
@@ -24,7 +26,7 @@ mod tests;
 mod worker;
 
 pub use backing::Backing;
-pub use device::Block;
+pub use device::{Block, Exchanger};
 
 use std::io;
 

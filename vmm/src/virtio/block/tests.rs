@@ -114,6 +114,61 @@ fn what_is_written_is_read_back_also_after_a_reset() {
     assert_eq!(driver.load(DATA, 20), b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
 
+/// The number of sectors the driver reads.
+fn capacity(block: &Block) -> u64 {
+    let mut sectors = [0; 8];
+    block.read_config(0, &mut sectors);
+    u64::from_le_bytes(sectors)
+}
+
+#[test]
+fn an_empty_disk_gets_bytes_while_the_driver_runs() {
+    let memory = memory();
+    let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
+    let exchanger = block.exchanger();
+    let mut driver = Driver::new(&memory, 0, 16);
+    let told = Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
+    let activation = Activation {
+        memory: memory.clone(),
+        features: block.features(),
+        queues: vec![Some(driver.active())],
+        config_interrupt: told.clone(),
+    };
+    block.activate(activation).unwrap();
+    let sector = [(DATA, 512, true)];
+    assert_eq!(capacity(&block), 0);
+    assert_eq!(request(&mut driver, IN, 0, &sector).0, IOERR);
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]).0, OK);
+
+    let file = file_of(&[7; 1024]);
+    let whole = || Backing::Whole(file.try_clone().unwrap());
+    assert_eq!(exchanger.exchange(false, whole()).unwrap(), 1024);
+    assert_eq!(told.read().unwrap(), 1, "the driver is told");
+    assert_eq!(block.config_generation(), 1);
+    assert_eq!(capacity(&block), 2);
+    assert_eq!(request(&mut driver, IN, 1, &sector), (OK, 513));
+    assert_eq!(driver.load(DATA, 512), [7; 512]);
+    let from = [(DATA, 512, false)];
+    driver.store(DATA, &[8; 512]);
+    assert_eq!(request(&mut driver, OUT, 0, &from), (OK, 1));
+    assert_eq!(content(&file, 0, 512), [8; 512]);
+
+    exchanger.exchange(true, whole()).unwrap();
+    assert_eq!(request(&mut driver, IN, 0, &sector).0, OK);
+    assert_eq!(request(&mut driver, OUT, 0, &from).0, IOERR);
+    let odd = Backing::Whole(file_of(&[0; 100]));
+    assert!(matches!(
+        exchanger.exchange(false, odd),
+        Err(BlockError::Size { .. })
+    ));
+    assert_eq!(capacity(&block), 2, "as before");
+
+    exchanger.exchange(false, Backing::Empty).unwrap();
+    assert_eq!(capacity(&block), 0);
+    assert_eq!(request(&mut driver, IN, 0, &sector).0, IOERR);
+    assert_eq!(told.read().unwrap(), 2);
+}
+
 #[test]
 fn each_queue_has_a_worker_and_they_share_the_file() {
     let memory = memory();
@@ -419,7 +474,7 @@ proptest! {
         driver.store(0x2002, &avail.to_le_bytes());
         let backing = Backing::Whole(file_of(&[0xa5; 1 << 16]));
         let disk = Disk::open("", read_only, backing).unwrap();
-        let service = Service { disk, serial: [0; 20] };
+        let service = Service::new(disk, [0; 20]);
         let mut ring = Ring::new(&memory, driver.active());
         let mut server = Server::new(&memory, &service, false);
         // Bounded however the disk's bytes, read into the rings, change them.

@@ -1,6 +1,8 @@
 //! A queue's thread: takes requests, has the disk carry them out, answers.
 
 use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use virtio_queue::DescriptorChain;
 
@@ -34,10 +36,43 @@ impl Failure {
 
 /// What the workers of a disk have in common.
 pub struct Service {
-    /// The disk.
-    pub disk: Disk,
+    /// The disk. A request holds it until it is answered, so whoever puts another
+    /// in its place knows that nothing touches the old one any more.
+    disk: RwLock<Disk>,
+    /// How many it has had, the last byte of it.
+    generation: AtomicU8,
     /// Its serial number.
-    pub serial: [u8; SERIAL_BYTES],
+    serial: [u8; SERIAL_BYTES],
+}
+
+impl Service {
+    /// For a disk.
+    pub fn new(disk: Disk, serial: [u8; SERIAL_BYTES]) -> Self {
+        Self {
+            disk: RwLock::new(disk),
+            generation: AtomicU8::new(0),
+            serial,
+        }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> RwLockReadGuard<'_, Disk> {
+        self.disk.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts another disk in its place once no request is under way.
+    pub fn replace(&self, disk: Disk) {
+        let mut place = self.disk.write().unwrap_or_else(PoisonError::into_inner);
+        *place = disk;
+        self.generation.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Another one for another disk.
+    pub fn generation(&self) -> u8 {
+        // Not between the two steps of a replacement.
+        let _disk = self.disk();
+        self.generation.load(Ordering::Relaxed)
+    }
 }
 
 /// One queue's worker: the buffers of the request under way.
@@ -80,12 +115,12 @@ impl<'m, 's> Server<'m, 's> {
     }
 
     fn carry_out(&mut self) -> Result<(), Failure> {
-        let disk = &self.service.disk;
-        match Request::parse(&self.from, &self.to, disk)? {
+        let disk = self.service.disk();
+        match Request::parse(&self.from, &self.to, &disk)? {
             Request::Read(extent) => disk.read(&mut self.to, extent)?,
             Request::Write(extent) => {
                 disk.write(&mut self.from, HEADER_BYTES, extent)?;
-                self.settle()?;
+                self.settle(&disk)?;
             }
             Request::Flush => disk.flush()?,
             Request::Serial => {
@@ -100,15 +135,15 @@ impl<'m, 's> Server<'m, 's> {
                 extents
                     .into_iter()
                     .try_for_each(|(extent, unmap)| disk.write_zeroes(extent, unmap))?;
-                self.settle()?;
+                self.settle(&disk)?;
             }
         }
         Ok(())
     }
 
-    fn settle(&self) -> io::Result<()> {
+    fn settle(&self, disk: &Disk) -> io::Result<()> {
         if self.write_through {
-            return self.service.disk.flush();
+            return disk.flush();
         }
         Ok(())
     }

@@ -31,6 +31,9 @@ impl VirtioDevice for Fake {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xa0 | u8::try_from(offset).unwrap());
     }
+    fn config_generation(&self) -> u8 {
+        0x5a
+    }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         *self.0.activation.lock().unwrap() = Some(activation);
         Ok(())
@@ -132,6 +135,16 @@ fn device_is_activated_with_its_queues_and_reset() {
     assert_eq!(log.resets.load(Ordering::Relaxed), 1);
     drive(&function, 0x10_0000);
     assert!(log.activation.lock().unwrap().is_some(), "activated again");
+}
+
+#[test]
+fn the_generation_of_the_configuration_is_the_device_s() {
+    let Some((function, _)) = function() else {
+        return;
+    };
+    let mut generation = [0];
+    function.bar_read(0x15, &mut generation);
+    assert_eq!(generation, [0x5a]);
 }
 
 #[test]

@@ -1,0 +1,311 @@
+//! Device nodes of an OCI spec: which of them a VM can have.
+//!
+//! A node of the host means nothing to another kernel, so each is one of these:
+//!
+//! | node | in the guest |
+//! |---|---|
+//! | of the kernel itself: null, tty, fuse, tun... ([`KERNEL_DEVICES`]) | the same numbers |
+//! | block device | a disk of the VM, a node with the guest's numbers |
+//! | below `/dev/vfio`, `/dev/iommu` | none: the device as a whole is the VM's |
+//! | any other | refused |
+//!
+//! A spec that allows everything and lists all nodes of the host is a privileged
+//! container's, for which containerd lists them unasked: it gets the kernel's own.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec,
+};
+
+use super::StorageError;
+use crate::devices::request::is_passthrough_node;
+
+/// Bytes of a sector (virtio 1.2, 5.2.4).
+const SECTOR_BYTES: u64 = 512;
+/// Permission bits of a node where the spec has none.
+const DEFAULT_MODE: u32 = 0o660;
+
+/// Character devices that are the same in every Linux kernel
+/// (Documentation/admin-guide/devices.txt).
+const KERNEL_DEVICES: [(i64, i64); 12] = [
+    (1, 3),    // null
+    (1, 5),    // zero
+    (1, 7),    // full
+    (1, 8),    // random
+    (1, 9),    // urandom
+    (1, 11),   // kmsg
+    (5, 0),    // tty
+    (5, 1),    // console
+    (5, 2),    // ptmx
+    (10, 200), // net/tun
+    (10, 229), // fuse
+    (10, 183), // hwrng
+];
+
+/// A block device of the host that a container gets.
+#[derive(Debug)]
+pub struct BlockDevice {
+    /// The device.
+    pub file: File,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+    /// Its node in the container.
+    pub path: PathBuf,
+    /// What the container may do with it, as a device rule has it.
+    pub access: String,
+    /// Permission bits of the node.
+    pub mode: u32,
+    /// Owner of the node.
+    pub uid: u32,
+    /// Group of the node.
+    pub gid: u32,
+}
+
+/// Opens the block devices a spec names.
+pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, StorageError> {
+    let Some(linux) = spec.linux() else {
+        return Ok(Vec::new());
+    };
+    let rules = rules(linux);
+    if rules.iter().any(allows_everything) {
+        return Ok(Vec::new());
+    }
+    let mut devices = Vec::new();
+    for device in linux.devices().iter().flatten() {
+        if is_kernel_s(device) || is_passthrough_node(device.path()) {
+            continue;
+        }
+        let refused = |reason: String, source: Option<io::Error>| StorageError::Device {
+            container_id: container_id.into(),
+            path: device.path().clone(),
+            reason,
+            source,
+        };
+        if device.typ() != LinuxDeviceType::B {
+            let reason = "is a device of the host that a virtual machine does not have; block \
+                          devices can be passed, and PCI devices by /dev/vfio";
+            return Err(refused(reason.into(), None));
+        }
+        let opened = open_one(device, rules).map_err(|error| {
+            let number = format!("{}:{}", device.major(), device.minor());
+            refused(format!("is block device {number} of the host"), Some(error))
+        })?;
+        devices.push(opened);
+    }
+    Ok(devices)
+}
+
+fn rules(linux: &Linux) -> &[LinuxDeviceCgroup] {
+    let resources = linux.resources().as_ref();
+    let rules = resources.and_then(|resources| resources.devices().as_deref());
+    rules.unwrap_or_default()
+}
+
+fn number(value: Option<i64>) -> Option<i64> {
+    value.filter(|value| *value >= 0)
+}
+
+fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
+    let access = rule.access().as_deref().unwrap_or("rwm");
+    rule.allow()
+        && rule.typ().unwrap_or_default() == LinuxDeviceType::A
+        && number(rule.major()).is_none()
+        && number(rule.minor()).is_none()
+        && "rwm".chars().all(|letter| access.contains(letter))
+}
+
+fn is_kernel_s(device: &LinuxDevice) -> bool {
+    match device.typ() {
+        // A named pipe is made, whoever's it is.
+        LinuxDeviceType::P => true,
+        LinuxDeviceType::C | LinuxDeviceType::U => {
+            KERNEL_DEVICES.contains(&(device.major(), device.minor()))
+        }
+        LinuxDeviceType::A | LinuxDeviceType::B => false,
+    }
+}
+
+/// What the guest's spec keeps of nodes and rules: the numbers of the host's devices are
+/// somebody else's there.
+pub fn keep_kernel_s(linux: &mut Linux) {
+    let all = linux.devices().clone().unwrap_or_default();
+    let (kept, dropped): (Vec<_>, Vec<_>) = all.into_iter().partition(is_kernel_s);
+    if linux.devices().is_some() {
+        linux.set_devices(Some(kept));
+    }
+    let Some(resources) = linux.resources_mut() else {
+        return;
+    };
+    if let Some(rules) = resources.devices_mut() {
+        rules.retain(|rule| {
+            let some_disk_s =
+                rule.typ().unwrap_or_default() == LinuxDeviceType::B && number(rule.major()).is_some();
+            !some_disk_s && !dropped.iter().any(|device| allows(rule, device))
+        });
+    }
+}
+
+/// Whether a rule is this very device's.
+fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
+    let numbers = (Some(device.major()), Some(device.minor()));
+    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
+}
+
+/// All the rules that name a device allow together.
+fn access(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> String {
+    let names_it = |rule: &&LinuxDeviceCgroup| {
+        rule.allow()
+            && rule.typ() == Some(LinuxDeviceType::B)
+            && number(rule.major()) == Some(device.major())
+            && number(rule.minor()) == Some(device.minor())
+    };
+    let allowed: String = rules
+        .iter()
+        .filter(names_it)
+        .map(|rule| rule.access().as_deref().unwrap_or("rwm"))
+        .collect();
+    "rwm".chars().filter(|c| allowed.contains(*c)).collect()
+}
+
+fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<BlockDevice> {
+    let access = access(device, rules);
+    let read_only = !access.contains('w');
+    let path = host_node(device.major(), device.minor())?;
+    let mut file = File::options().read(true).write(!read_only).open(&path)?;
+    let metadata = file.metadata()?;
+    let rdev = metadata.rdev();
+    let numbers = (i64::from(libc::major(rdev)), i64::from(libc::minor(rdev)));
+    if !metadata.file_type().is_block_device() || numbers != (device.major(), device.minor()) {
+        let text = format!("{} is another device", path.display());
+        return Err(io::Error::other(text));
+    }
+    let size_bytes = file.seek(SeekFrom::End(0))?;
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+        let text = format!("{} has {size_bytes} bytes", path.display());
+        return Err(io::Error::other(text));
+    }
+    Ok(BlockDevice {
+        file,
+        size_bytes,
+        read_only,
+        path: device.path().clone(),
+        access,
+        mode: device.file_mode().unwrap_or(DEFAULT_MODE) & 0o7777,
+        uid: device.uid().unwrap_or(0),
+        gid: device.gid().unwrap_or(0),
+    })
+}
+
+/// Where the host has a block device: a spec tells its numbers only.
+fn host_node(major: i64, minor: i64) -> io::Result<PathBuf> {
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
+    Ok(Path::new("/dev").join(name))
+}
+
+/// A block device of this machine, by its numbers; none, with the reason on stderr,
+/// where none can be opened.
+#[cfg(test)]
+pub(crate) fn some_disk() -> Option<(i64, i64)> {
+    let found = std::fs::read_dir("/sys/dev/block").ok()?.find_map(|entry| {
+        let name = entry.ok()?.file_name().into_string().ok()?;
+        let (major, minor) = name.split_once(':')?;
+        let numbers = (major.parse().ok()?, minor.parse().ok()?);
+        let file = File::open(host_node(numbers.0, numbers.1).ok()?);
+        (file.ok()?.seek(SeekFrom::End(0)).ok()? > 0).then_some(numbers)
+    });
+    if found.is_none() {
+        eprintln!("skipped: no block device that can be opened");
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use serde_json::{Value, json};
+
+    fn spec(devices: &Value, rules: &Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0",
+            "linux": {"devices": devices, "resources": {"devices": rules}},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_block_device_is_opened_as_its_rule_says() {
+        let Some((major, minor)) = some_disk() else {
+            return;
+        };
+        let node = json!([{"path": "/dev/xvda", "type": "b", "major": major, "minor": minor,
+                           "fileMode": 0o640, "uid": 5, "gid": 6}]);
+        let rule = json!([{"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": major, "minor": minor, "access": "mr"}]);
+        let devices = open(&spec(&node, &rule), "c1").unwrap();
+        let [device] = devices.as_slice() else {
+            panic!("{devices:?}");
+        };
+        assert!(device.read_only && device.size_bytes > 0);
+        assert_eq!((device.access.as_str(), device.mode), ("rm", 0o640));
+        assert_eq!((device.uid, device.gid), (5, 6));
+        assert_eq!(device.path, Path::new("/dev/xvda"));
+        // Looked at, not tried: it is a disk of this machine.
+        let flags = fcntl(&device.file, FcntlArg::F_GETFL).unwrap();
+        let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
+        assert_eq!(access, OFlag::O_RDONLY);
+
+        let everything = json!([{"allow": true, "access": "rwm"}]);
+        let privileged = open(&spec(&node, &everything), "c1").unwrap();
+        assert!(privileged.is_empty(), "listed unasked");
+    }
+
+    #[test]
+    fn other_devices_of_the_host_are_refused_in_a_sentence() {
+        let kvm = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
+        let error = open(&spec(&kvm, &json!([])), "c1").unwrap_err().to_string();
+        assert!(
+            error.contains("/dev/kvm") && error.contains("container c1"),
+            "{error}"
+        );
+        let gone = json!([{"path": "/dev/x", "type": "b", "major": 4000, "minor": 1}]);
+        let error = open(&spec(&gone, &json!([])), "c1").unwrap_err();
+        assert!(error.to_string().contains("4000:1"), "{error}");
+        let own = json!([
+            {"path": "/dev/void", "type": "c", "major": 1, "minor": 3},
+            {"path": "/dev/vfio/7", "type": "c", "major": 240, "minor": 1},
+            {"path": "/dev/initctl", "type": "p", "major": 0, "minor": 0},
+        ]);
+        assert!(open(&spec(&own, &json!([])), "c1").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_guest_gets_no_numbers_of_the_host() {
+        let devices = json!([
+            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+            {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+        ]);
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "access": "m"},
+            {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"},
+        ]);
+        let mut linux = spec(&devices, &rules).linux().clone().unwrap();
+        keep_kernel_s(&mut linux);
+        let linux = serde_json::to_value(linux).unwrap();
+        let paths: Vec<_> = linux["devices"].as_array().unwrap().iter().collect();
+        assert_eq!(paths.len(), 1);
+        let rules = linux["resources"]["devices"].as_array().unwrap();
+        assert_eq!(rules.len(), 3);
+        assert!(rules.iter().all(|rule| rule["major"] != 8));
+    }
+}

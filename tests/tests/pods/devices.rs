@@ -1,0 +1,120 @@
+//! Block devices as kubelet hands them over: `volumeDevices` of a raw volume.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+use nacre_tests::pods::PodScene;
+use nacre_tests::run;
+
+use crate::SLEEP;
+
+const MIB: u64 = 1 << 20;
+
+/// A block device of the host, on a file.
+struct Loop {
+    node: String,
+    file: PathBuf,
+}
+
+impl Loop {
+    fn new(scene: &PodScene, mib: u64) -> Self {
+        let file = scene.directory("volume").join("bytes");
+        File::create(&file).unwrap().set_len(mib * MIB).unwrap();
+        run("modprobe", &["loop"]).exits(0);
+        let said = run("losetup", &["-f", "--show", file.to_str().unwrap()]).exits(0);
+        let node = said.stdout.trim().to_owned();
+        Self { node, file }
+    }
+
+    /// The first bytes of the device.
+    fn begins(&self, len: usize) -> String {
+        let mut bytes = fs::read(&self.node).unwrap();
+        bytes.truncate(len);
+        String::from_utf8(bytes).unwrap()
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let said = run("losetup", &["-d", &self.node]);
+        assert!(
+            std::thread::panicking() || said.code == Some(0),
+            "{said:#?}"
+        );
+        fs::remove_file(&self.file).ok();
+    }
+}
+
+#[test]
+fn raw_volumes() {
+    let scene = PodScene::new();
+    let (one, two) = (Loop::new(&scene, 8), Loop::new(&scene, 4));
+    fs::write(&one.node, "from the host").unwrap();
+    let pod = scene.pod("raw").run();
+    let app = pod
+        .container("app", SLEEP)
+        .device(&one.node, "/dev/xvda", "mrw")
+        .device(&two.node, "/volumes/second", "r")
+        .start();
+
+    app.sh("head -c 13 /dev/xvda; echo; wc -c < /dev/xvda; wc -c < /volumes/second")
+        .exits(0)
+        .prints("from the host\n8388608\n4194304\n");
+    let said = app
+        .sh("ls -l /dev/xvda /volumes/second | cut -c 1")
+        .exits(0);
+    assert_eq!(said.stdout, "b\nb\n");
+    app.sh("printf 'from the pod ' > /dev/xvda").exits(0);
+    assert_eq!(one.begins(13), "from the pod ");
+    app.sh("echo x > /volumes/second")
+        .exits(1)
+        .complains(&["Operation not permitted"]);
+    // Another disk of the machine is none of this container's.
+    let other = "n=$(ls -l /dev/xvda | awk '{print $5}' | tr -d ,); \
+                 mknod /dev/other b $n 4096 && head -c 1 /dev/other";
+    app.sh(other)
+        .exits(1)
+        .complains(&["Operation not permitted"]);
+
+    // Both disks are taken; when this container is gone, they are another's.
+    let refused = pod
+        .container("late", SLEEP)
+        .device(&two.node, "/dev/xvda", "mrw")
+        .try_start();
+    let refused = refused.err().unwrap();
+    assert!(refused.message().contains("pod_disks"), "{refused}");
+    app.stop(std::time::Duration::ZERO);
+    app.remove();
+    let next = pod
+        .container("next", SLEEP)
+        .device(&two.node, "/dev/xvda", "mrw")
+        .start();
+    next.sh("wc -c < /dev/xvda; head -c 4 /dev/xvda | tr '\\0' 0; echo second > /dev/xvda")
+        .exits(0)
+        .prints("4194304\n0000");
+    next.stop(std::time::Duration::ZERO);
+    next.remove();
+    assert_eq!(two.begins(7), "second\n");
+}
+
+#[test]
+fn other_devices_of_the_host_are_refused() {
+    let scene = PodScene::new();
+    let pod = scene.pod("greedy").run();
+    let refused = pod
+        .container("device", SLEEP)
+        .device("/dev/kvm", "/dev/kvm", "mrw")
+        .try_start();
+    let refused = refused.err().unwrap();
+    let message = refused.message();
+    assert!(
+        message.contains("/dev/kvm") && message.contains("does not have"),
+        "{refused}"
+    );
+    let refused = pod
+        .container("path", SLEEP)
+        .mount(std::path::Path::new("/dev/kvm"), "/dev/kvm")
+        .try_start();
+    let refused = refused.err().unwrap();
+    assert!(refused.message().contains("device node"), "{refused}");
+}
