@@ -376,6 +376,7 @@ impl VmHost {
                 .map(|disk| vm_disk(disk, disk_queues, &mut list))
                 .collect(),
             nics: vm_nics(network, &mut list),
+            passthrough: None,
             shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
                 tag: SHARED_TAG.into(),
                 socket: list.push(socket.as_fd()),
