@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench soak lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench soak lab e2e e2e-devices install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -80,6 +80,16 @@ e2e: stage stage-boot
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@mkdir $(STAGE)/tests && cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
+
+# The devices of the host that pods get, in a lab with an IOMMU: `edu` for DMA and
+# interrupts, an NVMe disk behind a root port, a large BAR.
+DEVICES := -device edu -device pci-testdev,membar=4G -device pcie-root-port,id=port,slot=1 \
+  -blockdev null-co,node-name=disk,size=67108864,read-zeroes=on -device nvme,serial=lab,drive=disk,bus=port
+e2e-devices: stage stage-boot
+	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
+	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
+	@$(IN_LAB) run --timeout 900 --iommu $(addprefix --qemu ,$(DEVICES)) $(STAGE) -- \
+	  bash -c 'nacre-vmm-tests --test-threads=1 passthrough vfio:: vm:: && nacre-e2e --test-threads=1 devices::'
 
 test: lint unit e2e
 
