@@ -109,6 +109,9 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// virtio-net devices.
     pub nics: Vec<Nic>,
+    /// PCI devices of the host that the guest drives itself. Its memory is pinned
+    /// then, and cannot grow: [`Memory::growth_mib`] is 0.
+    pub passthrough: Option<Passthrough>,
     /// virtio-fs device.
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
@@ -189,4 +192,39 @@ pub struct SharedDir {
     pub tag: String,
     /// Connected vhost-user socket of the back end.
     pub socket: FdIndex,
+}
+
+/// PCI devices of the host that the guest drives by VFIO, and what they share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passthrough {
+    /// What holds the guest's memory for their DMA.
+    pub iommu: Iommu,
+    /// At least one; each is behind a root port of its own, in this order. The
+    /// guest finds the first at `0000:01:00.0`, the second at `0000:02:00.0`, and so on.
+    pub devices: Vec<PciDevice>,
+}
+
+/// One address space for all of a pod's devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Iommu {
+    /// Group API: `/dev/vfio/vfio`, of type 1 version 2 already, with the groups of
+    /// all devices in it.
+    Container {
+        /// `/dev/vfio/vfio`.
+        container: FdIndex,
+        /// `/dev/vfio/N`, each group once.
+        groups: Vec<FdIndex>,
+    },
+    /// `/dev/iommu`, as opened: the monitor binds the devices to it.
+    Iommufd(FdIndex),
+}
+
+/// A PCI function of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciDevice {
+    /// Its address on the host, `0000:01:00.0`. For messages only.
+    pub address: String,
+    /// The VFIO device: from its group (`VFIO_GROUP_GET_DEVICE_FD`), or
+    /// `/dev/vfio/devices/vfioN` as opened.
+    pub device: FdIndex,
 }

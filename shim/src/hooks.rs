@@ -176,6 +176,7 @@ mod tests {
             "ociVersion": "1.0.2", "annotations": {"a": "b"}, "hooks": hooks,
         });
         ContainerConfig {
+            api: crate::sandbox::Api::Task,
             id: "c".into(),
             spec: Arc::new(serde_json::from_value(spec).unwrap()),
             bundle: bundle.to_owned(),

@@ -4,7 +4,8 @@
 //! boot --kernel vmlinux --initrd initrd --cmdline 'console=ttyS0' --memory 256 --vcpus 1
 //! ```
 //!
-//! `--disk FILE` adds a read-only disk, `--serial off` leaves the serial port out, to count a boot's exits without it.
+//! `--device ADDRESS` gives it a PCI device of the host that is bound to vfio-pci, by the
+//! group API, or by iommufd with `--iommu iommufd`. `--disk FILE` adds a read-only disk, `--serial off` leaves the serial port out, to count a boot's exits without it.
 //! Ends with the machine and prints how, and the vCPUs' exits, to standard error.
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use nacre_protocol::vm::StopReason;
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
+use nacre_vmm::vfio::open;
 use nacre_vmm::virtio::VirtioDevice;
 use nacre_vmm::virtio::block::{Backing, Block};
 use nacre_vmm::virtio::rng::Rng;
@@ -32,6 +34,8 @@ struct Options {
     vcpus: u8,
     no_serial: bool,
     disks: Vec<String>,
+    devices: Vec<String>,
+    iommufd: bool,
 }
 
 fn main() -> ExitCode {
@@ -65,6 +69,8 @@ fn options() -> Result<Options, Error> {
             "--memory" => options.memory_mib = value.parse()?,
             "--vcpus" => options.vcpus = value.parse()?,
             "--disk" => options.disks.push(value),
+            "--device" => options.devices.push(value),
+            "--iommu" => options.iommufd = value == "iommufd",
             "--serial" => options.no_serial = value == "off",
             _ => return Err(format!("{name}: unknown option").into()),
         }
@@ -80,6 +86,13 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         let backing = Backing::Whole(File::open(disk)?);
         devices.push(Box::new(Block::new("disk", true, backing, 1)?));
     }
+    let open = if options.iommufd {
+        open::by_iommufd
+    } else {
+        open::by_groups
+    };
+    let passthrough = (!options.devices.is_empty()).then(|| open(&options.devices));
+    let passthrough = passthrough.transpose()?;
     let ram = memory::allocate(options.memory_mib, false)?;
     let machine = Machine::new(Parts {
         kvm: kvm.into(),
@@ -90,6 +103,7 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         initrd: File::open(&options.initrd)?,
         cmdline: options.cmdline.clone(),
         devices,
+        passthrough,
         serial: (!options.no_serial).then(|| stdout.into()),
     })?;
     let running = machine.start()?;

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! The first megabyte is RAM, of which the boot data and the ACPI tables keep
-//! the places named here. BARs are assigned by us, in the 32-bit window, and
-//! Linux keeps them; the 64-bit window is there for devices that need it.
+//! the places named here. BARs are assigned by us and Linux keeps them: those of
+//! virtio devices at the start of the 32-bit window, those of the host's devices
+//! after them and in the 64-bit window ([`crate::pci::placement`]).
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -50,15 +51,17 @@ pub const MMIO_HOLE_END: u64 = 4 * GIB;
 
 /// 32-bit window for PCI BARs.
 pub const WINDOW32_START: u64 = MMIO_HOLE_START;
+/// Where the windows of root ports begin; virtio devices are below.
+pub const WINDOW32_PORTS: u64 = WINDOW32_START + MIB;
 /// End (exclusive) of the 32-bit window.
 pub const WINDOW32_END: u64 = 0xe000_0000;
 
 /// PCI Express configuration space (PCI Firmware 3.3, 4.1.2).
 pub const ECAM_START: u64 = 0xe000_0000;
-/// One mebibyte per bus; there is one bus.
-pub const ECAM_SIZE: u64 = MIB;
-/// Highest bus number.
-pub const LAST_BUS: u8 = 0;
+/// Room for bus 0 and one for each root port it may have.
+pub const ECAM_SIZE: u64 = 32 * ECAM_BUS_SIZE;
+/// Configuration space of a bus.
+pub const ECAM_BUS_SIZE: u64 = MIB;
 
 /// Local APIC (Intel SDM volume 3, 11.4.1).
 pub const LAPIC: u32 = 0xfee0_0000;

@@ -29,6 +29,7 @@ pub mod stop;
 #[cfg(test)]
 mod test_kernel;
 pub mod vcpu;
+pub mod vfio;
 pub mod virtio;
 pub mod vm;
 pub mod worker;

@@ -18,12 +18,13 @@ use crate::boot::{self, BootError, Payload};
 use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Window};
+use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
 use crate::stop::{Outcome, Stop};
 use crate::vcpu::{self, Buses, Cpuid, Exits, MAX_VCPUS, Vcpu, VcpuError, VcpuThread};
+use crate::vfio::{Passthrough, Session, VfioError, Watch};
 use crate::virtio::transport::{TransportError, VirtioPci};
 use crate::virtio::{GuestMemory, VirtioDevice};
 use crate::vm::{self, Vm, VmError};
@@ -46,6 +47,8 @@ pub struct Parts {
     pub cmdline: String,
     /// Virtio devices, in order of their slots.
     pub devices: Vec<Box<dyn VirtioDevice>>,
+    /// Devices of the host, for which all of `memory` is pinned.
+    pub passthrough: Option<Passthrough>,
     /// Output of a serial port; none is there without it.
     pub serial: Option<File>,
 }
@@ -80,6 +83,9 @@ pub enum MachineError {
     /// See the source.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// See the source.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// No event descriptor or signal handler.
     #[error("events: {0}")]
     Event(#[from] std::io::Error),
@@ -92,6 +98,7 @@ pub struct Machine {
     buses: Buses,
     vcpus: Vec<Vcpu>,
     stop: Arc<Stop>,
+    session: Option<Session>,
 }
 
 impl Machine {
@@ -105,12 +112,20 @@ impl Machine {
         let kvm = vm::kvm_from(parts.kvm);
         let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
         let stop = Arc::new(Stop::new()?);
-        let root = Arc::new(PciRoot::new(functions(&vm, parts.devices)?));
-        root.map_config(&vm)?;
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
+        let bits = cpuid.physical_bits();
+        let window64 = layout::window64(vm.memory().last_addr().0 + 1, bits);
+        let (root, session) = match parts.passthrough {
+            Some(devices) => {
+                let (slots, session) = devices.attach(&vm)?.place(&vm, window64, bits)?;
+                (pci_root(&vm, parts.devices, slots)?, Some(session))
+            }
+            None => (pci_root(&vm, parts.devices, Vec::new())?, None),
+        };
         let platform = Platform {
             vcpus: parts.vcpus,
-            window64: layout::window64(vm.memory().last_addr().0 + 1, cpuid.physical_bits()),
+            last_bus: root.last_bus(),
+            window64,
             serial: parts.serial.is_some(),
         };
         let (mut kernel, mut initrd) = (parts.kernel, parts.initrd);
@@ -136,6 +151,7 @@ impl Machine {
             root,
             vcpus,
             stop,
+            session,
         })
     }
 
@@ -152,8 +168,11 @@ impl Machine {
     /// When there are no threads.
     pub fn start(self) -> Result<Running, MachineError> {
         vcpu::install_kick_handler()?;
+        let session = self.session;
+        let watch = session.map(|session| session.watch(self.stop.clone()));
         let mut running = Running {
             threads: Vec::with_capacity(self.vcpus.len()),
+            watch: watch.transpose()?,
             root: self.root,
             stop: self.stop,
             vm: self.vm,
@@ -174,6 +193,7 @@ impl Machine {
 /// A machine whose vCPUs run.
 pub struct Running {
     threads: Vec<VcpuThread>,
+    watch: Option<Watch>,
     root: Arc<PciRoot>,
     stop: Arc<Stop>,
     vm: Arc<Vm>,
@@ -207,6 +227,9 @@ impl Running {
             }
         }
         self.root.reset();
+        if let Some(watch) = self.watch {
+            watch.stop();
+        }
         exits
     }
 }
@@ -215,24 +238,29 @@ fn check(parts: &Parts) -> Result<(), MachineError> {
     if !(1..=MAX_VCPUS).contains(&parts.vcpus) {
         return Err(MachineError::Vcpus(parts.vcpus));
     }
-    if parts.devices.len() > MAX_DEVICES {
-        return Err(MachineError::Devices(parts.devices.len()));
+    let passed_on = parts.passthrough.as_ref().map_or(0, Passthrough::len);
+    let devices = parts.devices.len() + passed_on;
+    if devices > MAX_DEVICES {
+        return Err(MachineError::Devices(devices));
     }
     Ok(())
 }
 
-fn functions(
+/// Bus 0: virtio devices first, so that their slots do not depend on what follows.
+fn pci_root(
     vm: &Arc<Vm>,
     devices: Vec<Box<dyn VirtioDevice>>,
-) -> Result<Vec<Arc<VirtioPci>>, TransportError> {
-    devices
-        .into_iter()
-        .enumerate()
-        .map(|(index, device)| {
-            let address = PciRoot::bar_address(index);
-            VirtioPci::new(vm, device, address).map(Arc::new)
-        })
-        .collect()
+    ports: Vec<Slot>,
+) -> Result<Arc<PciRoot>, MachineError> {
+    let virtio = devices.into_iter().enumerate().map(|(index, device)| {
+        let address = PciRoot::bar_address(index);
+        VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Box::new(device)))
+    });
+    let mut slots = virtio.collect::<Result<Vec<_>, _>>()?;
+    slots.extend(ports);
+    let root = Arc::new(PciRoot::new(slots));
+    root.map_config(vm)?;
+    Ok(root)
 }
 
 fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Request, StopReason, VmConfig};
+use nacre_protocol::vm::{Event, Memory, Request, StopReason, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -31,6 +31,7 @@ use crate::machine::{Machine, MachineError, Parts, Running};
 use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
+use crate::vfio::Passthrough;
 use crate::virtio::block::{Backing, Exchanger};
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
@@ -59,6 +60,9 @@ pub enum MonitorError {
     /// See the source.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Memory that PCI devices reach is pinned.
+    #[error("{0} MiB of memory to be added later: not to a guest with PCI devices of the host")]
+    PinnedGrowth(u32),
     /// No event descriptor.
     #[error("events: {0}")]
     Event(#[from] io::Error),
@@ -100,7 +104,7 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     };
     let sandbox = tracing::info_span!("monitor", sandbox_id = %config.sandbox_id);
     let _inside = sandbox.enter();
-    jail::enter(config.jail)?;
+    jail::enter(config.jail, pinned_bytes(&config)?)?;
     let (calls, caller) = Calls::new()?;
     let (machine, peers) = build(&config, fds, caller)?;
     channel.send(&Event::Booted, &FdList::default())?;
@@ -121,6 +125,21 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     report(channel, outcome)
 }
 
+/// What the kernel pins of a guest with devices, and counts against a limit: all of
+/// its memory, which therefore is all there from the start.
+fn pinned_bytes(config: &VmConfig) -> Result<Option<u64>, MonitorError> {
+    let Memory {
+        size_mib,
+        growth_mib,
+        ..
+    } = config.memory;
+    match config.passthrough {
+        None => Ok(None),
+        Some(_) if growth_mib > 0 => Err(MonitorError::PinnedGrowth(growth_mib)),
+        Some(_) => Ok(Some(u64::from(size_mib) * MIB)),
+    }
+}
+
 fn build(
     config: &VmConfig,
     mut fds: Fds,
@@ -129,6 +148,9 @@ fn build(
     let kvm = fds.take(config.kvm)?;
     let kernel = fds.take(config.kernel)?.into();
     let initrd = fds.take(config.initrd)?.into();
+    let passthrough = config.passthrough.as_ref();
+    let passthrough = passthrough.map(|devices| Passthrough::take(devices, &mut fds));
+    let passthrough = passthrough.transpose()?;
     let ram = memory::allocate(config.memory.size_mib, config.memory.hugepages)?;
     let (memory, growth) = match config.memory.growth_mib {
         0 => (ram.clone(), None),
@@ -146,6 +168,7 @@ fn build(
         initrd,
         cmdline: config.cmdline.clone(),
         devices: devices.devices,
+        passthrough,
         serial: devices.serial,
     })?;
     let peers = Peers {

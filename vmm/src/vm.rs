@@ -15,7 +15,7 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,8 +23,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::layout;
 use crate::virtio::GuestMemory;
 
+mod device_memory;
 mod page;
+mod vfio;
 
+pub use device_memory::{DeviceMemory, Mapping};
 pub use page::{PAGE_SIZE, Page};
 
 /// Takes ownership of `/dev/kvm`.
@@ -67,11 +70,16 @@ pub struct MsiRoute {
 pub struct Vm {
     fd: VmFd,
     next_gsi: AtomicU32,
+    next_slot: AtomicU32,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
     memory: GuestMemory,
-    /// and into these, by slot after those of memory.
+    /// into these,
     pages: Mutex<Vec<Arc<Page>>>,
+    /// and into these.
+    mappings: Mutex<Vec<Arc<Mapping>>>,
+    /// KVM's side of VFIO, if there are devices of the host.
+    vfio: Mutex<Option<DeviceFd>>,
 }
 
 /// A page of the guest that is backed by a [`Page`].
@@ -110,18 +118,21 @@ impl Vm {
         let vm = Self {
             fd,
             next_gsi: AtomicU32::new(0),
+            next_slot: AtomicU32::new(0),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
+            mappings: Mutex::default(),
+            vfio: Mutex::default(),
         };
         vm.add_memory()?;
         Ok(vm)
     }
 
     fn add_memory(&self) -> Result<(), VmError> {
-        for (slot, region) in (0u32..).zip(self.memory.iter()) {
+        for region in self.memory.iter() {
             let slot = kvm_userspace_memory_region {
-                slot,
+                slot: self.new_slot(),
                 flags: 0,
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
@@ -145,12 +156,7 @@ impl Vm {
         let what = "add a read-only page";
         let page = Page::new().map_err(|source| VmError { what, source })?;
         let page = Arc::new(page);
-        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = self.memory.num_regions() + pages.len();
-        let slot = u32::try_from(index).map_err(|error| VmError {
-            what,
-            source: io::Error::other(error),
-        })?;
+        let slot = self.new_slot();
         let region = kvm_userspace_memory_region {
             slot,
             flags: KVM_MEM_READONLY,
@@ -161,6 +167,7 @@ impl Vm {
         // SAFETY: the page is mapped, and stays so as long as `self`, longer than
         // the VM it is given to.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::new(what))?;
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         pages.push(page.clone());
         Ok(ReadOnlyPage {
             slot,
@@ -176,16 +183,20 @@ impl Vm {
     ///
     /// KVM's.
     pub fn remove_read_only_page(&self, page: &ReadOnlyPage) -> Result<(), VmError> {
+        self.remove_slot(page.slot, page.address)
+            .map_err(VmError::new("remove a read-only page"))
+    }
+
+    fn remove_slot(&self, slot: u32, address: u64) -> Result<(), Errno> {
         let region = kvm_userspace_memory_region {
-            slot: page.slot,
+            slot,
             flags: 0,
-            guest_phys_addr: page.address,
+            guest_phys_addr: address,
             memory_size: 0,
             userspace_addr: 0,
         };
         // SAFETY: a slot of size 0 points nowhere.
         unsafe { self.fd.set_user_memory_region(region) }
-            .map_err(VmError::new("remove a read-only page"))
     }
 
     /// Guest memory.
@@ -203,6 +214,11 @@ impl Vm {
         self.fd
             .create_vcpu(u64::from(index))
             .map_err(VmError::new("create a vCPU"))
+    }
+
+    /// A memory slot nobody has.
+    fn new_slot(&self) -> u32 {
+        self.next_slot.fetch_add(1, Ordering::Relaxed)
     }
 
     /// A GSI nobody has.

@@ -399,6 +399,7 @@ impl VmHost {
                 .chain(slots::disks(fds.slots, disk_queues))
                 .collect(),
             nics: vm_nics(network, &mut list),
+            passthrough: None,
             shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
                 tag: SHARED_TAG.into(),
                 socket: list.push(socket.as_fd()),

@@ -17,9 +17,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec,
-};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use super::StorageError;
 use crate::devices::request::is_passthrough_node;
@@ -144,8 +142,8 @@ pub fn keep_kernel_s(linux: &mut Linux) {
     };
     if let Some(rules) = resources.devices_mut() {
         rules.retain(|rule| {
-            let some_disk_s =
-                rule.typ().unwrap_or_default() == LinuxDeviceType::B && number(rule.major()).is_some();
+            let some_disk_s = rule.typ().unwrap_or_default() == LinuxDeviceType::B
+                && number(rule.major()).is_some();
             !some_disk_s && !dropped.iter().any(|device| allows(rule, device))
         });
     }

@@ -30,7 +30,7 @@ pub fn initramfs(directory: &Path, script: &str) -> PathBuf {
 }
 
 /// Boots a guest whose init runs `script`, and returns what it said.
-fn boot(script: &str, options: &[&str]) -> Said {
+pub fn boot(script: &str, options: &[&str]) -> Said {
     let directory = std::env::temp_dir().join(format!("boot-{:?}", std::thread::current().id()));
     let initrd = initramfs(&directory, script);
     let mut arguments = vec!["--kernel", KERNEL, "--initrd", initrd.to_str().unwrap()];

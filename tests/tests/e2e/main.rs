@@ -6,6 +6,7 @@ mod boot;
 mod clock;
 mod console;
 mod death;
+mod devices;
 mod exec;
 mod failures;
 mod hooks;

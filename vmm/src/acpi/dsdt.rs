@@ -22,6 +22,8 @@ const PRESENT: u8 = 0xf;
 pub struct Platform {
     /// vCPUs.
     pub vcpus: u8,
+    /// Highest bus number.
+    pub last_bus: u8,
     /// 64-bit window for BARs, end exclusive.
     pub window64: Option<(u64, u64)>,
     /// Whether there is a serial port.
@@ -32,7 +34,7 @@ pub struct Platform {
 pub fn dsdt(platform: &Platform) -> Sdt {
     let mut aml = Vec::new();
     host_bridge(platform, &mut aml);
-    ecam(&mut aml);
+    ecam(platform.last_bus, &mut aml);
     pvpanic(&mut aml);
     if platform.serial {
         serial(&mut aml);
@@ -49,7 +51,7 @@ fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
 
 #[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
 fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
-    let buses = AddressSpace::new_bus_number(0u16, u16::from(layout::LAST_BUS));
+    let buses = AddressSpace::new_bus_number(0u16, u16::from(platform.last_bus));
     let window32 = AddressSpace::new_memory(
         AddressSpaceCacheable::NotCacheable,
         true,
@@ -83,8 +85,9 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
 
 /// Linux wants the configuration space claimed by a motherboard device.
 #[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
-fn ecam(aml: &mut Vec<u8>) {
-    let range = Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32);
+fn ecam(last_bus: u8, aml: &mut Vec<u8>) {
+    let size = (u32::from(last_bus) + 1) * layout::ECAM_BUS_SIZE as u32;
+    let range = Memory32Fixed::new(true, layout::ECAM_START as u32, size);
     let device = [
         Name::new("_HID".into(), &EISAName::new("PNP0C02")),
         Name::new("_UID".into(), &ZERO),

@@ -74,7 +74,7 @@ impl Tables {
         for entry in [
             tables.add(&fadt(dsdt)),
             tables.add(&madt(platform.vcpus)),
-            tables.add(&mcfg()),
+            tables.add(&mcfg(platform.last_bus)),
         ] {
             xsdt.add_entry(entry);
         }
@@ -128,9 +128,9 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn mcfg() -> MCFG {
+fn mcfg(last_bus: u8) -> MCFG {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM_START, 0, 0, layout::LAST_BUS);
+    mcfg.add_ecam(layout::ECAM_START, 0, 0, last_bus);
     mcfg
 }
 

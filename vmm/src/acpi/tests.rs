@@ -8,6 +8,7 @@ use crate::memory;
 fn platform() -> Platform {
     Platform {
         vcpus: 4,
+        last_bus: 2,
         window64: Some((64 << 30, 1 << 40)),
         serial: true,
     }
@@ -107,9 +108,10 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
             "DSDT",
             [
                 "EisaId (\"PNP0A08\")",
+                "0x0002, // Range Maximum 0x0000, // Translation Offset 0x0003, // Length",
                 "0xC0000000, // Range Minimum 0xDFFFFFFF, // Range Maximum",
                 "0x0000001000000000, // Range Minimum 0x000000FFFFFFFFFF, // Range Maximum",
-                "0xE0000000, // Address Base 0x00100000, // Address Length",
+                "0xE0000000, // Address Base 0x00300000, // Address Length",
                 "\"QEMU0001\"",
                 "IO (Decode16, 0x0505, // Range Minimum 0x0505, // Range Maximum",
                 "EisaId (\"PNP0501\")",
@@ -137,7 +139,7 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
             &[
                 "Base Address : 00000000E0000000",
                 "Start Bus Number : 00",
-                "End Bus Number : 00",
+                "End Bus Number : 02",
             ],
         ),
         (

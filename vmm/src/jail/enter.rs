@@ -42,14 +42,15 @@ impl<T> Step<T> for Result<T, Errno> {
 }
 
 /// Gives up file system, capabilities and user. Call it while the process has
-/// one thread, in a mount namespace of its own.
+/// one thread, in a mount namespace of its own. Of its memory the process may lock
+/// `locked_bytes`, or as much as it could before.
 ///
 /// # Errors
 ///
 /// The step that failed; the process must not go on then.
-pub fn enter(jail: Jail) -> Result<(), JailError> {
+pub fn enter(jail: Jail, locked_bytes: Option<u64>) -> Result<(), JailError> {
     empty_root()?;
-    limit()?;
+    limit(locked_bytes)?;
     drop_privilege(jail)
 }
 
@@ -74,13 +75,17 @@ fn empty_root() -> Result<(), JailError> {
     mount(none, "/", none, read_only, none).step("read-only root")
 }
 
-fn limit() -> Result<(), JailError> {
+fn limit(locked_bytes: Option<u64>) -> Result<(), JailError> {
     for (resource, value) in [
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_NOFILE, MAX_OPEN_FILES),
         (Resource::RLIMIT_NPROC, MAX_THREADS),
     ] {
         setrlimit(resource, value, value).step("resource limits")?;
+    }
+    if let Some(bytes) = locked_bytes {
+        let step = "lock limit for a guest whose memory is pinned";
+        setrlimit(Resource::RLIMIT_MEMLOCK, bytes, bytes).step(step)?;
     }
     Ok(())
 }
@@ -136,17 +141,18 @@ fn drop_capabilities() -> Result<(), Errno> {
 mod tests {
     use super::*;
     use nix::sched::{CloneFlags, unshare};
+    use nix::sys::resource::getrlimit;
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, fork};
 
     /// Runs in a child of its own, because there is no way back.
     fn inside() -> Result<(), String> {
         unshare(CloneFlags::CLONE_NEWNS).map_err(|error| error.to_string())?;
-        enter(Jail {
+        let jail = Jail {
             uid: 65_500,
             gid: 65_501,
-        })
-        .map_err(|error| error.to_string())?;
+        };
+        enter(jail, Some(1 << 20)).map_err(|error| error.to_string())?;
         let expect = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
         expect(nix::unistd::getuid().as_raw() == 65_500, "uid")?;
         expect(nix::unistd::getgid().as_raw() == 65_501, "gid")?;
@@ -158,6 +164,10 @@ mod tests {
         expect(
             setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_err(),
             "no way back",
+        )?;
+        expect(
+            getrlimit(Resource::RLIMIT_MEMLOCK) == Ok((1 << 20, 1 << 20)),
+            "locked memory",
         )?;
         expect(prctl::get_no_new_privs() == Ok(true), "no_new_privs")
     }

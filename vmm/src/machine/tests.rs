@@ -9,6 +9,11 @@ use crate::test_kernel;
 
 /// A machine that runs `code`, or `None` where there is no KVM.
 fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
+    Some(Machine::new(parts(code, vcpus)?).unwrap())
+}
+
+/// What it is made of.
+fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
         eprintln!("skipped: no /dev/kvm");
         return None;
@@ -16,7 +21,7 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
     let mut kernel = tempfile::tempfile().unwrap();
     kernel.write_all(&test_kernel::pvh(code)).unwrap();
     let ram = memory::allocate(32, false).unwrap();
-    let parts = Parts {
+    Some(Parts {
         kvm: kvm.into(),
         vcpus,
         memory: ram.clone(),
@@ -25,9 +30,9 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
         initrd: tempfile::tempfile().unwrap(),
         cmdline: String::new(),
         devices: Vec::new(),
+        passthrough: None,
         serial: None,
-    };
-    Some(Machine::new(parts).unwrap())
+    })
 }
 
 /// Runs until the machine has ended.
@@ -105,9 +110,12 @@ fn impossible_machines_are_refused() {
             initrd: null(),
             cmdline: String::new(),
             devices: Vec::new(),
+            passthrough: None,
             serial: None,
         };
         let error = Machine::new(parts).err().unwrap().to_string();
         assert!(error.starts_with(expected), "{error}");
     }
 }
+
+mod passthrough;

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use nacre_protocol::vm::{FdIndex, Iommu, Jail};
+
 #[test]
 fn first_request_must_be_boot() {
     let (mut near, far) = Channel::pair().unwrap();
@@ -63,4 +65,36 @@ fn hangup_is_no_message() {
     assert_eq!(ready.unwrap(), [true, false]);
     drop(far);
     assert_eq!(wait_for([hangup(near.as_fd())]).unwrap(), [true]);
+}
+
+#[test]
+fn memory_of_a_guest_with_devices_is_locked_and_does_not_grow() {
+    let mut config = VmConfig {
+        sandbox_id: "pod".into(),
+        jail: Jail { uid: 1, gid: 1 },
+        kvm: FdIndex(0),
+        vcpus: 1,
+        memory: Memory {
+            size_mib: 64,
+            growth_mib: 128,
+            hugepages: false,
+        },
+        kernel: FdIndex(1),
+        initrd: FdIndex(2),
+        cmdline: String::new(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        passthrough: None,
+        shared_dir: None,
+        console: None,
+    };
+    assert_eq!(pinned_bytes(&config).unwrap(), None);
+    config.passthrough = Some(nacre_protocol::vm::Passthrough {
+        iommu: Iommu::Iommufd(FdIndex(3)),
+        devices: Vec::new(),
+    });
+    let error = pinned_bytes(&config).unwrap_err().to_string();
+    assert!(error.starts_with("128 MiB of memory"), "{error}");
+    config.memory.growth_mib = 0;
+    assert_eq!(pinned_bytes(&config).unwrap(), Some(64 * MIB));
 }

@@ -15,6 +15,7 @@ const CACHE_LINE: usize = 0x0c;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+const HEADER_TYPE: usize = 0x0e;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// Command: memory space, bus master.
@@ -28,6 +29,25 @@ const STATUS_CAPABILITIES: u8 = 1 << 4;
 const BAR_MEMORY64: u8 = 0b100;
 const BAR_FLAGS: u64 = 0xf;
 
+/// Bus numbers and windows of a bridge (PCI Express base 7.5.1.3).
+const PRIMARY_BUS: usize = 0x18;
+const MEMORY_BASE: usize = 0x20;
+const PREFETCHABLE_BASE: usize = 0x24;
+const PREFETCHABLE_BASE_UPPER: usize = 0x28;
+/// Base and limit of the prefetchable window: it has 64 bits.
+const WINDOW_64: u8 = 1;
+/// Above a limit of 0.
+const CLOSED_BASE: u64 = 0xfff0_0000;
+
+/// What a bridge passes on to the devices behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BridgeWindow {
+    /// Of 32 bits.
+    Memory,
+    /// Of 64 bits, for BARs that are prefetchable.
+    Prefetchable,
+}
+
 /// Configuration space of one function.
 pub struct ConfigSpace {
     bytes: [u8; SIZE],
@@ -40,6 +60,26 @@ impl ConfigSpace {
     /// A type 0 header; `class` is programming interface, subclass, base class.
     #[must_use]
     pub fn new(vendor: u16, device: u16, class: [u8; 3]) -> Self {
+        let mut space = Self::header(vendor, device, class);
+        space.allow(CACHE_LINE, &[0xff, 0xff]);
+        space
+    }
+
+    /// A type 1 header, of a bridge whose windows are closed.
+    #[must_use]
+    pub fn bridge(vendor: u16, device: u16, class: [u8; 3]) -> Self {
+        let mut space = Self::header(vendor, device, class);
+        space.put(HEADER_TYPE, &[1]);
+        space.allow(PRIMARY_BUS, &[0xff; 3]);
+        space.allow(MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
+        space.allow(PREFETCHABLE_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
+        space.allow(PREFETCHABLE_BASE_UPPER, &[0xff; 8]);
+        space.set_window(BridgeWindow::Memory, None);
+        space.set_window(BridgeWindow::Prefetchable, None);
+        space
+    }
+
+    fn header(vendor: u16, device: u16, class: [u8; 3]) -> Self {
         let mut space = Self {
             bytes: [0; SIZE],
             writable: [0; SIZE],
@@ -50,7 +90,6 @@ impl ConfigSpace {
         space.put(2, &device.to_le_bytes());
         space.put(CLASS, &class);
         space.allow(COMMAND, &[COMMAND_MEMORY | COMMAND_MASTER, COMMAND_NO_INTX]);
-        space.allow(CACHE_LINE, &[0xff, 0xff]);
         space.allow(INTERRUPT_LINE, &[0xff]);
         space
     }
@@ -68,6 +107,42 @@ impl ConfigSpace {
         debug_assert!(size.is_power_of_two());
         self.put(BAR0, &(address | u64::from(BAR_MEMORY64)).to_le_bytes());
         self.allow(BAR0, &(!(size - 1) & !BAR_FLAGS).to_le_bytes());
+    }
+
+    /// Sets a bridge's bus numbers: those of its two sides, and the last one behind it.
+    pub fn set_buses(&mut self, primary: u8, secondary: u8, subordinate: u8) {
+        self.put(PRIMARY_BUS, &[primary, secondary, subordinate]);
+    }
+
+    /// The number of the bus behind a bridge.
+    #[must_use]
+    pub fn secondary_bus(&self) -> u8 {
+        self.byte(PRIMARY_BUS + 1)
+    }
+
+    /// Opens a bridge's window over `start..end`, whole mebibytes, or closes it: its
+    /// base is above its limit then.
+    pub fn set_window(&mut self, window: BridgeWindow, range: Option<(u64, u64)>) {
+        let (base, limit) = range.map_or((CLOSED_BASE, 0), |(start, end)| (start, end - 1));
+        let word = |address: u64| {
+            let [_, _, low, high, ..] = address.to_le_bytes();
+            [low & 0xf0, high]
+        };
+        let [mut base_word, mut limit_word] = [word(base), word(limit)];
+        let at = match window {
+            BridgeWindow::Memory => MEMORY_BASE,
+            BridgeWindow::Prefetchable => {
+                base_word[0] |= WINDOW_64;
+                limit_word[0] |= WINDOW_64;
+                for (upper, address) in [(0, base), (4, limit)] {
+                    let upper = PREFETCHABLE_BASE_UPPER + upper;
+                    self.put(upper, &address.to_le_bytes()[4..]);
+                }
+                PREFETCHABLE_BASE
+            }
+        };
+        self.put(at, &base_word);
+        self.put(at + 2, &limit_word);
     }
 
     /// Appends a capability and returns its offset. `body` is what follows id and
@@ -122,6 +197,12 @@ impl ConfigSpace {
     #[must_use]
     pub fn byte(&self, register: usize) -> u8 {
         self.bytes.get(register).copied().unwrap_or(0)
+    }
+
+    /// Two bytes of ours.
+    #[must_use]
+    pub fn u16_at(&self, register: usize) -> u16 {
+        u16::from_le_bytes([self.byte(register), self.byte(register + 1)])
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -189,6 +270,34 @@ mod tests {
         space.write(first, &[0xff; 5]);
         assert_eq!(space.byte(first), 0x11);
         assert_eq!(space.byte(first + 3), 0x80);
+    }
+
+    #[test]
+    fn bridge_windows_open_and_close() {
+        let mut bridge = ConfigSpace::bridge(1, 2, [0, 4, 6]);
+        bridge.set_window(BridgeWindow::Memory, Some((0xc010_0000, 0xc030_0000)));
+        assert_eq!(u32_at(&bridge, MEMORY_BASE), 0xc020_c010);
+        let range = Some((0x20_0000_0000, 0x40_0000_0000));
+        bridge.set_window(BridgeWindow::Prefetchable, range);
+        assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE), 0xfff1_0001);
+        assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE_UPPER), 0x20);
+        assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE_UPPER + 4), 0x3f);
+        bridge.set_window(BridgeWindow::Memory, None);
+        bridge.set_window(BridgeWindow::Prefetchable, None);
+        assert_eq!(u32_at(&bridge, MEMORY_BASE), 0x0000_fff0);
+        assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE), 0x0001_fff1);
+        bridge.write(PREFETCHABLE_BASE, &[0xff; 4]);
+        assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE), 0xfff1_fff1);
+    }
+
+    #[test]
+    fn bridge_keeps_the_buses_it_is_given() {
+        let mut bridge = ConfigSpace::bridge(1, 2, [0, 4, 6]);
+        bridge.set_buses(0, 3, 3);
+        assert_eq!(bridge.secondary_bus(), 3);
+        assert_eq!(bridge.byte(HEADER_TYPE), 1);
+        bridge.write(PRIMARY_BUS, &[0, 7, 9, 0xff]);
+        assert_eq!(u32_at(&bridge, PRIMARY_BUS), 0x0009_0700);
     }
 
     #[test]

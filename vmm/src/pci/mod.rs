@@ -1,42 +1,48 @@
-//! The PCI Express bus: a host bridge and virtio devices, one to a slot.
+//! The PCI Express buses: on bus 0 a host bridge, virtio devices and root ports,
+//! one to a slot; behind each root port a bus with a device of the host.
 //!
 //! ```text
-//!   ECAM window --slot--> VirtioPci::{config_read, config_write}
-//!   32/64-bit windows --BAR match--> VirtioPci::{bar_read, bar_write}
+//!   ECAM window --bus, slot--> VirtioPci, RootPort or VfioPci::{config_read, config_write}
+//!   32/64-bit windows --BAR match--> VirtioPci or VfioPci::{bar_read, bar_write}
 //! ```
 //!
 //! BARs are assigned when a device is added and Linux keeps them, but the guest
 //! may move them: a window access goes to whichever function's BAR covers the
-//! address at that moment.
+//! address at that moment. The same holds for bus numbers, which root ports keep.
 //!
 //! Finding the devices takes Linux some 200 reads of configuration space for
-//! each, and hardly anything in it changes by itself. So every function's page of
-//! the ECAM window is a read-only memory slot ([`PciRoot::map_config`]): reads
-//! are memory reads, writes come to [`Ecam`], and so do reads of functions that
-//! are not there.
+//! each, and hardly anything in it changes by itself. So the page of every function
+//! on bus 0 in the ECAM window is a read-only memory slot ([`PciRoot::map_config`]):
+//! reads are memory reads, writes come to [`Ecam`], and so do reads of functions that
+//! are not there, and of the host's devices.
 
 use std::sync::Arc;
 
 use crate::bus::BusDevice;
 use crate::layout;
+use crate::vfio::VfioPci;
 use crate::virtio::transport::{BAR_SIZE, VirtioPci};
 use crate::vm::{Vm, VmError};
 
 pub mod config;
 pub mod msix;
+pub mod placement;
+pub mod root_port;
 
 use config::ConfigSpace;
+use root_port::RootPort;
 
 /// Slots of a bus.
 const SLOTS: usize = 32;
-/// Slots that are free for devices; slot 0 holds the host bridge.
+/// Slots that are free for devices and root ports; slot 0 holds the host bridge.
 pub const MAX_DEVICES: usize = SLOTS - 1;
 
-/// Bits of an ECAM offset: 12 of register, 3 of function, 5 of device
+/// Bits of an ECAM offset: 12 of register, 3 of function, 5 of device, 8 of bus
 /// (PCI Express base 7.2.2).
 const REGISTER_MASK: u64 = 0xfff;
 const FUNCTION_SHIFT: u32 = 12;
 const SLOT_SHIFT: u32 = 15;
+const BUS_SHIFT: u32 = 20;
 
 /// "QEMU PCIe host bridge", which Linux needs no driver for.
 const BRIDGE_VENDOR: u16 = 0x1b36;
@@ -44,26 +50,35 @@ const BRIDGE_DEVICE: u16 = 0x0008;
 /// Host bridge class (PCI Code and ID Assignment 1.7).
 const BRIDGE_CLASS: [u8; 3] = [0, 0, 6];
 
-/// The bus, complete; built once.
+/// The buses, complete; built once.
 pub struct PciRoot {
     bridge: ConfigSpace,
-    devices: Vec<Arc<VirtioPci>>,
+    /// What is on bus 0 from slot 1 on,
+    slots: Vec<Slot>,
+}
+
+/// and what a slot holds.
+pub enum Slot {
+    /// A virtio device.
+    Virtio(Box<VirtioPci>),
+    /// A root port, and the device of the host behind it.
+    Port(Box<RootPort>, Box<VfioPci>),
 }
 
 impl PciRoot {
-    /// A bus with `devices` in slots 1, 2, ...; those past [`MAX_DEVICES`]
-    /// would not be seen.
+    /// Bus 0 with `slots` in slots 1, 2, ...; those past [`MAX_DEVICES`] would not
+    /// be seen.
     #[must_use]
-    pub fn new(devices: Vec<Arc<VirtioPci>>) -> Self {
-        debug_assert!(devices.len() <= MAX_DEVICES);
+    pub fn new(slots: Vec<Slot>) -> Self {
+        debug_assert!(slots.len() <= MAX_DEVICES);
         Self {
             bridge: ConfigSpace::new(BRIDGE_VENDOR, BRIDGE_DEVICE, BRIDGE_CLASS),
-            devices,
+            slots,
         }
     }
 
-    /// Lets the guest read the configuration of all functions without an exit.
-    /// Once, before it runs.
+    /// Lets the guest read the configuration of all functions on bus 0 without an
+    /// exit. Once, before it runs.
     ///
     /// # Errors
     ///
@@ -71,13 +86,25 @@ impl PciRoot {
     pub fn map_config(&self, vm: &Vm) -> Result<(), VmError> {
         let page = vm.add_read_only_page(layout::ECAM_START)?;
         page.page().show(self.bridge.bytes());
-        for (slot, device) in (1u64..).zip(&self.devices) {
-            device.map_config(layout::ECAM_START + (slot << SLOT_SHIFT))?;
+        for (number, slot) in (1u64..).zip(&self.slots) {
+            let address = layout::ECAM_START + (number << SLOT_SHIFT);
+            match slot {
+                Slot::Virtio(device) => device.map_config(address)?,
+                Slot::Port(port, _) => port.map_config(vm, address)?,
+            }
         }
         Ok(())
     }
 
-    /// BAR address of the device with this index.
+    /// The highest bus number: a bus for each root port.
+    #[must_use]
+    pub fn last_bus(&self) -> u8 {
+        let ports = self.slots.iter();
+        let ports = ports.filter(|slot| matches!(slot, Slot::Port(..))).count();
+        u8::try_from(ports).unwrap_or(u8::MAX)
+    }
+
+    /// BAR address of the virtio device with this index.
     #[must_use]
     pub fn bar_address(index: usize) -> u64 {
         layout::WINDOW32_START + index as u64 * BAR_SIZE
@@ -85,23 +112,28 @@ impl PciRoot {
 
     /// Stops all devices.
     pub fn reset(&self) {
-        for device in &self.devices {
-            device.reset();
+        for slot in &self.slots {
+            match slot {
+                Slot::Virtio(device) => device.reset(),
+                Slot::Port(_, device) => device.stop(),
+            }
         }
     }
 
-    fn device_at(&self, address: u64) -> Option<(&VirtioPci, u64)> {
-        self.devices.iter().find_map(|device| {
-            let offset = address.checked_sub(device.bar_address()?)?;
-            (offset < BAR_SIZE).then_some((device.as_ref(), offset))
+    /// The function on a bus behind a root port.
+    fn behind_port(&self, bus: u8, slot: u8) -> Option<&VfioPci> {
+        self.slots.iter().find_map(|other| match other {
+            Slot::Port(port, device) if slot == 0 && port.secondary_bus() == bus => Some(&**device),
+            _ => None,
         })
     }
 }
 
 /// Where an ECAM access goes. Functions other than 0 do not exist.
 enum Target<'a> {
-    Bridge,
-    Device(&'a VirtioPci),
+    Bridge(&'a ConfigSpace),
+    Slot(&'a Slot),
+    Endpoint(&'a VfioPci),
 }
 
 /// The configuration space window.
@@ -110,13 +142,15 @@ pub struct Ecam(pub Arc<PciRoot>);
 impl Ecam {
     fn target(&self, offset: u64) -> Option<(Target<'_>, usize)> {
         let register = usize::try_from(offset & REGISTER_MASK).ok()?;
-        let slot = usize::try_from(offset >> SLOT_SHIFT).ok()?;
+        let bus = u8::try_from(offset >> BUS_SHIFT).ok()?;
+        let slot = u8::try_from(offset >> SLOT_SHIFT & 31).ok()?;
         if offset >> FUNCTION_SHIFT & 7 != 0 {
             return None;
         }
-        let target = match slot.checked_sub(1) {
-            None => Target::Bridge,
-            Some(index) => Target::Device(self.0.devices.get(index)?.as_ref()),
+        let target = match (bus, slot) {
+            (0, 0) => Target::Bridge(&self.0.bridge),
+            (0, slot) => Target::Slot(self.0.slots.get(usize::from(slot) - 1)?),
+            (bus, slot) => Target::Endpoint(self.0.behind_port(bus, slot)?),
         };
         Some((target, register))
     }
@@ -125,41 +159,77 @@ impl Ecam {
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.target(offset) {
-            Some((Target::Bridge, register)) => self.0.bridge.read(register, data),
-            Some((Target::Device(device), register)) => device.config_read(register, data),
+            Some((Target::Bridge(bridge), register)) => bridge.read(register, data),
+            Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_read(at, data),
+            Some((Target::Slot(Slot::Port(port, _)), at)) => port.config_read(at, data),
+            Some((Target::Endpoint(device), register)) => device.config_read(register, data),
             None => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        // Nothing in the host bridge can be written.
-        if let Some((Target::Device(device), register)) = self.target(offset) {
-            device.config_write(register, data);
+        match self.target(offset) {
+            Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_write(at, data),
+            Some((Target::Slot(Slot::Port(port, _)), at)) => port.config_write(at, data),
+            Some((Target::Endpoint(device), register)) => device.config_write(register, data),
+            // Nothing in the host bridge can be written.
+            Some((Target::Bridge(_), _)) | None => {}
         }
     }
 }
 
 /// A window BARs lie in.
 pub struct Window {
-    /// The bus behind it.
+    /// The buses behind it.
     pub root: Arc<PciRoot>,
     /// Its first address.
     pub start: u64,
 }
 
+impl Window {
+    /// The BAR that covers an offset of the window.
+    fn target(&self, offset: u64) -> Option<BarTarget<'_>> {
+        let address = self.start + offset;
+        self.root.slots.iter().find_map(|slot| match slot {
+            Slot::Virtio(device) => {
+                let offset = virtio_offset(device, address)?;
+                Some(BarTarget::Virtio(device, offset))
+            }
+            Slot::Port(_, device) => {
+                let (bar, offset) = device.bar_at(address)?;
+                Some(BarTarget::Endpoint(device, bar, offset))
+            }
+        })
+    }
+}
+
+/// Where an access to a window goes.
+enum BarTarget<'a> {
+    Virtio(&'a VirtioPci, u64),
+    Endpoint(&'a VfioPci, usize, u64),
+}
+
 impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.root.device_at(self.start + offset) {
-            Some((device, offset)) => device.bar_read(offset, data),
+        match self.target(offset) {
+            Some(BarTarget::Virtio(device, offset)) => device.bar_read(offset, data),
+            Some(BarTarget::Endpoint(device, bar, offset)) => device.bar_read(bar, offset, data),
             None => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.root.device_at(self.start + offset) {
-            device.bar_write(offset, data);
+        match self.target(offset) {
+            Some(BarTarget::Virtio(device, offset)) => device.bar_write(offset, data),
+            Some(BarTarget::Endpoint(device, bar, offset)) => device.bar_write(bar, offset, data),
+            None => {}
         }
     }
+}
+
+fn virtio_offset(device: &VirtioPci, address: u64) -> Option<u64> {
+    let offset = address.checked_sub(device.bar_address()?)?;
+    (offset < BAR_SIZE).then_some(offset)
 }
 
 #[cfg(test)]
@@ -172,7 +242,12 @@ mod tests {
         let mut id = [0; 4];
         ecam.read(0, &mut id);
         assert_eq!(id, [0x36, 0x1b, 8, 0]);
-        for absent in [1 << FUNCTION_SHIFT, 1 << SLOT_SHIFT, 31 << SLOT_SHIFT] {
+        for absent in [
+            1 << FUNCTION_SHIFT,
+            1 << SLOT_SHIFT,
+            31 << SLOT_SHIFT,
+            1 << BUS_SHIFT,
+        ] {
             ecam.read(absent, &mut id);
             assert_eq!(id, [0xff; 4]);
             ecam.write(absent, &id);

@@ -26,9 +26,10 @@ use crate::vm::{MsiRoute, Vm};
 
 /// Capability id.
 const CAPABILITY: u8 = 0x11;
-/// Message control, second byte: enable, function mask.
-const ENABLE: u8 = 1 << 7;
-const FUNCTION_MASK: u8 = 1 << 6;
+/// Message control, second byte: enable,
+pub const ENABLE: u8 = 1 << 7;
+/// and function mask.
+pub const FUNCTION_MASK: u8 = 1 << 6;
 /// Vector control: masked.
 const VECTOR_MASK: u32 = 1;
 /// Bytes of a table entry: address, data, vector control.
@@ -48,38 +49,35 @@ struct Vector {
 pub struct Msix {
     vm: Arc<Vm>,
     vectors: Vec<Vector>,
-    capability: usize,
     on: bool,
 }
 
 impl Msix {
-    /// `count` vectors for a device whose BAR 0 holds table and pending bits at
-    /// the given offsets; adds the capability to `config`.
+    /// `count` vectors, all masked.
     ///
     /// # Errors
     ///
     /// Those of eventfd(2).
-    pub fn new(
-        vm: &Arc<Vm>,
-        config: &mut ConfigSpace,
-        count: u16,
-        table: u32,
-        pending: u32,
-    ) -> io::Result<Self> {
+    pub fn new(vm: &Arc<Vm>, count: u16) -> io::Result<Self> {
         let vectors = (0..count)
             .map(|_| Vector::new(vm.new_gsi()))
             .collect::<io::Result<_>>()?;
-        let mut body = Vec::from(count.saturating_sub(1).to_le_bytes());
-        // The low bits of both offsets name the BAR, 0.
-        body.extend(table.to_le_bytes());
-        body.extend(pending.to_le_bytes());
-        let capability = config.add_capability(CAPABILITY, &body, &[0, ENABLE | FUNCTION_MASK]);
         Ok(Self {
             vm: vm.clone(),
             vectors,
-            capability,
             on: false,
         })
+    }
+
+    /// Adds the capability of a device whose BAR 0 holds table and pending bits at
+    /// the given offsets; returns the offset of message control.
+    pub fn add_capability(&self, config: &mut ConfigSpace, table: u32, pending: u32) -> usize {
+        let last = u16::try_from(self.vectors.len().saturating_sub(1)).unwrap_or(u16::MAX);
+        let mut body = Vec::from(last.to_le_bytes());
+        // The low bits of both offsets name the BAR, 0.
+        body.extend(table.to_le_bytes());
+        body.extend(pending.to_le_bytes());
+        config.add_capability(CAPABILITY, &body, &[0, ENABLE | FUNCTION_MASK]) + 2
     }
 
     /// The event of a vector; `None` if there is no such vector.
@@ -89,9 +87,25 @@ impl Msix {
         Some(vector.event.clone())
     }
 
-    /// To be called after a write to configuration space.
-    pub fn config_changed(&mut self, config: &ConfigSpace) {
-        let control = config.byte(self.capability + 3);
+    /// Whether the vector's entry lets it send.
+    #[must_use]
+    pub fn is_unmasked(&self, vector: u16) -> bool {
+        let vector = self.vectors.get(usize::from(vector));
+        vector.is_some_and(|vector| vector.control & VECTOR_MASK == 0)
+    }
+
+    /// Fills an entry as a guest would.
+    pub fn set_entry(&mut self, vector: u16, route: MsiRoute, masked: bool) {
+        if let Some(vector) = self.vectors.get_mut(usize::from(vector)) {
+            (vector.address, vector.data) = (route.address, route.data);
+            vector.control = if masked { VECTOR_MASK } else { 0 };
+            vector.update(&self.vm, self.on);
+        }
+    }
+
+    /// To be called with message control whenever it may have been written.
+    pub fn set_control(&mut self, control: u16) {
+        let [_, control] = control.to_le_bytes();
         let on = control & (ENABLE | FUNCTION_MASK) == ENABLE;
         if on != self.on {
             self.on = on;
@@ -232,21 +246,18 @@ mod tests {
     use kvm_ioctls::Kvm;
 
     /// Two vectors of a VM, or `None` where there is no KVM.
-    fn msix() -> Option<(Msix, ConfigSpace)> {
+    fn msix() -> Option<Msix> {
         let Ok(kvm) = Kvm::new() else {
             eprintln!("skipped: no /dev/kvm");
             return None;
         };
         let memory = memory::allocate(32, false).unwrap();
         let vm = Arc::new(Vm::new(&kvm, memory).unwrap());
-        let mut config = ConfigSpace::new(1, 2, [0; 3]);
-        let msix = Msix::new(&vm, &mut config, 2, 0x4000, 0x5000).unwrap();
-        Some((msix, config))
+        Some(Msix::new(&vm, 2).unwrap())
     }
 
-    fn enable(msix: &mut Msix, config: &mut ConfigSpace, control: u8) {
-        config.write(msix.capability + 3, &[control]);
-        msix.config_changed(config);
+    fn enable(msix: &mut Msix, control: u8) {
+        msix.set_control(u16::from_le_bytes([0, control]));
     }
 
     fn pending(msix: &Msix) -> u8 {
@@ -257,7 +268,7 @@ mod tests {
 
     #[test]
     fn table_keeps_what_is_written() {
-        let Some((mut msix, _)) = msix() else { return };
+        let Some(mut msix) = msix() else { return };
         msix.write_table(16, &0xfee0_1000_u64.to_le_bytes());
         msix.write_table(24, &0x41_u32.to_le_bytes());
         let mut entry = [0; 16];
@@ -268,7 +279,7 @@ mod tests {
 
     #[test]
     fn halves_of_an_entry_are_written_alone() {
-        let Some((mut msix, _)) = msix() else { return };
+        let Some(mut msix) = msix() else { return };
         let entry = |msix: &Msix| {
             let mut words = [[0; 8]; 2];
             msix.read_table(0, &mut words[0]);
@@ -290,18 +301,16 @@ mod tests {
 
     #[test]
     fn masked_vector_stays_pending_until_unmasked() {
-        let Some((mut msix, mut config)) = msix() else {
-            return;
-        };
+        let Some(mut msix) = msix() else { return };
         msix.write_table(16, &0xfee0_0000_u64.to_le_bytes());
         msix.event(1).unwrap().write(1).unwrap();
         assert_eq!(pending(&msix), 0b10);
-        enable(&mut msix, &mut config, ENABLE);
+        enable(&mut msix, ENABLE);
         assert_eq!(pending(&msix), 0b10, "enabled, but still masked");
         msix.write_table(28, &[0; 4]);
         assert_eq!(pending(&msix), 0);
         assert!(msix.vectors[1].live);
-        enable(&mut msix, &mut config, ENABLE | FUNCTION_MASK);
+        enable(&mut msix, ENABLE | FUNCTION_MASK);
         assert!(!msix.vectors[1].live);
         msix.event(1).unwrap().write(1).unwrap();
         assert_eq!(pending(&msix), 0b10);
@@ -311,7 +320,7 @@ mod tests {
 
     #[test]
     fn odd_accesses_change_nothing() {
-        let Some((mut msix, _)) = msix() else { return };
+        let Some(mut msix) = msix() else { return };
         msix.write_table(1, &[0xff; 4]);
         msix.write_table(0, &[0xff; 2]);
         msix.write_table(32, &[0xff; 8]);

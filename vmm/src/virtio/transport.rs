@@ -93,6 +93,8 @@ struct Function {
     window: usize,
     common: CommonConfig,
     msix: Msix,
+    /// Offset of its message control.
+    msix_control: usize,
     device: Box<dyn VirtioDevice>,
     /// Set while the device is active: its queues' events, by queue.
     kicks: Option<Vec<Option<EventFd>>>,
@@ -119,7 +121,8 @@ impl VirtioPci {
         // One vector per queue, one for the configuration.
         let vectors = u16::try_from(queues + 1).map_err(|_| TransportError::Queues(queues))?;
         let mut config = config_space(device.device_type(), bar_address);
-        let msix = Msix::new(vm, &mut config, vectors, MSIX_TABLE, MSIX_PENDING)?;
+        let msix = Msix::new(vm, vectors)?;
+        let msix_control = msix.add_capability(&mut config, MSIX_TABLE, MSIX_PENDING);
         let window = add_capabilities(&mut config);
         let function = Function {
             vm: vm.clone(),
@@ -128,6 +131,7 @@ impl VirtioPci {
             window,
             common: CommonConfig::new(device.features(), queue_sizes, vectors),
             msix,
+            msix_control,
             device,
             kicks: None,
             attached: None,
@@ -180,8 +184,8 @@ impl VirtioPci {
             function.config.read(function.window + CAP_DATA, &mut value);
             function.bar_write(offset, value.get(..len).unwrap_or_default());
         }
-        let Function { msix, config, .. } = &mut *function;
-        msix.config_changed(config);
+        let control = function.config.u16_at(function.msix_control);
+        function.msix.set_control(control);
         function.show_config();
         let bar = function.config.bar();
         self.bar.store(bar.unwrap_or(NOWHERE), Ordering::Release);

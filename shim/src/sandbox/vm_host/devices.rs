@@ -86,6 +86,7 @@ mod tests {
             "annotations": {"io.nacre.devices": "0000:01:00.0"},
         });
         let config = ContainerConfig {
+            api: crate::sandbox::Api::Task,
             id: "web".into(),
             bundle: PathBuf::new(),
             rootfs: Vec::new(),

@@ -1,0 +1,104 @@
+//! PCI devices of the host in a Linux guest, by vmm's example `boot`. They are QEMU's,
+//! in a lab with an IOMMU (`make devices`); elsewhere these tests are skipped.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nacre_tests::{Machine, Said};
+
+use crate::boot::boot;
+
+const EDU: [&str; 2] = ["0x1234", "0x11e8"];
+const TESTDEV: [&str; 2] = ["0x1b36", "0x0005"];
+const NVME: [&str; 2] = ["0x1b36", "0x0010"];
+
+/// What a guest's init needs to look around: a line of `resource` is start, end, flags.
+const LOOK: &str = "mkdir /sys; mount -t sysfs sys /sys; cd /sys/bus/pci/devices
+say complaints $(dmesg | grep -c -i -e \"can't claim\" -e 'no space for' -e 'failed to assign' -e 'can.t assign')
+for d in 0000:0[1-9]:00.0; do
+  say \"$d $(cat $d/vendor) $(cat $d/device) under $(basename $(dirname $(readlink -f $d)))\"
+  grep -v '^0x0* 0x0* ' $d/resource | while read -r bar; do say \"$d has $bar\"; done
+done
+poweroff -f";
+
+/// Addresses of the devices, in the hands of vfio-pci; `None` if one is not there.
+fn devices(ids: &[[&str; 2]]) -> Option<Vec<String>> {
+    let found: Option<Vec<_>> = ids.iter().map(|id| bound(*id)).collect();
+    if found.is_none() {
+        eprintln!("skipped: the lab has no IOMMU or not these devices (make devices)");
+    }
+    found
+}
+
+fn bound(id: [&str; 2]) -> Option<String> {
+    let read = |device: &Path, name: &str| fs::read_to_string(device.join(name)).unwrap();
+    let all = fs::read_dir("/sys/bus/pci/devices").unwrap();
+    let mut all = all.map(|entry| entry.unwrap().path());
+    let device: PathBuf = all.find(|device| {
+        device.join("iommu_group").exists()
+            && ["vendor", "device"]
+                .map(|name| read(device, name))
+                .map(|id| id.trim().to_owned())
+                == id
+    })?;
+    let address = device.file_name()?.to_str()?.to_owned();
+    let driver = fs::read_link(device.join("driver")).unwrap_or_default();
+    if !driver.ends_with("vfio-pci") {
+        if device.join("driver").exists() {
+            fs::write(device.join("driver/unbind"), &address).unwrap();
+        }
+        fs::write(device.join("driver_override"), "vfio-pci").unwrap();
+        fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
+    }
+    Some(address)
+}
+
+fn look(addresses: &[String]) -> Said {
+    let options = addresses.iter().flat_map(|address| ["--device", address]);
+    let options: Vec<&str> = options.collect();
+    boot(LOOK, &options).exits(0)
+}
+
+fn says(said: &Said, line: &str) {
+    assert!(said.stdout.contains(line), "no {line:?} in {said:#?}");
+}
+
+#[test]
+fn linux_keeps_the_buses_and_bars_it_finds() {
+    let Some(addresses) = devices(&[EDU, NVME]) else {
+        return;
+    };
+    let before = Machine::now();
+    let said = look(&addresses);
+    says(&said, "complaints 0\r\n");
+    says(&said, "0000:01:00.0 0x1234 0x11e8 under 0000:00:02.0\r\n");
+    says(&said, "0000:02:00.0 0x1b36 0x0010 under 0000:00:03.0\r\n");
+    says(
+        &said,
+        "0000:01:00.0 has 0x00000000c0100000 0x00000000c01fffff",
+    );
+    says(
+        &said,
+        "0000:02:00.0 has 0x00000000c0200000 0x00000000c0203fff",
+    );
+    let log = &said.stderr;
+    assert!(
+        log.contains("resets=1"),
+        "nvme can be reset, edu cannot: {log}"
+    );
+    assert!(log.contains("map_calls=1"), "one region of memory: {log}");
+    before.await_return();
+}
+
+#[test]
+fn large_bar_is_where_the_processor_s_address_bits_allow() {
+    let Some(addresses) = devices(&[TESTDEV]) else {
+        return;
+    };
+    let said = look(&addresses);
+    says(&said, "complaints 0\r\n");
+    says(
+        &said,
+        "0000:01:00.0 has 0x0000001000000000 0x00000010ffffffff",
+    );
+}

@@ -1,0 +1,257 @@
+//! A real device behind a real IOMMU: QEMU's "edu", which the lab has when it is
+//! booted with `--iommu --qemu -device --qemu edu`. The guest is a few dozen
+//! instructions that drive it; it powers off when all went well and resets when not.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use nix::poll::{PollFd, PollFlags, poll};
+
+use super::*;
+use crate::layout::{ECAM_BUS_SIZE, ECAM_START, WINDOW32_PORTS};
+use crate::vfio::open;
+
+/// "edu" of QEMU (`docs/specs/edu.rst`).
+const EDU: (&str, &str) = ("0x1234", "0x11e8");
+const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
+const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
+const BAR: u64 = WINDOW32_PORTS;
+const LIVENESS: u64 = BAR + 4;
+const DMA_SOURCE: u64 = BAR + 0x80;
+const DMA_TARGET: u64 = BAR + 0x88;
+const DMA_COUNT: u64 = BAR + 0x90;
+const DMA_COMMAND: u64 = BAR + 0x98;
+/// The device's own memory.
+const BUFFER: u32 = 0x4_0000;
+/// DMA command: begin; from the device to memory.
+const START: u32 = 1;
+const TO_MEMORY: u32 = 2;
+/// Within the guest's 32 MiB, and beyond them but within the device's 28 address bits.
+const INSIDE: u32 = 0x20_0000;
+const RESULT: u32 = 0x21_0000;
+const OUTSIDE: u32 = 0x800_0000;
+
+/// Its MSI capability, and the register that raises its interrupt.
+const MSI: u64 = 0x40;
+const RAISE: u64 = 0x60;
+const VECTOR: u32 = 0x41;
+/// Registers of the local APIC.
+const APIC_SPURIOUS: u64 = 0xf0;
+const APIC_REQUESTED: u64 = 0x200;
+
+/// The edu device, in the hands of vfio-pci; `None` where there is none.
+fn edu() -> Option<String> {
+    let skip = |why: &str| {
+        eprintln!("skipped: {why}");
+        None
+    };
+    if !Path::new("/dev/vfio/vfio").exists() {
+        return skip("no VFIO");
+    }
+    let id = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let Some(device) = fs::read_dir("/sys/bus/pci/devices")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| (id(path, "vendor").trim(), id(path, "device").trim()) == EDU)
+    else {
+        return skip("no edu device (lab run --iommu --qemu -device --qemu edu)");
+    };
+    if !device.join("iommu_group").exists() {
+        return skip("no IOMMU");
+    }
+    let address = device.file_name().unwrap().to_str().unwrap().to_owned();
+    if !device.join("driver").exists() {
+        fs::write(device.join("driver_override"), "vfio-pci").unwrap();
+        fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
+    }
+    Some(address)
+}
+
+/// 32-bit code without paging: memory is where it is.
+struct Code(Vec<u8>);
+
+impl Code {
+    /// Begins with what a failed expectation jumps to.
+    fn new() -> Self {
+        let fail = out(layout::PORT_RESET, 1);
+        let mut code = vec![0xeb, u8::try_from(fail.len()).unwrap()];
+        code.extend(fail);
+        Self(code)
+    }
+
+    fn bytes(mut self, opcode: &[u8], operands: &[u32]) -> Self {
+        self.0.extend(opcode);
+        self.0
+            .extend(operands.iter().flat_map(|word| word.to_le_bytes()));
+        self
+    }
+
+    /// `mov dword [address], value`
+    fn store(self, address: u64, value: u32) -> Self {
+        self.bytes(&[0xc7, 0x05], &[u32::try_from(address).unwrap(), value])
+    }
+
+    /// `cmp dword [address], value; jne fail`
+    fn expect(self, address: u64, value: u32) -> Self {
+        let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
+        // Back over everything but the first jump.
+        let distance = i32::try_from(code.0.len() + 6 - 2).unwrap();
+        code.bytes(&[0x0f, 0x85], &[(-distance).cast_unsigned()])
+    }
+
+    /// Until the bits are clear: `test dword [address], bits; jnz` to itself.
+    fn wait_clear(self, address: u64, bits: u32) -> Self {
+        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
+        code.bytes(&[0x0f, 0x85], &[(-16i32).cast_unsigned()])
+    }
+
+    /// Until one of the bits is set: `test dword [address], bits; jz` to itself.
+    fn wait_set(self, address: u64, bits: u32) -> Self {
+        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
+        code.bytes(&[0x0f, 0x84], &[(-16i32).cast_unsigned()])
+    }
+
+    /// Memory space and bus mastering, of the port and of the device.
+    fn enable(self) -> Self {
+        self.store(PORT_CONFIG + 4, 6).store(CONFIG + 4, 6)
+    }
+
+    /// Four bytes by DMA.
+    fn dma(self, from: u32, to: u32, command: u32) -> Self {
+        self.store(DMA_SOURCE, from)
+            .store(DMA_TARGET, to)
+            .store(DMA_COUNT, 4)
+            .store(DMA_COMMAND, START | command)
+            .wait_clear(DMA_COMMAND, START)
+    }
+
+    fn power_off(mut self) -> Vec<u8> {
+        self.0.extend(out(layout::PORT_SLEEP_CONTROL, 0x34));
+        self.0
+    }
+}
+
+/// Runs `code` in a guest that has the edu device; `None` where there is none.
+fn run(code: &[u8]) -> Option<Exits> {
+    let address = edu()?;
+    let mut parts = parts(code, 1)?;
+    parts.passthrough = Some(open::by_groups(&[address]).unwrap());
+    let (outcome, exits) = end_of(Machine::new(parts).unwrap());
+    assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
+    Some(exits)
+}
+
+#[test]
+fn guest_reaches_the_registers_without_an_exit() {
+    let code = Code::new()
+        .expect(CONFIG, 0x11e8_1234)
+        .enable()
+        .expect(BAR, 0x0100_00ed)
+        .store(LIVENESS, 0x1234_5678)
+        .expect(LIVENESS, !0x1234_5678)
+        .power_off();
+    let Some(exits) = run(&code) else { return };
+    assert_eq!(
+        (exits.mmio_reads, exits.mmio_writes),
+        (1, 2),
+        "configuration only"
+    );
+}
+
+#[test]
+fn dma_reaches_the_guest_s_memory() {
+    let code = Code::new()
+        .enable()
+        .store(INSIDE.into(), 0xcafe_babe)
+        .dma(INSIDE, BUFFER, 0)
+        .dma(BUFFER, RESULT, TO_MEMORY)
+        .expect(RESULT.into(), 0xcafe_babe)
+        .power_off();
+    run(&code);
+}
+
+/// Neither writes nor reads: the IOMMU says so, and goes on serving what is allowed.
+#[test]
+fn dma_outside_the_guest_s_memory_faults() {
+    let code = Code::new()
+        .enable()
+        .store(INSIDE.into(), 0xcafe_babe)
+        .dma(BUFFER, OUTSIDE, TO_MEMORY)
+        .dma(OUTSIDE, BUFFER, 0)
+        .dma(INSIDE, BUFFER, 0)
+        .dma(BUFFER, RESULT, TO_MEMORY)
+        .expect(RESULT.into(), 0xcafe_babe)
+        .power_off();
+    if run(&code).is_none() {
+        return;
+    }
+    let mut log = KernelLog::open();
+    for access in ["[DMA Write", "[DMA Read"] {
+        log.find(&[access, &format!("fault addr {OUTSIDE:#x}")]);
+    }
+}
+
+/// What the host's kernel has said since it booted, and what it says now.
+struct KernelLog(File);
+
+impl KernelLog {
+    fn open() -> Self {
+        Self(File::open("/dev/kmsg").unwrap())
+    }
+
+    /// Reads on until a message has all of `parts`.
+    fn find(&mut self, parts: &[&str]) {
+        let mut record = [0; 8192];
+        loop {
+            let ready = poll(
+                &mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)],
+                10_000u16,
+            );
+            assert_eq!(ready, Ok(1), "the kernel does not say {parts:?}");
+            let len = self.0.read(&mut record).unwrap();
+            let text = String::from_utf8_lossy(&record[..len]);
+            if parts.iter().all(|part| text.contains(part)) {
+                return;
+            }
+        }
+    }
+}
+
+/// Interrupts stay off in the guest: it looks for the vector among those its local
+/// APIC has received (Intel SDM volume 3, 11.8.4).
+#[test]
+fn msi_reaches_the_guest() {
+    let apic = u64::from(layout::LAPIC);
+    let code = Code::new()
+        .enable()
+        .store(apic + APIC_SPURIOUS, 0x1ff)
+        .store(CONFIG + MSI + 4, layout::LAPIC)
+        .store(CONFIG + MSI + 8, 0)
+        .store(CONFIG + MSI + 12, VECTOR)
+        .store(CONFIG + MSI, 1 << 16)
+        .store(BAR + RAISE, 1)
+        .wait_set(
+            apic + APIC_REQUESTED + u64::from(VECTOR / 32 * 16),
+            1 << (VECTOR % 32),
+        )
+        .power_off();
+    run(&code);
+}
+
+/// Every end gives the device back: the next guest finds it, reset.
+#[test]
+fn device_goes_from_one_guest_to_the_next() {
+    let leave = Code::new()
+        .enable()
+        .store(LIVENESS, 0x1234_5678)
+        .power_off();
+    let look = Code::new().enable().expect(BAR, 0x0100_00ed).power_off();
+    for code in [&leave, &look, &look] {
+        if run(code).is_none() {
+            return;
+        }
+    }
+}

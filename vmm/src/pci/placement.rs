@@ -1,0 +1,296 @@
+//! Where the BARs of the host's devices go in the guest's address space.
+//!
+//! Each device is behind a root port, whose windows cover its BARs and nothing
+//! else:
+//!
+//! ```text
+//!   32-bit window:  virtio BARs | port 1 | port 2 | ...      32-bit and non-prefetchable BARs
+//!   64-bit window:  port 1      | port 2 | ...               64-bit prefetchable BARs
+//! ```
+//!
+//! A BAR is as aligned as it is large, and a bridge's window is whole mebibytes.
+//! The largest BARs of a device go first, so that there is no gap between them.
+
+use std::fmt;
+
+use super::config::BridgeWindow;
+use crate::layout::{self, GIB, MIB};
+
+/// Smallest room for a BAR, so that each is in pages of its own.
+const PAGE: u64 = 0x1000;
+/// Granularity of a bridge's windows.
+const WINDOW_ALIGN: u64 = MIB;
+
+/// There is no room.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlacementError {
+    /// In the window below 4 GiB.
+    #[error(
+        "the BARs below 4 GiB of the pod's PCI devices need {need} and there are {room}: \
+         {missing} too little"
+    )]
+    Below4Gib {
+        /// What they need,
+        need: Bytes,
+        /// what there is,
+        room: Bytes,
+        /// and the difference.
+        missing: Bytes,
+    },
+    /// In the window above memory.
+    #[error(
+        "the 64-bit BARs of the pod's PCI devices need {need} of address space and {bits} physical \
+         address bits leave {room}: {missing} too little"
+    )]
+    Above4Gib {
+        /// What they need,
+        need: Bytes,
+        /// what there is,
+        room: Bytes,
+        /// and the difference.
+        missing: Bytes,
+        /// The processor's address bits.
+        bits: u8,
+    },
+}
+
+/// A BAR to be placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarRequest {
+    /// Bytes, a power of two.
+    pub size: u64,
+    /// The window it must lie in.
+    pub window: BridgeWindow,
+}
+
+/// The places of a device's BARs, and of the windows of its port.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// Addresses, in the order of the requests.
+    pub bars: Vec<u64>,
+    /// What the port's 32-bit window covers, end exclusive.
+    pub memory: Option<(u64, u64)>,
+    /// What the port's prefetchable window covers, end exclusive.
+    pub prefetchable: Option<(u64, u64)>,
+}
+
+/// A window that is filled from its start.
+#[derive(Debug, Clone, Copy)]
+struct Space {
+    start: u64,
+    next: u64,
+    end: u64,
+}
+
+/// Both windows.
+#[derive(Debug, Clone, Copy)]
+pub struct Placement {
+    below: Space,
+    above: Space,
+    bits: u8,
+}
+
+impl Placement {
+    /// Nothing is placed yet; `window64` is the guest's 64-bit window, which its
+    /// `physical_bits` address bits have left.
+    #[must_use]
+    pub fn new(window64: Option<(u64, u64)>, physical_bits: u8) -> Self {
+        let (start, end) = window64.unwrap_or_default();
+        Self {
+            below: Space::new(layout::WINDOW32_PORTS, layout::WINDOW32_END),
+            above: Space::new(start, end),
+            bits: physical_bits,
+        }
+    }
+
+    /// Places the BARs of the next device. What does not fit is noticed by
+    /// [`Self::check`], when all that is needed is known.
+    pub fn place(&mut self, requests: &[BarRequest]) -> Placed {
+        let mut placed = Placed {
+            bars: vec![0; requests.len()],
+            ..Placed::default()
+        };
+        placed.memory = self
+            .below
+            .place(requests, BridgeWindow::Memory, &mut placed.bars);
+        placed.prefetchable =
+            self.above
+                .place(requests, BridgeWindow::Prefetchable, &mut placed.bars);
+        placed
+    }
+
+    /// Whether everything that was placed is inside the windows.
+    ///
+    /// # Errors
+    ///
+    /// By how much it is not.
+    pub fn check(&self) -> Result<(), PlacementError> {
+        if let Some([need, room, missing]) = self.below.shortage() {
+            return Err(PlacementError::Below4Gib {
+                need,
+                room,
+                missing,
+            });
+        }
+        if let Some([need, room, missing]) = self.above.shortage() {
+            return Err(PlacementError::Above4Gib {
+                need,
+                room,
+                missing,
+                bits: self.bits,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Space {
+    fn new(start: u64, end: u64) -> Self {
+        Self {
+            start,
+            next: start,
+            end,
+        }
+    }
+
+    fn place(
+        &mut self,
+        requests: &[BarRequest],
+        window: BridgeWindow,
+        addresses: &mut [u64],
+    ) -> Option<(u64, u64)> {
+        let mine = requests.iter().zip(addresses);
+        let mut mine: Vec<_> = mine.filter(|(bar, _)| bar.window == window).collect();
+        mine.sort_by_key(|(bar, _)| std::cmp::Reverse(bar.size));
+        let align = mine.first()?.0.size.max(WINDOW_ALIGN);
+        let start = align_up(self.next, align);
+        self.next = start;
+        for (bar, address) in mine {
+            *address = self.next;
+            self.next = self.next.saturating_add(bar.size.max(PAGE));
+        }
+        self.next = align_up(self.next, WINDOW_ALIGN);
+        Some((start, self.next))
+    }
+
+    /// What is needed, what there is, and the difference, when it is too little.
+    fn shortage(&self) -> Option<[Bytes; 3]> {
+        let sizes = [
+            self.next - self.start,
+            self.end - self.start,
+            self.next.checked_sub(self.end)?,
+        ];
+        (self.next > self.end).then(|| sizes.map(Bytes))
+    }
+}
+
+fn align_up(address: u64, align: u64) -> u64 {
+    address
+        .checked_next_multiple_of(align)
+        .unwrap_or(u64::MAX - (WINDOW_ALIGN - 1))
+}
+
+/// A number of bytes, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes >= GIB => write!(f, "{} GiB", bytes.div_ceil(GIB)),
+            bytes => write!(f, "{} MiB", bytes.div_ceil(MIB)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use BridgeWindow::{Memory, Prefetchable};
+
+    const WINDOW: Option<(u64, u64)> = Some((64 * GIB, 1024 * GIB));
+
+    fn request(size: u64, window: BridgeWindow) -> BarRequest {
+        BarRequest { size, window }
+    }
+
+    #[test]
+    fn bars_are_aligned_and_inside_the_windows_of_their_port() {
+        let mut placement = Placement::new(WINDOW, 40);
+        let bars = [
+            request(0x4000, Memory),
+            request(32 * MIB, Prefetchable),
+            request(16 * MIB, Memory),
+            request(128 * GIB, Prefetchable),
+            request(16, Memory),
+        ];
+        placement.place(&[request(0x1000, Memory)]);
+        let placed = placement.place(&bars);
+        for (bar, address) in bars.iter().zip(&placed.bars) {
+            assert_eq!(address % bar.size, 0);
+            let range = match bar.window {
+                Memory => placed.memory.unwrap(),
+                Prefetchable => placed.prefetchable.unwrap(),
+            };
+            assert!(range.0 <= *address && address + bar.size <= range.1);
+            assert_eq!((range.0 % MIB, range.1 % MIB), (0, 0));
+        }
+        assert_eq!(placed.prefetchable.unwrap().0, 128 * GIB);
+        assert_eq!(placed.bars[4], placed.bars[0] + 0x4000);
+        assert_eq!(placement.check(), Ok(()));
+    }
+
+    #[test]
+    fn ports_do_not_overlap() {
+        let mut placement = Placement::new(WINDOW, 40);
+        let bars = [request(0x4000, Memory), request(GIB, Prefetchable)];
+        let ports: Vec<_> = (0..8).map(|_| placement.place(&bars)).collect();
+        for pair in ports.windows(2) {
+            assert!(pair[0].memory.unwrap().1 <= pair[1].memory.unwrap().0);
+            assert!(pair[0].prefetchable.unwrap().1 <= pair[1].prefetchable.unwrap().0);
+        }
+        assert_eq!(ports[0].memory.unwrap().0, layout::WINDOW32_PORTS);
+    }
+
+    #[test]
+    fn device_without_bars_has_closed_windows() {
+        let placed = Placement::new(None, 36).place(&[]);
+        assert_eq!(placed, Placed::default());
+    }
+
+    #[test]
+    fn several_bars_of_128_gib_fit_or_it_is_said_by_how_much_not() {
+        let large = [request(128 * GIB, Prefetchable)];
+        let mut placement = Placement::new(WINDOW, 40);
+        for _ in 0..7 {
+            placement.place(&large);
+        }
+        assert_eq!(placement.check(), Ok(()));
+        placement.place(&large);
+        let error = placement.check().unwrap_err().to_string();
+        let expected = "the 64-bit BARs of the pod's PCI devices need 1088 GiB of address space \
+                        and 40 physical address bits leave 960 GiB: 128 GiB too little";
+        assert_eq!(error, expected);
+    }
+
+    #[test]
+    fn no_window_is_no_room() {
+        let mut placement = Placement::new(None, 36);
+        placement.place(&[request(128 * GIB, Prefetchable)]);
+        let error = placement.check().unwrap_err().to_string();
+        assert!(error.ends_with("36 physical address bits leave 0 MiB: 128 GiB too little"));
+        placement = Placement::new(WINDOW, 40);
+        placement.place(&[request(512 * MIB, Memory)]);
+        let error = placement.check().unwrap_err();
+        assert!(matches!(error, PlacementError::Below4Gib { .. }), "{error}");
+    }
+
+    #[test]
+    fn absurd_sizes_do_not_overflow() {
+        let mut placement = Placement::new(WINDOW, 40);
+        for _ in 0..3 {
+            placement.place(&[request(1 << 63, Prefetchable), request(1 << 63, Memory)]);
+        }
+        assert!(placement.check().is_err());
+    }
+}

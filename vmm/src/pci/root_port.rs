@@ -1,0 +1,210 @@
+//! A PCI Express root port: the bridge between bus 0 and one device of the host
+//! (PCI Express base 7.5.1.3 and 7.5.3).
+//!
+//! It is there so that the guest sees an endpoint where endpoints belong, with a
+//! link and a bus of its own. Bus number and windows are set before the guest
+//! runs, and Linux keeps what it finds. No slot (nothing is plugged later), no
+//! interrupt, no I/O window, and no access control services: those would promise an
+//! isolation between the pod's own devices that nobody checks.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::config::{BridgeWindow, ConfigSpace};
+use super::placement::Placed;
+use crate::vm::{ReadOnlyPage, Vm, VmError};
+
+/// "QEMU PCIe root port", which Linux needs no driver of its own for.
+const VENDOR: u16 = 0x1b36;
+const DEVICE: u16 = 0x000c;
+/// PCI-to-PCI bridge.
+const CLASS: [u8; 3] = [0, 4, 6];
+
+/// Capability id, and what follows it up to the second slot register.
+const CAPABILITY: u8 = 0x10;
+const BODY: usize = 0x3a;
+/// Offsets from the start of the capability (PCI Express base 7.5.3).
+const FLAGS: usize = 0x02;
+const DEVICE_CAPABILITIES: usize = 0x04;
+const DEVICE_CONTROL: usize = 0x08;
+const LINK_CAPABILITIES: usize = 0x0c;
+const LINK_STATUS: usize = 0x12;
+const LINK_CAPABILITIES_2: usize = 0x2c;
+const LINK_CONTROL_2: usize = 0x30;
+/// Version 2, root port.
+const FLAGS_ROOT_PORT: u8 = 4 << 4 | 2;
+/// Device capabilities: role-based error reporting.
+const ROLE_BASED_ERRORS: u32 = 1 << 15;
+/// Link capabilities: a link without ASPM is no mistake.
+const NO_ASPM_BY_INTENT: u32 = 1 << 22;
+
+/// What the device behind the port says of its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Speed as link capabilities encode it: 1 is 2.5 GT/s.
+    pub speed: u8,
+    /// Lanes.
+    pub width: u8,
+    /// Largest payload as device capabilities encode it: 0 is 128 bytes.
+    pub payload: u8,
+}
+
+/// Without a link of its own: the slowest there is.
+pub const NO_LINK: Link = Link {
+    speed: 1,
+    width: 1,
+    payload: 0,
+};
+
+/// A root port.
+pub struct RootPort(Mutex<Port>);
+
+struct Port {
+    config: ConfigSpace,
+    /// Where the guest reads `config` without us, once it does.
+    page: Option<ReadOnlyPage>,
+}
+
+impl RootPort {
+    /// The port before bus `bus`, over what has been placed for the device there.
+    #[must_use]
+    pub fn new(bus: u8, link: Link, placed: &Placed) -> Self {
+        let mut config = ConfigSpace::bridge(VENDOR, DEVICE, CLASS);
+        config.set_buses(0, bus, bus);
+        config.set_window(BridgeWindow::Memory, placed.memory);
+        config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
+        let (body, writable) = express(bus, link);
+        config.add_capability(CAPABILITY, &body, &writable);
+        Self(Mutex::new(Port { config, page: None }))
+    }
+
+    /// The number of the bus behind it.
+    #[must_use]
+    pub fn secondary_bus(&self) -> u8 {
+        self.lock().config.secondary_bus()
+    }
+
+    /// Lets the guest read configuration space at `address` without an exit.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory, or no slot of memory, for it.
+    pub fn map_config(&self, vm: &Vm, address: u64) -> Result<(), VmError> {
+        let mut port = self.lock();
+        let page = vm.add_read_only_page(address)?;
+        page.page().show(port.config.bytes());
+        port.page = Some(page);
+        Ok(())
+    }
+
+    /// Reads configuration space.
+    pub fn config_read(&self, register: usize, data: &mut [u8]) {
+        self.lock().config.read(register, data);
+    }
+
+    /// Writes configuration space.
+    pub fn config_write(&self, register: usize, data: &[u8]) {
+        let mut port = self.lock();
+        port.config.write(register, data);
+        if let Some(page) = &port.page {
+            page.page().show(port.config.bytes());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The PCI Express capability after id and next pointer, and its writable bits.
+fn express(port: u8, link: Link) -> (Vec<u8>, Vec<u8>) {
+    let mut body = vec![0; BODY];
+    let mut writable = vec![0; BODY];
+    let payload = link.payload & 7;
+    let speed_and_width = u32::from(link.speed & 0xf) | u32::from(link.width & 0x3f) << 4;
+    let speeds = ((1u32 << (link.speed & 0xf)) - 1) << 1;
+    put(&mut body, FLAGS, &[FLAGS_ROOT_PORT]);
+    let capabilities = ROLE_BASED_ERRORS | u32::from(payload);
+    put(&mut body, DEVICE_CAPABILITIES, &capabilities.to_le_bytes());
+    put(&mut body, DEVICE_CONTROL, &[payload << 5]);
+    put(&mut writable, DEVICE_CONTROL, &[0xff, 0x7f]);
+    let capabilities = speed_and_width | NO_ASPM_BY_INTENT | u32::from(port) << 24;
+    put(&mut body, LINK_CAPABILITIES, &capabilities.to_le_bytes());
+    put(&mut body, LINK_STATUS, &speed_and_width.to_le_bytes()[..2]);
+    put(&mut body, LINK_CAPABILITIES_2, &speeds.to_le_bytes());
+    put(&mut body, LINK_CONTROL_2, &[link.speed & 0xf]);
+    (body, writable)
+}
+
+/// `at` counts from the start of the capability, which begins two bytes earlier.
+fn put(body: &mut [u8], at: usize, bytes: &[u8]) {
+    for (to, from) in body.iter_mut().skip(at - 2).zip(bytes) {
+        *to = *from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::GIB;
+
+    fn u32_at(port: &RootPort, register: usize) -> u32 {
+        let mut bytes = [0; 4];
+        port.config_read(register, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn port(link: Link) -> RootPort {
+        let placed = Placed {
+            bars: Vec::new(),
+            memory: Some((0xc010_0000, 0xc020_0000)),
+            prefetchable: Some((64 * GIB, 65 * GIB)),
+        };
+        RootPort::new(2, link, &placed)
+    }
+
+    #[test]
+    fn bridge_leads_to_its_bus_and_covers_the_bars() {
+        let port = port(NO_LINK);
+        assert_eq!(u32_at(&port, 0), 0x000c_1b36);
+        assert_eq!(u32_at(&port, 0x08) >> 8, 0x06_0400);
+        assert_eq!(u32_at(&port, 0x18) & 0xff_ffff, 0x02_0200);
+        assert_eq!(port.secondary_bus(), 2);
+        assert_eq!(u32_at(&port, 0x20), 0xc010_c010);
+        assert_eq!(u32_at(&port, 0x28), 0x10);
+        assert_eq!(u32_at(&port, 0x1c) & 0xffff, 0, "no I/O window");
+        port.config_write(0x19, &[9]);
+        assert_eq!(port.secondary_bus(), 9);
+    }
+
+    #[test]
+    fn link_is_the_device_s() {
+        let link = Link {
+            speed: 4,
+            width: 16,
+            payload: 2,
+        };
+        let port = port(link);
+        let at = (u32_at(&port, 0x34) & 0xff) as usize;
+        assert_eq!(u32_at(&port, at), 0x0042_0010, "the only capability");
+        assert_eq!(u32_at(&port, at + LINK_CAPABILITIES) & 0x3ff, 16 << 4 | 4);
+        assert_eq!(u32_at(&port, at + 0x10) >> 16, 16 << 4 | 4);
+        assert_eq!(u32_at(&port, at + LINK_CAPABILITIES_2), 0b11110);
+        assert_eq!(u32_at(&port, at + DEVICE_CONTROL) >> 5 & 7, 2);
+        assert_eq!(
+            u32_at(&port, at + LINK_CAPABILITIES) >> 10 & 3,
+            0,
+            "no ASPM"
+        );
+    }
+
+    #[test]
+    fn device_control_can_be_written_and_the_link_not() {
+        let port = port(NO_LINK);
+        let at = (u32_at(&port, 0x34) & 0xff) as usize;
+        port.config_write(at + DEVICE_CONTROL, &[0x2f, 0x50]);
+        assert_eq!(u32_at(&port, at + DEVICE_CONTROL), 0x502f);
+        let before = u32_at(&port, at + LINK_CAPABILITIES);
+        port.config_write(at + LINK_CAPABILITIES, &[0xff; 4]);
+        assert_eq!(u32_at(&port, at + LINK_CAPABILITIES), before);
+    }
+}

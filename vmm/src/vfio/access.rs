@@ -1,0 +1,93 @@
+//! What this module asks of a VFIO device; its tests put another device there.
+
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vm::Mapping;
+
+/// A region: a BAR, the expansion ROM, or configuration space.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Region {
+    /// Bytes; 0 when the device has no such region.
+    pub size: u64,
+    /// The parts that can be mapped, as offset and length.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// Interrupts of a PCI device, by VFIO's index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Irq {
+    /// Message signalled.
+    Msi,
+    /// Message signalled, with a table.
+    Msix,
+    /// The device had an uncorrectable error.
+    Error,
+    /// The host wants the device back.
+    Request,
+}
+
+/// Configuration space's place among the regions; those before it are BAR 0 to 5
+/// and the ROM.
+pub const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+
+/// A VFIO PCI device.
+pub trait Access: Send + Sync {
+    /// What a region is.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn region(&self, index: u32) -> io::Result<Region>;
+
+    /// Fills `data` from a region.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, or that it had less.
+    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Writes `data` to a region.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, or that it took less.
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Maps a part of a region.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn map(&self, region: u32, offset: u64, len: u64) -> io::Result<Mapping>;
+
+    /// How many interrupts of a kind there are.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn irq_count(&self, irq: Irq) -> io::Result<u32>;
+
+    /// Has the interrupts from `start` on signal these events, or nothing where
+    /// there is `None`. The first call for a kind turns it on, with as many interrupts.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()>;
+
+    /// Turns all interrupts of a kind off.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn disable_irqs(&self, irq: Irq) -> io::Result<()>;
+
+    /// Resets the device; `false` if there is no way to.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn reset(&self) -> io::Result<bool>;
+}

@@ -1,0 +1,280 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::vfio::mock::{self, Mock};
+
+const BAR_SIZES: [u64; BARS] = [0x8000, 0, 0x1000_0000, 0, 0x100, 0x20];
+
+fn config() -> GuestConfig {
+    GuestConfig::new(&mock::space(), BAR_SIZES).unwrap()
+}
+
+fn u32_of(config: &GuestConfig, mock: &Mock, register: usize) -> u32 {
+    let mut bytes = [0; 4];
+    config.read(mock, register, &mut bytes).unwrap();
+    u32::from_le_bytes(bytes)
+}
+
+/// Ids of the capabilities a guest finds.
+fn list(config: &GuestConfig, mock: &Mock) -> Vec<u32> {
+    let mut ids = Vec::new();
+    let mut at = u32_of(config, mock, 0x34) & 0xff;
+    while at != 0 {
+        let header = u32_of(config, mock, at as usize);
+        ids.push(header & 0xff);
+        at = header >> 8 & 0xff;
+    }
+    ids
+}
+
+fn extended_list(config: &GuestConfig, mock: &Mock) -> Vec<u32> {
+    let mut ids = Vec::new();
+    let mut at = 0x100;
+    while at != 0 {
+        let header = u32_of(config, mock, at as usize);
+        ids.push(header & 0xffff);
+        at = header >> 20;
+    }
+    ids
+}
+
+#[test]
+fn identity_is_the_device_s_and_its_traps_are_gone() {
+    let (config, mock) = (config(), Mock::default());
+    assert_eq!(u32_of(&config, &mock, 0), 0x5678_1234);
+    assert_eq!(u32_of(&config, &mock, 8), 0x0108_0201);
+    assert_eq!(u32_of(&config, &mock, 0x0c) >> 16, 0, "one function");
+    assert_eq!(
+        u32_of(&config, &mock, 0x04),
+        0x0010_0000,
+        "all off, no INTx"
+    );
+    assert_eq!(u32_of(&config, &mock, 0x30), 0, "no ROM");
+    assert_eq!(u32_of(&config, &mock, 0x3c), 0, "no pin");
+    assert_eq!(u32_of(&config, &mock, 0x24), 0, "no I/O BAR");
+}
+
+#[test]
+fn guest_finds_only_what_it_may_drive() {
+    let (config, mock) = (config(), Mock::default());
+    assert_eq!(list(&config, &mock), [0x05, 0x10, 0x11, 0x09]);
+    assert_eq!(u32_of(&config, &mock, mock::POWER), 0);
+    assert_eq!(u32_of(&config, &mock, mock::VPD), 0);
+    assert_eq!(extended_list(&config, &mock), [0xffff, 0x03, 0x0b]);
+    assert_eq!(u32_of(&config, &mock, mock::SERIAL + 4), 0x0403_0201);
+    assert_eq!(u32_of(&config, &mock, mock::VIRTUAL_FUNCTIONS), 0);
+    assert_eq!(u32_of(&config, &mock, mock::ACCESS_CONTROL), 0);
+}
+
+#[test]
+fn bars_are_ours() {
+    let (mut config, mock) = (config(), Mock::default());
+    let requests: Vec<_> = config.bars().iter().map(|bar| bar.request()).collect();
+    let sizes: Vec<_> = requests.iter().map(|request| request.size).collect();
+    assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100]);
+    assert_eq!(requests[0].window, BridgeWindow::Memory);
+    assert_eq!(requests[1].window, BridgeWindow::Prefetchable);
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000]);
+    assert_eq!(config.bar_address(1), None, "memory space is off");
+    config.write(&mock, COMMAND, &[2, 0]).unwrap();
+    assert_eq!(config.bar_address(0), Some(0xc010_0000));
+    assert_eq!(config.bar_address(1), Some(0x20_0000_0000));
+    assert_eq!(config.bar_address(2), Some(0xc010_8000));
+    for (register, size) in [
+        (0x10, 0xffff_8004),
+        (0x18, 0xf000_000c),
+        (0x20, 0xffff_ff00),
+    ] {
+        config.write(&mock, register, &[0xff; 4]).unwrap();
+        assert_eq!(u32_of(&config, &mock, register), size);
+    }
+    config.write(&mock, 0x1c, &[0xff; 4]).unwrap();
+    assert_eq!(config.bar_address(1), Some(0xffff_ffff_f000_0000));
+    assert!(mock.state().config_writes.iter().all(|(at, _)| *at == 4));
+}
+
+#[test]
+fn device_decodes_memory_whatever_the_guest_says() {
+    let (mut config, mock) = (config(), Mock::default());
+    config.sync_command(&mock).unwrap();
+    config.write(&mock, COMMAND, &[0xff, 0xff]).unwrap();
+    config.write(&mock, COMMAND, &[0, 0]).unwrap();
+    let writes = mock.state().config_writes.clone();
+    let words: Vec<_> = writes
+        .iter()
+        .map(|(at, value)| (*at, u16::from_le_bytes([value[0], value[1]])))
+        .collect();
+    // Memory on and INTx off, bus master and errors as the guest has them.
+    assert_eq!(words, [(4, 0x402), (4, 0x546), (4, 0x402)]);
+    assert_eq!(u32_of(&config, &mock, COMMAND) & 0xffff, 0);
+}
+
+#[test]
+fn link_is_shown_and_not_driven() {
+    let (mut config, mock) = (config(), Mock::default());
+    let link = Link {
+        speed: 4,
+        width: 8,
+        payload: 2,
+    };
+    assert_eq!(config.link(), link);
+    let at = mock::EXPRESS;
+    assert_eq!(u32_of(&config, &mock, at + 0x0c), 8 << 4 | 4, "no ASPM");
+    config.write(&mock, at + 0x10, &[0xff, 0xff]).unwrap();
+    assert_eq!(u32_of(&config, &mock, at + 0x10) & 0xffff, 0);
+    config.write(&mock, at + 0x08, &[0x3f, 0x50]).unwrap();
+    assert_eq!(
+        mock.state().config_writes.last(),
+        Some(&(at as u64 + 8, vec![0x3f, 0x50]))
+    );
+    assert_eq!(
+        u32_of(&config, &mock, at + 0x08),
+        0x503f,
+        "device control is the device's"
+    );
+    assert_eq!(u32_of(&config, &mock, at + 0x24), 0x1f, "no LTR");
+}
+
+#[test]
+fn integrated_endpoint_gets_a_link() {
+    let mut space = mock::space();
+    space[mock::EXPRESS + 2] = 0x92;
+    space[mock::EXPRESS + 0x0c..mock::EXPRESS + 0x14].fill(0);
+    let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    assert_eq!(config.byte(mock::EXPRESS + 2), 0x02);
+    assert_eq!((config.link().speed, config.link().width), (1, 1));
+}
+
+#[test]
+fn msi_is_off_and_without_masks() {
+    let (mut config, mock) = (config(), Mock::default());
+    let control = u32_of(&config, &mock, mock::MSI) >> 16;
+    assert_eq!(control, 0x0086);
+    config.write(&mock, mock::MSI + 2, &[0xff, 0xff]).unwrap();
+    assert_eq!(u32_of(&config, &mock, mock::MSI) >> 16, 0x00f7);
+    let msi = config.layout().msi.unwrap();
+    assert_eq!((msi.vectors, msi.wide), (8, true));
+    assert_eq!(
+        mock.state().config_writes.len(),
+        1,
+        "the command register's"
+    );
+}
+
+#[test]
+fn table_of_msix_is_not_larger_than_we_serve() {
+    let mut space = mock::space();
+    space[mock::MSIX + 2..mock::MSIX + 4].copy_from_slice(&0x7ff_u16.to_le_bytes());
+    // Where there is room for 2048.
+    let sizes = [0x20000, 0, 0x1000_0000, 0, 0x100, 0x20];
+    let config = GuestConfig::new(&space, sizes).unwrap();
+    let msix = config.layout().msix.unwrap();
+    assert_eq!(msix.vectors, 256);
+    assert_eq!(config.u16_at(msix.control), 255);
+    assert_eq!((msix.table_len(), msix.pending_len()), (4096, 32));
+}
+
+#[test]
+fn msix_outside_of_its_bar_is_not_offered() {
+    for (table, pending) in [(0x7ff8_u32, 0_u32), (1, 0), (0, 0x7fff_fff8), (5, 0)] {
+        let mut space = mock::space();
+        space[mock::MSIX + 4..mock::MSIX + 8].copy_from_slice(&table.to_le_bytes());
+        space[mock::MSIX + 8..mock::MSIX + 12].copy_from_slice(&pending.to_le_bytes());
+        let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+        assert_eq!(config.layout().msix, None);
+        assert_eq!(list(&config, &Mock::default()), [0x05, 0x10, 0x09]);
+    }
+}
+
+#[test]
+fn devices_no_guest_can_have_are_refused() {
+    let refusal = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut space = mock::space();
+        change(&mut space);
+        GuestConfig::new(&space, BAR_SIZES).err().unwrap()
+    };
+    assert_eq!(refusal(&|space| space[0x0e] = 0x81), ConfigError::Bridge(1));
+    assert_eq!(refusal(&|space| space.fill(0xff)), ConfigError::Gone);
+    assert_eq!(refusal(&|space| space[0x34] = 0), ConfigError::OnlyIntx);
+    let odd = GuestConfig::new(&mock::space(), [3 << 12, 0, 0, 0, 0, 0]);
+    assert_eq!(odd.err(), Some(ConfigError::BarSize(0, 3 << 12)));
+    // Neither interrupts nor capabilities: nothing is missed.
+    let mut space = mock::space();
+    (space[0x34], space[0x3d]) = (0, 0);
+    let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    assert_eq!(config.byte(STATUS) & STATUS_LIST, 0);
+}
+
+#[test]
+fn lists_that_are_circles_or_lead_astray_end() {
+    let mut space = mock::space();
+    space[mock::VENDOR + 1] = 0x50;
+    space[mock::ACCESS_CONTROL..mock::ACCESS_CONTROL + 4]
+        .copy_from_slice(&(0x140_u32 << 20 | 0x1000d).to_le_bytes());
+    let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    assert_eq!(list(&config, &Mock::default()), [0x05, 0x10, 0x11, 0x09]);
+    space[0x34] = 0xff;
+    space[0xfc..0x100].copy_from_slice(&[0x05, 0xfe, 0x80, 0]);
+    space[0x3d] = 0;
+    let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    assert!(list(&config, &Mock::default()).is_empty());
+}
+
+#[test]
+fn device_that_is_gone_reads_as_ones_where_it_is_asked() {
+    let (config, mock) = (config(), Mock::default());
+    mock.state().is_gone = true;
+    let mut bytes = [0; 4];
+    config.read(&mock, 0, &mut bytes).unwrap();
+    assert_eq!(bytes, [0x34, 0x12, 0x78, 0x56], "that is ours");
+    assert!(config.read(&mock, mock::EXPRESS + 8, &mut bytes).is_err());
+    assert_eq!(bytes, [0xff; 4]);
+}
+
+proptest! {
+    /// Whatever a device's memory holds, it is refused or the lists a guest finds end.
+    #[test]
+    fn any_configuration_space_is_safe(
+        bytes in prop::collection::vec(any::<u8>(), 256..=4096),
+        sizes in prop::array::uniform6((0..64u32).prop_map(|bits| 1u64 << bits)),
+    ) {
+        let mut bytes = bytes;
+        bytes[0x0e] &= 0x80;
+        bytes[0x3d] = 0;
+        let Ok(config) = GuestConfig::new(&bytes, sizes) else { return Ok(()) };
+        let mock = Mock::default();
+        prop_assert!(list(&config, &mock).len() <= 48);
+        prop_assert!(extended_list(&config, &mock).len() <= 960);
+    }
+
+    /// Whatever a guest writes, the device is written only where it may be: its
+    /// command, what device status is left to it, device control, vendor's registers.
+    #[test]
+    fn any_write_stays_within_what_is_passed_on(
+        writes in prop::collection::vec(
+            (0usize..4100, prop::collection::vec(any::<u8>(), 1..=8)), 1..64),
+    ) {
+        let (mut config, mock) = (config(), Mock::default());
+        for (register, data) in &writes {
+            config.write(&mock, *register, data).unwrap();
+            config.read(&mock, *register, &mut vec![0; data.len()]).ok();
+        }
+        let allowed = |at: u64| {
+            let at = usize::try_from(at).unwrap();
+            let express = at.wrapping_sub(mock::EXPRESS);
+            matches!(at, 4 | 5 | 7)
+                || (8..12).contains(&express)
+                || (0x28..0x2a).contains(&express)
+                || (mock::VENDOR + 2..mock::VENDOR + 0x10).contains(&at)
+                || (mock::VENDOR_EXTENDED + 8..mock::VENDOR_EXTENDED + 0x10).contains(&at)
+        };
+        for (at, data) in &mock.state().config_writes {
+            prop_assert!((*at..).take(data.len()).all(allowed), "{at:#x} {data:?}");
+            if *at == 4 {
+                prop_assert_eq!(data[0] & 2, 2, "memory stays on");
+                prop_assert_eq!(data[1] & 4, 4, "INTx stays off");
+            }
+        }
+        prop_assert_eq!(list(&config, &mock), [0x05, 0x10, 0x11, 0x09]);
+    }
+}

@@ -1,0 +1,189 @@
+use kvm_ioctls::Kvm;
+
+use super::*;
+use crate::layout::{GIB, WINDOW32_PORTS};
+use crate::memory;
+use crate::vfio::access::Irq;
+use crate::vfio::mock::{self, Mock};
+
+const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
+const BAR0: u64 = WINDOW32_PORTS;
+const COMMAND: usize = 4;
+/// Places of the mock's BARs.
+const ADDRESSES: [u64; 3] = [BAR0, 64 * GIB, BAR0 + 0x10_0000];
+
+/// The mock behind a port, or `None` where there is no KVM.
+fn function() -> Option<(VfioPci, Arc<Mock>)> {
+    let Ok(kvm) = Kvm::new() else {
+        eprintln!("skipped: no /dev/kvm");
+        return None;
+    };
+    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let function = VfioPci::new(&vm, endpoint, &ADDRESSES, WINDOW64).unwrap();
+    Some((function, mock))
+}
+
+/// Where the mapped parts of BAR 0 are.
+fn mapped(function: &VfioPci) -> Vec<Option<u64>> {
+    function.lock().map.addresses(0)
+}
+
+#[test]
+fn device_is_reset_before_it_is_looked_at() {
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    assert!(endpoint.was_reset());
+    assert_eq!(mock.state().resets, 1);
+    assert_eq!(endpoint.requests().len(), 3);
+    mock.state().is_gone = true;
+    let error = Endpoint::open("0000:01:00.0", mock).err().unwrap();
+    let start = "PCI device 0000:01:00.0: cannot read its configuration space: ";
+    assert!(error.to_string().starts_with(start), "{error}");
+}
+
+#[test]
+fn registers_are_in_the_guest_while_memory_space_is_on() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    assert_eq!(function.bar_at(BAR0), None);
+    assert_eq!(mapped(&function), [None, None]);
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(function.bar_at(BAR0 + 0x7fff), Some((0, 0x7fff)));
+    assert_eq!(function.bar_at(64 * GIB), Some((1, 0)));
+    assert_eq!(function.bar_at(BAR0 + 0x8000), None);
+    assert_eq!(mapped(&function), [Some(BAR0), Some(BAR0 + 0x4000)]);
+    // Moved, then over memory, where it must not be.
+    function.config_write(0x10, &0xd000_0000_u32.to_le_bytes());
+    assert_eq!(mapped(&function)[0], Some(0xd000_0000));
+    function.config_write(0x10, &0x10_0000_u32.to_le_bytes());
+    assert_eq!(mapped(&function), [None, None]);
+    function.config_write(COMMAND, &[0, 0]);
+    assert_eq!(function.bar_at(0x10_0000), None);
+    assert_eq!(mock.state().resets, 1);
+}
+
+#[test]
+fn trapped_accesses_reach_the_device_but_for_the_table() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.bar_write(0, 0x2ff0, &[1, 2, 3, 4]);
+    assert_eq!(mock.state().bar[0x2ff0..0x2ff4], [1, 2, 3, 4]);
+    let mut data = [0; 4];
+    function.bar_read(0, 0x2ff0, &mut data);
+    assert_eq!(data, [1, 2, 3, 4]);
+    function.bar_write(0, mock::TABLE + 8, &[0x41, 0, 0, 0]);
+    function.bar_write(0, mock::PENDING, &[0xff; 8]);
+    assert!(
+        mock.state().bar[0x2000..0x2100]
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    assert!(
+        mock.state().bar[0x3000..0x3008]
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    function.bar_read(0, mock::TABLE + 8, &mut data);
+    assert_eq!(data, [0x41, 0, 0, 0]);
+    // Past the end, and a device that is gone: ones.
+    function.bar_read(0, 0x7ffe, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    mock.state().is_gone = true;
+    function.bar_read(0, 0, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    function.bar_read(9, 0, &mut data);
+    function.bar_write(9, 0, &data);
+}
+
+/// Writes address, data and control of a vector's entry.
+fn set_vector(function: &VfioPci, vector: u64, control: u32) {
+    let entry = mock::TABLE + vector * 16;
+    function.bar_write(0, entry, &0xfee0_0000_u64.to_le_bytes());
+    function.bar_write(0, entry + 8, &0x41_u32.to_le_bytes());
+    function.bar_write(0, entry + 12, &control.to_le_bytes());
+}
+
+#[test]
+fn vectors_are_turned_on_together_and_heard_when_unmasked() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let control = |value: u8| function.config_write(mock::MSIX + 3, &[value]);
+    set_vector(&function, 3, 0);
+    assert_eq!(mock.calls(), [""; 0], "MSI-X is off");
+    // As Linux does: enabled with all masked, then unmasked.
+    control(0xc0);
+    assert_eq!(mock.calls(), ["Msix 0+16 [3]"]);
+    set_vector(&function, 5, 0);
+    control(0x80);
+    assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
+    set_vector(&function, 5, 1);
+    set_vector(&function, 5, 0);
+    assert_eq!(mock.calls(), [""; 0], "its event stays where it is");
+    assert!(mock.signal(Irq::Msix, 5) && !mock.signal(Irq::Msix, 6));
+    control(0);
+    assert_eq!(mock.calls(), ["Msix off"]);
+    control(0x80);
+    assert_eq!(mock.calls(), ["Msix 0+16 [3, 5]"]);
+}
+
+#[test]
+fn interrupt_of_a_masked_vector_is_pending() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let pending = || {
+        let mut bits = [0; 8];
+        function.bar_read(0, mock::PENDING, &mut bits);
+        u64::from_le_bytes(bits)
+    };
+    set_vector(&function, 2, 0);
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    set_vector(&function, 2, 1);
+    assert!(mock.signal(Irq::Msix, 2));
+    assert_eq!(pending(), 1 << 2);
+    set_vector(&function, 2, 0);
+    assert_eq!(pending(), 0, "delivered");
+}
+
+#[test]
+fn msi_has_as_many_vectors_as_the_guest_enables() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.config_write(mock::MSI + 4, &0xfee0_1000_u32.to_le_bytes());
+    function.config_write(mock::MSI + 12, &[0x40, 0]);
+    assert_eq!(mock.calls(), [""; 0]);
+    function.config_write(mock::MSI + 2, &[1 | 1 << 4, 0]);
+    assert_eq!(mock.calls(), ["Msi 0+2 [0, 1]"]);
+    function.config_write(mock::MSI + 12, &[0x50, 0]);
+    assert_eq!(mock.calls(), [""; 0], "only the route changes");
+    // More than it has: all it has.
+    function.config_write(mock::MSI + 2, &[1 | 7 << 4, 0]);
+    assert_eq!(
+        mock.calls(),
+        ["Msi off", "Msi 0+8 [0, 1, 2, 3, 4, 5, 6, 7]"]
+    );
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    assert_eq!(mock.calls(), ["Msi off"]);
+}
+
+#[test]
+fn stopped_device_is_silent_and_reset() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    set_vector(&function, 0, 0);
+    function.config_write(COMMAND, &[6, 0]);
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    mock.calls();
+    function.stop();
+    assert_eq!(mock.calls(), ["Msix off"]);
+    let state = mock.state();
+    assert_eq!(state.config_writes.last(), Some(&(4, vec![0, 4])));
+    assert_eq!(state.resets, 2);
+}

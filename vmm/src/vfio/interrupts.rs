@@ -1,0 +1,229 @@
+//! MSI and MSI-X of a device of the host.
+//!
+//! The host's interrupt handler signals an eventfd, which is an irqfd of KVM: an
+//! interrupt reaches the guest without this process ([`crate::pci::msix`]).
+//!
+//! ```text
+//!   device --vector--> host --eventfd (VFIO_DEVICE_SET_IRQS)--> irqfd --GSI--> vCPU
+//! ```
+//!
+//! What the guest writes to its table or capability changes the right half only:
+//! address, data and mask are KVM's routes. The left half is turned on with MSI or MSI-X,
+//! all vectors at once (a kernel before 6.5 cannot add one later), but an event is
+//! attached to a vector only when the guest first unmasks it. The host's
+//! vectors that a guest never uses cost no interrupt handler then.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::access::{Access, Irq};
+use super::capabilities::{Layout, MsiLayout, MsixLayout};
+use super::config::GuestConfig;
+use crate::pci::msix::{ENABLE, Msix};
+use crate::vm::{MsiRoute, Vm};
+
+/// Message control of MSI: enable, and where the number of vectors is.
+const MSI_ENABLE: u16 = 1;
+const MSI_ENABLED_VECTORS: u16 = 4;
+/// Message control of MSI-X: enable.
+const MSIX_ENABLE: u16 = 1 << 15;
+
+/// A device's interrupts.
+pub struct Interrupts {
+    msi: Option<Msi>,
+    msix: Option<(MsixLayout, Line)>,
+}
+
+struct Msi {
+    layout: MsiLayout,
+    line: Line,
+    /// Control, address and data at last.
+    seen: (u16, MsiRoute),
+}
+
+/// Vectors of one kind.
+struct Line {
+    irq: Irq,
+    vectors: Msix,
+    count: u16,
+    /// How many vectors are turned on at the host; 0 when it is off.
+    on: u16,
+    /// Those whose event is attached.
+    armed: Vec<bool>,
+}
+
+impl Interrupts {
+    /// All off.
+    ///
+    /// # Errors
+    ///
+    /// Those of eventfd(2).
+    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> io::Result<Self> {
+        let msi = layout.msi.map(|layout| {
+            Line::new(vm, Irq::Msi, layout.vectors).map(|line| Msi {
+                layout,
+                line,
+                seen: (
+                    0,
+                    MsiRoute {
+                        address: 0,
+                        data: 0,
+                    },
+                ),
+            })
+        });
+        let msix = layout
+            .msix
+            .map(|layout| Line::new(vm, Irq::Msix, layout.vectors).map(|line| (layout, line)));
+        Ok(Self {
+            msi: msi.transpose()?,
+            msix: msix.transpose()?,
+        })
+    }
+
+    /// To be called after a write to configuration space.
+    ///
+    /// # Errors
+    ///
+    /// The device's, when it does not turn its interrupts on or off.
+    pub fn config_changed(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
+        if let Some(msi) = &mut self.msi {
+            msi.update(config, device)?;
+        }
+        if let Some((layout, line)) = &mut self.msix {
+            let control = config.u16_at(layout.control);
+            line.vectors.set_control(control);
+            line.sync(device, (control & MSIX_ENABLE != 0).then_some(line.count))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the MSI-X table.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        match &self.msix {
+            Some((_, line)) => line.vectors.read_table(offset, data),
+            None => data.fill(0),
+        }
+    }
+
+    /// Writes the MSI-X table.
+    ///
+    /// # Errors
+    ///
+    /// The device's.
+    pub fn write_table(&mut self, offset: u64, data: &[u8], device: &dyn Access) -> io::Result<()> {
+        let Some((_, line)) = &mut self.msix else {
+            return Ok(());
+        };
+        line.vectors.write_table(offset, data);
+        let on = line.on;
+        line.sync(device, (on > 0).then_some(on))
+    }
+
+    /// Reads MSI-X's pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        match &self.msix {
+            Some((_, line)) => line.vectors.read_pending(offset, data),
+            None => data.fill(0),
+        }
+    }
+
+    /// Turns everything off at the host.
+    ///
+    /// # Errors
+    ///
+    /// The device's.
+    pub fn stop(&mut self, device: &dyn Access) -> io::Result<()> {
+        let msi = self.msi.as_mut().map(|msi| &mut msi.line);
+        let msix = self.msix.as_mut().map(|(_, line)| line);
+        for line in [msi, msix].into_iter().flatten() {
+            line.sync(device, None)?;
+        }
+        Ok(())
+    }
+}
+
+impl Msi {
+    fn update(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
+        let MsiLayout { control, wide, .. } = self.layout;
+        let [low, high, data] = if wide { [2, 6, 10] } else { [2, 0, 6] };
+        let high = match high {
+            0 => 0,
+            high => config.u32_at(control + high),
+        };
+        let route = MsiRoute {
+            address: u64::from(high) << 32 | u64::from(config.u32_at(control + low)),
+            data: config.u16_at(control + data).into(),
+        };
+        let control = config.u16_at(control);
+        if self.seen == (control, route) {
+            return Ok(());
+        }
+        self.seen = (control, route);
+        // Encoded as a power of two; what the device does not have is not enabled.
+        let count = (1u16 << (control >> MSI_ENABLED_VECTORS & 0b111)).min(self.line.count);
+        for vector in 0..self.line.count {
+            let data = route.data & !u32::from(count - 1) | u32::from(vector);
+            self.line
+                .vectors
+                .set_entry(vector, MsiRoute { data, ..route }, vector >= count);
+        }
+        let enabled = control & MSI_ENABLE != 0;
+        let on = if enabled { ENABLE } else { 0 };
+        self.line.vectors.set_control(u16::from_le_bytes([0, on]));
+        self.line.sync(device, enabled.then_some(count))
+    }
+}
+
+impl Line {
+    fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> io::Result<Self> {
+        Ok(Self {
+            irq,
+            vectors: Msix::new(vm, count)?,
+            count,
+            on: 0,
+            armed: vec![false; count.into()],
+        })
+    }
+
+    /// Has `count` vectors on at the host, or none, and the events of all
+    /// that are unmasked attached.
+    fn sync(&mut self, device: &dyn Access, count: Option<u16>) -> io::Result<()> {
+        let count = count.unwrap_or(0);
+        if self.on != 0 && self.on != count {
+            self.on = 0;
+            self.armed.fill(false);
+            device.disable_irqs(self.irq)?;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        if self.on == 0 {
+            let events: Vec<_> = (0..count).map(|vector| self.unmasked(vector)).collect();
+            let events: Vec<_> = events.iter().map(Option::as_deref).collect();
+            device.set_irqs(self.irq, 0, &events)?;
+            self.on = count;
+            for (armed, event) in self.armed.iter_mut().zip(events) {
+                *armed = event.is_some();
+            }
+            return Ok(());
+        }
+        for vector in 0..count {
+            let armed = self.armed.get(usize::from(vector)).copied();
+            if armed == Some(false)
+                && let Some(event) = self.unmasked(vector)
+            {
+                device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
+                self.armed[usize::from(vector)] = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn unmasked(&self, vector: u16) -> Option<Arc<EventFd>> {
+        let unmasked = self.vectors.is_unmasked(vector);
+        unmasked.then(|| self.vectors.event(vector)).flatten()
+    }
+}

@@ -1,0 +1,238 @@
+//! A device for tests: memory for configuration space and BARs, and a record of
+//! what it was told.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard};
+
+use nix::poll::{PollFd, PollFlags, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::access::{Access, CONFIG_REGION, Irq, Region};
+use crate::vm::Mapping;
+
+/// Offsets of the capabilities in [`space`].
+pub const POWER: usize = 0x40;
+pub const MSI: usize = 0x50;
+pub const EXPRESS: usize = 0x70;
+pub const MSIX: usize = 0xb0;
+pub const VPD: usize = 0xc0;
+pub const VENDOR: usize = 0xd0;
+/// And of the extended ones.
+pub const ERRORS: usize = 0x100;
+pub const SERIAL: usize = 0x140;
+pub const VIRTUAL_FUNCTIONS: usize = 0x150;
+pub const VENDOR_EXTENDED: usize = 0x190;
+pub const ACCESS_CONTROL: usize = 0x1a0;
+/// BAR 0, with the MSI-X table.
+pub const BAR0_SIZE: u64 = 0x8000;
+pub const TABLE: u64 = 0x2000;
+pub const PENDING: u64 = 0x3000;
+pub const VECTORS: u16 = 16;
+
+/// What the device holds and has seen.
+pub struct State {
+    pub config: Vec<u8>,
+    pub bar: Vec<u8>,
+    pub sizes: [u64; 6],
+    pub no_events: bool,
+    pub is_gone: bool,
+    pub resets: u32,
+    /// Writes to configuration space, in order.
+    pub config_writes: Vec<(u64, Vec<u8>)>,
+    /// Calls about interrupts, in words.
+    pub calls: Vec<String>,
+    events: Vec<(Irq, u32, EventFd)>,
+}
+
+pub struct Mock(Mutex<State>);
+
+impl Default for Mock {
+    fn default() -> Self {
+        Self(Mutex::new(State {
+            config: space(),
+            bar: vec![0; 0x8000],
+            sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
+            no_events: false,
+            is_gone: false,
+            resets: 0,
+            config_writes: Vec::new(),
+            calls: Vec::new(),
+            events: Vec::new(),
+        }))
+    }
+}
+
+impl Mock {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    /// Raises an interrupt; `false` if nobody listens.
+    pub fn signal(&self, irq: Irq, vector: u32) -> bool {
+        let state = self.state();
+        let found = state
+            .events
+            .iter()
+            .find(|event| (event.0, event.1) == (irq, vector));
+        found.is_some_and(|(_, _, event)| event.write(1).is_ok())
+    }
+
+    /// Calls about interrupts since the last time.
+    pub fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().calls)
+    }
+}
+
+impl State {
+    fn bytes(&mut self, region: u32, offset: u64, len: usize) -> io::Result<&mut [u8]> {
+        if self.is_gone {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let bytes = match region {
+            CONFIG_REGION => &mut self.config,
+            0 => &mut self.bar,
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        let start = usize::try_from(offset).unwrap();
+        let end = start.checked_add(len).unwrap();
+        bytes
+            .get_mut(start..end)
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+impl Access for Mock {
+    fn region(&self, index: u32) -> io::Result<Region> {
+        let state = self.state();
+        let size = match index {
+            CONFIG_REGION => state.config.len() as u64,
+            index => state.sizes.get(index as usize).copied().unwrap_or(0),
+        };
+        let mappable = if index == 0 {
+            vec![(0, size)]
+        } else {
+            Vec::new()
+        };
+        Ok(Region { size, mappable })
+    }
+
+    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let len = data.len();
+        data.copy_from_slice(self.state().bytes(region, offset, len)?);
+        Ok(())
+    }
+
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        state
+            .bytes(region, offset, data.len())?
+            .copy_from_slice(data);
+        if region == CONFIG_REGION {
+            state.config_writes.push((offset, data.to_vec()));
+        }
+        Ok(())
+    }
+
+    fn map(&self, _: u32, _: u64, len: u64) -> io::Result<Mapping> {
+        let file = tempfile::tempfile()?;
+        file.set_len(len)?;
+        Mapping::new(file.as_fd(), 0, len)
+    }
+
+    fn irq_count(&self, irq: Irq) -> io::Result<u32> {
+        Ok(match irq {
+            Irq::Msi => 8,
+            Irq::Msix => VECTORS.into(),
+            Irq::Error | Irq::Request => u32::from(!self.state().no_events),
+        })
+    }
+
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+        let mut state = self.state();
+        let attached: Vec<_> = (start..)
+            .zip(events)
+            .filter_map(|(vector, event)| Some((vector, (*event)?)))
+            .collect();
+        let vectors: Vec<_> = attached.iter().map(|(vector, _)| *vector).collect();
+        let call = format!("{irq:?} {start}+{} {vectors:?}", events.len());
+        state.calls.push(call);
+        for (vector, event) in attached {
+            state.events.push((irq, vector, event.try_clone()?));
+        }
+        Ok(())
+    }
+
+    fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
+        let mut state = self.state();
+        state.calls.push(format!("{irq:?} off"));
+        state.events.retain(|event| event.0 != irq);
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<bool> {
+        self.state().resets += 1;
+        Ok(true)
+    }
+}
+
+/// Configuration space of a PCI Express endpoint with all that one may have.
+pub fn space() -> Vec<u8> {
+    let mut space = vec![0; 4096];
+    let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x00, &[0x34, 0x12, 0x78, 0x56]);
+    // Memory on, bus master, a capability list; multi-function; INTA.
+    put(0x04, &[0x06, 0, 0x18, 0]);
+    put(0x08, &[1, 2, 8, 1]);
+    put(0x0e, &[0x80]);
+    put(0x10, &0xfe00_0004_u32.to_le_bytes());
+    put(0x18, &0x8000_000c_u32.to_le_bytes());
+    put(0x20, &0xfd00_0000_u32.to_le_bytes());
+    put(0x24, &0xc001_u32.to_le_bytes());
+    put(0x30, &0xfc00_0001_u32.to_le_bytes());
+    put(0x34, &[0x40]);
+    put(0x3c, &[11, 1]);
+    put(POWER, &[0x01, 0x50, 3, 0, 8, 0]);
+    // 64-bit addresses, per-vector masks, eight vectors; on.
+    put(MSI, &[0x05, 0x70, 0x87, 1]);
+    express(&mut put);
+    put(MSIX, &[0x11, 0xc0, 0x0f, 0x80]);
+    put(MSIX + 4, &0x2000_u32.to_le_bytes());
+    put(MSIX + 8, &0x3000_u32.to_le_bytes());
+    put(VPD, &[0x03, 0xd0, 0x11, 0x22]);
+    put(VENDOR, &[0x09, 0, 0x10, 0xaa, 0xbb]);
+    let mut header = |at: usize, id: u32, next: usize| {
+        let next = u32::try_from(next).unwrap();
+        put(at, &(next << 20 | 1 << 16 | id).to_le_bytes());
+    };
+    header(ERRORS, 0x01, SERIAL);
+    header(SERIAL, 0x03, VIRTUAL_FUNCTIONS);
+    header(VIRTUAL_FUNCTIONS, 0x10, VENDOR_EXTENDED);
+    header(VENDOR_EXTENDED, 0x0b, ACCESS_CONTROL);
+    header(ACCESS_CONTROL, 0x0d, 0);
+    put(SERIAL + 4, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    put(VENDOR_EXTENDED + 4, &(0x10_u32 << 20 | 7).to_le_bytes());
+    space
+}
+
+/// Version 2, endpoint; 16 GT/s, eight lanes, ASPM; 512 bytes of payload.
+fn express(put: &mut impl FnMut(usize, &[u8])) {
+    put(EXPRESS, &[0x10, 0xb0, 0x02, 0]);
+    put(EXPRESS + 0x04, &0x1000_8002_u32.to_le_bytes());
+    put(EXPRESS + 0x08, &[0x10, 0x28]);
+    put(
+        EXPRESS + 0x0c,
+        &(8u32 << 4 | 4 | 3 << 10 | 1 << 18).to_le_bytes(),
+    );
+    put(EXPRESS + 0x10, &[0x42, 0]);
+    put(EXPRESS + 0x12, &(8u16 << 4 | 4).to_le_bytes());
+    put(EXPRESS + 0x24, &(1u32 << 11 | 0x1f).to_le_bytes());
+}
+
+/// Waits until an event is signalled, which takes no time unless the test fails.
+pub fn wait_for(event: &EventFd) {
+    // SAFETY: the descriptor is open as long as `event` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let ready = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], 10_000u16);
+    assert_eq!(ready, Ok(1), "nothing was signalled");
+}

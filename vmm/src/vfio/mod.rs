@@ -1,0 +1,298 @@
+//! PCI devices of the host in the guest's hands, by VFIO
+//! (`Documentation/driver-api/vfio.rst`).
+//!
+//! ```text
+//!   Passthrough::take      descriptors the shim has opened
+//!     --attach--> Attached KVM knows them, the guest's memory is mapped for their DMA, once;
+//!                          each is reset and its configuration space read
+//!     --place-->  slots    a root port and a VfioPci each, their BARs placed and mapped
+//!                 Session  what must live as long as the machine
+//! ```
+//!
+//! The guest drives the device without us: its registers are memory slots
+//! ([`bars`]), its interrupts irqfds ([`interrupts`]), its DMA goes through the
+//! host's IOMMU, in which the guest's memory is all there is ([`container`]). What
+//! comes here is configuration space ([`config`]) and the MSI-X table.
+//!
+//! Trust: the guest is hostile and the device does as it says. What a device may
+//! do to the host is limited by the IOMMU, by the kernel's VFIO, and by what of configuration
+//! space is passed on.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use nacre_protocol::channel::{ChannelError, Fds};
+use nacre_protocol::vm::{Iommu, Passthrough as Config};
+
+use crate::pci::Slot;
+use crate::pci::placement::{Placement, PlacementError};
+use crate::pci::root_port::RootPort;
+use crate::stop::Stop;
+use crate::vm::{Vm, VmError};
+use crate::worker::Worker;
+
+pub mod access;
+pub mod bars;
+pub mod capabilities;
+pub mod config;
+pub mod container;
+pub mod device;
+pub mod events;
+pub mod interrupts;
+#[cfg(test)]
+mod mock;
+pub mod open;
+mod sys;
+
+pub use device::VfioPci;
+
+use config::ConfigError;
+use container::{AddressSpace, Container, Mapped};
+use device::Endpoint;
+use events::Watched;
+use sys::VfioFile;
+
+/// Why the guest cannot have a device.
+#[derive(Debug, thiserror::Error)]
+pub enum VfioError {
+    /// The kernel refused something.
+    #[error("PCI device {address}: cannot {what}: {source}")]
+    Device {
+        /// The device.
+        address: String,
+        /// What was asked.
+        what: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+    /// It is not a device for a guest.
+    #[error("PCI device {address}: {source}")]
+    Config {
+        /// The device.
+        address: String,
+        /// Why.
+        source: ConfigError,
+    },
+    /// No address space.
+    #[error("/dev/iommu: {0}")]
+    Iommufd(#[source] io::Error),
+    /// The guest's memory cannot be reached by the devices.
+    #[error("mapping {mib} MiB of the guest at {iova:#x} for its PCI devices: {source}{hint}")]
+    Map {
+        /// Size of the region.
+        mib: u64,
+        /// Its address in the guest.
+        iova: u64,
+        /// The kernel's answer,
+        source: io::Error,
+        /// and what usually causes it.
+        hint: &'static str,
+    },
+    /// See the source.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+    /// See the source.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// No thread to watch the devices.
+    #[error("watching PCI devices: {0}")]
+    Watch(#[source] io::Error),
+}
+
+impl VfioError {
+    /// For `map_err`: names the device and what was asked.
+    pub fn device(address: &str, what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Device {
+            address: address.to_owned(),
+            what,
+            source,
+        }
+    }
+}
+
+/// The devices of a machine, as the shim opened them.
+pub struct Passthrough {
+    container: Container,
+    /// By address on the host.
+    devices: Vec<(String, OwnedFd)>,
+}
+
+impl Passthrough {
+    /// Takes the descriptors `config` names.
+    ///
+    /// # Errors
+    ///
+    /// When one is missing.
+    pub fn take(config: &Config, fds: &mut Fds) -> Result<Self, ChannelError> {
+        let container = match &config.iommu {
+            Iommu::Container { container, groups } => Container::Groups {
+                container: fds.take(*container)?,
+                groups: groups
+                    .iter()
+                    .map(|group| fds.take(*group))
+                    .collect::<Result<_, _>>()?,
+            },
+            Iommu::Iommufd(iommufd) => Container::Iommufd(fds.take(*iommufd)?),
+        };
+        Ok(Self {
+            container,
+            devices: config
+                .devices
+                .iter()
+                .map(|device| Ok((device.address.clone(), fds.take(device.device)?)))
+                .collect::<Result<_, ChannelError>>()?,
+        })
+    }
+
+    /// How many devices there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.devices.is_empty()
+    }
+
+    /// Gives the devices to `vm`, whose memory is pinned from here on.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses something, or a device is not for a guest.
+    pub fn attach(self, vm: &Vm) -> Result<Attached, VfioError> {
+        let start = Instant::now();
+        let Self { container, devices } = self;
+        vm.attach_vfio(container.kvm_files(devices.iter().map(|(_, device)| device)))?;
+        let named = devices
+            .iter()
+            .map(|(address, device)| (address.as_str(), device));
+        let space = container.attach(named)?;
+        let mapped = space.map(vm.memory())?;
+        let endpoints = devices
+            .into_iter()
+            .map(|(address, device)| {
+                let device =
+                    VfioFile::new(device).map_err(VfioError::device(&address, "ask what it is"))?;
+                Endpoint::open(&address, Arc::new(device))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let attached = Attached {
+            space: Some(space),
+            endpoints,
+        };
+        attached.log(mapped, start);
+        Ok(attached)
+    }
+}
+
+/// Devices that can reach the guest's memory, which cannot reach them yet.
+pub struct Attached {
+    /// None in tests.
+    space: Option<AddressSpace>,
+    endpoints: Vec<Endpoint>,
+}
+
+/// What must live as long as the machine.
+pub struct Session {
+    /// The devices leave it when it is closed.
+    space: Option<AddressSpace>,
+    watched: Vec<Watched>,
+}
+
+impl Attached {
+    /// One line that tells what it took.
+    fn log(&self, mapped: Mapped, start: Instant) {
+        let resets = self
+            .endpoints
+            .iter()
+            .filter(|device| device.was_reset())
+            .count();
+        let names: Vec<_> = self.endpoints.iter().map(Endpoint::address).collect();
+        let milliseconds = start.elapsed().as_millis();
+        tracing::info!(
+            devices = names.join(","),
+            map_calls = mapped.calls,
+            bytes_mapped = mapped.bytes,
+            // Devices do not reach each other's registers.
+            bar_bytes_mapped = 0,
+            resets,
+            %milliseconds,
+            "PCI devices attached"
+        );
+    }
+
+    /// Puts each behind a root port, from bus 1 on, with its BARs in the guest's windows.
+    ///
+    /// # Errors
+    ///
+    /// When the windows are too small, or a BAR cannot be mapped.
+    pub fn place(
+        self,
+        vm: &Arc<Vm>,
+        window64: Option<(u64, u64)>,
+        physical_bits: u8,
+    ) -> Result<(Vec<Slot>, Session), VfioError> {
+        let mut placement = Placement::new(window64, physical_bits);
+        let endpoints = self.endpoints.into_iter();
+        let placed: Vec<_> = endpoints
+            .map(|endpoint| {
+                let placed = placement.place(&endpoint.requests());
+                (endpoint, placed)
+            })
+            .collect();
+        placement.check()?;
+        let mut watched = Vec::new();
+        let mut slots = Vec::new();
+        for (bus, (endpoint, placed)) in (1..).zip(placed) {
+            let events = events::arm(endpoint.address(), endpoint.device());
+            let what = "have its errors reported";
+            watched.extend(events.map_err(VfioError::device(endpoint.address(), what))?);
+            let port = RootPort::new(bus, endpoint.link(), &placed);
+            let device = VfioPci::new(vm, endpoint, &placed.bars, window64)?;
+            slots.push(Slot::Port(Box::new(port), Box::new(device)));
+        }
+        let session = Session {
+            space: self.space,
+            watched,
+        };
+        Ok((slots, session))
+    }
+}
+
+impl Session {
+    /// Ends the machine when something happens to a device.
+    ///
+    /// # Errors
+    ///
+    /// When there is no thread for it.
+    pub fn watch(self, stop: Arc<Stop>) -> Result<Watch, VfioError> {
+        let worker = events::watch(self.watched, stop).map_err(VfioError::Watch)?;
+        Ok(Watch {
+            space: self.space,
+            worker,
+        })
+    }
+}
+
+/// A session whose devices are watched.
+pub struct Watch {
+    space: Option<AddressSpace>,
+    worker: Worker<()>,
+}
+
+impl Watch {
+    /// Does not watch any more, and gives up the address space.
+    pub fn stop(self) {
+        if self.worker.stop().is_none() {
+            tracing::error!("the thread that watches PCI devices panicked");
+        }
+        drop(self.space);
+    }
+}
+
+#[cfg(test)]
+mod tests;

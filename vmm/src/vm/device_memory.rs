@@ -1,0 +1,152 @@
+//! Registers of a device of the host, mapped into the guest: reads and writes
+//! reach the device without an exit.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, PoisonError};
+
+use kvm_bindings::kvm_userspace_memory_region;
+
+use super::{Vm, VmError};
+
+/// A shared mapping that nothing in this process reads or writes.
+#[derive(Debug)]
+pub struct Mapping {
+    address: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: this process only passes the address on; it is unmapped on drop alone.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` from `offset` on, to be read and written.
+    ///
+    /// # Errors
+    ///
+    /// Those of mmap(2).
+    pub fn new(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<Self> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: a new mapping wherever the kernel has room; nothing else is touched.
+        let address = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(address)
+            .map(|address| Self { address, len })
+            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, whole; the VM that pointed into it is gone.
+        unsafe { libc::munmap(self.address.as_ptr(), self.len) };
+    }
+}
+
+/// A memory slot over a [`Mapping`], in the guest's address space or nowhere.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    slot: u32,
+    mapping: Arc<Mapping>,
+    at: Option<u64>,
+}
+
+impl Vm {
+    /// A slot for `mapping`, which is nowhere yet.
+    pub fn add_device_memory(&self, mapping: Mapping) -> DeviceMemory {
+        let mapping = Arc::new(mapping);
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.push(mapping.clone());
+        DeviceMemory {
+            slot: self.new_slot(),
+            mapping,
+            at: None,
+        }
+    }
+
+    /// Puts `memory` at an address of the guest, or nowhere.
+    ///
+    /// # Errors
+    ///
+    /// KVM's, for one when other memory is there. It is nowhere then.
+    pub fn move_device_memory(
+        &self,
+        memory: &mut DeviceMemory,
+        to: Option<u64>,
+    ) -> Result<(), VmError> {
+        if memory.at == to {
+            return Ok(());
+        }
+        if let Some(address) = memory.at.take() {
+            self.remove_slot(memory.slot, address)
+                .map_err(VmError::new("remove a device's registers"))?;
+        }
+        let Some(address) = to else { return Ok(()) };
+        let region = kvm_userspace_memory_region {
+            slot: memory.slot,
+            flags: 0,
+            guest_phys_addr: address,
+            memory_size: memory.mapping.len as u64,
+            userspace_addr: memory.mapping.address.as_ptr().addr() as u64,
+        };
+        // SAFETY: the mapping stays as long as `self`, which keeps it, and that is
+        // longer than the VM it is given to.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(VmError::new("add a device's registers"))?;
+        memory.at = Some(address);
+        Ok(())
+    }
+}
+
+impl DeviceMemory {
+    /// Where it is in the guest.
+    #[must_use]
+    pub fn address(&self) -> Option<u64> {
+        self.at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::WINDOW32_START;
+    use crate::memory;
+    use kvm_ioctls::Kvm;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn registers_move_and_never_lie_over_memory() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x2000).unwrap();
+        let mapping = Mapping::new(file.as_fd(), 0x1000, 0x1000).unwrap();
+        let mut memory = vm.add_device_memory(mapping);
+        for to in [Some(WINDOW32_START), Some(WINDOW32_START + 0x1000), None] {
+            vm.move_device_memory(&mut memory, to).unwrap();
+            assert_eq!(memory.address(), to);
+        }
+        assert!(vm.move_device_memory(&mut memory, Some(0x1000)).is_err());
+        assert_eq!(memory.address(), None);
+        vm.move_device_memory(&mut memory, Some(WINDOW32_START))
+            .unwrap();
+    }
+}
