@@ -171,7 +171,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    fn config(bundle: &Path, hooks: Value) -> ContainerConfig {
+    fn config(bundle: &Path, hooks: &Value) -> ContainerConfig {
         let spec = json!({
             "ociVersion": "1.0.2", "annotations": {"a": "b"}, "hooks": hooks,
         });
@@ -197,7 +197,7 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let config = config(
             bundle.path(),
-            json!({
+            &json!({
                 "prestart": [hook("test ! -e created && cat > prestart")],
                 "createRuntime": [hook("cat > created")],
                 "poststart": [hook("cat > started")],
@@ -231,11 +231,11 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let list = json!([hook("echo no bridge >&2; exit 3"), hook("echo > second")]);
         let second = bundle.path().join("second");
-        let on_create = config(bundle.path(), json!({"createRuntime": list}));
+        let on_create = config(bundle.path(), &json!({"createRuntime": list}));
         let error = create(&on_create, 42).await.unwrap_err();
         assert!(error.to_string().contains("no bridge"), "{error}");
         assert!(!second.exists());
-        let later = config(bundle.path(), json!({"poststart": list, "poststop": list}));
+        let later = config(bundle.path(), &json!({"poststart": list, "poststop": list}));
         started(&later, 42).await;
         std::fs::remove_file(&second).unwrap();
         stopped(&later).await;
@@ -247,7 +247,7 @@ mod tests {
         let hooks = json!({"startContainer": [
             {"path": "/a"}, {"path": "/b", "timeout": 5}, {"path": "/c", "timeout": i64::MAX},
         ]});
-        let config = config(Path::new("/"), hooks);
+        let config = config(Path::new("/"), &hooks);
         assert_eq!(time_in_guest(&config.spec).as_secs(), 60 + 5 + 86400);
     }
 }

@@ -8,7 +8,7 @@ use ttrpc::Code;
 
 use crate::fixture::{spec, start, status};
 
-fn with_hook(args: &[&str], hook: Value) -> Value {
+fn with_hook(args: &[&str], hook: &Value) -> Value {
     let mut spec = spec("c1", args);
     spec["hooks"] = json!({"startContainer": [hook]});
     spec
@@ -26,7 +26,7 @@ async fn a_hook_runs_inside_the_container_before_its_process() {
         "cat > /data/state; echo noise; id -u; exec > /data/seen; echo $WORD; id -u; echo $PPID
          busybox hostname other || echo refused; busybox grep CapEff /proc/self/status",
     );
-    let mut spec = with_hook(&["cat", "/data/seen", "/data/state"], hook);
+    let mut spec = with_hook(&["cat", "/data/seen", "/data/state"], &hook);
     spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
     spec["annotations"] = json!({"a": "b"});
     fs::set_permissions(
@@ -70,7 +70,7 @@ async fn a_failing_hook_fails_the_start_and_ends_the_container() {
             "startContainer: run hook /no/such: no such file or directory",
         ),
     ] {
-        let spec = with_hook(&["sh", "-c", "echo ran > /data/ran"], hook);
+        let spec = with_hook(&["sh", "-c", "echo ran > /data/ran"], &hook);
         agent.create("c1", &spec, Stdio::default()).await.unwrap();
         let error = agent.start("c1").await.unwrap_err();
         assert_eq!(status(&error), (Code::INTERNAL, complaint.into()));

@@ -1,5 +1,7 @@
 //! Which way each kind of mount goes.
 
+use std::os::unix::fs::PermissionsExt;
+
 use super::*;
 
 use crate::storage::volumes::testing::Writer;
@@ -251,11 +253,13 @@ fn empty_dirs_of_huge_pages_are_huge_pages_of_the_guest() {
         std::fs::create_dir_all(dir).unwrap();
     }
     let kind = Some("hugetlbfs");
-    let data = Some("pagesize=2M,mode=2770,gid=77");
+    let data = Some("pagesize=2M,gid=77");
     if let Err(errno) = nix::mount::mount(kind, &volume, kind, MsFlags::empty(), data) {
         eprintln!("skipped: no hugetlbfs: {errno}");
         return;
     }
+    // As kubelet does for fsGroup: the mount option takes no set-group-ID bit.
+    std::fs::set_permissions(&volume, std::fs::Permissions::from_mode(0o2770)).unwrap();
     std::fs::create_dir(volume.join("a")).unwrap();
     let bound = Some(volume.join("a"));
     let none = None::<&str>;
