@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
 use nacre_tests::pods::{PodContainer, PodScene};
-use nacre_tests::{PodDir, eventually, run};
+use nacre_tests::{PodDir, eventually};
 
 use crate::SLEEP;
 
@@ -92,13 +93,20 @@ fn the_machine_runs_out_of_memory() {
     assert_eq!(sibling.state(), ContainerState::Running);
     assert!(pod.is_ready());
 
-    // One that must not be killed leaves nobody to kill in the end.
+    // One that must not be killed leaves nobody to kill in the end. containerd removes
+    // what is left of the pod by itself, the log included.
+    let log = Command::new("nacre")
+        .args(["logs", "-f", &pod.id])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let _immortal = pod
         .container("immortal", &["sh", "-c", "exec tail /dev/zero"])
         .resources(|resources| resources.oom_score_adj = -1000)
         .start();
     pod.await_not_ready();
-    let log = run("nacre", &["logs", &pod.id]).exits(0).stdout;
+    let log = log.wait_with_output().unwrap().stdout;
+    let log = String::from_utf8_lossy(&log);
     assert!(log.contains("deadlocked on memory"), "{log}");
 }
 
