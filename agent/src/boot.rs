@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use nacre_protocol::guest::{AGENT_PORT, CONTAINERS_DIR, FORWARD_PORT, STREAM_PORT};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 use nix::sys::stat::{Mode as FileMode, SFlag, makedev, mknod};
 
@@ -220,8 +221,8 @@ fn links() -> io::Result<()> {
 /// What containers inherit unless their specification says otherwise.
 fn set_limits() -> Result<()> {
     let infinity = libc::RLIM_INFINITY;
-    sys::set_rlimit(libc::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).context("set RLIMIT_NOFILE")?;
-    sys::set_rlimit(libc::RLIMIT_NPROC, infinity, infinity).context("set RLIMIT_NPROC")
+    setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).context("set RLIMIT_NOFILE")?;
+    setrlimit(Resource::RLIMIT_NPROC, infinity, infinity).context("set RLIMIT_NPROC")
 }
 
 /// Moves the agent to a leaf and hands the controllers to the containers.

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nacre_protocol::idmap::IdMaps;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process as OciProcess, Spec};
 use tokio::task::AbortHandle;
 
@@ -109,6 +110,7 @@ pub struct Container {
     /// Until it is started.
     spawning: Mutex<Option<Spawning>>,
     seccomp: Option<LinuxSeccomp>,
+    users: Option<IdMaps>,
     execs: Mutex<HashMap<String, ExecSlot>>,
     tasks: Vec<AbortHandle>,
 }
@@ -157,6 +159,7 @@ impl Container {
             oom,
             spawning: Mutex::new(Some(parts.spawning)),
             seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+            users: IdMaps::of_spec(spec),
             execs: Mutex::default(),
             tasks,
         }
@@ -209,6 +212,7 @@ impl Container {
                 container_pid: self.init.pid,
                 process: Box::new(process),
                 seccomp: self.seccomp.clone(),
+                users: self.users.clone(),
             },
         };
         let result = async {

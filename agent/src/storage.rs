@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Component, Path, PathBuf};
 
@@ -10,15 +11,11 @@ use nacre_protocol::agent::{File, Storage};
 use nacre_protocol::guest::CONTAINERS_DIR;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::CWD;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
-};
 
 use crate::disk::DiskRef;
+use crate::engine::sys;
 use crate::error::{Context, Error, Result};
-use crate::mount::MountOptions;
+use crate::mount::{MountOptions, detached};
 
 /// The container's directory.
 ///
@@ -88,7 +85,8 @@ fn mount_at(source: &Path, target: &Path, storage: &Storage) -> Result<()> {
                 fs::create_dir_all(path).with_context(|| format!("create {path}"))?;
             }
         }
-        mount_overlay(target, &options).with_context(what)?;
+        let overlay = detached("overlay", "overlay", &options).with_context(what)?;
+        sys::attach_mount(overlay.as_fd(), target).with_context(what)?;
         return propagate(target, &options).with_context(what);
     }
     if !options.bind {
@@ -106,40 +104,6 @@ fn mount_at(source: &Path, target: &Path, storage: &Storage) -> Result<()> {
         mount(NONE, target, NONE, flags, NONE).with_context(what)?;
     }
     propagate(target, &options).with_context(what)
-}
-
-/// Layer by layer (`lowerdir+`, Linux 6.8): mount(2) takes its data in one page,
-/// and the paths of a large image's layers are longer together.
-fn mount_overlay(target: &Path, options: &MountOptions) -> io::Result<()> {
-    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    // As it stands in /proc/mounts.
-    fsconfig_set_string(&context, "source", "overlay")?;
-    if options.flags.contains(MsFlags::MS_RDONLY) {
-        fsconfig_set_flag(&context, "ro")?;
-    }
-    for item in options.data.split(',').filter(|item| !item.is_empty()) {
-        match item.split_once('=') {
-            Some(("lowerdir", layers)) => {
-                for layer in layers.split(':') {
-                    fsconfig_set_string(&context, "lowerdir+", layer)?;
-                }
-            }
-            Some((key, value)) => fsconfig_set_string(&context, key, value)?,
-            None => fsconfig_set_flag(&context, item)?,
-        }
-    }
-    fsconfig_create(&context)?;
-    let attributes = u32::try_from(options.attr.set).map_err(io::Error::other)?;
-    let attributes = MountAttrFlags::from_bits_retain(attributes);
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount(
-        mount,
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
 }
 
 const NONE: Option<&str> = None;

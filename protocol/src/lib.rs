@@ -11,12 +11,13 @@
 //! Trust runs one way: the monitor believes the shim, the agent believes the
 //! shim, and the shim treats all that comes back as hostile input.
 //!
-//! `hook` is no contract: it is what shim and agent do alike.
+//! `hook` and `idmap` are no contracts: they are what shim and agent do alike.
 #![warn(missing_docs)]
 
 pub mod channel;
 pub mod guest;
 pub mod hook;
+pub mod idmap;
 pub mod vm;
 
 /// Messages and ttrpc services of `proto/`, generated at build time.

@@ -70,8 +70,7 @@ pub enum SandboxError {
         /// The container that asked.
         container_id: String,
     },
-    /// The pod wants a namespace of the host, which a VM cannot be in, or users
-    /// mapped to those of the host, which it does not share.
+    /// The pod wants a namespace of the host, which a VM cannot be in.
     #[error(
         "pod {sandbox_id} asks for {what}, which a virtual machine cannot have: it runs a kernel \
          of its own"

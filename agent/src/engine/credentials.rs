@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid};
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxCapabilities, PosixRlimit, PosixRlimitType, User,
@@ -156,30 +157,48 @@ fn drop_bounding(keep: u64) -> Result<(), InitError> {
 /// Those of setrlimit(2), with the limit's name.
 pub fn set_rlimits(rlimits: &[PosixRlimit]) -> Result<(), InitError> {
     for limit in rlimits {
-        sys::set_rlimit(resource(limit.typ()), limit.soft(), limit.hard())
+        setrlimit(resource(limit.typ()), limit.soft(), limit.hard())
             .step(|| format!("set {} to {}:{}", limit.typ(), limit.soft(), limit.hard()))?;
     }
     Ok(())
 }
 
-fn resource(kind: PosixRlimitType) -> libc::__rlimit_resource_t {
+/// Raises what a process may raise its limits to, as far as [`set_rlimits`] will
+/// want it. That takes rights in the guest's own user namespace.
+///
+/// # Errors
+///
+/// Those of getrlimit(2) and setrlimit(2), with the limit's name.
+pub fn raise_limits(rlimits: &[PosixRlimit]) -> Result<(), InitError> {
+    for limit in rlimits {
+        let resource = resource(limit.typ());
+        let what = || format!("raise {} to {}", limit.typ(), limit.hard());
+        let (soft, hard) = getrlimit(resource).step(what)?;
+        if limit.hard() > hard {
+            setrlimit(resource, soft, limit.hard()).step(what)?;
+        }
+    }
+    Ok(())
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
     match kind {
-        PosixRlimitType::RlimitCpu => libc::RLIMIT_CPU,
-        PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
-        PosixRlimitType::RlimitData => libc::RLIMIT_DATA,
-        PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
-        PosixRlimitType::RlimitCore => libc::RLIMIT_CORE,
-        PosixRlimitType::RlimitRss => libc::RLIMIT_RSS,
-        PosixRlimitType::RlimitNproc => libc::RLIMIT_NPROC,
-        PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
-        PosixRlimitType::RlimitMemlock => libc::RLIMIT_MEMLOCK,
-        PosixRlimitType::RlimitAs => libc::RLIMIT_AS,
-        PosixRlimitType::RlimitLocks => libc::RLIMIT_LOCKS,
-        PosixRlimitType::RlimitSigpending => libc::RLIMIT_SIGPENDING,
-        PosixRlimitType::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
-        PosixRlimitType::RlimitNice => libc::RLIMIT_NICE,
-        PosixRlimitType::RlimitRtprio => libc::RLIMIT_RTPRIO,
-        PosixRlimitType::RlimitRttime => libc::RLIMIT_RTTIME,
+        PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => Resource::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => Resource::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => Resource::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => Resource::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => Resource::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => Resource::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => Resource::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => Resource::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
     }
 }
 

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use nacre_protocol::idmap::IdMaps;
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec, State};
@@ -20,10 +21,10 @@ use super::error::{InitError, Step};
 use super::hooks::StartHooks;
 use super::pause;
 use super::process::Launch;
-use super::rootfs;
+use super::rootfs::{self, Sources};
 use super::sync::{self, Report};
 use super::sys::{self, WindowSize};
-use super::{is_new, namespaces};
+use super::{is_new, namespaces, users};
 
 /// First argument that makes the agent's program the helper.
 pub const COMMAND: &str = "init";
@@ -64,6 +65,8 @@ pub enum Kind {
         process: Box<Process>,
         /// The container's profile.
         seccomp: Option<LinuxSeccomp>,
+        /// The container's users, if they are its own.
+        users: Option<IdMaps>,
     },
 }
 
@@ -91,33 +94,63 @@ fn run(mut file: File, socket: &OwnedFd) -> Result<(), InitError> {
     drop(body);
     sys::cloexec_from(SYNC_FD).step(|| "set close-on-exec")?;
     sys::set_undumpable().step(|| "hide the helper")?;
-    let flags = match &request.kind {
-        Kind::Create { spec, .. } => {
-            join_cgroup(&request.cgroup, None)?;
-            join_listed(spec)?
-        }
-        Kind::Pause => libc::CLONE_NEWPID | libc::CLONE_NEWNS,
-        Kind::Exec { container_pid, .. } => {
+    let (flags, sources) = match &request.kind {
+        Kind::Create { spec, .. } => enter_new(spec, &request.cgroup)?,
+        Kind::Pause => (libc::CLONE_NEWPID | libc::CLONE_NEWNS, None),
+        Kind::Exec {
+            container_pid,
+            process,
+            users,
+            ..
+        } => {
             join_cgroup(&request.cgroup, Some(*container_pid))?;
-            join_container(*container_pid)?;
-            0
+            set_oom_score(process)?;
+            join_container(*container_pid, process, users.as_ref())?;
+            (0, None)
         }
     };
     match sys::fork_sibling(flags).step(|| "fork into new namespaces")? {
         Some(pid) => sync::send(socket, &Report::Pid(pid.as_raw()), None).step(|| "report the pid"),
-        None => match become_process(&request, socket)? {},
+        None => match become_process(&request, sources, socket)? {},
     }
 }
 
-fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, InitError> {
+/// Enters what a new container's process is forked in; returns the namespaces to be
+/// made with it, and what it needs that only this process could open.
+fn enter_new<'a>(
+    spec: &'a Spec,
+    cgroup: &Path,
+) -> Result<(libc::c_int, Option<Sources<'a>>), InitError> {
+    let process = process_of(spec)?;
+    join_cgroup(cgroup, None)?;
+    set_oom_score(process)?;
+    let flags = join_listed(spec)?;
+    let sources = IdMaps::of_spec(spec)
+        .map(|maps| users::enter_new(spec, &maps, process, cgroup))
+        .transpose()?;
+    Ok((flags, sources))
+}
+
+fn process_of(spec: &Spec) -> Result<&Process, InitError> {
+    let process = spec.process().as_ref();
+    process.ok_or_else(|| InitError::Invalid("the specification has no process".into()))
+}
+
+fn become_process(
+    request: &Request,
+    sources: Option<Sources<'_>>,
+    socket: &OwnedFd,
+) -> Result<Infallible, InitError> {
     nix::unistd::setsid().step(|| "setsid")?;
     match &request.kind {
-        Kind::Create { spec, state } => create(spec, state, request, socket),
+        Kind::Create { spec, state } => {
+            set_up(spec, request, sources)?;
+            launch(spec, state, request, socket)
+        }
         Kind::Pause => pause::run(socket),
         Kind::Exec {
             process, seccomp, ..
         } => {
-            set_oom_score(process)?;
             let launch = Launch {
                 process,
                 seccomp: seccomp.as_ref(),
@@ -131,29 +164,32 @@ fn become_process(request: &Request, socket: &OwnedFd) -> Result<Infallible, Ini
     }
 }
 
-fn create(
-    spec: &Spec,
-    state: &State,
+/// Makes the container around this process.
+fn set_up<'a>(
+    spec: &'a Spec,
     request: &Request,
-    socket: &OwnedFd,
-) -> Result<Infallible, InitError> {
-    let process = spec
-        .process()
-        .as_ref()
-        .ok_or_else(|| InitError::Invalid("the specification has no process".into()))?;
-    let linux = spec.linux().as_ref();
+    sources: Option<Sources<'a>>,
+) -> Result<(), InitError> {
     // These go through the guest's /proc, which is gone after pivot_root.
-    set_oom_score(process)?;
     set_sysctls(spec)?;
     set_names(spec)?;
     if is_new(spec, LinuxNamespaceType::Network) {
         sys::loopback_up().step(|| "bring up loopback")?;
     }
-    rootfs::enter(spec, &request.cgroup)?;
+    rootfs::enter(spec, &request.cgroup, sources)
+}
+
+fn launch(
+    spec: &Spec,
+    state: &State,
+    request: &Request,
+    socket: &OwnedFd,
+) -> Result<Infallible, InitError> {
+    let linux = spec.linux().as_ref();
     let hooks = spec.hooks().as_ref();
     let hooks = hooks.and_then(|hooks| hooks.start_container().as_deref());
     let launch = Launch {
-        process,
+        process: process_of(spec)?,
         seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
         window: request.window,
         waits: true,
@@ -206,10 +242,14 @@ fn join_listed(spec: &Spec) -> Result<libc::c_int, InitError> {
     let mut joined = Vec::new();
     for namespace in namespaces(spec) {
         let kind = namespace.typ();
-        if matches!(kind, LinuxNamespaceType::User | LinuxNamespaceType::Time) {
-            return Err(InitError::Invalid(format!(
-                "{kind} namespaces are not supported"
-            )));
+        match kind {
+            LinuxNamespaceType::Time => {
+                let text = "time namespaces are not supported";
+                return Err(InitError::Invalid(text.into()));
+            }
+            // It comes first and owns the others: `users.rs`.
+            LinuxNamespaceType::User => continue,
+            _ => {}
         }
         let path = namespace
             .path()
@@ -237,16 +277,22 @@ fn join_listed(spec: &Spec) -> Result<libc::c_int, InitError> {
 }
 
 /// Joins all namespaces of the container's first process.
-fn join_container(pid: i32) -> Result<(), InitError> {
+fn join_container(pid: i32, process: &Process, users: Option<&IdMaps>) -> Result<(), InitError> {
     let what = || format!("join the namespaces of process {pid}");
     let pidfd = sys::pidfd_open(Pid::from_raw(pid)).step(what)?;
-    let all = CloneFlags::CLONE_NEWNS
+    let mut all = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWCGROUP
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET;
-    setns(pidfd.as_fd(), all).step(what)
+    let Some(maps) = users else {
+        return setns(pidfd.as_fd(), all).step(what);
+    };
+    users::hand_over(maps, process)?;
+    all |= CloneFlags::CLONE_NEWUSER;
+    setns(pidfd.as_fd(), all).step(what)?;
+    users::become_root()
 }
 
 /// The agent's own score spares it; no process of a container inherits that.

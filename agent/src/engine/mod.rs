@@ -35,6 +35,7 @@ pub mod seccomp;
 pub mod spawn;
 pub mod sync;
 pub mod sys;
+pub mod users;
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 

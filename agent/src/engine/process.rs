@@ -53,7 +53,7 @@ impl Launch<'_> {
 
         let terminal = self.terminal()?;
         credentials::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
-        own_stdio(user.uid())?;
+        own_stdio(user.uid(), None)?;
         if no_new_privs {
             sys::set_no_new_privs().step(|| "set no_new_privs")?;
         } else if let Some(filter) = &filter {
@@ -143,7 +143,7 @@ fn bind_console(number: u32) -> io::Result<()> {
 }
 
 /// Gives pipes and terminals to the user, who may reopen them as /dev/stdout.
-fn own_stdio(uid: u32) -> Result<(), InitError> {
+pub(super) fn own_stdio(uid: u32, gid: Option<u32>) -> Result<(), InitError> {
     for stream in [
         io::stdin().as_fd(),
         io::stdout().as_fd(),
@@ -154,7 +154,7 @@ fn own_stdio(uid: u32) -> Result<(), InitError> {
         let kind = file.metadata().step(what)?.file_type();
         let is_null = kind.is_char_device() && !nix::unistd::isatty(stream).unwrap_or(false);
         if !is_null {
-            fchown(&file, Some(uid), None).step(what)?;
+            fchown(&file, Some(uid), gid).step(what)?;
         }
     }
     Ok(())

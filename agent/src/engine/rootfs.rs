@@ -4,7 +4,8 @@
 //! paths, which the image may fill with symbolic links. Neither needs care of
 //! its own: sources become detached mount objects before pivot_root, and
 //! everything is attached after it, when every path can only resolve inside
-//! the container.
+//! the container. For a container with users of its own the former happens
+//! before the process enters their namespace (`users.rs`).
 
 use std::fs::{self, File};
 use std::io;
@@ -12,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use nacre_protocol::idmap::{IdMaps, map_mount};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
@@ -19,7 +21,7 @@ use super::devices;
 use super::error::{InitError, Step};
 use super::namespaces;
 use super::sys::{self, MountAttr};
-use crate::mount::{MountOptions, propagation};
+use crate::mount::{MountOptions, detached, propagation};
 
 /// Longest chain of symbolic links followed to create a destination.
 const MAX_LINKS: usize = 40;
@@ -32,15 +34,96 @@ struct Prepared<'a> {
     is_dir: bool,
 }
 
-/// Makes the container's mounts and moves this process into them.
-///
-/// `cgroup` is the container's own cgroup directory, shown where the
-/// specification asks for cgroups without a cgroup namespace.
+/// What a container's mounts and devices are made from, opened while this process
+/// may.
+pub struct Sources<'a> {
+    mounts: Vec<Prepared<'a>>,
+    /// Of a container with users of its own.
+    devices: Option<Vec<OwnedFd>>,
+}
+
+impl<'a> Sources<'a> {
+    /// Opens them. `cgroup` is the container's own cgroup directory, shown where
+    /// the specification asks for cgroups without a cgroup namespace. `users` are
+    /// those of a container that has its own; this process does not yet.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed.
+    pub fn open(spec: &'a Spec, cgroup: &Path, users: Option<&IdMaps>) -> Result<Self, InitError> {
+        let own_cgroups = has(spec, LinuxNamespaceType::Cgroup);
+        let cgroup = (!own_cgroups).then_some(cgroup);
+        let mut mounts = Vec::new();
+        for mount in spec.mounts().iter().flatten() {
+            let mut prepared = prepare(mount, spec, cgroup)?;
+            if users.is_some() && shows_guest(mount, spec) {
+                prepared.tree = Some(new_tree(&prepared)?);
+            }
+            if let (Some(tree), Some(_)) = (&prepared.tree, users) {
+                // What these are copies of was not made a slave: see `enter`.
+                let attr = MountAttr {
+                    propagation: MsFlags::MS_SLAVE.bits(),
+                    ..MountAttr::default()
+                };
+                sys::set_mount_attr(tree.as_fd(), attr, true).step(|| "make a mount a slave")?;
+            }
+            mounts.push(prepared);
+        }
+        let devices = users.map(|users| devices::open(spec, users)).transpose()?;
+        Ok(Self { mounts, devices })
+    }
+
+    /// A procfs or sysfs is mounted in a user namespace while another is in sight
+    /// (`SB_I_USERNS_VISIBLE`): before the old root is gone.
+    fn mount_visible(&mut self) -> Result<(), InitError> {
+        for prepared in &mut self.mounts {
+            let kind = prepared.mount.typ().as_deref();
+            if prepared.tree.is_none() && matches!(kind, Some("proc" | "sysfs")) {
+                prepared.tree = Some(new_tree(prepared)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a mount shows a namespace that the container shares with the guest, in
+/// which the container's root may mount nothing.
+fn shows_guest(mount: &Mount, spec: &Spec) -> bool {
+    match mount.typ().as_deref() {
+        Some("sysfs") => !has(spec, LinuxNamespaceType::Network),
+        Some("mqueue") => !has(spec, LinuxNamespaceType::Ipc),
+        _ => false,
+    }
+}
+
+fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    namespaces(spec)
+        .iter()
+        .any(|namespace| namespace.typ() == kind)
+}
+
+fn new_tree(prepared: &Prepared<'_>) -> Result<OwnedFd, InitError> {
+    let kind = prepared.mount.typ().as_deref().unwrap_or_default();
+    detached(kind, kind, &prepared.options).step(|| {
+        format!(
+            "mount {kind} for {}",
+            prepared.mount.destination().display()
+        )
+    })
+}
+
+/// Makes the container's mounts and moves this process into them. `sources` are
+/// there already if the process is in a user namespace of the container's; `cgroup`
+/// is as in [`Sources::open`].
 ///
 /// # Errors
 ///
 /// `Invalid` for a specification without a root, else the step that failed.
-pub fn enter(spec: &Spec, cgroup: &Path) -> Result<(), InitError> {
+pub fn enter<'a>(
+    spec: &'a Spec,
+    cgroup: &Path,
+    sources: Option<Sources<'a>>,
+) -> Result<(), InitError> {
     let root = spec
         .root()
         .as_ref()
@@ -48,22 +131,19 @@ pub fn enter(spec: &Spec, cgroup: &Path) -> Result<(), InitError> {
     // Slave: what the guest mounts later shows up, nothing leaks back.
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .step(|| "make the mounts slaves")?;
-    let own_cgroups = namespaces(spec)
-        .iter()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup);
-    let prepared = spec
-        .mounts()
-        .as_deref()
-        .unwrap_or_default()
-        .iter()
-        .map(|mount| prepare(mount, (!own_cgroups).then_some(cgroup)))
-        .collect::<Result<Vec<_>, _>>()?;
+    let sources = match sources {
+        Some(mut sources) => {
+            sources.mount_visible()?;
+            sources
+        }
+        None => Sources::open(spec, cgroup, None)?,
+    };
     pivot(root.path())?;
     let umask = nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-    for mount in &prepared {
+    for mount in &sources.mounts {
         place(mount)?;
     }
-    devices::create(spec)?;
+    devices::create(spec, sources.devices.as_deref())?;
     nix::sys::stat::umask(umask);
     make_cwd(spec)?;
     if let Some(linux) = spec.linux() {
@@ -74,7 +154,11 @@ pub fn enter(spec: &Spec, cgroup: &Path) -> Result<(), InitError> {
 
 const NONE: Option<&str> = None;
 
-fn prepare<'a>(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Prepared<'a>, InitError> {
+fn prepare<'a>(
+    mount: &'a Mount,
+    spec: &Spec,
+    cgroup: Option<&Path>,
+) -> Result<Prepared<'a>, InitError> {
     let mut options = MountOptions::parse(mount.options().as_deref().unwrap_or_default());
     let mut source = mount.source().clone();
     if mount.typ().as_deref() == Some("bind") {
@@ -97,6 +181,11 @@ fn prepare<'a>(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Prepared<'a>, 
         let what = || format!("bind mount source {}", source.display());
         prepared.is_dir = fs::metadata(&source).step(what)?.is_dir();
         let tree = sys::clone_mount(&source, prepared.options.recursive).step(what)?;
+        if let Some(maps) = IdMaps::of_mount(mount, spec) {
+            let what = || format!("map the owners of {}", mount.destination().display());
+            let users = maps.namespace().step(what)?;
+            map_mount(tree.as_fd(), users.as_fd(), prepared.options.map_tree).step(what)?;
+        }
         prepared.tree = Some(tree);
     }
     Ok(prepared)

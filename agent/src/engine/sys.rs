@@ -1,6 +1,7 @@
 //! System calls that neither `std` nor `nix` wraps, each as a safe function.
 //!
-//! This is the only module of the engine with `unsafe`; it holds no policy.
+//! The engine's `unsafe` is here, but for what runs between fork and exec and for
+//! signal dispositions; this module holds no policy.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -402,21 +403,6 @@ pub fn dup_to(fd: impl AsFd, number: RawFd) -> io::Result<()> {
     // SAFETY: dup2 passes no pointers. What was open at `number` belongs to
     // nobody: it is one of the standard streams, which nothing here owns.
     Errno::result(unsafe { libc::dup2(fd.as_fd().as_raw_fd(), number) })?;
-    Ok(())
-}
-
-/// setrlimit(2) by the kernel's number of the resource.
-///
-/// # Errors
-///
-/// Those of the call.
-pub fn set_rlimit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) -> io::Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
-    };
-    // SAFETY: the structure outlives the call.
-    Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) })?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 mod fixture;
 mod hooks;
+mod users;
 mod volumes;
 
 use std::io::{Read, Write};
@@ -330,10 +331,10 @@ async fn requests_that_make_no_sense() {
         .create("../x", &spec("x", &["true"]), stdio.clone())
         .await;
     assert_eq!(status(&error.unwrap_err()).0, Code::INVALID_ARGUMENT);
-    let mut with_user = spec("c1", &["true"]);
-    with_user["linux"]["namespaces"] = json!([{"type": "user"}]);
+    let mut with_time = spec("c1", &["true"]);
+    with_time["linux"]["namespaces"] = json!([{"type": "time"}]);
     let error = agent
-        .create("c1", &with_user, stdio.clone())
+        .create("c1", &with_time, stdio.clone())
         .await
         .unwrap_err();
     assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);

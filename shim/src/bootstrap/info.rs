@@ -21,7 +21,7 @@ const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/f
 
 /// Mount options the guest's runtime understands; `rro` unlocks Kubernetes'
 /// recursive read-only mounts.
-const MOUNT_OPTIONS: [&str; 24] = [
+const MOUNT_OPTIONS: [&str; 26] = [
     "async",
     "atime",
     "bind",
@@ -29,6 +29,7 @@ const MOUNT_OPTIONS: [&str; 24] = [
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "noatime",
     "nodev",
     "nodiratime",
@@ -38,6 +39,7 @@ const MOUNT_OPTIONS: [&str; 24] = [
     "private",
     "rbind",
     "relatime",
+    "ridmap",
     "ro",
     "rprivate",
     "rro",
@@ -81,13 +83,13 @@ fn features() -> serde_json::Value {
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "cgroup": { "v1": false, "v2": true },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } },
+            "mountExtensions": { "idmap": { "enabled": true } },
         },
     })
 }
@@ -109,9 +111,9 @@ mod tests {
         // containerd gives `hostUsers: false` to who has both of these.
         assert_eq!(
             features["linux"]["mountExtensions"]["idmap"]["enabled"],
-            false
+            true
         );
         let namespaces = features["linux"]["namespaces"].as_array().unwrap();
-        assert!(!namespaces.contains(&"user".into()));
+        assert!(namespaces.contains(&"user".into()));
     }
 }

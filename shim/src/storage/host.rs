@@ -5,11 +5,15 @@
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use nacre_protocol::idmap::{IdMaps, map_mount};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::StorageError;
 
@@ -104,12 +108,46 @@ pub(super) fn share(
     mount(Some(source), target, None::<&str>, flags, None::<&str>)
         .map_err(io::Error::from)
         .map_err(StorageError::host("bind-mount", source))?;
+    confine(target, read_only, receives)
+}
+
+/// Has what was just mounted for a guest give nothing to the host, and the guest
+/// no more than it may.
+pub(super) fn confine(target: &Path, read_only: bool, receives: bool) -> Result<(), StorageError> {
     if receives {
         isolate(target)?;
     } else {
         propagate(target, MsFlags::MS_PRIVATE)?;
     }
     restrict(target, read_only)
+}
+
+/// Bind-mounts `source`, with what is mounted below it, on `target`, with its
+/// files' owners mapped by a user namespace; `all`: of what is below it, too.
+pub(super) fn bind_mapped(
+    source: &Path,
+    target: &Path,
+    users: BorrowedFd<'_>,
+    all: bool,
+) -> Result<(), StorageError> {
+    let bind = || -> io::Result<()> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_RECURSIVE;
+        let tree = open_tree(CWD, source, flags)?;
+        map_mount(tree.as_fd(), users, all)?;
+        let empty_path = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        Ok(move_mount(tree, "", CWD, target, empty_path)?)
+    };
+    bind().map_err(StorageError::host("map the owners of files in", source))
+}
+
+/// A user namespace with these mappings.
+pub(super) fn users(maps: &IdMaps, container_id: &str) -> Result<OwnedFd, StorageError> {
+    maps.namespace().map_err(|source| StorageError::Users {
+        container_id: container_id.into(),
+        source,
+    })
 }
 
 /// Mounts an EROFS image from its file, which Linux 6.12 and later do without a

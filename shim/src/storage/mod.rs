@@ -173,6 +173,14 @@ pub enum StorageError {
         /// The system's reason.
         source: Option<io::Error>,
     },
+    /// The users of a container cannot be mapped.
+    #[error("container {container_id}: map its users to others")]
+    Users {
+        /// Whose.
+        container_id: String,
+        /// Why not.
+        source: io::Error,
+    },
     /// A volume that cannot be given to the guest as a copy.
     #[error("container {container_id}: copy a volume into the guest")]
     VolumeCopy {

@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
-use oci_spec::runtime::Spec;
+use nacre_protocol::idmap::IdMaps;
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
 
 use super::{HostDisk, StorageError};
 
@@ -43,6 +44,7 @@ pub(super) enum Source {
     HostLayers {
         images: Vec<PathBuf>,
         options: Vec<String>,
+        maps: Option<IdMaps>,
     },
     /// An ext4 image, whole.
     Image { path: PathBuf, read_only: bool },
@@ -51,8 +53,16 @@ pub(super) enum Source {
 /// A mount the host makes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum HostMount {
-    Bind { source: PathBuf, read_only: bool },
-    Overlay { options: Vec<String> },
+    Bind {
+        source: PathBuf,
+        read_only: bool,
+        maps: Option<IdMaps>,
+    },
+    /// `maps` are for the layers; the upper directory has the owners it has.
+    Overlay {
+        options: Vec<String>,
+        maps: Option<IdMaps>,
+    },
 }
 
 /// Where the guest's overlay writes.
@@ -100,7 +110,7 @@ impl Source {
     /// How many layers the largest of its overlays has.
     fn layers(&self) -> usize {
         let of_mount = |mount: &HostMount| match mount {
-            HostMount::Overlay { options } => {
+            HostMount::Overlay { options, .. } => {
                 let mut lower = options.iter().filter_map(|o| o.strip_prefix("lowerdir="));
                 lower.next().map_or(0, |lower| lower.split(':').count())
             }
@@ -124,6 +134,7 @@ impl Source {
             container_id,
             mounts,
             disks,
+            mapped: IdMaps::of_spec(spec).is_some(),
         };
         let Some((last, before)) = mounts.split_last() else {
             let root = spec
@@ -133,6 +144,7 @@ impl Source {
             return Ok(Self::Host(vec![HostMount::Bind {
                 source: bundle.join(root.path()),
                 read_only: false,
+                maps: None,
             }]));
         };
         let block_parts = before
@@ -154,24 +166,28 @@ struct Reader<'a> {
     container_id: &'a str,
     mounts: &'a [Mount],
     disks: bool,
+    /// Whether the container has users of its own. containerd gives it an upper
+    /// directory that is theirs, so the host mounts its layers.
+    mapped: bool,
 }
 
 impl Reader<'_> {
     fn single(&self, mount: &Mount) -> Result<Source, StorageError> {
         match kind_of(mount) {
-            "erofs" if self.disks => Ok(Source::Layers {
+            "erofs" if self.disks && !self.mapped => Ok(Source::Layers {
                 images: vec![self.layer(mount)?],
                 upper: Upper::Tmpfs,
             }),
             "erofs" => Ok(Source::HostLayers {
                 images: vec![self.layer(mount)?],
                 options: Vec::new(),
+                maps: self.mapping(mount)?.1,
             }),
             "ext4" => Ok(Source::Image {
                 path: self.image(mount)?,
                 read_only: has_option(mount, "ro"),
             }),
-            "overlay" if self.disks => match erofs_layers(mount) {
+            "overlay" if self.disks && !self.mapped => match erofs_layers(mount) {
                 Some(images) => Ok(Source::Layers {
                     images,
                     upper: Upper::Tmpfs,
@@ -187,25 +203,42 @@ impl Reader<'_> {
             "bind" => Ok(HostMount::Bind {
                 source: mount.source.clone().into(),
                 read_only: has_option(mount, "ro"),
+                maps: self.mapping(mount)?.1,
             }),
             "overlay" => {
-                let bad = |option: &&String| {
-                    option.contains("{{")
-                        || option.starts_with("uidmap=")
-                        || option.starts_with("gidmap=")
-                };
-                if let Some(option) = mount.options.iter().find(bad) {
+                let (options, maps) = self.mapping(mount)?;
+                if let Some(option) = options.iter().find(|option| option.contains("{{")) {
                     return Err(self.bad_option(mount, option));
                 }
-                Ok(HostMount::Overlay {
-                    options: mount.options.clone(),
-                })
+                Ok(HostMount::Overlay { options, maps })
             }
             _ => Err(self.unsupported(
                 mount,
                 "known are overlay, bind, erofs and ext4, alone or as layers of an overlay",
             )),
         }
+    }
+
+    /// A mount's options for the kernel, and how it maps owners: containerd's
+    /// `uidmap=CONTAINER:HOST:SIZE[,...]` and `gidmap=`.
+    fn mapping(&self, mount: &Mount) -> Result<(Vec<String>, Option<IdMaps>), StorageError> {
+        let (mut uids, mut gids) = (Vec::new(), Vec::new());
+        let mut options = Vec::new();
+        for option in &mount.options {
+            let (list, maps) = match option.split_once('=') {
+                Some(("uidmap", list)) => (list, &mut uids),
+                Some(("gidmap", list)) => (list, &mut gids),
+                _ => {
+                    options.push(option.clone());
+                    continue;
+                }
+            };
+            for map in list.split(',') {
+                maps.push(id_mapping(map).ok_or_else(|| self.bad_option(mount, option))?);
+            }
+        }
+        let mapped = !uids.is_empty() || !gids.is_empty();
+        Ok((options, mapped.then_some(IdMaps { uids, gids })))
     }
 
     /// The file of an EROFS mount.
@@ -240,22 +273,27 @@ impl Reader<'_> {
             return Err(self.unsupported(overlay, "image files before it need an overlay last"));
         }
         let images = self.referenced_layers(overlay)?;
-        if self.disks {
+        if self.disks && !self.mapped {
             return Ok(Source::Layers {
                 images,
                 upper: self.upper(overlay)?,
             });
         }
-        let options: Vec<_> = overlay
-            .options
-            .iter()
-            .filter(|option| !option.starts_with("lowerdir=") && !option.starts_with("X-"))
-            .cloned()
-            .collect();
-        if options.iter().any(|option| option.contains("{{")) {
-            return Err(self.needs_disk(overlay));
+        let (mut options, maps) = self.mapping(overlay)?;
+        options.retain(|option| !option.starts_with("lowerdir=") && !option.starts_with("X-"));
+        if !options.iter().any(|option| option.contains("{{")) {
+            return Ok(Source::HostLayers {
+                images,
+                options,
+                maps,
+            });
         }
-        Ok(Source::HostLayers { images, options })
+        if self.disks {
+            let reason = "it is on a disk, and users of the container's own need one of the host's \
+                          directories; use the overlayfs snapshotter";
+            return Err(self.unsupported(overlay, reason));
+        }
+        Err(self.needs_disk(overlay))
     }
 
     fn referenced_layers(&self, overlay: &Mount) -> Result<Vec<PathBuf>, StorageError> {
@@ -337,6 +375,18 @@ fn kind_of(mount: &Mount) -> &str {
         kind = rest;
     }
     kind
+}
+
+/// `CONTAINER:HOST:SIZE`.
+fn id_mapping(text: &str) -> Option<LinuxIdMapping> {
+    let numbers = text.split(':').map(|number| number.parse::<u32>().ok());
+    let numbers: Vec<u32> = numbers.collect::<Option<_>>()?;
+    let [container_id, host_id, size] = numbers[..] else {
+        return None;
+    };
+    let map = LinuxIdMappingBuilder::default();
+    let map = map.container_id(container_id).host_id(host_id).size(size);
+    map.build().ok()
 }
 
 fn has_option(mount: &Mount, name: &str) -> bool {

@@ -2,6 +2,9 @@
 
 use super::*;
 
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
@@ -184,6 +187,58 @@ fn overlay_with_as_many_layers_as_there_can_be() {
     let line = mounts.lines().find(|line| line.contains(&place)).unwrap();
     assert!(line.contains("nosuid,nodev"), "{line}");
     release(&shared, "c1").unwrap();
+}
+
+/// Without the right to map owners, or the means to, a test is skipped.
+fn can_map(directory: &Path) -> bool {
+    let probe = directory.join("probe");
+    std::fs::create_dir(&probe).unwrap();
+    let map = oci_spec::runtime::LinuxIdMappingBuilder::default().size(1u32);
+    let map = vec![map.build().unwrap()];
+    let maps = nacre_protocol::idmap::IdMaps {
+        uids: map.clone(),
+        gids: map,
+    };
+    let users = host::users(&maps, "probe");
+    let mapped = users.and_then(|users| host::bind_mapped(&probe, &probe, users.as_fd(), false));
+    let mapped = mapped.inspect_err(|error| eprintln!("skipped: {}", crate::error::chain(error)));
+    mapped.is_ok()
+}
+
+/// The layers' files are root's, and the container's root is user 100000 here.
+#[test]
+fn overlay_of_layers_with_mapped_owners() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let lower = layers_on_tmpfs(&host, 2, |n| n.to_string()).join(":");
+    let layers = host.path("layers");
+    if !can_map(&layers) {
+        return;
+    }
+    for directory in ["upper", "work"] {
+        std::fs::create_dir(layers.join(directory)).unwrap();
+    }
+    let mount = overlay_mount(vec![
+        format!("workdir={}", layers.join("work").display()),
+        format!("upperdir={}", layers.join("upper").display()),
+        format!("lowerdir={lower}"),
+        "uidmap=0:100000:65536".into(),
+        "gidmap=0:200000:65536".into(),
+    ]);
+    let shared = host.path("shared");
+
+    prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared).unwrap();
+
+    let root = shared.join("c1/rootfs");
+    let file = std::fs::metadata(root.join("file1")).unwrap();
+    assert_eq!((file.uid(), file.gid()), (100_000, 200_000));
+    std::fs::write(root.join("file1"), "new").unwrap();
+    let copy = std::fs::metadata(layers.join("upper/file1")).unwrap();
+    assert_eq!((copy.uid(), copy.gid()), (100_000, 200_000));
+    release(&shared, "c1").unwrap();
+    assert!(!shared.join("c1").exists());
 }
 
 /// An EROFS image of one file, or none without mkfs.erofs.

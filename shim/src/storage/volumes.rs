@@ -20,12 +20,14 @@ mod share;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
 use nacre_protocol::guest::{SHARED_DIR, VOLUMES_DIR};
+use nacre_protocol::idmap::IdMaps;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Mount, Spec};
 use sha2::{Digest, Sha256};
@@ -81,6 +83,7 @@ pub(super) fn translate(
 ) -> Result<Volumes, StorageError> {
     let container = Container {
         id: container_id,
+        spec,
         shared_root,
     };
     let mut ways = Vec::new();
@@ -121,14 +124,12 @@ enum Way {
 
 struct Container<'a> {
     id: &'a str,
+    spec: &'a Spec,
     shared_root: &'a Path,
 }
 
 impl Container<'_> {
     fn way(&self, mount: &Mount, copied_bytes: &mut u64) -> Result<Way, StorageError> {
-        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-            return Err(self.refuse(mount, "has an id mapping, which virtio-fs cannot carry"));
-        }
         if has_option(mount, &["shared", "rshared"]) {
             let reason = "is to show the host what the container mounts, which another \
                           kernel cannot (mount propagation Bidirectional)";
@@ -229,6 +230,14 @@ impl Container<'_> {
     ) -> Result<(), StorageError> {
         let own_path = |kind: &str| container_dir(self.id).join(kind).join(index.to_string());
         let mut options = guest_options(mount);
+        let mut guest = mount.clone();
+        // The guest maps the owners of its own files. It could not those of the
+        // host's (virtio-fs): they come to it mapped.
+        let maps = IdMaps::of_mount(mount, self.spec);
+        if matches!(way, Way::ShareFile | Way::ShareDir) {
+            options.retain(|option| option != "idmap" && option != "ridmap");
+            guest.set_uid_mappings(None).set_gid_mappings(None);
+        }
         let source = match way {
             Way::Guest => {
                 volumes.mounts.push(mount.clone());
@@ -267,7 +276,7 @@ impl Container<'_> {
             }
             Way::ShareFile => {
                 volumes.shared = true;
-                self.share_file(mount, index)?
+                self.share_file(mount, index, maps.as_ref())?
             }
             Way::ShareDir => {
                 volumes.shared = true;
@@ -275,11 +284,12 @@ impl Container<'_> {
                     source: source_of(mount),
                     read_only: is_read_only(mount),
                     receives_mounts: has_option(mount, &["slave", "rslave"]),
+                    maps: maps.as_ref(),
+                    map_all: has_option(mount, &["ridmap"]),
                 };
-                dir.share(self.shared_root)?
+                dir.share(self.shared_root, self.id)?
             }
         };
-        let mut guest = mount.clone();
         guest
             .set_typ(Some("bind".into()))
             .set_source(Some(source))
@@ -308,14 +318,27 @@ impl Container<'_> {
 
     /// Bind-mounts a file into the shared directory; returns where the guest
     /// sees it.
-    fn share_file(&self, mount: &Mount, index: usize) -> Result<PathBuf, StorageError> {
+    fn share_file(
+        &self,
+        mount: &Mount,
+        index: usize,
+        maps: Option<&IdMaps>,
+    ) -> Result<PathBuf, StorageError> {
         let place = Path::new(self.id).join("mounts").join(index.to_string());
         let target = self.shared_root.join(&place);
         if let Some(parent) = target.parent() {
             host::make_dir(parent)?;
         }
         host::make_file(&target)?;
-        host::bind(source_of(mount), &target, is_read_only(mount))?;
+        let (source, read_only) = (source_of(mount), is_read_only(mount));
+        match maps {
+            None => host::bind(source, &target, read_only)?,
+            Some(maps) => {
+                let users = host::users(maps, self.id)?;
+                host::bind_mapped(source, &target, users.as_fd(), false)?;
+                host::confine(&target, read_only, true)?;
+            }
+        }
         Ok(Path::new(SHARED_DIR).join(place))
     }
 

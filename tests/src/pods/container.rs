@@ -75,10 +75,17 @@ impl<'p, 's> ContainerManifest<'p, 's> {
     }
 
     fn mount_as(mut self, host: &Path, container: &str, readonly: bool) -> Self {
+        // kubelet has volumes follow the pod's users.
+        let users = self.linux().security_context.as_ref();
+        let users = users.and_then(|security| security.namespace_options.as_ref());
+        let users = users.and_then(|options| options.userns_options.clone());
+        let users = users.unwrap_or_default();
         self.config.mounts.push(Mount {
             container_path: container.into(),
             host_path: host.display().to_string(),
             readonly,
+            uid_mappings: users.uids,
+            gid_mappings: users.gids,
             ..Default::default()
         });
         self

@@ -78,6 +78,23 @@ impl<'s> PodManifest<'s> {
         self.namespaces(|options| options.pid = NamespaceMode::Pod.into())
     }
 
+    /// `hostUsers: false`, with its users from `first` on of the host's.
+    #[must_use]
+    pub fn own_users(self, first: u32) -> Self {
+        let ids = vec![IdMapping {
+            host_id: first,
+            container_id: 0,
+            length: 65536,
+        }];
+        self.namespaces(|options| {
+            options.userns_options = Some(UserNamespace {
+                mode: NamespaceMode::Pod.into(),
+                uids: ids.clone(),
+                gids: ids,
+            });
+        })
+    }
+
     /// With a privileged container among its own.
     #[must_use]
     pub fn privileged(mut self) -> Self {

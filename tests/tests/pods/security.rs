@@ -1,5 +1,8 @@
 //! Security contexts.
 
+use std::fs;
+use std::os::unix::fs::{MetadataExt, chown};
+
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
 use nacre_tests::pods::PodScene;
 
@@ -168,4 +171,37 @@ fn host_namespaces_are_refused() {
         let refused = pod.try_run().err().unwrap();
         assert!(refused.message().contains(what), "{refused}");
     }
+}
+
+/// `hostUsers: false`: root in the container is nobody in its machine, and owns what
+/// the host's root owns of its volumes.
+#[test]
+fn users_of_the_pod_s_own() {
+    let scene = PodScene::new();
+    let volume = scene.directory("volume");
+    fs::write(volume.join("theirs"), "x").unwrap();
+    chown(volume.join("theirs"), Some(33), Some(44)).unwrap();
+    let pod = scene.pod("mapped").own_users(1_000_000).run();
+    let container = pod
+        .container("root", SLEEP)
+        .mount(&volume, "/volume")
+        .start();
+    container
+        .sh("id -u; tr -s ' ' < /proc/self/uid_map; stat -c '%u %g' /bin /volume/theirs")
+        .prints("0\n 0 1000000 65536\n0 0\n33 44\n");
+    container
+        .sh("touch /file /volume/new && chown 5:6 /volume/new && stat -c %u /file")
+        .prints("0\n");
+    let new = fs::metadata(volume.join("new")).unwrap();
+    assert_eq!((new.uid(), new.gid()), (5, 6));
+    // The guest's kernel is out of reach of who is root in it by name only.
+    container
+        .sh("echo 1 > /proc/sysrq-trigger")
+        .exits(1)
+        .complains(&["Permission denied"]);
+    let user = pod
+        .container("user", &["id", "-u"])
+        .run_as(1000, 1000)
+        .run();
+    user.exits(0).prints("1000\n");
 }

@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::agent;
 use nacre_protocol::guest::SHARED_DIR;
+use nacre_protocol::idmap::IdMaps;
 use nacre_protocol::vm::MAX_PARTITIONS;
 use sha2::{Digest, Sha256};
 
@@ -23,8 +25,14 @@ impl Source {
         match self {
             Self::Host(mounts) => share(mounts, container_id, shared_root),
             Self::Layers { images, upper } => layers(images, upper, container_id),
-            Self::HostLayers { images, options } => {
-                share_layers(images, options, container_id, shared_root)
+            Self::HostLayers {
+                images,
+                options,
+                maps,
+            } => {
+                let layers = mount_images(images, container_id, shared_root)?;
+                map(&layers, maps.as_ref(), container_id)?;
+                share_layers(&layers, options, container_id, shared_root)
             }
             Self::Image { path, read_only } => image(path, *read_only, container_id),
         }
@@ -40,9 +48,30 @@ fn share(
     host::make_dir(&target)?;
     for mount in mounts {
         match mount {
-            HostMount::Bind { source, read_only } => host::bind(source, &target, *read_only)?,
-            HostMount::Overlay { options } => {
-                host::overlay(&target, &host::Options::parse(options))?;
+            HostMount::Bind {
+                source,
+                read_only,
+                maps: None,
+            } => host::bind(source, &target, *read_only)?,
+            HostMount::Bind {
+                source,
+                read_only,
+                maps: Some(maps),
+            } => {
+                let users = host::users(maps, container_id)?;
+                host::bind_mapped(source, &target, users.as_fd(), false)?;
+                host::confine(&target, *read_only, true)?;
+            }
+            HostMount::Overlay {
+                options,
+                maps: None,
+            } => host::overlay(&target, &host::Options::parse(options))?,
+            HostMount::Overlay {
+                options,
+                maps: Some(maps),
+            } => {
+                let options = map_layers(options, maps, container_id, shared_root)?;
+                host::overlay(&target, &host::Options::parse(&options))?;
             }
         }
     }
@@ -60,28 +89,87 @@ fn shared(container_id: &str) -> Root {
     }
 }
 
-/// Mounts EROFS images below the container's shared directory, where `release`
-/// finds them, and an overlay over them.
-fn share_layers(
+/// An overlay's options with its layers replaced by copies whose owners are mapped.
+fn map_layers(
+    options: &[String],
+    maps: &IdMaps,
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<Vec<String>, StorageError> {
+    let users = host::users(maps, container_id)?;
+    let mut mapped = Vec::new();
+    for option in options {
+        let Some(lower) = option.strip_prefix("lowerdir=") else {
+            mapped.push(option.clone());
+            continue;
+        };
+        let mut layers = Vec::new();
+        for (number, layer) in (1..).zip(lower.split(':')) {
+            let place = layer_place(number, container_id, shared_root)?;
+            host::bind_mapped(Path::new(layer), &place, users.as_fd(), false)?;
+            host::confine(&place, true, true)?;
+            layers.push(text(&place));
+        }
+        mapped.push(format!("lowerdir={}", layers.join(":")));
+    }
+    Ok(mapped)
+}
+
+/// A directory for one layer below the container's shared directory, where
+/// `release` finds it.
+fn layer_place(
+    number: usize,
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<PathBuf, StorageError> {
+    let place = shared_root
+        .join(container_id)
+        .join(LAYERS_DIR)
+        .join(number.to_string());
+    host::make_dir(&place)?;
+    Ok(place)
+}
+
+/// Mounts EROFS images; returns where.
+fn mount_images(
     images: &[PathBuf],
+    container_id: &str,
+    shared_root: &Path,
+) -> Result<Vec<PathBuf>, StorageError> {
+    let mut places = Vec::new();
+    for (number, image) in (1..).zip(images) {
+        let place = layer_place(number, container_id, shared_root)?;
+        host::erofs(image, &place)?;
+        places.push(place);
+    }
+    Ok(places)
+}
+
+/// Has the owners of these mounts' files mapped, in their places.
+fn map(layers: &[PathBuf], maps: Option<&IdMaps>, container_id: &str) -> Result<(), StorageError> {
+    let Some(maps) = maps else { return Ok(()) };
+    let users = host::users(maps, container_id)?;
+    for layer in layers {
+        host::bind_mapped(layer, layer, users.as_fd(), false)?;
+    }
+    Ok(())
+}
+
+/// Shares an overlay of layers that the host has mounted, or the one without
+/// anything over it.
+fn share_layers(
+    layers: &[PathBuf],
     options: &[String],
     container_id: &str,
     shared_root: &Path,
 ) -> Result<Root, StorageError> {
-    let dir = shared_root.join(container_id);
-    let target = dir.join("rootfs");
+    let target = shared_root.join(container_id).join("rootfs");
     host::make_dir(&target)?;
-    if let ([image], []) = (images, options) {
-        host::erofs(image, &target)?;
+    if let ([layer], []) = (layers, options) {
+        host::bind(layer, &target, true)?;
         return Ok(shared(container_id));
     }
-    let mut lower = Vec::new();
-    for (number, image) in (1..).zip(images) {
-        let layer = dir.join(LAYERS_DIR).join(number.to_string());
-        host::make_dir(&layer)?;
-        host::erofs(image, &layer)?;
-        lower.push(text(&layer));
-    }
+    let lower: Vec<String> = layers.iter().map(|layer| text(layer)).collect();
     let mut options = options.to_vec();
     options.push(format!("lowerdir={}", lower.join(":")));
     host::overlay(&target, &host::Options::parse(&options))?;

@@ -27,7 +27,8 @@ fn no_mounts_means_the_specs_root() {
         source_of(&[]).unwrap(),
         Source::Host(vec![HostMount::Bind {
             source: "/bundle/rootfs".into(),
-            read_only: false
+            read_only: false,
+            maps: None,
         }])
     );
 }
@@ -43,7 +44,8 @@ fn overlay_of_plain_directories_is_mounted_on_the_host() {
     assert_eq!(
         source,
         Source::Host(vec![HostMount::Overlay {
-            options: options.map(str::to_owned).into()
+            options: options.map(str::to_owned).into(),
+            maps: None,
         }])
     );
 }
@@ -181,6 +183,7 @@ fn running_vm_gets_raw_layers_by_the_host() {
         Source::HostLayers {
             images: vec!["/s/9/layer.erofs".into(), "/s/8/layer.erofs".into()],
             options: vec!["upperdir=/s/10/fs".into()],
+            maps: None,
         }
     );
     mounts[2].options[0] = "upperdir={{ mount 0 }}/upper".into();
@@ -289,6 +292,74 @@ fn image_that_was_cut_to_nothing_is_named() {
     let error = crate::error::chain(&error.unwrap());
     assert!(
         error.contains("layer.erofs") && error.contains("3 bytes"),
+        "{error}"
+    );
+}
+
+/// The mappings containerd puts among an overlay's options are for its layers.
+#[test]
+fn mappings_are_taken_from_the_options() {
+    let options = |uidmap: &str| {
+        let uidmap = format!("uidmap={uidmap}");
+        [mount(
+            "overlay",
+            "overlay",
+            &["lowerdir=/s/1/fs:/s/2/fs", &uidmap, "gidmap=0:7:9"],
+        )]
+    };
+    let source = source_of(&options("0:100000:65536,70000:5:1")).unwrap();
+    let Source::Host(mounts) = source else {
+        panic!("{source:?}");
+    };
+    let [
+        HostMount::Overlay {
+            options: rest,
+            maps: Some(maps),
+        },
+    ] = mounts.as_slice()
+    else {
+        panic!("{mounts:?}");
+    };
+    assert_eq!(rest, &["lowerdir=/s/1/fs:/s/2/fs"]);
+    assert_eq!(
+        (maps.uid(1), maps.uid(70_000), maps.gid(8)),
+        (Some(100_001), Some(5), Some(15))
+    );
+    for bad in ["", "0:1", "0:1:2:3", "x:1:2", "0:1:2,"] {
+        let error = source_of(&options(bad)).unwrap_err();
+        assert!(
+            matches!(error, StorageError::RootfsOption { .. }),
+            "{bad}: {error}"
+        );
+    }
+}
+
+/// Their upper directory is the host's, with owners that are theirs.
+#[test]
+fn users_of_their_own_have_their_layers_mounted_by_the_host() {
+    let linux = json!({"namespaces": [{"type": "user"}]});
+    let spec = json!({"ociVersion": "1.1.0", "linux": linux});
+    let spec: Spec = serde_json::from_value(spec).unwrap();
+    let of = |mounts: &[Mount]| Source::of(Path::new("/b"), "c1", mounts, &spec, true);
+    let overlay = |upper: &str| {
+        let options = [
+            "lowerdir={{ overlay 0 0 }}",
+            upper,
+            "uidmap=0:1:2",
+            "gidmap=0:1:2",
+        ];
+        let layer = mount("erofs", "/s/8/layer.erofs", &["ro"]);
+        [layer, mount("format/mkdir/overlay", "overlay", &options)]
+    };
+    let source = of(&overlay("upperdir=/s/9/fs")).unwrap();
+    assert!(
+        matches!(&source, Source::HostLayers { maps: Some(_), options, .. }
+            if options == &["upperdir=/s/9/fs"]),
+        "{source:?}"
+    );
+    let error = of(&overlay("upperdir={{ mount 0 }}/upper")).unwrap_err();
+    assert!(
+        error.to_string().contains("overlayfs snapshotter"),
         "{error}"
     );
 }

@@ -142,6 +142,91 @@ fn a_directory_is_shared_once_for_the_pod() {
     }
 }
 
+/// Files of the host come to the guest with their owners mapped; those the guest
+/// holds itself it maps, too.
+#[test]
+fn owners_of_volumes_are_mapped() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let data = host.path("theirs");
+    tmpfs(&data, "mode=755");
+    if !can_map(&data) {
+        return;
+    }
+    std::fs::write(data.join("file"), "").unwrap();
+    std::os::unix::fs::chown(data.join("file"), Some(33), Some(44)).unwrap();
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let mapped = |source: &Path, destination: &str, options: &[&str]| {
+        let mut mount = bind(source, destination, options);
+        mount["uidMappings"] = map.clone();
+        mount["gidMappings"] = map.clone();
+        mount
+    };
+    let plain = host.path("data");
+    std::fs::write(host.path("hosts"), "").unwrap();
+    let mounts = json!([
+        mapped(&data.join("file"), "/file", &["rw"]),
+        mapped(&host.path("hosts"), "/etc/hosts", &["rw"]),
+        bind(&plain, "/plain", &["rw"]),
+    ]);
+    let prepared = host.prepare(&mounts).unwrap();
+
+    let sources = sources(&prepared);
+    let file = std::fs::metadata(host.shared(&sources[0])).unwrap();
+    assert_eq!((file.uid(), file.gid()), (100_033, 100_044));
+    std::fs::write(host.shared(&sources[0]), "x").unwrap();
+    let mounts = prepared.guest_spec.mounts().as_ref().unwrap();
+    let has_maps = |index: usize| mounts[index].uid_mappings().is_some();
+    assert_eq!(
+        (has_maps(0), has_maps(1), has_maps(2)),
+        (false, true, false)
+    );
+    release(&host.path("shared"), "c1").unwrap();
+}
+
+/// As one container has a directory mapped, another may have it as it is.
+#[test]
+fn a_directory_is_shared_once_for_each_mapping() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let data = host.path("mapped");
+    tmpfs(&data, "mode=755");
+    if !can_map(&data) {
+        return;
+    }
+    std::fs::write(data.join("file"), "").unwrap();
+    let of = |id: &str, first: Option<u32>| {
+        let mut mount = bind(&data, "/data", &["rw", "idmap"]);
+        if let Some(first) = first {
+            let map = json!([{"containerID": 0, "hostID": first, "size": 10}]);
+            mount["uidMappings"] = map.clone();
+            mount["gidMappings"] = map;
+        }
+        let spec = spec(&json!([mount]));
+        let rootfs = [bind_mount(&host.path("snapshot"))];
+        let shared = host.path("shared");
+        let prepared = prepare(host.0.path(), id, &rootfs, &spec, &shared).unwrap();
+        assert!(!options(&prepared, 0).contains(&"idmap".to_owned()));
+        let source = sources(&prepared).remove(0);
+        let owner = std::fs::metadata(host.shared(&source).join("file"))
+            .unwrap()
+            .uid();
+        (source, owner)
+    };
+    let first = of("c1", Some(5000));
+    assert_eq!(first.1, 5000);
+    assert_eq!(of("c2", Some(5000)), first);
+    assert_eq!(of("c3", Some(6000)).1, 6000);
+    assert_eq!(of("c4", None).1, 0);
+    for id in ["c1", "c2", "c3", "c4"] {
+        release(&host.path("shared"), id).unwrap();
+    }
+}
+
 #[test]
 fn later_mounts_of_the_host_arrive_if_asked_for() {
     if !own_mounts() {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{NamespaceOption, PodSandboxConfig};
+use super::{IdMapping, NamespaceOption, PodSandboxConfig};
 
 /// `runtime.v1.MountPropagation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
@@ -43,6 +43,10 @@ pub struct Mount {
     pub readonly: bool,
     #[prost(enumeration = "MountPropagation", tag = "5")]
     pub propagation: i32,
+    #[prost(message, repeated, tag = "6")]
+    pub uid_mappings: Vec<IdMapping>,
+    #[prost(message, repeated, tag = "7")]
+    pub gid_mappings: Vec<IdMapping>,
     #[prost(bool, tag = "8")]
     pub recursive_read_only: bool,
 }
