@@ -81,7 +81,8 @@ e2e: stage stage-boot
 	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
 
 # What is to be passed to pods, in a lab that has it: tests/tests/devices/main.rs says
-# what is where. DEVICES='name' runs the tests that match.
+# what is where. The monitor's own tests come last: they leave devices with vfio-pci.
+# DEVICES='name' runs the tests that match.
 DEVICES_DISK := target/devices-disk.img
 nvme = -drive if=none,id=$(1),format=raw,snapshot=on,file=$(DEVICES_DISK) -device nvme,drive=$(1),serial=$(1),$(2)
 DEVICES_QEMU := \
@@ -89,13 +90,17 @@ DEVICES_QEMU := \
   -device pcie-root-port,id=port2,chassis=2,addr=0x11 -device x3130-upstream,id=switch,bus=port2 \
   -device xio3130-downstream,id=port3,chassis=3,bus=switch $(call nvme,switched,bus=port3) \
   $(call nvme,first,addr=0x12.0),multifunction=on $(call nvme,second,addr=0x12.1) \
-  -device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=128G,addr=0x14 \
+  -device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14 \
   -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
-devices: stage
+devices: stage stage-boot
 	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
+	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
+	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@truncate -s 64M $(DEVICES_DISK)
-	@$(IN_LAB) run --timeout 1200 --iommu $(foreach argument,$(DEVICES_QEMU),--qemu $(argument)) $(STAGE) -- \
-	  nacre-devices --test-threads=1 $(DEVICES)
+	@$(IN_LAB) run --timeout 1800 --iommu $(foreach argument,$(DEVICES_QEMU),--qemu $(argument)) $(STAGE) -- \
+	  bash -c 'nacre-devices --test-threads=1 $(DEVICES) && \
+	    nacre-vmm-tests --test-threads=1 $(or $(DEVICES),passthrough vfio:: vm::) && \
+	    nacre-e2e --test-threads=1 $(or $(DEVICES),devices::)'
 
 test: lint unit e2e
 

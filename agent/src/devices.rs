@@ -1,5 +1,6 @@
-//! Block devices of the host that a container gets: disks of the machine, as nodes
-//! with this kernel's numbers.
+//! Devices of the host that a container gets: block devices, which are disks of the
+//! machine, and PCI devices with what their drivers made of them ([`crate::pci`]). Either
+//! are nodes with this kernel's numbers, and rules that allow them.
 //!
 //! Below /dev, which is the container's own, the node is made by the container's
 //! first process as all others are. Elsewhere it would lie on the container's root
@@ -17,8 +18,8 @@ use oci_spec::runtime::{
     LinuxDeviceType, Mount, Spec,
 };
 
-use crate::disk;
 use crate::error::{Context, Error, Result};
+use crate::{disk, pci};
 
 /// Below the container's directory.
 const DIRECTORY: &str = "devices";
@@ -37,14 +38,42 @@ pub async fn add(spec: &mut Spec, dir: &Path, devices: &[BlockDevice]) -> Result
             return Err(Error::Internal(format!("{} is no disk", disk.display())));
         }
         let number = node.rdev();
-        add_rule(spec, device, number)?;
+        let listed = node_of(device, number)?;
+        add_rule(spec, &listed, &device.access)?;
         if Path::new(&device.path).starts_with("/dev") {
-            add_node(spec, device, number)?;
+            add_node(spec, listed);
         } else {
             let node = dir.join(DIRECTORY).join(index.to_string());
             make_node(&node, device, number).with_context(|| format!("make {}", device.path))?;
             add_mount(spec, device, node);
         }
+    }
+    Ok(())
+}
+
+/// Adds nodes and rules of PCI devices to the specification, once they are there.
+///
+/// # Errors
+///
+/// `InvalidArgument` for a node that the specification has already, those of
+/// [`pci::nodes`].
+pub async fn add_pci(spec: &mut Spec, addresses: &[String]) -> Result<()> {
+    for address in addresses {
+        add_nodes(spec, address, pci::nodes(address).await?)?;
+    }
+    Ok(())
+}
+
+fn add_nodes(spec: &mut Spec, address: &str, nodes: Vec<LinuxDevice>) -> Result<()> {
+    for node in nodes {
+        let mut listed = linux(spec).devices().clone().into_iter().flatten();
+        if listed.any(|other| other.path() == node.path()) {
+            let path = node.path().display();
+            let text = format!("{path} is a node of PCI device {address} and of another device");
+            return Err(Error::InvalidArgument(text));
+        }
+        add_rule(spec, &node, "rwm")?;
+        add_node(spec, node);
     }
     Ok(())
 }
@@ -61,27 +90,26 @@ fn numbers(number: u64) -> (i64, i64) {
 }
 
 fn invalid(error: &dyn std::fmt::Display) -> Error {
-    Error::InvalidArgument(format!("block device: {error}"))
+    Error::InvalidArgument(format!("device: {error}"))
 }
 
-fn rule_of(device: &BlockDevice, number: u64) -> Result<LinuxDeviceCgroup> {
-    let (major, minor) = numbers(number);
+fn rule_of(node: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgroup> {
     LinuxDeviceCgroupBuilder::default()
         .allow(true)
-        .typ(LinuxDeviceType::B)
-        .major(major)
-        .minor(minor)
-        .access(device.access.clone())
+        .typ(node.typ())
+        .major(node.major())
+        .minor(node.minor())
+        .access(access.to_owned())
         .build()
         .map_err(|error| invalid(&error))
 }
 
 /// Rules of the specification are followed from the last one back.
-fn add_rule(spec: &mut Spec, device: &BlockDevice, number: u64) -> Result<()> {
+fn add_rule(spec: &mut Spec, node: &LinuxDevice, access: &str) -> Result<()> {
     let mut linux = linux(spec);
     let mut resources = linux.resources().clone().unwrap_or_default();
     let mut rules = resources.devices().clone().unwrap_or_default();
-    rules.push(rule_of(device, number)?);
+    rules.push(rule_of(node, access)?);
     resources.set_devices(Some(rules));
     linux.set_resources(Some(resources));
     spec.set_linux(Some(linux));
@@ -102,13 +130,12 @@ fn node_of(device: &BlockDevice, number: u64) -> Result<LinuxDevice> {
         .map_err(|error| invalid(&error))
 }
 
-fn add_node(spec: &mut Spec, device: &BlockDevice, number: u64) -> Result<()> {
+fn add_node(spec: &mut Spec, node: LinuxDevice) {
     let mut linux = linux(spec);
     let mut devices = linux.devices().clone().unwrap_or_default();
-    devices.push(node_of(device, number)?);
+    devices.push(node);
     linux.set_devices(Some(devices));
     spec.set_linux(Some(linux));
-    Ok(())
 }
 
 fn make_node(path: &Path, device: &BlockDevice, number: u64) -> std::io::Result<()> {
@@ -158,8 +185,9 @@ mod tests {
         }))
         .unwrap();
         let number = libc::makedev(254, 16);
-        add_rule(&mut spec, &device("/dev/xvda"), number).unwrap();
-        add_node(&mut spec, &device("/dev/xvda"), number).unwrap();
+        let node = node_of(&device("/dev/xvda"), number).unwrap();
+        add_rule(&mut spec, &node, "rm").unwrap();
+        add_node(&mut spec, node);
         let spec = serde_json::to_value(&spec).unwrap();
         assert_eq!(
             spec["linux"]["resources"]["devices"][1],
@@ -170,6 +198,24 @@ mod tests {
             json!([{"path": "/dev/xvda", "type": "b", "major": 254, "minor": 16,
                     "fileMode": 0o640, "uid": 5, "gid": 6}])
         );
+    }
+
+    #[test]
+    fn nodes_of_pci_devices_are_listed_and_allowed() {
+        let mut disk = device("/dev/nvme0n1");
+        disk.mode = 0o660;
+        let node = node_of(&disk, libc::makedev(259, 0)).unwrap();
+        let spec = json!({"ociVersion": "1.1.0", "linux": {}});
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        add_nodes(&mut spec, "0000:01:00.0", vec![node.clone()]).unwrap();
+        let json = serde_json::to_value(&spec).unwrap();
+        assert_eq!(json["linux"]["devices"][0]["path"], "/dev/nvme0n1");
+        assert_eq!(
+            json["linux"]["resources"]["devices"],
+            json!([{"allow": true, "type": "b", "major": 259, "minor": 0, "access": "rwm"}])
+        );
+        let error = add_nodes(&mut spec, "0000:02:00.0", vec![node]).unwrap_err();
+        assert!(error.full().contains("0000:02:00.0"), "{}", error.full());
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //!   stdio.rs, streams.rs   pipes and terminals <-> vsock connections
 //!   storage.rs, disk.rs, mount.rs, network.rs   what a pod brings along
 //!   volumes/   directories its containers share
-//!   devices.rs block devices of the host, uevent.rs the kernel's word that they are there
+//!   devices.rs block devices of the host and PCI devices (pci.rs) as nodes, uevent.rs the
+//!              kernel's word that they are there
 //!   forward.rs connections to the pod's loopback from the host
 //!   hugepages.rs  the pool of huge pages that containers may use
 //!   pids.rs    the PID namespace that containers of a pod share
@@ -39,6 +40,7 @@ pub mod io;
 pub mod log;
 pub mod mount;
 pub mod network;
+pub mod pci;
 pub mod pids;
 pub mod reaper;
 pub mod sandbox;

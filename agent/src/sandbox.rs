@@ -206,6 +206,7 @@ impl Sandbox {
             volumes::bind_subpath(&dir, subpath)?;
         }
         devices::add(&mut spec, &dir, &request.block_devices).await?;
+        devices::add_pci(&mut spec, &request.pci_devices).await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;

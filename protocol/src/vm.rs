@@ -204,6 +204,12 @@ pub struct Passthrough {
     pub devices: Vec<PciDevice>,
 }
 
+/// Where the guest finds a device, by its position in [`Passthrough::devices`].
+#[must_use]
+pub fn guest_address(position: usize) -> String {
+    format!("0000:{:02x}:00.0", position + 1)
+}
+
 /// One address space for all of a pod's devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Iommu {
@@ -227,4 +233,15 @@ pub struct PciDevice {
     /// The VFIO device: from its group (`VFIO_GROUP_GET_DEVICE_FD`), or
     /// `/dev/vfio/devices/vfioN` as opened.
     pub device: FdIndex,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buses_are_counted_in_hexadecimal() {
+        assert_eq!(guest_address(0), "0000:01:00.0");
+        assert_eq!(guest_address(15), "0000:10:00.0");
+    }
 }

@@ -50,7 +50,6 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::HostNetwork { .. }
         | SandboxError::HostNamespace { .. }
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
-        SandboxError::NoPassthrough { .. } => Code::UNIMPLEMENTED,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
@@ -58,9 +57,11 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
+        | SandboxError::OpenDevices { .. }
         | SandboxError::NoSlot { .. }
         | SandboxError::NotBooted { .. }
-        | SandboxError::TooLarge { .. } => Code::FAILED_PRECONDITION,
+        | SandboxError::TooLarge { .. }
+        | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)

@@ -17,6 +17,7 @@
 //! [`Machine`] and an agent.
 
 mod cmdline;
+mod error;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -33,7 +34,6 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
-use nacre_protocol::hook::HookError;
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
@@ -42,175 +42,18 @@ use tracing::{info, warn};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
-use crate::cgroup::{CgroupError, Limits};
-use crate::config::ConfigError;
-use crate::devices::{AssignedDevice, ClaimError, RequestError};
+use crate::cgroup::Limits;
+use crate::devices::request;
 use crate::machine::{Machine, MachineError, Stop};
-use crate::network::NetworkError;
-use crate::rundir::RunDirError;
+use crate::oci::kubernetes;
 use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
-use crate::task::agent_message;
-use crate::virtiofsd::VirtiofsdError;
 
+pub use error::SandboxError;
 use slots::Slots;
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-
-/// Errors of a sandbox.
-#[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
-    /// The pod wants the host's network, which a VM cannot be in.
-    #[error(
-        "container {container_id} asks for the host's network, which a virtual machine cannot \
-         share; give it a network namespace (hostNetwork: false, no --net-host)"
-    )]
-    HostNetwork {
-        /// The container that asked.
-        container_id: String,
-    },
-    /// The pod wants a namespace of the host, which a VM cannot be in.
-    #[error(
-        "pod {sandbox_id} asks for {what}, which a virtual machine cannot have: it runs a kernel \
-         of its own"
-    )]
-    HostNamespace {
-        /// The pod that asked.
-        sandbox_id: String,
-        /// For what, in the words of a pod's specification.
-        what: &'static str,
-    },
-    /// The request makes no sense.
-    #[error("{0}")]
-    Invalid(String),
-    /// A container needs what its pod's machine was not built with.
-    #[error(
-        "container {container_id} needs {what}, which the pod's running virtual machine was \
-         built without"
-    )]
-    NoHotplug {
-        /// The container.
-        container_id: String,
-        /// What is missing.
-        what: &'static str,
-    },
-    /// The devices a container asks for cannot be had.
-    #[error("container {container_id}: the devices it asks for")]
-    Devices {
-        /// The container.
-        container_id: String,
-        /// Why.
-        source: RequestError,
-    },
-    /// Another pod has a device.
-    #[error("container {container_id}: the devices it asks for")]
-    Claim {
-        /// The container.
-        container_id: String,
-        /// Which, and whose it is.
-        source: ClaimError,
-    },
-    /// A machine can be given no devices.
-    #[error(
-        "container {container_id} asks for {devices}; this version of nacre finds and reserves \
-         such devices but cannot yet pass them to a virtual machine"
-    )]
-    NoPassthrough {
-        /// The container.
-        container_id: String,
-        /// Their addresses.
-        devices: String,
-    },
-    /// All disks for block devices are in use.
-    #[error(
-        "container {container_id} needs a block device, and the pod's virtual machine has no \
-         empty disk left of the {count} it was made with: raise pod_disks in nacre.toml"
-    )]
-    NoSlot {
-        /// The container.
-        container_id: String,
-        /// How many there are.
-        count: usize,
-    },
-    /// A second container came before the first was started.
-    #[error(
-        "container {container_id} joins a pod whose virtual machine boots with the start of its \
-         first container: start that one first"
-    )]
-    NotBooted {
-        /// The container that came.
-        container_id: String,
-    },
-    /// The containers may use more memory than the machine can have.
-    #[error(
-        "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
-         machine can have at most {limit_mib}"
-    )]
-    TooLarge {
-        /// What it would have to be.
-        wanted_mib: u32,
-        /// What it can be.
-        limit_mib: u32,
-    },
-    /// The guest does not use the memory it was given.
-    #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
-    NotGrown {
-        /// What it was given.
-        wanted_mib: u32,
-        /// What it uses.
-        has_mib: u32,
-    },
-    /// The machine failed.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// The agent refused.
-    #[error("guest: {what}: {}", agent_message(answer))]
-    Agent {
-        /// What was asked of it.
-        what: &'static str,
-        /// Its answer.
-        answer: ttrpc::Error,
-    },
-    /// The agent did not connect.
-    #[error(
-        "the guest's agent did not answer within {seconds} s of the start; debug_console = true \
-         shows the guest's console"
-    )]
-    AgentSilent {
-        /// The configured limit.
-        seconds: u64,
-    },
-    /// The sandbox was shut down.
-    #[error("the sandbox was shut down")]
-    Stopped,
-    /// A system call failed.
-    #[error("{what}")]
-    Io {
-        /// What was being done.
-        what: String,
-        /// The failure.
-        source: std::io::Error,
-    },
-    /// The run directory failed.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// The configuration is wrong.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The pod's network could not be set up.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// The pod's cgroup could not be set up.
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    /// The virtio-fs daemon could not be started.
-    #[error(transparent)]
-    Virtiofsd(#[from] VirtiofsdError),
-    /// A host hook failed.
-    #[error(transparent)]
-    Hook(#[from] HookError),
-}
 
 /// Those of containerd's APIs that make containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -265,20 +108,28 @@ impl Host {
         }
     }
 
-    /// The host's devices that a container asks for.
+    /// Where the guest of an open machine has the host's devices that a container asks
+    /// for. The sandbox container of a pod asks for others' sake.
     ///
     /// # Errors
     ///
-    /// `Devices`: what cannot be passed.
-    pub async fn devices(
+    /// `Devices`: what cannot be passed; `NoHotplug`: what is not the pod's.
+    pub async fn guest_devices(
         &self,
         config: &ContainerConfig,
-    ) -> Result<Vec<AssignedDevice>, SandboxError> {
-        match self {
-            Self::Vm(host) => host.devices(config).await,
-            #[cfg(test)]
-            Self::Fake(host) => host.devices(config),
+    ) -> Result<Vec<String>, SandboxError> {
+        if kubernetes::is_sandbox(&config.spec) {
+            return Ok(Vec::new());
         }
+        let (asked, pod_s) = match self {
+            Self::Vm(host) => (host.devices(config).await?, host.pod_devices()),
+            #[cfg(test)]
+            Self::Fake(host) => (host.devices(config)?, host.pod_devices()),
+        };
+        request::in_guest(&pod_s, &asked).ok_or_else(|| SandboxError::NoHotplug {
+            container_id: config.id.clone(),
+            what: "a device of the host",
+        })
     }
 
     /// Makes the machine for the pod's first container, not booted.
@@ -290,7 +141,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.open(config).await,
             #[cfg(test)]
-            Self::Fake(host) => Ok(host.open()),
+            Self::Fake(host) => host.open_for(config),
         }
     }
 
@@ -327,7 +178,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.boot(sandbox, config, prepared).await,
             #[cfg(test)]
-            Self::Fake(_) => crate::machine::fake::boot(sandbox).await,
+            Self::Fake(host) => host.boot(sandbox).await,
         }
     }
 
@@ -409,6 +260,8 @@ pub struct MemorySize {
     pub boot_mib: u32,
     /// What may be added.
     pub growth_mib: u32,
+    /// Devices of the host reach it: nothing may be.
+    pub is_pinned: bool,
 }
 
 /// What a machine was made with for containers that come later.
@@ -508,7 +361,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// `TooLarge`; `NotGrown`, with size and limits as they were; those of the
+    /// `TooLarge`, `Pinned`; `NotGrown`, with size and limits as they were; those of the
     /// machine and of `limit`.
     pub async fn resize(
         &self,
@@ -521,8 +374,15 @@ impl Sandbox {
         let MemorySize {
             boot_mib,
             growth_mib,
+            is_pinned,
         } = guest.memory;
         let growth = wanted_mib.saturating_sub(boot_mib);
+        if growth > 0 && is_pinned {
+            return Err(SandboxError::Pinned {
+                wanted_mib,
+                has_mib: boot_mib,
+            });
+        }
         if growth > growth_mib {
             return Err(SandboxError::TooLarge {
                 wanted_mib,

@@ -111,7 +111,7 @@ fn addresses() -> Vec<String> {
 }
 
 /// Programs of the tests, whose names resemble nacre's.
-const TESTS: [&str; 2] = ["nacre-e2e", "nacre-pods"];
+const TESTS: [&str; 3] = ["nacre-e2e", "nacre-pods", "nacre-devices"];
 
 /// Processes that belong to a runtime, by pid: others come and go.
 fn processes() -> Vec<String> {

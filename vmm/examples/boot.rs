@@ -11,13 +11,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 use std::process::ExitCode;
 
 use nacre_protocol::vm::StopReason;
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
-use nacre_vmm::vfio::open;
+use nacre_vmm::vfio::open::{self, DeviceNodes};
 use nacre_vmm::virtio::VirtioDevice;
 use nacre_vmm::virtio::block::{Backing, Block};
 use nacre_vmm::virtio::rng::Rng;
@@ -91,7 +92,12 @@ fn run(options: &Options) -> Result<Outcome, Error> {
     } else {
         open::by_groups
     };
-    let passthrough = (!options.devices.is_empty()).then(|| open(&options.devices));
+    let nodes = options
+        .devices
+        .iter()
+        .map(|address| DeviceNodes::of(address));
+    let nodes = nodes.collect::<io::Result<Vec<_>>>()?;
+    let passthrough = (!nodes.is_empty()).then(|| open(Path::new("/dev"), &nodes));
     let passthrough = passthrough.transpose()?;
     let ram = memory::allocate(options.memory_mib, false)?;
     let machine = Machine::new(Parts {

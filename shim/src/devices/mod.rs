@@ -6,7 +6,7 @@
 //! container created      request.rs: what its spec asks for (cdi.rs)           the shim, per container
 //!                        group.rs: each a whole IOMMU group, or a refusal
 //!                        claim.rs: for one pod at a time
-//!                        AssignedDevice: what the monitor needs to open
+//! machine booted         request.rs: opened, for the monitor
 //! ```
 //! What the kernel says of devices is read through [`System`] (`sysfs.rs`,
 //! `pci.rs`); `usage.rs` tells who on the host uses one. A device is the

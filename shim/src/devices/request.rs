@@ -16,6 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use nacre_protocol::vm::guest_address;
+use nacre_vmm::vfio::Passthrough;
+use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
 use oci_spec::runtime::{LinuxDevice, Spec};
 
 use super::pci::{Address, Function};
@@ -106,6 +109,30 @@ pub struct AssignedDevice {
     pub group_node: PathBuf,
     /// To be opened where the host has iommufd: its own.
     pub device_node: Option<PathBuf>,
+}
+
+/// Opens devices for a monitor.
+///
+/// # Errors
+///
+/// What cannot be opened, and why.
+pub fn open(system: &System, devices: &[AssignedDevice]) -> Result<Passthrough, OpenError> {
+    let nodes = devices.iter().map(|device| DeviceNodes {
+        address: device.address.to_string(),
+        group: device.group_node.clone(),
+        own: device.device_node.clone(),
+    });
+    open::by_any(&system.dev, &nodes.collect::<Vec<_>>())
+}
+
+/// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if
+/// one is not among them.
+pub fn in_guest(pod_s: &[AssignedDevice], asked: &[AssignedDevice]) -> Option<Vec<String>> {
+    let position = |device: &AssignedDevice| {
+        let same = |other: &AssignedDevice| other.address == device.address;
+        pod_s.iter().position(same).map(guest_address)
+    };
+    asked.iter().map(position).collect()
 }
 
 /// Whether a device node stands for a device that the machine is given as a whole, so

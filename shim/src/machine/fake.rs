@@ -34,6 +34,7 @@ const ROOM: Room = Room {
     memory: MemorySize {
         boot_mib: 256,
         growth_mib: 1024,
+        is_pinned: false,
     },
     disks: 2,
 };
@@ -209,6 +210,8 @@ pub struct FakeHost {
     pub journal: Journal,
     /// Where the host's devices are.
     pub system: System,
+    /// Those that its machine has.
+    devices: Mutex<Vec<AssignedDevice>>,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -223,6 +226,7 @@ impl FakeHost {
             debug_shell: None,
             journal: Journal::default(),
             system: System::default(),
+            devices: Mutex::default(),
             agent_exe: None,
             root: tempfile::tempdir().unwrap(),
         }
@@ -302,6 +306,17 @@ impl FakeHost {
         })
     }
 
+    /// Those that its machine has.
+    pub fn pod_devices(&self) -> Vec<AssignedDevice> {
+        lock(&self.devices).clone()
+    }
+
+    /// Starts an agent in a machine with the devices that a container asks for.
+    pub fn open_for(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+        *lock(&self.devices) = self.devices(config)?;
+        Ok(self.open())
+    }
+
     /// Starts an agent.
     pub fn open(&self) -> Sandbox {
         let machine = Arc::new(match &self.agent_exe {
@@ -311,12 +326,16 @@ impl FakeHost {
         *lock(&self.machine) = Some(machine.clone());
         Sandbox::new(machine)
     }
-}
 
-/// Attaches to a machine's agent.
-pub async fn boot(sandbox: &Sandbox) -> Result<(), SandboxError> {
-    let request = ConfigureSandboxRequest::default();
-    sandbox.attach(BOOT_TIMEOUT, &request, ROOM).await
+    /// Attaches to its agent.
+    pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        let mut room = ROOM;
+        if !self.pod_devices().is_empty() {
+            (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
+        }
+        let request = ConfigureSandboxRequest::default();
+        sandbox.attach(BOOT_TIMEOUT, &request, room).await
+    }
 }
 
 fn scripted_machine(journal: Journal) -> FakeMachine {

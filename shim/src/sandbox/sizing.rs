@@ -6,6 +6,7 @@
 //! are the pod's. No limit: the configured default.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
@@ -20,6 +21,10 @@ use crate::oci::kubernetes::{
 const GUEST_RESERVE_MIB: u64 = 64;
 /// The least a guest boots in.
 const MIN_MEMORY_MIB: u64 = 128;
+/// Pages for each page of the IOMMU's tables at worst: entries of 8 bytes.
+const PAGES_PER_TABLE: u64 = 512;
+/// What any host pins in a second, clearing the pages included.
+const PINNED_MIB_PER_SECOND: u32 = 512;
 /// As the configuration's own limits.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MAX_VCPUS: u64 = 64;
@@ -34,10 +39,21 @@ pub struct Size {
     pub memory_mib: u32,
     /// What may be added to it.
     pub growth_mib: u32,
+    /// Devices of the host reach it, so all of it is there from the start.
+    pub is_pinned: bool,
 }
 
-/// The size for a pod whose first container has `spec`.
-pub fn size_of(spec: &Spec, config: &Config) -> Size {
+/// What pinning a machine's memory may take.
+pub fn pin_time(size: Size) -> Duration {
+    if size.is_pinned {
+        Duration::from_secs(size.memory_mib.div_ceil(PINNED_MIB_PER_SECOND).into())
+    } else {
+        Duration::ZERO
+    }
+}
+
+/// The size for a pod whose first container has `spec`. `is_pinned`: it has devices.
+pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
     let empty = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&empty);
     let memory_mib = annotated(annotations, MEMORY)
@@ -55,17 +71,19 @@ pub fn size_of(spec: &Spec, config: &Config) -> Size {
     Size {
         vcpus,
         memory_mib,
-        growth_mib: growth_of(memory_mib, host_memory_mib(), config),
+        growth_mib: if is_pinned || config.hugepages {
+            0
+        } else {
+            growth_of(memory_mib, host_memory_mib())
+        },
+        is_pinned,
     }
 }
 
 /// What may be added to `memory_mib` on a host with `host_mib`: no machine gets
-/// larger than its host. Huge pages are taken when the machine is made: a machine
-/// on them keeps its size.
-fn growth_of(memory_mib: u32, host_mib: u32, config: &Config) -> u32 {
-    if config.hugepages {
-        return 0;
-    }
+/// larger than its host. Huge pages are taken when the machine is made, and so is memory
+/// that devices reach: such a machine keeps its size.
+fn growth_of(memory_mib: u32, host_mib: u32) -> u32 {
     let growth = host_mib.saturating_sub(memory_mib);
     growth - growth % GROWTH_STEP_MIB
 }
@@ -111,11 +129,22 @@ fn mib_for(bytes: u64) -> u32 {
 
 /// The host's limits for a pod with these containers and a machine of
 /// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
-/// is part of that. A container without a limit lifts that of the pod.
-pub fn host_limits(containers: &[Limits], memory_mib: u32, config: &Config) -> Limits {
+/// is part of that, but for a machine with devices: it fills its memory at once, and the
+/// IOMMU has page tables for it. A container without a limit lifts that of the pod.
+pub fn host_limits(
+    containers: &[Limits],
+    memory_mib: u32,
+    is_pinned: bool,
+    config: &Config,
+) -> Limits {
     let together = Limits::together(containers);
-    let mib = u64::from(memory_mib).saturating_sub(GUEST_RESERVE_MIB)
-        + u64::from(config.overhead_memory_mib);
+    let memory_mib = u64::from(memory_mib);
+    let mib = if is_pinned {
+        memory_mib + memory_mib.div_ceil(PAGES_PER_TABLE)
+    } else {
+        memory_mib.saturating_sub(GUEST_RESERVE_MIB)
+    };
+    let mib = mib + u64::from(config.overhead_memory_mib);
     Limits {
         memory_bytes: together.memory_bytes.map(|_| mib << 20),
         ..together
@@ -160,7 +189,7 @@ mod tests {
             .unwrap()
             .extend(value.as_object().unwrap().clone());
         let spec: Spec = serde_json::from_value(spec).unwrap();
-        let size = size_of(&spec, &Config::default());
+        let size = size_of(&spec, false, &Config::default());
         (size.vcpus, size.memory_mib)
     }
 
@@ -182,11 +211,41 @@ mod tests {
 
     #[test]
     fn machines_grow_up_to_the_host_s_size() {
-        let mut config = Config::default();
-        assert_eq!(growth_of(256, 1027, &config), 768);
-        assert_eq!(growth_of(512, 256, &config), 0);
+        assert_eq!(growth_of(256, 1027), 768);
+        assert_eq!(growth_of(512, 256), 0);
+    }
+
+    #[test]
+    fn what_is_there_from_the_start_keeps_its_size() {
+        let mut config = Config {
+            default_memory_mib: 128,
+            ..Config::default()
+        };
+        let spec = Spec::default();
+        let [free, pinned] = [false, true].map(|pinned| size_of(&spec, pinned, &config));
+        assert!(free.growth_mib > 0);
+        assert_eq!((pinned.growth_mib, pinned.is_pinned), (0, true));
         config.hugepages = true;
-        assert_eq!(growth_of(256, 1024, &config), 0);
+        assert_eq!(size_of(&spec, false, &config).growth_mib, 0);
+    }
+
+    #[test]
+    fn pinned_memory_is_counted_and_waited_for() {
+        let config = Config::default();
+        let limit = [Limits {
+            memory_bytes: Some(2000 << 20),
+            ..Limits::default()
+        }];
+        let bytes = |pinned| host_limits(&limit, 2064, pinned, &config).memory_bytes;
+        let overhead = u64::from(config.overhead_memory_mib);
+        assert_eq!(bytes(false), Some((2000 + overhead) << 20));
+        assert_eq!(bytes(true), Some((2064 + 5 + overhead) << 20));
+
+        let mut size = size_of(&Spec::default(), true, &config);
+        size.memory_mib = 64 << 10;
+        assert_eq!(pin_time(size), Duration::from_secs(128));
+        size.is_pinned = false;
+        assert_eq!(pin_time(size), Duration::ZERO);
     }
 
     #[test]
@@ -200,14 +259,14 @@ mod tests {
         let both = [limit(256), limit(512)];
         assert_eq!(memory_of(&both, &config), 832);
         let overhead = u64::from(config.overhead_memory_mib);
-        let host = host_limits(&both, 832, &config);
+        let host = host_limits(&both, 832, false, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
         assert_eq!(host.cpu, Some((100_000, 100_000)));
         let one_without = [limit(4), Limits::default()];
         let default = config.default_memory_mib;
         assert_eq!(memory_of(&one_without, &config), default);
         assert_eq!(
-            host_limits(&one_without, default, &config),
+            host_limits(&one_without, default, false, &config),
             Limits::default()
         );
         assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);

@@ -40,7 +40,7 @@ async fn guest_that_says_nothing_is_killed() {
 async fn guest_s_clock_is_kept_right() {
     let host = FakeHost::scripted();
     let sandbox = host.open();
-    crate::machine::fake::boot(&sandbox).await.unwrap();
+    host.boot(&sandbox).await.unwrap();
     let machine = lock(&host.machine).clone().unwrap();
     let watch = sandbox.watch(Duration::from_secs(1));
     tokio::pin!(watch);
@@ -58,7 +58,7 @@ async fn guest_that_hangs_is_killed_in_time() {
     let timeout = Duration::from_secs(2);
     let host = FakeHost::scripted();
     let sandbox = host.open();
-    crate::machine::fake::boot(&sandbox).await.unwrap();
+    host.boot(&sandbox).await.unwrap();
     let machine = lock(&host.machine).clone().unwrap();
     let watch = sandbox.watch(timeout);
     tokio::pin!(watch);
@@ -125,6 +125,7 @@ async fn guest_has_the_time_of_its_boot_to_be_set_up() {
         memory: MemorySize {
             boot_mib: 128,
             growth_mib: 0,
+            is_pinned: false,
         },
         disks: 0,
     };

@@ -8,6 +8,7 @@
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
 //! killed shim, can undo any prefix of it.
 
+mod boot;
 mod devices;
 
 use std::collections::HashMap;
@@ -22,18 +23,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nacre_protocol::agent::ConfigureSandboxRequest;
-use nacre_protocol::channel::FdList;
-use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, Nic, SharedDir, VmConfig};
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
-use super::sizing::{Size, host_limits, memory_of, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, cmdline, slots};
+use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
+use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
-use crate::devices::System;
+use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, VmMachine};
@@ -41,16 +39,15 @@ use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
 use crate::oci::{self, kubernetes};
 use crate::rundir::{Proc, RunDir, State};
-use crate::storage::{self, HostBacking, HostDisk, Prepared, StorageError};
+use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
+
+use boot::{BootConfig, BootFds};
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
 /// How long a killed monitor may take to be gone.
 const DEATH_WAIT: Duration = Duration::from_secs(2);
-/// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
-/// vCPUs do not wait for each other, up to what a disk can make use of.
-const MAX_DISK_QUEUES: u16 = 4;
 /// This very program, whatever happened to its file since it started.
 const SELF_EXE: &str = "/proc/self/exe";
 const GROUP: &str = "io.containerd.runc.v2.group";
@@ -64,6 +61,10 @@ struct Parts {
     netns: Option<NetNs>,
     /// As far as it is known.
     network: Option<PodNetwork>,
+    /// The host's devices that are the pod's, in the order of the machine's.
+    devices: Vec<AssignedDevice>,
+    /// What the memory of a pod with devices takes to be pinned, and to be given back.
+    pin_time: Duration,
     state: State,
 }
 
@@ -154,8 +155,7 @@ impl VmHost {
 
     async fn try_open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
         refuse_host_namespaces(&config.spec, &config.id)?;
-        let devices = self.claim_devices(config).await?;
-        devices::refuse(&devices, &config.id)?;
+        self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
@@ -207,12 +207,14 @@ impl VmHost {
         config: &ContainerConfig,
         prepared: &mut Prepared,
     ) -> Result<(), SandboxError> {
-        let size = size_of(&config.spec, &self.config);
-        info!(id = self.sandbox_id, ?size, "booting");
+        let size = self.size_of(&config.spec);
+        let pin_time = pin_time(size);
+        info!(id = self.sandbox_id, ?size, ?pin_time, "booting");
         let (machine, netns, network, uid) = {
             let mut parts = crate::task::lock(&self.parts);
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
+            parts.pin_time = pin_time;
             (machine, parts.netns.take(), parts.network.take(), uid)
         };
         let loopback = match &netns {
@@ -225,18 +227,18 @@ impl VmHost {
             (None, None) => return Err(SandboxError::Stopped),
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
-        let slots = self.slots_for(&config.spec, prepared);
-        let socket = shares.then(|| self.start_virtiofsd()).transpose()?;
-        let fds = BootFds {
-            kvm: open(Path::new("/dev/kvm"), true)?,
-            kernel: open(&self.config.kernel, false)?,
-            initrd: open(&self.config.initrd, false)?,
-            console: self.open_console()?,
-            disks: std::mem::take(&mut prepared.disks),
-            slots,
-            socket,
+        let fds = self.boot_fds(config, prepared, shares).await?;
+        let slots = fds.slots;
+        let boot = BootConfig {
+            sandbox_id: &self.sandbox_id,
+            network: &network,
+            size,
+            hugepages: self.config.hugepages,
+            uid,
         };
-        self.send_boot(&machine, &fds, &network, size, uid).await?;
+        fds.send(&machine, &boot).await?;
+        // What the monitor alone has, the kernel frees with it.
+        drop(fds);
         if let Some(loopback) = loopback {
             tokio::spawn(loopback.serve(machine));
         }
@@ -250,15 +252,34 @@ impl VmHost {
             sysctls: sysctls(&config.spec),
             ..Default::default()
         };
-        let timeout = Duration::from_secs(self.config.boot_timeout_seconds);
+        let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
         let room = Room {
             memory: MemorySize {
                 boot_mib: size.memory_mib,
                 growth_mib: size.growth_mib,
+                is_pinned: size.is_pinned,
             },
             disks: slots,
         };
         sandbox.attach(timeout, &request, room).await
+    }
+
+    async fn boot_fds(
+        &self,
+        config: &ContainerConfig,
+        prepared: &mut Prepared,
+        shares: bool,
+    ) -> Result<BootFds, SandboxError> {
+        Ok(BootFds {
+            socket: shares.then(|| self.start_virtiofsd()).transpose()?,
+            kvm: open(Path::new("/dev/kvm"), true)?,
+            kernel: open(&self.config.kernel, false)?,
+            initrd: open(&self.config.initrd, false)?,
+            console: self.open_console()?,
+            disks: std::mem::take(&mut prepared.disks),
+            slots: self.slots_for(&config.spec, prepared),
+            passthrough: self.open_devices(&config.id).await?,
+        })
     }
 
     /// Disks to be made empty: what the first container needs, and in a pod as many
@@ -289,11 +310,18 @@ impl VmHost {
 
     /// See [`super::Host::set_limits`].
     pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
-        let limits = host_limits(containers, memory_mib, &self.config);
-        match &crate::task::lock(&self.parts).cgroup {
+        let parts = crate::task::lock(&self.parts);
+        let is_pinned = !parts.devices.is_empty();
+        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        match &parts.cgroup {
             Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
             None => Ok(()),
         }
+    }
+
+    fn size_of(&self, spec: &Spec) -> Size {
+        let is_pinned = !crate::task::lock(&self.parts).devices.is_empty();
+        size_of(spec, is_pinned, &self.config)
     }
 
     /// The monitor's uid and the pod's cgroup.
@@ -313,8 +341,9 @@ impl VmHost {
             parts.state.netns.clone_from(&netns.path);
         })?;
         if let Some(path) = path {
-            let memory_mib = size_of(spec, &self.config).memory_mib;
-            let limits = host_limits(&[Limits::of(spec)], memory_mib, &self.config);
+            let size = self.size_of(spec);
+            let containers = [Limits::of(spec)];
+            let limits = host_limits(&containers, size.memory_mib, size.is_pinned, &self.config);
             let cgroup = PodCgroup::create(&path, &limits)?;
             self.record(|parts| parts.cgroup = Some(cgroup))?;
         }
@@ -369,46 +398,6 @@ impl VmHost {
             .map_err(io_error(format!("open {}", path.display())))
     }
 
-    async fn send_boot(
-        &self,
-        machine: &VmMachine,
-        fds: &BootFds,
-        network: &PodNetwork,
-        size: Size,
-        uid: u32,
-    ) -> Result<(), SandboxError> {
-        let mut list = FdList::default();
-        let disk_queues = u16::from(size.vcpus).min(MAX_DISK_QUEUES);
-        let config = VmConfig {
-            sandbox_id: self.sandbox_id.clone(),
-            jail: Jail { uid, gid: uid },
-            kvm: list.push(fds.kvm.as_fd()),
-            vcpus: size.vcpus,
-            memory: Memory {
-                size_mib: size.memory_mib,
-                growth_mib: size.growth_mib,
-                hugepages: self.config.hugepages,
-            },
-            kernel: list.push(fds.kernel.as_fd()),
-            initrd: list.push(fds.initrd.as_fd()),
-            cmdline: cmdline::cmdline(fds.console.is_some()),
-            disks: fds
-                .disks
-                .iter()
-                .map(|disk| vm_disk(disk, disk_queues, &mut list))
-                .chain(slots::disks(fds.slots, disk_queues))
-                .collect(),
-            nics: vm_nics(network, &mut list),
-            passthrough: None,
-            shared_dir: fds.socket.as_ref().map(|socket| SharedDir {
-                tag: SHARED_TAG.into(),
-                socket: list.push(socket.as_fd()),
-            }),
-            console: fds.console.as_ref().map(|file| list.push(file.as_fd())),
-        };
-        Ok(machine.boot(config, &list).await?)
-    }
-
     /// Notes a change of what is there, in memory and on disk.
     fn record(&self, change: impl FnOnce(&mut Parts)) -> Result<(), SandboxError> {
         let mut parts = crate::task::lock(&self.parts);
@@ -418,18 +407,19 @@ impl VmHost {
 
     /// See [`super::Host::teardown`].
     pub async fn teardown(&self) {
-        let (machine, virtiofsd, cgroup) = {
+        let (machine, virtiofsd, cgroup, pin_time) = {
             let mut parts = crate::task::lock(&self.parts);
             (parts.network, parts.netns) = (None, None);
             (
                 parts.machine.take(),
                 parts.virtiofsd.take(),
                 parts.cgroup.take(),
+                parts.pin_time,
             )
         };
         if let Some(machine) = machine {
             machine.kill();
-            if tokio::time::timeout(DEATH_WAIT, machine.stopped())
+            if tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped())
                 .await
                 .is_err()
             {
@@ -450,45 +440,6 @@ impl VmHost {
             warn!(error = chain(&error), "teardown incomplete");
         }
     }
-}
-
-/// Descriptors the Boot message borrows.
-struct BootFds {
-    kvm: File,
-    kernel: File,
-    initrd: File,
-    console: Option<File>,
-    disks: Vec<HostDisk>,
-    /// Disks without bytes.
-    slots: usize,
-    socket: Option<StdUnixStream>,
-}
-
-fn vm_disk<'a>(disk: &'a HostDisk, queues: u16, list: &mut FdList<'a>) -> Disk {
-    Disk {
-        serial: disk.serial.clone(),
-        read_only: disk.read_only,
-        backing: match &disk.backing {
-            HostBacking::Whole(file) => DiskBacking::Whole(list.push(file.as_fd())),
-            HostBacking::Partitions(files) => {
-                DiskBacking::Partitions(files.iter().map(|file| list.push(file.as_fd())).collect())
-            }
-        },
-        queues,
-    }
-}
-
-fn vm_nics<'a>(network: &'a PodNetwork, list: &mut FdList<'a>) -> Vec<Nic> {
-    network
-        .nics
-        .iter()
-        .map(|nic| Nic {
-            mac: nic.mac,
-            mtu: nic.mtu,
-            taps: nic.taps.iter().map(|fd| list.push(fd.as_fd())).collect(),
-            vhost: nic.vhost.iter().map(|fd| list.push(fd.as_fd())).collect(),
-        })
-        .collect()
 }
 
 /// The guest's hostname: the spec's, or the pod's id, which fits with its end cut off.

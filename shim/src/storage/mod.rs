@@ -54,6 +54,9 @@ pub struct Prepared {
     pub uses_shared_dir: bool,
     /// Block devices the container gets.
     pub block_devices: Vec<BlockDevice>,
+    /// PCI devices the container gets, as the guest has them. Not of its files' making:
+    /// whoever knows the machine's devices fills it.
+    pub pci_devices: Vec<String>,
     /// Mounts the agent makes, in this order.
     pub storages: Vec<agent::Storage>,
     /// Files the agent writes.
@@ -208,6 +211,7 @@ impl Prepared {
             disks: Vec::new(),
             uses_shared_dir: false,
             block_devices: Vec::new(),
+            pci_devices: Vec::new(),
             storages: Vec::new(),
             files: Vec::new(),
             volumes: GuestVolumes::default(),
@@ -290,6 +294,7 @@ fn assemble(
         uses_shared_dir: root.shared || volumes.shared,
         disks: root.disks,
         block_devices,
+        pci_devices: Vec::new(),
         storages: root.storages,
         files: volumes.files,
         volumes: volumes.guest,
@@ -313,6 +318,7 @@ pub(crate) fn prepare_volumes(
         disks: Vec::new(),
         uses_shared_dir: volumes.shared,
         block_devices,
+        pci_devices: Vec::new(),
         storages: Vec::new(),
         files: volumes.files,
         volumes: volumes.guest,

@@ -199,6 +199,7 @@ impl Container {
             subpaths,
             bundle: self.config.bundle.display().to_string(),
             block_devices,
+            pci_devices: prepared.pci_devices,
             ..Default::default()
         };
         agent

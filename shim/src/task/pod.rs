@@ -244,8 +244,9 @@ impl Pod {
     ) -> Result<(Arc<Sandbox>, Prepared), TaskError> {
         let mut first = None;
         let open = async {
-            first = Some(self.host.prepare(config, false).await?);
+            let prepared = first.insert(self.host.prepare(config, false).await?);
             let sandbox = self.host.open(config).await?;
+            prepared.pci_devices = self.host.guest_devices(config).await?;
             Ok::<_, TaskError>(Arc::new(sandbox))
         };
         let sandbox = self.sandbox.get_or_try_init(|| open).await?.clone();
@@ -273,13 +274,9 @@ impl Pod {
                 container_id: config.id.clone(),
             }));
         }
-        if !self.host.devices(config).await?.is_empty() {
-            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
-                container_id: config.id.clone(),
-                what: "a device of the host",
-            }));
-        }
-        let prepared = self.host.prepare(config, booted).await?;
+        let pci_devices = self.host.guest_devices(config).await?;
+        let mut prepared = self.host.prepare(config, booted).await?;
+        prepared.pci_devices = pci_devices;
         if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
             return Err(TaskError::Sandbox(SandboxError::NoHotplug {
                 container_id: config.id.clone(),

@@ -5,12 +5,13 @@
 //! 00:10.0 root port -> nvme                        a group of its own
 //! 00:11.0 root port -> switch -> nvme              a group with the switch's ports
 //! 00:12.0 nvme, 00:12.1 nvme                       one group
-//! 00:13.0 edu     00:14.0 pci-testdev, 128 GiB     no driver
+//! 00:13.0 edu     00:14.0 pci-testdev, 4 GiB       no driver
 //! 00:15.0 virtio-net     00:16.0 VGA
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
+mod pass;
 mod refusals;
 mod table;
 
@@ -78,6 +79,14 @@ fn disk(address: &str) -> String {
         found.is_some()
     });
     found.unwrap()
+}
+
+/// Waits until no pod has a device: the shim of one that is gone may be ending still.
+fn no_claims() {
+    eventually("no device is a pod's", || {
+        let claims = fs::read_dir("/run/nacre/.devices").into_iter().flatten();
+        claims.count() == 0
+    });
 }
 
 /// Devices with vfio-pci until this is dropped.

@@ -21,7 +21,8 @@ for d in 0000:0[1-9]:00.0; do
 done
 poweroff -f";
 
-/// Addresses of the devices, in the hands of vfio-pci; `None` if one is not there.
+/// Addresses of devices that are alone in their groups, in the hands of vfio-pci; `None` if
+/// one is not there.
 fn devices(ids: &[[&str; 2]]) -> Option<Vec<String>> {
     let found: Option<Vec<_>> = ids.iter().map(|id| bound(*id)).collect();
     if found.is_none() {
@@ -35,7 +36,7 @@ fn bound(id: [&str; 2]) -> Option<String> {
     let all = fs::read_dir("/sys/bus/pci/devices").unwrap();
     let mut all = all.map(|entry| entry.unwrap().path());
     let device: PathBuf = all.find(|device| {
-        device.join("iommu_group").exists()
+        is_alone(device)
             && ["vendor", "device"]
                 .map(|name| read(device, name))
                 .map(|id| id.trim().to_owned())
@@ -51,6 +52,12 @@ fn bound(id: [&str; 2]) -> Option<String> {
         fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
     }
     Some(address)
+}
+
+/// Of several NVMe disks in the lab, not all may be passed without others.
+fn is_alone(device: &Path) -> bool {
+    let members = fs::read_dir(device.join("iommu_group/devices"));
+    members.is_ok_and(|members| members.count() == 1)
 }
 
 fn look(addresses: &[String]) -> Said {

@@ -19,12 +19,12 @@
 //! space is passed on.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use nacre_protocol::channel::{ChannelError, Fds};
-use nacre_protocol::vm::{Iommu, Passthrough as Config};
+use nacre_protocol::channel::{ChannelError, FdList, Fds};
+use nacre_protocol::vm::{Iommu, Passthrough as Config, PciDevice};
 
 use crate::pci::Slot;
 use crate::pci::placement::{Placement, PlacementError};
@@ -144,6 +144,28 @@ impl Passthrough {
                 .map(|device| Ok((device.address.clone(), fds.take(device.device)?)))
                 .collect::<Result<_, ChannelError>>()?,
         })
+    }
+
+    /// What [`Passthrough::take`] takes at the other end; lists the descriptors.
+    pub fn describe<'a>(&'a self, list: &mut FdList<'a>) -> Config {
+        let iommu = match &self.container {
+            Container::Groups { container, groups } => Iommu::Container {
+                container: list.push(container.as_fd()),
+                groups: groups
+                    .iter()
+                    .map(|group| list.push(group.as_fd()))
+                    .collect(),
+            },
+            Container::Iommufd(iommufd) => Iommu::Iommufd(list.push(iommufd.as_fd())),
+        };
+        let devices = self.devices.iter().map(|(address, device)| PciDevice {
+            address: address.clone(),
+            device: list.push(device.as_fd()),
+        });
+        Config {
+            iommu,
+            devices: devices.collect(),
+        }
     }
 
     /// How many devices there are.

@@ -1,5 +1,6 @@
-//! Opens devices that are bound to vfio-pci, for programs that have no shim to do it
-//! and are in no jail: the example `boot`, and tests.
+//! Opens devices that are bound to vfio-pci. The monitor gets descriptors and opens
+//! nothing: this is for the shim, and for programs that have none and are in no jail,
+//! the example `boot` and tests.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -12,65 +13,238 @@ use super::container::Container;
 use super::sys;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
+/// Below the directory of device nodes.
+const CONTAINER: &str = "vfio/vfio";
+const IOMMU: &str = "iommu";
 
-/// Opens the devices at `addresses` by the group API.
+/// Why devices cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what}: {cause}{}", hint(cause))]
+pub struct OpenError {
+    what: String,
+    /// Told already.
+    cause: io::Error,
+}
+
+/// What usually is behind an error.
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EBUSY) => "; another process has it",
+        Some(libc::EPERM) => {
+            "; the host drives another device of the group, or its IOMMU cannot remap interrupts"
+        }
+        Some(libc::ENOENT) => "; is the host's kernel module vfio-pci loaded?",
+        _ => "",
+    }
+}
+
+fn failure(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
+    let what = what.into();
+    move |cause| OpenError { what, cause }
+}
+
+/// A device's address and nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceNodes {
+    /// `0000:01:00.0`
+    pub address: String,
+    /// `/dev/vfio/N`, its group's.
+    pub group: PathBuf,
+    /// `/dev/vfio/devices/vfioN`, its own, where the host has iommufd.
+    pub own: Option<PathBuf>,
+}
+
+impl DeviceNodes {
+    /// Those of the device at `address`.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it is in no IOMMU group.
+    pub fn of(address: &str) -> io::Result<Self> {
+        let device = Path::new(DEVICES).join(address);
+        let link = fs::read_link(device.join("iommu_group"))?;
+        let number = link.file_name().unwrap_or_default();
+        let own = match fs::read_dir(device.join("vfio-dev")) {
+            Ok(mut entries) => entries.next().transpose()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self {
+            address: address.to_owned(),
+            group: Path::new("/dev/vfio").join(number),
+            own: own.map(|entry| Path::new("/dev/vfio/devices").join(entry.file_name())),
+        })
+    }
+}
+
+/// Opens devices by what the host offers: the group API, which every kernel with VFIO
+/// has had, or iommufd where it was left out. `dev` is the directory of device nodes.
+///
+/// # Errors
+///
+/// The kernel's, with what was being done.
+pub fn by_any(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenError> {
+    if !dev.join(CONTAINER).exists() && dev.join(IOMMU).exists() {
+        by_iommufd(dev, devices)
+    } else {
+        by_groups(dev, devices)
+    }
+}
+
+/// Opens devices by the group API.
 ///
 /// # Errors
 ///
 /// When one is not there, or not whole groups are bound to vfio-pci.
-pub fn by_groups(addresses: &[String]) -> io::Result<Passthrough> {
-    let container = open(Path::new("/dev/vfio/vfio"))?;
-    let mut groups: Vec<(PathBuf, OwnedFd)> = Vec::new();
-    let mut devices = Vec::new();
-    for address in addresses {
-        let link = fs::read_link(Path::new(DEVICES).join(address).join("iommu_group"))?;
-        let number = link.file_name().unwrap_or_default();
-        let path = Path::new("/dev/vfio").join(number);
-        let known = groups.iter().position(|(other, _)| *other == path);
-        let known = match known {
-            Some(known) => known,
+pub fn by_groups(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenError> {
+    let container = open(&dev.join(CONTAINER))?;
+    let mut groups: Vec<(&Path, OwnedFd)> = Vec::new();
+    let mut opened = Vec::new();
+    for device in devices {
+        let known = groups.iter().position(|(path, _)| *path == device.group);
+        let at = match known {
+            Some(at) => at,
             None => {
-                let group = open(&path)?;
-                sys::set_container(&group, &container)?;
-                if groups.is_empty() {
-                    sys::set_iommu(&container)?;
-                }
-                groups.push((path, group));
+                let group = open_group(&device.group, &container, groups.is_empty())?;
+                groups.push((&device.group, group));
                 groups.len() - 1
             }
         };
-        let name = CString::new(address.as_str())?;
-        if let Some((_, group)) = groups.get(known) {
-            devices.push((address.clone(), sys::device_of_group(group, &name)?));
+        if let Some((_, group)) = groups.get(at) {
+            let what = format!("get PCI device {} from its group", device.address);
+            let file = CString::new(device.address.as_str())
+                .map_err(io::Error::from)
+                .and_then(|name| sys::device_of_group(group, &name))
+                .map_err(failure(what))?;
+            opened.push((device.address.clone(), file));
         }
     }
     let groups = groups.into_iter().map(|(_, group)| group).collect();
     Ok(Passthrough {
         container: Container::Groups { container, groups },
-        devices,
+        devices: opened,
     })
 }
 
-/// Opens the devices at `addresses` by iommufd.
+/// A group in the container, which gets its type with the first one.
+fn open_group(path: &Path, container: &OwnedFd, is_first: bool) -> Result<OwnedFd, OpenError> {
+    let group = open(path)?;
+    let what = format!("attach {} to an address space", path.display());
+    let attach = || {
+        sys::set_container(&group, container)?;
+        if is_first {
+            sys::set_iommu(container)?;
+        }
+        Ok(())
+    };
+    attach().map_err(failure(what))?;
+    Ok(group)
+}
+
+/// Opens devices by iommufd.
 ///
 /// # Errors
 ///
 /// When one is not there, or the kernel has no iommufd.
-pub fn by_iommufd(addresses: &[String]) -> io::Result<Passthrough> {
-    let container = Container::Iommufd(open(Path::new("/dev/iommu"))?);
-    let device = |address: &String| {
-        let directory = Path::new(DEVICES).join(address).join("vfio-dev");
-        let entry = fs::read_dir(directory)?.next();
-        let entry = entry.ok_or(io::ErrorKind::NotFound)??;
-        let node = Path::new("/dev/vfio/devices").join(entry.file_name());
-        Ok((address.clone(), open(&node)?))
+pub fn by_iommufd(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenError> {
+    let container = Container::Iommufd(open(&dev.join(IOMMU))?);
+    let device = |device: &DeviceNodes| {
+        let what = format!("find a node of PCI device {} alone", device.address);
+        let own = device.own.as_ref().ok_or(io::ErrorKind::NotFound.into());
+        Ok((device.address.clone(), open(own.map_err(failure(what))?)?))
     };
-    let devices = addresses.iter().map(device).collect::<io::Result<_>>()?;
+    let devices = devices.iter().map(device).collect::<Result<_, _>>()?;
     Ok(Passthrough { container, devices })
 }
 
-fn open(path: &Path) -> io::Result<OwnedFd> {
+fn open(path: &Path) -> Result<OwnedFd, OpenError> {
     let file = File::options().read(true).write(true).open(path);
-    let named = |error| io::Error::other(format!("{}: {error}", path.display()));
-    file.map(OwnedFd::from).map_err(named)
+    file.map(OwnedFd::from)
+        .map_err(failure(format!("open {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nacre_protocol::channel::{Channel, FdList};
+    use nacre_protocol::vm;
+    use std::os::unix::fs::MetadataExt;
+
+    /// A directory of nodes that are plain files.
+    fn dev(files: &[&str]) -> tempfile::TempDir {
+        let dev = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dev.path().join("vfio/devices")).unwrap();
+        for file in files {
+            fs::write(dev.path().join(file), "").unwrap();
+        }
+        dev
+    }
+
+    fn device(dev: &Path, address: &str, number: u32) -> DeviceNodes {
+        DeviceNodes {
+            address: address.into(),
+            group: dev.join(format!("vfio/{number}")),
+            own: Some(dev.join(format!("vfio/devices/vfio{number}"))),
+        }
+    }
+
+    fn inode(fd: OwnedFd) -> u64 {
+        File::from(fd).metadata().unwrap().ino()
+    }
+
+    #[test]
+    fn iommufd_is_for_hosts_without_groups() {
+        let dev = dev(&["iommu", "vfio/devices/vfio4", "vfio/devices/vfio5"]);
+        let devices = [(1, 4), (2, 5)]
+            .map(|(bus, number)| device(dev.path(), &format!("0000:0{bus}:00.0"), number));
+        let opened = by_any(dev.path(), &devices).unwrap();
+
+        let (near, mut far) = Channel::pair().unwrap();
+        let mut list = FdList::default();
+        let config = opened.describe(&mut list);
+        near.send(&config, &list).unwrap();
+        let (config, mut fds) = far.recv::<vm::Passthrough>().unwrap();
+        let taken = Passthrough::take(&config, &mut fds).unwrap();
+        let Container::Iommufd(iommu) = taken.container else {
+            panic!("groups");
+        };
+        let of = |path: &Path| fs::metadata(path).unwrap().ino();
+        assert_eq!(inode(iommu), of(&dev.path().join("iommu")));
+        assert_eq!(taken.devices.len(), devices.len());
+        for ((address, fd), device) in taken.devices.into_iter().zip(&devices) {
+            assert_eq!(address, device.address);
+            assert_eq!(inode(fd), of(device.own.as_ref().unwrap()));
+        }
+    }
+
+    #[test]
+    fn groups_come_first_and_what_fails_is_named() {
+        let dev = dev(&["iommu", "vfio/vfio", "vfio/4", "vfio/devices/vfio4"]);
+        let error = |number| {
+            let device = device(dev.path(), "0000:01:00.0", number);
+            by_any(dev.path(), &[device]).err().unwrap().to_string()
+        };
+        let group = dev.path().join("vfio/4");
+        let attach = format!("cannot attach {} to an address space: ", group.display());
+        assert!(error(4).starts_with(&attach), "{}", error(4));
+        assert!(error(5).contains("vfio/5: No such file"), "{}", error(5));
+        assert!(error(5).contains("vfio-pci"), "{}", error(5));
+    }
+
+    #[test]
+    fn a_host_without_vfio_is_told_so() {
+        let dev = dev(&[]);
+        let device = device(dev.path(), "0000:01:00.0", 4);
+        let error = by_any(dev.path(), &[device]).err().unwrap().to_string();
+        assert!(error.contains("vfio/vfio") && error.contains("vfio-pci"));
+    }
+
+    #[test]
+    fn a_device_without_a_node_of_its_own_is_named() {
+        let dev = dev(&["iommu"]);
+        let mut device = device(dev.path(), "0000:01:00.0", 4);
+        device.own = None;
+        let error = by_iommufd(dev.path(), &[device]).err().unwrap().to_string();
+        assert!(error.contains("PCI device 0000:01:00.0"), "{error}");
+    }
 }

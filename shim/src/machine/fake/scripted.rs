@@ -237,6 +237,9 @@ impl agent_ttrpc::Agent for Service {
         if !program.is_some_and(|program| std::path::Path::new(program).exists()) {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not found"));
         }
+        for device in &request.pci_devices {
+            lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
+        }
         let stdio = request.stdio.unwrap_or_default();
         self.0
             .add((request.container_id, String::new()), command, stdio)?;

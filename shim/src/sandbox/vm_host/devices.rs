@@ -1,11 +1,18 @@
-//! The devices of the host that a pod's containers ask for ([`crate::devices`]).
+//! The devices of the host that a pod's containers ask for ([`crate::devices`]): claimed
+//! when the machine is made, opened when it boots, and the monitor's alone from then on.
+
+use nacre_vmm::vfio::Passthrough;
 
 use super::super::{ContainerConfig, SandboxError};
 use super::{VmHost, blocking};
 use crate::devices::{AssignedDevice, request};
 
 impl VmHost {
-    /// See [`super::Host::devices`].
+    /// What a container asks for.
+    ///
+    /// # Errors
+    ///
+    /// `Devices`: what cannot be passed.
     pub async fn devices(
         &self,
         config: &ContainerConfig,
@@ -19,14 +26,16 @@ impl VmHost {
             })
     }
 
-    /// The devices a container asks for; from now on they are this pod's.
-    pub(super) async fn claim_devices(
-        &self,
-        config: &ContainerConfig,
-    ) -> Result<Vec<AssignedDevice>, SandboxError> {
+    /// What the pod's machine has, in its order.
+    pub fn pod_devices(&self) -> Vec<AssignedDevice> {
+        crate::task::lock(&self.parts).devices.clone()
+    }
+
+    /// Makes the devices the first container asks for this pod's.
+    pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
         let devices = self.devices(config).await?;
         if devices.is_empty() {
-            return Ok(devices);
+            return Ok(());
         }
         let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
         let run_dir = self.run_dir.clone();
@@ -36,23 +45,28 @@ impl VmHost {
                 container_id: config.id.clone(),
                 source,
             })?;
-        Ok(devices)
+        crate::task::lock(&self.parts).devices = devices;
+        Ok(())
     }
-}
 
-/// The monitor takes no devices.
-pub(super) fn refuse(devices: &[AssignedDevice], container_id: &str) -> Result<(), SandboxError> {
-    if devices.is_empty() {
-        return Ok(());
+    /// Opens the pod's devices, for the monitor.
+    pub(super) async fn open_devices(
+        &self,
+        container_id: &str,
+    ) -> Result<Option<Passthrough>, SandboxError> {
+        let devices = self.pod_devices();
+        if devices.is_empty() {
+            return Ok(None);
+        }
+        let system = self.system.clone();
+        blocking(move || request::open(&system, &devices))
+            .await
+            .map(Some)
+            .map_err(|source| SandboxError::OpenDevices {
+                container_id: container_id.to_owned(),
+                source,
+            })
     }
-    let addresses: Vec<_> = devices
-        .iter()
-        .map(|device| device.address.to_string())
-        .collect();
-    Err(SandboxError::NoPassthrough {
-        container_id: container_id.to_owned(),
-        devices: addresses.join(", "),
-    })
 }
 
 #[cfg(test)]
@@ -61,59 +75,126 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
+    use nacre_protocol::channel::FdList;
+    use nacre_protocol::vm::Iommu;
     use serde_json::json;
+    use tempfile::TempDir;
 
     use crate::config::Config;
+    use crate::devices::Address;
     use crate::devices::testing::Tree;
+    use crate::error::chain;
     use crate::rundir::{RunDir, State};
 
-    /// A container that asks for a device of a made-up host: what it is told, and whose
-    /// the device is afterwards.
+    /// A pod of a container that asks for the devices of a made-up host.
+    struct Pod {
+        root: TempDir,
+        run_dir: RunDir,
+        host: VmHost,
+        config: ContainerConfig,
+    }
+
+    impl Pod {
+        fn asks(tree: &Tree, devices: &str) -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let run_dir = RunDir::new(root.path(), "default", "web").unwrap();
+            run_dir.create().unwrap();
+            let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
+            run_dir.save(&state).unwrap();
+            let mut host = VmHost::new(Config::default(), run_dir.clone(), "web".into(), state);
+            host.system = tree.system();
+            let spec = json!({
+                "ociVersion": "1.1.0",
+                "annotations": {"io.nacre.devices": devices},
+            });
+            let config = ContainerConfig {
+                api: crate::sandbox::Api::Task,
+                id: "web".into(),
+                bundle: PathBuf::new(),
+                rootfs: Vec::new(),
+                spec: Arc::new(serde_json::from_value(spec).unwrap()),
+            };
+            Self {
+                root,
+                run_dir,
+                host,
+                config,
+            }
+        }
+
+        fn holder(&self, address: &str) -> Option<String> {
+            let address: Address = address.parse().unwrap();
+            self.run_dir.claims().holder(address).unwrap()
+        }
+    }
+
     #[tokio::test]
-    async fn devices_are_claimed_refused_and_freed() {
+    async fn devices_are_claimed_opened_and_freed() {
         let tree = Tree::new();
-        let nvme = tree.add("0000:01:00.0", 0x01_0802);
-        nvme.group(4).driver("vfio-pci");
-        let root = tempfile::tempdir().unwrap();
-        let run_dir = RunDir::new(root.path(), "default", "web").unwrap();
-        run_dir.create().unwrap();
-        let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
-        run_dir.save(&state).unwrap();
-        let mut host = VmHost::new(Config::default(), run_dir.clone(), "web".into(), state);
-        host.system = tree.system();
-        let spec = json!({
-            "ociVersion": "1.1.0",
-            "annotations": {"io.nacre.devices": "0000:01:00.0"},
-        });
-        let config = ContainerConfig {
-            api: crate::sandbox::Api::Task,
-            id: "web".into(),
-            bundle: PathBuf::new(),
-            rootfs: Vec::new(),
-            spec: Arc::new(serde_json::from_value(spec).unwrap()),
-        };
-        let address = "0000:01:00.0".parse().unwrap();
-        let devices = host.claim_devices(&config).await.unwrap();
-        assert_eq!((devices[0].address, devices[0].group), (address, 4));
-        let holder = run_dir.claims().holder(address).unwrap();
-        assert_eq!(holder.as_deref(), Some("default/web"));
-        let other = RunDir::new(root.path(), "default", "other").unwrap();
+        for (address, group) in [("0000:01:00.0", 4), ("0000:02:00.0", 5)] {
+            let device = tree.add(address, 0x01_0802);
+            device.group(group).driver("vfio-pci");
+            device.file(&format!("vfio-dev/vfio{group}/dev"), "511:0\n");
+            tree.write(&format!("dev/vfio/devices/vfio{group}"), "");
+        }
+        tree.write("dev/iommu", "");
+        let pod = Pod::asks(&tree, "0000:02:00.0,0000:01:00.0");
+        assert!(pod.host.open_devices("web").await.unwrap().is_none());
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert_eq!(pod.holder("0000:01:00.0").as_deref(), Some("default/web"));
+        let other = RunDir::new(pod.root.path(), "default", "other").unwrap();
+        let address = "0000:02:00.0".parse().unwrap();
         assert!(other.claims().claim(&other, &[address]).is_err());
 
-        let error = host.open(&config).await.err().unwrap();
-        assert!(
-            matches!(error, SandboxError::NoPassthrough { .. }),
-            "{error}"
-        );
-        let text = error.to_string();
-        assert!(
-            text.contains("container web") && text.contains("0000:01:00.0"),
-            "{text}"
-        );
-        assert_eq!(
-            run_dir.claims().holder(address).unwrap(),
-            None,
-            "freed by the failure"
-        );
+        // This host has no groups.
+        let opened = pod.host.open_devices("web").await.unwrap().unwrap();
+        let mut list = FdList::default();
+        let message = opened.describe(&mut list);
+        assert!(matches!(message.iommu, Iommu::Iommufd(_)), "{message:?}");
+        let addresses: Vec<_> = message
+            .devices
+            .iter()
+            .map(|device| &device.address)
+            .collect();
+        assert_eq!(addresses, ["0000:01:00.0", "0000:02:00.0"]);
+
+        let size = pod.host.size_of(&pod.config.spec);
+        assert_eq!((size.growth_mib, size.is_pinned), (0, true));
+
+        pod.host.teardown().await;
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+        assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_opened_is_named() {
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        tree.write("dev/vfio/vfio", "");
+        let pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let error = pod.host.open_devices("web").await.err().unwrap();
+        let text = chain(&error);
+        assert!(text.contains("container web"), "{text}");
+        assert!(text.contains("vfio/4: No such file"), "{text}");
+    }
+
+    /// Whatever step after it fails: here it is that the container has no network.
+    #[tokio::test]
+    async fn a_pod_that_is_not_made_has_no_devices() {
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        let mut spec = (*pod.config.spec).clone();
+        spec.set_linux(None);
+        pod.config.spec = Arc::new(spec);
+        let error = pod.host.open(&pod.config).await.err().unwrap();
+        assert!(matches!(error, SandboxError::HostNetwork { .. }), "{error}");
+        assert_eq!(pod.host.pod_devices().len(), 1, "they were claimed");
+        assert_eq!(pod.holder("0000:01:00.0"), None, "and freed");
     }
 }

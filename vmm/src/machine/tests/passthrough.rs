@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 use super::*;
 use crate::layout::{ECAM_BUS_SIZE, ECAM_START, WINDOW32_PORTS};
-use crate::vfio::open;
+use crate::vfio::open::{self, DeviceNodes};
 
 /// "edu" of QEMU (`docs/specs/edu.rst`).
 const EDU: (&str, &str) = ("0x1234", "0x11e8");
@@ -138,7 +138,8 @@ impl Code {
 fn run(code: &[u8]) -> Option<Exits> {
     let address = edu()?;
     let mut parts = parts(code, 1)?;
-    parts.passthrough = Some(open::by_groups(&[address]).unwrap());
+    let device = DeviceNodes::of(&address).unwrap();
+    parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());
     let (outcome, exits) = end_of(Machine::new(parts).unwrap());
     assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
     Some(exits)

@@ -1,0 +1,291 @@
+//! What the guest's drivers made of a PCI device of the host: the device nodes whose
+//! devices are below it in sysfs, a disk's partitions among them.
+//!
+//! A driver has taken its device before the kernel starts this program, unless it is a
+//! module that comes later: the kernel finishes all probes first. Only the disks of a
+//! controller may come after that, from a work queue; the kernel tells of each.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
+
+use crate::error::{Context, Error, Result};
+use crate::uevent::Uevents;
+
+/// How long a controller's disks may take. One may have none.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Mass storage (PCI Code and ID Assignment, 1.2), in `class`.
+const STORAGE: &str = "0x01";
+/// Permission bits of nodes for which the driver asks for no others.
+const DEFAULT_MODE: u32 = 0o660;
+
+/// The nodes of the device at `address`, by their names in /dev. There are none without
+/// a driver, and drivers of many kinds make none.
+///
+/// # Errors
+///
+/// `NotFound` if there is no such device, else `Io`.
+pub async fn nodes(address: &str) -> Result<Vec<LinuxDevice>> {
+    let uevents = &Uevents::listen().context("listen to the kernel")?;
+    let function = Function::at(Path::new("/sys"), address)?;
+    let nodes = function.settled(|| uevents.happened()).await?;
+    let paths: Vec<_> = nodes.iter().map(LinuxDevice::path).collect();
+    tracing::info!("PCI device {address} has the nodes {paths:?}");
+    Ok(nodes)
+}
+
+/// A PCI function.
+struct Function {
+    address: String,
+    /// In sysfs.
+    dir: PathBuf,
+}
+
+impl Function {
+    fn at(sys: &Path, address: &str) -> Result<Self> {
+        let link = sys.join("bus/pci/devices").join(address);
+        let dir = match fs::canonicalize(link) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::NotFound(format!("PCI device {address}")));
+            }
+            dir => dir.with_context(|| format!("look for PCI device {address}"))?,
+        };
+        let address = address.to_owned();
+        Ok(Self { address, dir })
+    }
+
+    /// The nodes, once those are there that come late. `happened` returns when the
+    /// kernel has told of something.
+    async fn settled<F>(&self, happened: impl Fn() -> F) -> Result<Vec<LinuxDevice>>
+    where
+        F: Future<Output = io::Result<()>>,
+    {
+        let settle = async {
+            loop {
+                let nodes = self.look()?;
+                if !self.awaits_disk(&nodes) {
+                    return Ok(nodes);
+                }
+                happened().await.context("listen to the kernel")?;
+            }
+        };
+        let settled = tokio::time::timeout(LIMIT, settle).await;
+        settled.unwrap_or_else(|_| {
+            tracing::warn!("PCI device {} has no disk", self.address);
+            self.look()
+        })
+    }
+
+    fn awaits_disk(&self, nodes: &[LinuxDevice]) -> bool {
+        let class = fs::read_to_string(self.dir.join("class")).unwrap_or_default();
+        let has_disk = nodes.iter().any(|node| node.typ() == LinuxDeviceType::B);
+        class.starts_with(STORAGE) && self.dir.join("driver").exists() && !has_disk
+    }
+
+    fn look(&self) -> Result<Vec<LinuxDevice>> {
+        let mut nodes = Vec::new();
+        collect(&self.dir, &mut nodes)
+            .with_context(|| format!("look at PCI device {}", self.address))?;
+        nodes.sort_by(|a, b| a.path().cmp(b.path()));
+        Ok(nodes)
+    }
+}
+
+/// Adds the nodes of what is in a directory of sysfs. What goes away meanwhile has none.
+fn collect(dir: &Path, nodes: &mut Vec<LinuxDevice>) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        // Links lead to other devices.
+        if entry.file_type()?.is_dir() {
+            collect(&entry.path(), nodes)?;
+        }
+    }
+    let text = |name| match fs::read_to_string(dir.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some),
+    };
+    if let (Some(number), Some(uevent)) = (text("dev")?, text("uevent")?) {
+        let malformed = || io::Error::other(format!("{}: {number:?}, {uevent:?}", dir.display()));
+        nodes.push(node(dir, &number, &uevent).ok_or_else(malformed)?);
+    }
+    Ok(())
+}
+
+/// The node of a device with these files in sysfs.
+fn node(dir: &Path, number: &str, uevent: &str) -> Option<LinuxDevice> {
+    let value = |key: &str| uevent.lines().find_map(|line| line.strip_prefix(key));
+    let name = Path::new(value("DEVNAME=")?);
+    let mut components = name.components();
+    if !components.all(|part| matches!(part, Component::Normal(_))) {
+        return None;
+    }
+    let (major, minor) = number.trim().split_once(':')?;
+    let mode = match value("DEVMODE=") {
+        Some(octal) => u32::from_str_radix(octal, 8).ok()? & 0o7777,
+        None => DEFAULT_MODE,
+    };
+    let subsystem = fs::read_link(dir.join("subsystem")).ok()?;
+    LinuxDeviceBuilder::default()
+        .path(Path::new("/dev").join(name))
+        .typ(if subsystem.ends_with("block") {
+            LinuxDeviceType::B
+        } else {
+            LinuxDeviceType::C
+        })
+        .major(major.parse::<i64>().ok()?)
+        .minor(minor.parse::<i64>().ok()?)
+        .file_mode(mode)
+        .uid(0u32)
+        .gid(0u32)
+        .build()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::os::unix::fs::symlink;
+
+    const ADDRESS: &str = "0000:01:00.0";
+    const NVME: &str = "0x010802\n";
+
+    /// A made-up sysfs with one function behind a root port.
+    struct Sys(tempfile::TempDir);
+
+    impl Sys {
+        fn with(class: &str, driver: bool) -> Self {
+            let sys = Self(tempfile::tempdir().unwrap());
+            let devices = sys.0.path().join("bus/pci/devices");
+            fs::create_dir_all(&devices).unwrap();
+            fs::create_dir_all(sys.dir()).unwrap();
+            let target = format!("../../../devices/pci0000:00/0000:00:02.0/{ADDRESS}");
+            symlink(target, devices.join(ADDRESS)).unwrap();
+            fs::write(sys.dir().join("class"), class).unwrap();
+            if driver {
+                fs::create_dir_all(sys.0.path().join("bus/pci/drivers/some")).unwrap();
+                let driver = "../../../../bus/pci/drivers/some";
+                symlink(driver, sys.dir().join("driver")).unwrap();
+            }
+            sys
+        }
+
+        fn dir(&self) -> PathBuf {
+            let port = "devices/pci0000:00/0000:00:02.0";
+            self.0.path().join(port).join(ADDRESS)
+        }
+
+        fn node(&self, path: &str, subsystem: &str, number: &str, uevent: &str) {
+            let dir = self.dir().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("dev"), format!("{number}\n")).unwrap();
+            fs::write(dir.join("uevent"), uevent).unwrap();
+            symlink(format!("/sys/class/{subsystem}"), dir.join("subsystem")).unwrap();
+        }
+
+        fn controller(&self) {
+            let uevent = "MAJOR=242\nMINOR=0\nDEVNAME=nvme0\n";
+            self.node("nvme/nvme0", "nvme", "242:0", uevent);
+        }
+
+        fn disk(&self) {
+            let uevent = "MAJOR=259\nDEVNAME=nvme0n1\nDEVTYPE=disk\n";
+            self.node("nvme/nvme0/nvme0n1", "block", "259:0", uevent);
+            let uevent = "DEVNAME=nvme0n1p1\nDEVTYPE=partition\n";
+            self.node("nvme/nvme0/nvme0n1/nvme0n1p1", "block", "259:1", uevent);
+        }
+
+        fn function(&self) -> Function {
+            Function::at(self.0.path(), ADDRESS).unwrap()
+        }
+    }
+
+    async fn nothing() -> io::Result<()> {
+        panic!("nothing to wait for")
+    }
+
+    fn names(nodes: &[LinuxDevice]) -> Vec<&str> {
+        let names = nodes.iter().map(|node| node.path().to_str().unwrap());
+        names.collect()
+    }
+
+    #[tokio::test]
+    async fn what_is_below_the_device_is_its() {
+        let sys = Sys::with(NVME, true);
+        sys.controller();
+        sys.disk();
+        // Another device, which a link leads to.
+        let other = tempfile::tempdir().unwrap();
+        fs::write(other.path().join("dev"), "1:1\n").unwrap();
+        symlink(other.path(), sys.dir().join("iommu")).unwrap();
+        let nodes = sys.function().settled(nothing).await.unwrap();
+        assert_eq!(
+            names(&nodes),
+            ["/dev/nvme0", "/dev/nvme0n1", "/dev/nvme0n1p1"]
+        );
+        let node = |at: usize| (nodes[at].typ(), nodes[at].major(), nodes[at].minor());
+        assert_eq!(node(0), (LinuxDeviceType::C, 242, 0));
+        assert_eq!(node(2), (LinuxDeviceType::B, 259, 1));
+        assert_eq!(nodes[0].file_mode(), Some(0o660));
+    }
+
+    #[tokio::test]
+    async fn a_disk_may_come_after_its_controller() {
+        let sys = Sys::with(NVME, true);
+        let events = Cell::new(0);
+        let happened = || {
+            match events.get() {
+                0 => sys.controller(),
+                _ => sys.disk(),
+            }
+            events.set(events.get() + 1);
+            std::future::ready(Ok(()))
+        };
+        let nodes = sys.function().settled(happened).await.unwrap();
+        assert_eq!((nodes.len(), events.get()), (3, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_controller_without_disks_is_there_all_the_same() {
+        let sys = Sys::with(NVME, true);
+        sys.controller();
+        let nodes = sys.function().settled(std::future::pending).await.unwrap();
+        assert_eq!(names(&nodes), ["/dev/nvme0"]);
+    }
+
+    #[tokio::test]
+    async fn without_a_driver_there_is_nothing_to_wait_for() {
+        for (class, driver) in [(NVME, false), ("0x030200\n", true)] {
+            let sys = Sys::with(class, driver);
+            let nodes = sys.function().settled(nothing).await.unwrap();
+            assert_eq!(names(&nodes), [""; 0]);
+        }
+    }
+
+    #[tokio::test]
+    async fn drivers_name_nodes_and_their_modes() {
+        let sys = Sys::with("0x030000\n", true);
+        let uevent = "DEVNAME=dri/renderD128\nDEVMODE=0666\n";
+        sys.node("drm/renderD128", "drm", "226:128", uevent);
+        let nodes = sys.function().settled(nothing).await.unwrap();
+        assert_eq!(names(&nodes), ["/dev/dri/renderD128"]);
+        assert_eq!(nodes[0].file_mode(), Some(0o666));
+        sys.node("drm/card0", "drm", "226:0", "DEVNAME=../card0\n");
+        let error = sys.function().settled(nothing).await.unwrap_err();
+        assert!(error.full().contains("../card0"), "{}", error.full());
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_named() {
+        let sys = Sys::with(NVME, false);
+        let error = Function::at(sys.0.path(), "0000:02:00.0").err().unwrap();
+        assert_eq!(error.full(), "PCI device 0000:02:00.0 not found");
+    }
+}

@@ -1,0 +1,176 @@
+//! What can go wrong with a sandbox.
+
+use nacre_protocol::hook::HookError;
+use nacre_vmm::vfio::open::OpenError;
+
+use crate::cgroup::CgroupError;
+use crate::config::ConfigError;
+use crate::devices::{ClaimError, RequestError};
+use crate::machine::MachineError;
+use crate::network::NetworkError;
+use crate::rundir::RunDirError;
+use crate::task::agent_message;
+use crate::virtiofsd::VirtiofsdError;
+
+/// Errors of a sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The pod wants the host's network, which a VM cannot be in.
+    #[error(
+        "container {container_id} asks for the host's network, which a virtual machine cannot \
+         share; give it a network namespace (hostNetwork: false, no --net-host)"
+    )]
+    HostNetwork {
+        /// The container that asked.
+        container_id: String,
+    },
+    /// The pod wants a namespace of the host, which a VM cannot be in.
+    #[error(
+        "pod {sandbox_id} asks for {what}, which a virtual machine cannot have: it runs a kernel \
+         of its own"
+    )]
+    HostNamespace {
+        /// The pod that asked.
+        sandbox_id: String,
+        /// For what, in the words of a pod's specification.
+        what: &'static str,
+    },
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A container needs what its pod's machine was not built with.
+    #[error(
+        "container {container_id} needs {what}, which the pod's running virtual machine was \
+         built without"
+    )]
+    NoHotplug {
+        /// The container.
+        container_id: String,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The devices a container asks for cannot be had.
+    #[error("container {container_id}: the devices it asks for")]
+    Devices {
+        /// The container.
+        container_id: String,
+        /// Why.
+        source: RequestError,
+    },
+    /// Another pod has a device.
+    #[error("container {container_id}: the devices it asks for")]
+    Claim {
+        /// The container.
+        container_id: String,
+        /// Which, and whose it is.
+        source: ClaimError,
+    },
+    /// A device cannot be opened.
+    #[error("container {container_id}: the devices it asks for")]
+    OpenDevices {
+        /// The container.
+        container_id: String,
+        /// Which, and why.
+        source: OpenError,
+    },
+    /// All disks for block devices are in use.
+    #[error(
+        "container {container_id} needs a block device, and the pod's virtual machine has no \
+         empty disk left of the {count} it was made with: raise pod_disks in nacre.toml"
+    )]
+    NoSlot {
+        /// The container.
+        container_id: String,
+        /// How many there are.
+        count: usize,
+    },
+    /// A second container came before the first was started.
+    #[error(
+        "container {container_id} joins a pod whose virtual machine boots with the start of its \
+         first container: start that one first"
+    )]
+    NotBooted {
+        /// The container that came.
+        container_id: String,
+    },
+    /// The containers may use more memory than the machine can have.
+    #[error(
+        "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
+         machine can have at most {limit_mib}"
+    )]
+    TooLarge {
+        /// What it would have to be.
+        wanted_mib: u32,
+        /// What it can be.
+        limit_mib: u32,
+    },
+    /// The machine has devices, and its memory is what it booted with.
+    #[error(
+        "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
+         machine keeps the {has_mib} MiB it was made with, because PCI devices reach them: give \
+         the pod its whole memory limit when it is made"
+    )]
+    Pinned {
+        /// What it would have to be.
+        wanted_mib: u32,
+        /// What it is.
+        has_mib: u32,
+    },
+    /// The guest does not use the memory it was given.
+    #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
+    NotGrown {
+        /// What it was given.
+        wanted_mib: u32,
+        /// What it uses.
+        has_mib: u32,
+    },
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The agent refused.
+    #[error("guest: {what}: {}", agent_message(answer))]
+    Agent {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        answer: ttrpc::Error,
+    },
+    /// The agent did not connect.
+    #[error(
+        "the guest's agent did not answer within {seconds} s of the start; debug_console = true \
+         shows the guest's console"
+    )]
+    AgentSilent {
+        /// The configured limit.
+        seconds: u64,
+    },
+    /// The sandbox was shut down.
+    #[error("the sandbox was shut down")]
+    Stopped,
+    /// A system call failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// The failure.
+        source: std::io::Error,
+    },
+    /// The run directory failed.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The pod's network could not be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The pod's cgroup could not be set up.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The virtio-fs daemon could not be started.
+    #[error(transparent)]
+    Virtiofsd(#[from] VirtiofsdError),
+    /// A host hook failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+}

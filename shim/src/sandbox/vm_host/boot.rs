@@ -1,0 +1,117 @@
+//! The message that boots a machine.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use nacre_protocol::channel::FdList;
+use nacre_protocol::guest::SHARED_TAG;
+use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, Nic, SharedDir, VmConfig};
+use nacre_vmm::vfio::Passthrough;
+
+use super::super::sizing::Size;
+use super::super::{SandboxError, cmdline, slots};
+use crate::machine::VmMachine;
+use crate::network::PodNetwork;
+use crate::storage::{HostBacking, HostDisk};
+
+/// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
+/// vCPUs do not wait for each other, up to what a disk can make use of.
+const MAX_DISK_QUEUES: u16 = 4;
+
+/// Descriptors the message borrows.
+pub(super) struct BootFds {
+    pub(super) kvm: File,
+    pub(super) kernel: File,
+    pub(super) initrd: File,
+    pub(super) console: Option<File>,
+    pub(super) disks: Vec<HostDisk>,
+    /// Disks without bytes.
+    pub(super) slots: usize,
+    pub(super) passthrough: Option<Passthrough>,
+    pub(super) socket: Option<UnixStream>,
+}
+
+/// What the message says besides.
+pub(super) struct BootConfig<'a> {
+    pub(super) sandbox_id: &'a str,
+    pub(super) network: &'a PodNetwork,
+    pub(super) size: Size,
+    pub(super) hugepages: bool,
+    /// The monitor's.
+    pub(super) uid: u32,
+}
+
+impl BootFds {
+    /// Has a monitor build and run the machine.
+    pub(super) async fn send(
+        &self,
+        machine: &VmMachine,
+        boot: &BootConfig<'_>,
+    ) -> Result<(), SandboxError> {
+        let mut list = FdList::default();
+        let size = boot.size;
+        let disk_queues = u16::from(size.vcpus).min(MAX_DISK_QUEUES);
+        let config = VmConfig {
+            sandbox_id: boot.sandbox_id.to_owned(),
+            jail: Jail {
+                uid: boot.uid,
+                gid: boot.uid,
+            },
+            kvm: list.push(self.kvm.as_fd()),
+            vcpus: size.vcpus,
+            memory: Memory {
+                size_mib: size.memory_mib,
+                growth_mib: size.growth_mib,
+                hugepages: boot.hugepages,
+            },
+            kernel: list.push(self.kernel.as_fd()),
+            initrd: list.push(self.initrd.as_fd()),
+            cmdline: cmdline::cmdline(self.console.is_some()),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| vm_disk(disk, disk_queues, &mut list))
+                .chain(slots::disks(self.slots, disk_queues))
+                .collect(),
+            nics: vm_nics(boot.network, &mut list),
+            passthrough: self
+                .passthrough
+                .as_ref()
+                .map(|devices| devices.describe(&mut list)),
+            shared_dir: self.socket.as_ref().map(|socket| SharedDir {
+                tag: SHARED_TAG.into(),
+                socket: list.push(socket.as_fd()),
+            }),
+            console: self.console.as_ref().map(|file| list.push(file.as_fd())),
+        };
+        Ok(machine.boot(config, &list).await?)
+    }
+}
+
+fn vm_disk<'a>(disk: &'a HostDisk, queues: u16, list: &mut FdList<'a>) -> Disk {
+    Disk {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+        backing: match &disk.backing {
+            HostBacking::Whole(file) => DiskBacking::Whole(list.push(file.as_fd())),
+            HostBacking::Partitions(files) => {
+                DiskBacking::Partitions(files.iter().map(|file| list.push(file.as_fd())).collect())
+            }
+        },
+        queues,
+    }
+}
+
+fn vm_nics<'a>(network: &'a PodNetwork, list: &mut FdList<'a>) -> Vec<Nic> {
+    network
+        .nics
+        .iter()
+        .map(|nic| Nic {
+            mac: nic.mac,
+            mtu: nic.mtu,
+            taps: nic.taps.iter().map(|fd| list.push(fd.as_fd())).collect(),
+            vhost: nic.vhost.iter().map(|fd| list.push(fd.as_fd())).collect(),
+        })
+        .collect()
+}

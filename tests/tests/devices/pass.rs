@@ -1,0 +1,181 @@
+//! Devices in the hands of containers.
+
+use std::fs;
+use std::process::Command;
+
+use nacre_tests::{Said, Scene, eventually, run};
+use serde_json::{Value, json};
+
+use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
+
+const DEVICES: &str = "io.nacre.devices";
+/// Of the disk: all of it.
+const MIB: usize = 64;
+/// What the guest calls its only one.
+const DISK: &str = "/dev/nvme0n1";
+
+/// A container of `script` that asks for devices.
+fn container(spec: &mut Value, devices: &str, script: &str) {
+    spec["annotations"] = json!({DEVICES: devices});
+    spec["process"]["args"] = json!(["sh", "-c", script]);
+    // Newer clients hide /proc/interrupts.
+    spec["linux"]["maskedPaths"] = json!([]);
+}
+
+fn run_to_end(scene: &mut Scene, devices: &str, script: &str) -> Said {
+    scene.run_spec(|spec| container(spec, devices, script))
+}
+
+/// Interrupts of a kind in the lines of /proc/interrupts that `said` has: a line is the
+/// vector, a count for each processor, the kind and what it is for.
+fn interrupts(said: &Said, kind: &str, of: &str) -> u64 {
+    let lines = said.stdout.lines();
+    let lines = lines.filter(|line| line.contains(kind) && line.contains(of));
+    lines
+        .flat_map(|line| line.split_whitespace().skip(1))
+        .filter_map(|word| word.parse::<u64>().ok())
+        .sum()
+}
+
+/// What is written in the container is on the disk when the host has it back. Between
+/// writing and reading the disk is closed, so that the kernel forgets what it has of it.
+#[test]
+fn a_disk_is_written_and_read_in_a_container() {
+    let nvme = behind(NVME_PORT);
+    let line = format!("a line for {nvme} by {}", std::process::id());
+    let bytes = format!("{line}\n").repeat((MIB << 20) / line.len());
+    let sum = nacre_tests::md5(&bytes.as_bytes()[..MIB << 20]);
+    let bound = Bound::new(&[&nvme]);
+    let script = format!(
+        "yes '{line}' | head -c {} | dd of={DISK} bs=1M iflag=fullblock conv=fsync 2>/dev/null\n\
+         dd if={DISK} bs=1M count={MIB} 2>/dev/null | md5sum\n\
+         ls -l {DISK}\n\
+         grep nvme0q /proc/interrupts\n",
+        MIB << 20
+    );
+    let said = run_to_end(&mut Scene::new(), &nvme, &script).exits(0);
+    assert!(said.stdout.starts_with(&sum), "not {sum} in {said:#?}");
+    let count = interrupts(&said, "MSIX", "nvme0q");
+    assert!(count > 0, "no MSI-X interrupt in {said:#?}");
+    no_claims();
+
+    drop(bound);
+    let disk = disk(&nvme);
+    let read = Command::new("sh")
+        .args(["-c", &format!("head -c {} {disk} | md5sum", MIB << 20)])
+        .output();
+    Said::from(read.unwrap()).exits(0).prints(&sum);
+}
+
+/// From one pod to the next: first refused while it is held, then free when the monitor
+/// was killed.
+#[test]
+fn a_device_is_one_pod_s_until_its_monitor_dies() {
+    let nvme = behind(NVME_PORT);
+    let _bound = Bound::new(&[&nvme]);
+    let mut scene = Scene::new();
+    let id = scene.start_spec(|spec| container(spec, &nvme, "sleep 3600"));
+    scene.exec(&id, &[], &["test", "-b", DISK]).exits(0);
+    let pods = run("nacre", &["ps"]).exits(0).stdout;
+    let row = pods.lines().find(|row| row.contains(&id));
+    assert!(row.is_some_and(|row| row.contains(&nvme)), "{pods}");
+
+    let annotation = format!("{DEVICES}={nvme}");
+    scene
+        .run_with(&["--annotation", &annotation], &["true"])
+        .exits(1)
+        .complains(&[&format!("PCI device {nvme} is pod default/{id}'s")]);
+    // The refusal took nothing from the one that has it.
+    scene.exec(&id, &[], &["test", "-b", DISK]).exits(0);
+
+    let state = fs::read(format!("/run/nacre/default/{id}/state.json")).unwrap();
+    let state: Value = serde_json::from_slice(&state).unwrap();
+    run("kill", &["-9", &state["monitor"]["pid"].to_string()]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    scene.ctr(&["task", "rm", &id]).exits(0);
+    no_claims();
+    run_to_end(&mut scene, &nvme, &format!("test -b {DISK}")).exits(0);
+    no_claims();
+}
+
+/// Two disks in a pod: a container has nodes of those it asks for, and one that asks for
+/// a third device does not join.
+#[test]
+fn containers_of_a_pod_have_their_own_devices() {
+    let [alone, switched] = [NVME_PORT, SWITCH_PORT].map(behind);
+    let _bound = Bound::new(&[&alone, &switched, EDU]);
+    let mut scene = Scene::new();
+    let both = format!("{alone},{switched}");
+    let first = scene.start_spec(|spec| container(spec, &both, "sleep 3600"));
+    let group =
+        |spec: &mut Value| spec["annotations"]["io.containerd.runc.v2.group"] = json!(first);
+    let second = scene.start_spec(|spec| {
+        container(spec, &switched, "sleep 3600");
+        group(spec);
+    });
+    let third = scene.start_spec(|spec| {
+        container(spec, "", "sleep 3600");
+        group(spec);
+    });
+    let nodes = |id: &str| {
+        let script = "cd /dev; ls -d nvme*n1 | wc -l; cat nvme*n1 | wc -c";
+        scene.exec(id, &[], &["sh", "-c", script]).exits(0).stdout
+    };
+    assert_eq!(nodes(&first), format!("2\n{}\n", 2 * (MIB << 20)));
+    assert_eq!(nodes(&second), format!("1\n{}\n", MIB << 20));
+    scene
+        .exec(&third, &[], &["sh", "-c", "ls /dev/nvme*"])
+        .exits(1);
+    // A node of its own making does not open what the rules keep.
+    let numbers = ["sh", "-c", "cat /sys/block/nvme0n1/dev"];
+    let numbers = scene.exec(&third, &[], &numbers).exits(0).stdout;
+    let (major, minor) = numbers.trim().split_once(':').unwrap();
+    let make = format!("mknod /dev/mine b {major} {minor} && cat /dev/mine");
+    scene
+        .exec(&third, &[], &["sh", "-c", &make])
+        .exits(1)
+        .complains(&["Operation not permitted"]);
+    let fourth = scene.run_spec(|spec| {
+        container(spec, EDU, "true");
+        group(spec);
+    });
+    fourth
+        .exits(1)
+        .complains(&["needs a device of the host", "built without"]);
+}
+
+/// The guest has no driver for it, and shows it all the same.
+#[test]
+fn a_device_without_a_driver_is_in_sysfs() {
+    let _bound = Bound::new(&[EDU]);
+    let mut scene = Scene::new();
+    let script = "cat /sys/bus/pci/devices/0000:01:00.0/device";
+    run_to_end(&mut scene, EDU, script)
+        .exits(0)
+        .prints("0x11e8\n");
+    no_claims();
+}
+
+/// A device that somebody else has open: nothing is left of the pod.
+#[test]
+fn a_device_that_a_process_has_open_is_refused() {
+    let nvme = behind(NVME_PORT);
+    let _bound = Bound::new(&[&nvme]);
+    let mut scene = Scene::new();
+    let node = format!("/dev/vfio/{}", crate::group(&nvme));
+    let open = fs::File::options().read(true).write(true).open(&node);
+    let open = open.unwrap();
+    run_to_end(&mut scene, &nvme, "true")
+        .exits(1)
+        .complains(&[&node, "another process has it"]);
+    no_claims();
+    drop(open);
+    run_to_end(&mut scene, &nvme, "true").exits(0);
+    eventually("no monitor has it", || {
+        fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&node)
+            .is_ok()
+    });
+}
