@@ -86,7 +86,7 @@ pub enum Host {
     Vm(Box<VmHost>),
     /// An agent without one.
     #[cfg(test)]
-    Fake(crate::machine::fake::FakeHost),
+    Fake(Box<crate::machine::fake::FakeHost>),
 }
 
 impl Host {

@@ -28,6 +28,8 @@ impl Bare {
         // The runtime is the last thing there.
         let (without, _) = config.split_once(RUNTIME).unwrap();
         fs::write(CONTAINERD, without).unwrap();
+        // It is bound from the stage, which must keep what is covered here.
+        run("mount", &["--make-private", "/usr/local"]).exits(0);
         run("mount", &["-t", "tmpfs", "bare", "/usr/local"]).exits(0);
         Self { config }
     }

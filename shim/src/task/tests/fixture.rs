@@ -83,7 +83,7 @@ impl Fixture {
         let machine = host.machine.clone();
         let journal = host.journal.clone();
         let publisher = Publisher::new("test", address.to_str().unwrap());
-        let pod = Pod::new(Host::Fake(host), publisher);
+        let pod = Pod::new(Host::Fake(Box::new(host)), publisher);
         let (client, server) = connect(&pod).await;
         let (console, console_server) = connect(&pod).await;
         let (sandbox, sandbox_server) = connect(&pod).await;
