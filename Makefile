@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
 
-.PHONY: setup build test unit lint demo bench numbers soak lab e2e devices install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench long soak lab e2e devices install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -114,10 +114,12 @@ bench: stage
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
-# What many pods take and cost, beside runc: minutes in the lab, so no part of `test`.
-numbers: stage
+# The tests that take minutes each in the lab, so no part of `test`: images of many
+# layers, and what many pods take and cost beside runc.
+long: stage
+	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@$(IN_LAB) run --timeout 2400 $(STAGE) -- nacre-pods --test-threads=1 --include-ignored --nocapture numbers::
+	@$(IN_LAB) run --timeout 3600 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

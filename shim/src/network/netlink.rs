@@ -180,7 +180,10 @@ impl Netlink {
         let mut rules = Vec::new();
         for version in [IpVersion::V4, IpVersion::V6] {
             let request = self.handle.rule().get(version).execute();
-            let messages = collect("list rules", request).await?;
+            let messages = match collect("list rules", request).await {
+                Err(NetworkError::Netlink { source, .. }) if is_without(&source) => continue,
+                messages => messages?,
+            };
             rules.extend(messages.iter().filter_map(super::rules::rule));
         }
         Ok(rules)
@@ -228,6 +231,13 @@ fn refused(action: &'static str, interface: &str) -> impl FnOnce(rtnetlink::Erro
 fn is_existing(error: &rtnetlink::Error) -> bool {
     matches!(error, rtnetlink::Error::NetlinkError(message)
         if message.raw_code() == -libc::EEXIST)
+}
+
+/// Whether the host's kernel has no such rules at all: not the family
+/// (`ipv6.disable=1`), or no policy routing in it.
+fn is_without(error: &rtnetlink::Error) -> bool {
+    matches!(error, rtnetlink::Error::NetlinkError(message)
+        if matches!(-message.raw_code(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP))
 }
 
 fn names(links: &[Link]) -> Names<'_> {

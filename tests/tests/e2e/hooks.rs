@@ -117,6 +117,7 @@ fn hook_in_the_guest_that_fails_fails_the_start() {
     let mut scene = scene();
     let said = scene.run_spec(|spec| {
         spec["hooks"] = json!({"startContainer": hook("echo no gpu >&2; exit 3")});
+        spec["process"]["args"] = json!(["echo", "ran"]);
     });
     said.exits(1)
         .prints("")
