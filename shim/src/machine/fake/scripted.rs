@@ -316,6 +316,12 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
+    async fn eject_device(&self, _: &TtrpcContext, request: EjectDeviceRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
+        lock(&self.0.journal).push(format!("eject {}", request.address));
+        Ok(Empty::new())
+    }
+
     async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
         Ok(Empty::new())
