@@ -38,6 +38,21 @@ pub enum Request {
         /// Whether writes fail.
         read_only: bool,
     },
+    /// Put devices of the host into empty slots, all of them or none; answered by
+    /// [`Event::Plugged`]. The guest hears of it from its root ports.
+    Plug {
+        /// A slot for each device, counted from 0 to [`VmConfig::pci_slots`].
+        slots: Vec<u8>,
+        /// The devices. Of their IOMMU the monitor uses the one it has, if any device is in
+        /// the guest already; groups are in its container by then.
+        devices: Passthrough,
+    },
+    /// Take out what came with one [`Request::Plug`], whether the guest has let go of it
+    /// or not; answered by [`Event::Unplugged`]. The monitor has nothing of it open then.
+    Unplug {
+        /// The slots of that request.
+        slots: Vec<u8>,
+    },
 }
 
 /// From the monitor to the shim.
@@ -63,6 +78,20 @@ pub enum Event {
         serial: String,
         /// Its size in bytes, or why it is as it was.
         result: Result<u64, String>,
+    },
+    /// What became of [`Request::Plug`].
+    Plugged {
+        /// The slots of the request.
+        slots: Vec<u8>,
+        /// Why they are as empty as they were.
+        result: Result<(), String>,
+    },
+    /// What became of [`Request::Unplug`].
+    Unplugged {
+        /// The slots of the request.
+        slots: Vec<u8>,
+        /// Why they are as they were.
+        result: Result<(), String>,
     },
     /// The VM stopped. The monitor exits after this.
     Stopped(StopReason),
@@ -112,6 +141,9 @@ pub struct VmConfig {
     /// PCI devices of the host that the guest drives itself. Its memory is pinned
     /// then, and cannot grow: [`Memory::growth_mib`] is 0.
     pub passthrough: Option<Passthrough>,
+    /// Empty slots for more of them, which [`Request::Plug`] fills; memory is as if they
+    /// were there already.
+    pub pci_slots: u8,
     /// virtio-fs device.
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
@@ -204,7 +236,8 @@ pub struct Passthrough {
     pub devices: Vec<PciDevice>,
 }
 
-/// Where the guest finds a device, by its position in [`Passthrough::devices`].
+/// Where the guest finds a device, by its position in [`Passthrough::devices`]. Slots follow
+/// the last of them.
 #[must_use]
 pub fn guest_address(position: usize) -> String {
     format!("0000:{:02x}:00.0", position + 1)

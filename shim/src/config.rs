@@ -82,6 +82,8 @@ pub struct Config {
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
     pub pod_disks: u8,
+    /// Devices of the host that containers which join a pod can bring.
+    pub pci_slots: u8,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -159,6 +161,7 @@ impl Config {
             overhead_memory_mib: 0,
             hugepages: false,
             pod_disks: 0,
+            pci_slots: 0,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -271,7 +274,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 17] = [
+const KEYS: [Key; 18] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -280,6 +283,7 @@ const KEYS: [Key; 17] = [
     key!(overhead_memory_mib, 0..=4096),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
+    key!(pci_slots, 0..=8),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),

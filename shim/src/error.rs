@@ -59,10 +59,12 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Claim { .. }
         | SandboxError::OpenDevices { .. }
         | SandboxError::NoSlot { .. }
+        | SandboxError::NoPciSlot { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
+        SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)
@@ -76,6 +78,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
 fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
+        MachineError::Slots(_) => Code::FAILED_PRECONDITION,
         MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
             Code::INTERNAL
         }

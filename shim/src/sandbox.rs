@@ -18,6 +18,7 @@
 
 mod cmdline;
 mod error;
+mod hotplug;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -49,6 +50,8 @@ use crate::oci::kubernetes;
 use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
 
 pub use error::SandboxError;
+#[cfg(test)]
+pub use hotplug::HotPlug;
 use slots::Slots;
 pub use vm_host::VmHost;
 
@@ -130,6 +133,43 @@ impl Host {
             container_id: config.id.clone(),
             what: "a device of the host",
         })
+    }
+
+    /// The same in a machine that runs: what the pod does not have is plugged in, if there
+    /// are slots.
+    ///
+    /// # Errors
+    ///
+    /// `Devices`, and what keeps a device from being plugged in.
+    pub async fn attach_devices(
+        &self,
+        sandbox: &Sandbox,
+        config: &ContainerConfig,
+    ) -> Result<Vec<String>, SandboxError> {
+        let (asked, system) = match self {
+            Self::Vm(host) => (host.devices(config).await?, host.system()),
+            #[cfg(test)]
+            Self::Fake(host) => (host.devices(config)?, &host.system),
+        };
+        if asked.is_empty() || kubernetes::is_sandbox(&config.spec) {
+            return Ok(Vec::new());
+        }
+        let hot_plug = self.hot_plug();
+        hot_plug.attach(system, sandbox, &config.id, &asked).await
+    }
+
+    /// Takes back what [`Host::attach_devices`] has plugged in, when no container of the
+    /// pod uses it any more. Failures are logged.
+    pub async fn detach_devices(&self, sandbox: &Sandbox, container_id: &str) {
+        self.hot_plug().detach(sandbox, container_id).await;
+    }
+
+    fn hot_plug(&self) -> &hotplug::HotPlug {
+        match self {
+            Self::Vm(host) => host.hot_plug(),
+            #[cfg(test)]
+            Self::Fake(host) => &host.hot_plug,
+        }
     }
 
     /// Makes the machine for the pod's first container, not booted.
@@ -242,6 +282,14 @@ impl Host {
             #[cfg(test)]
             Self::Fake(host) => host.teardown(),
         }
+    }
+}
+
+/// Runs file system work where it may block. A panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 

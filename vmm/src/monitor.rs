@@ -32,6 +32,7 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
+use crate::vfio::hotplug::{self, Job};
 use crate::virtio::block::{Backing, Exchanger};
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
@@ -125,18 +126,20 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     report(channel, outcome)
 }
 
-/// What the kernel pins of a guest with devices, and counts against a limit: all of
-/// its memory, which therefore is all there from the start.
+/// What the kernel pins of a guest with devices, or slots for them, and counts against a
+/// limit: all of its memory, which therefore is all there from the start.
 fn pinned_bytes(config: &VmConfig) -> Result<Option<u64>, MonitorError> {
     let Memory {
         size_mib,
         growth_mib,
         ..
     } = config.memory;
-    match config.passthrough {
-        None => Ok(None),
-        Some(_) if growth_mib > 0 => Err(MonitorError::PinnedGrowth(growth_mib)),
-        Some(_) => Ok(Some(u64::from(size_mib) * MIB)),
+    if config.passthrough.is_none() && config.pci_slots == 0 {
+        Ok(None)
+    } else if growth_mib > 0 {
+        Err(MonitorError::PinnedGrowth(growth_mib))
+    } else {
+        Ok(Some(u64::from(size_mib) * MIB))
     }
 }
 
@@ -169,6 +172,7 @@ fn build(
         cmdline: config.cmdline.clone(),
         devices: devices.devices,
         passthrough,
+        pci_slots: config.pci_slots,
         serial: devices.serial,
     })?;
     let peers = Peers {
@@ -202,15 +206,18 @@ fn wait(
     let server = peers.file_server.as_ref().map_or(own, OwnedFd::as_fd);
     let resizer = peers.resizer.as_ref();
     let resized = resizer.map_or(own, |resizer| borrow(resizer.changed()));
+    let hot_plug = running.hot_plug();
+    let plugged = hot_plug.map_or(own, |worker| borrow(worker.event()));
     loop {
         let ready = wait_for([
             input(channel.as_fd()),
             input(own),
             input(borrow(&calls.event)),
             input(resized),
+            input(plugged),
             hangup(server),
         ])?;
-        let [request, stopped, called, resized, lost] = ready;
+        let [request, stopped, called, resized, plugged, lost] = ready;
         if called {
             calls.report(channel)?;
         }
@@ -222,18 +229,27 @@ fn wait(
             let growth_mib = u32::try_from(resizer.plugged() / MIB).unwrap_or(u32::MAX);
             channel.send(&Event::Resized { growth_mib }, &FdList::default())?;
         }
+        if plugged && let Some(worker) = hot_plug {
+            for news in worker.news()? {
+                channel.send(&news, &FdList::default())?;
+            }
+        }
         if lost {
             // Whoever uses the share now would wait for ever.
             let message = "the file server of the shared directory has ended";
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers)?;
+            obey(channel, peers, hot_plug)?;
         }
     }
 }
 
-fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
+fn obey(
+    channel: &mut Channel,
+    peers: &Peers,
+    hot_plug: Option<&hotplug::Worker>,
+) -> Result<(), MonitorError> {
     match channel.recv::<Request>()? {
         (Request::Connect { port, stream }, mut fds) => {
             peers.dialer.connect(port, fds.take(stream)?);
@@ -257,9 +273,21 @@ fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
             let result = exchange(peers, &serial, read_only, backing);
             channel.send(&Event::Exchanged { serial, result }, &FdList::default())?;
         }
+        (Request::Plug { slots, devices }, mut fds) => {
+            let devices = Passthrough::take(&devices, &mut fds)?;
+            plug(hot_plug, Job::Plug(slots, devices));
+        }
+        (Request::Unplug { slots }, _) => plug(hot_plug, Job::Unplug(slots)),
         (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
+}
+
+fn plug(hot_plug: Option<&hotplug::Worker>, job: Job) {
+    match hot_plug {
+        Some(worker) => worker.request(job),
+        None => tracing::warn!("a machine without slots is not given devices"),
+    }
 }
 
 fn exchange(peers: &Peers, serial: &str, read_only: bool, backing: Backing) -> Result<u64, String> {

@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -22,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::virtio::GuestMemory;
+use numbers::Numbers;
 
 mod device_memory;
+mod numbers;
 mod page;
 mod vfio;
 
@@ -69,8 +70,8 @@ pub struct MsiRoute {
 /// A virtual machine without its vCPUs.
 pub struct Vm {
     fd: VmFd,
-    next_gsi: AtomicU32,
-    next_slot: AtomicU32,
+    gsis: Numbers,
+    slots: Numbers,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
     memory: GuestMemory,
@@ -117,8 +118,8 @@ impl Vm {
         .map_err(VmError::new("split the interrupt controller"))?;
         let vm = Self {
             fd,
-            next_gsi: AtomicU32::new(0),
-            next_slot: AtomicU32::new(0),
+            gsis: Numbers::default(),
+            slots: Numbers::default(),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
@@ -218,12 +219,20 @@ impl Vm {
 
     /// A memory slot nobody has.
     fn new_slot(&self) -> u32 {
-        self.next_slot.fetch_add(1, Ordering::Relaxed)
+        self.slots.take()
     }
 
     /// A GSI nobody has.
     pub fn new_gsi(&self) -> u32 {
-        self.next_gsi.fetch_add(1, Ordering::Relaxed)
+        self.gsis.take()
+    }
+
+    /// Gives a GSI back that has no irqfd any more. What it sends is forgotten when a
+    /// route is set the next time.
+    pub fn free_gsi(&self, gsi: u32) {
+        let mut routes = self.routes.lock().unwrap_or_else(|lock| lock.into_inner());
+        routes.remove(&gsi);
+        self.gsis.give_back(gsi);
     }
 
     /// Lets `gsi` send `route` from now on.

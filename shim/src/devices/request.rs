@@ -14,6 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use nacre_protocol::vm::guest_address;
@@ -111,18 +112,22 @@ pub struct AssignedDevice {
     pub device_node: Option<PathBuf>,
 }
 
-/// Opens devices for a monitor.
+/// Opens devices for a monitor, whose others are in `container`.
 ///
 /// # Errors
 ///
 /// What cannot be opened, and why.
-pub fn open(system: &System, devices: &[AssignedDevice]) -> Result<Passthrough, OpenError> {
+pub fn open(
+    system: &System,
+    devices: &[AssignedDevice],
+    container: Option<&OwnedFd>,
+) -> Result<Passthrough, OpenError> {
     let nodes = devices.iter().map(|device| DeviceNodes {
         address: device.address.to_string(),
         group: device.group_node.clone(),
         own: device.device_node.clone(),
     });
-    open::by_any(&system.dev, &nodes.collect::<Vec<_>>())
+    open::by_any(&system.dev, &nodes.collect::<Vec<_>>(), container)
 }
 
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if

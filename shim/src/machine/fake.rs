@@ -9,13 +9,15 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::STREAM_PORT;
+use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -23,7 +25,8 @@ use tokio::sync::watch;
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, System, request};
-use crate::sandbox::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
+use crate::rundir::{RunDir, State};
+use crate::sandbox::{ContainerConfig, HotPlug, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
 
@@ -58,6 +61,8 @@ pub struct FakeMachine {
     takes_mib: AtomicU32,
     /// And the least it keeps.
     keeps_mib: AtomicU32,
+    /// Whether it takes no devices.
+    refuses_devices: AtomicBool,
     journal: Journal,
 }
 
@@ -109,6 +114,22 @@ impl Machine for FakeMachine {
         size.map_err(MachineError::io("look at a disk's file"))
     }
 
+    async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
+        if self.refuses_devices.load(Ordering::Relaxed) {
+            return Err(MachineError::Slots("too large".into()));
+        }
+        let described = devices.describe(&mut FdList::default());
+        for (slot, device) in slots.iter().zip(described.devices) {
+            lock(&self.journal).push(format!("plug {slot} {}", device.address));
+        }
+        Ok(())
+    }
+
+    async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
+        lock(&self.journal).push(format!("unplug {slots:?}"));
+        Ok(())
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -136,6 +157,11 @@ impl FakeMachine {
     /// From now on the guest keeps at least this much.
     pub fn keeps(&self, growth_mib: u32) {
         self.keeps_mib.store(growth_mib, Ordering::Relaxed);
+    }
+
+    /// From now on it takes no devices, or does again.
+    pub fn refuses_devices(&self, refuses: bool) {
+        self.refuses_devices.store(refuses, Ordering::Relaxed);
     }
 
     /// Resolves when the guest has answered `count` pings.
@@ -212,6 +238,12 @@ pub struct FakeHost {
     pub system: System,
     /// Those that its machine has.
     devices: Mutex<Vec<AssignedDevice>>,
+    /// Empty slots of its machine,
+    pub pci_slots: u8,
+    /// what is in them,
+    pub hot_plug: HotPlug,
+    /// and where devices are claimed.
+    pub run_dir: RunDir,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -220,6 +252,11 @@ pub struct FakeHost {
 impl FakeHost {
     /// A host whose machines run the agent of this process.
     pub fn scripted() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(root.path(), "default", "pod").unwrap();
+        run_dir.create().unwrap();
+        let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
+        run_dir.save(&state).unwrap();
         Self {
             machine: Arc::default(),
             knows_network: true,
@@ -227,8 +264,11 @@ impl FakeHost {
             journal: Journal::default(),
             system: System::default(),
             devices: Mutex::default(),
+            pci_slots: 0,
+            hot_plug: HotPlug::new(run_dir.clone()),
+            run_dir,
             agent_exe: None,
-            root: tempfile::tempdir().unwrap(),
+            root,
         }
     }
 
@@ -330,6 +370,10 @@ impl FakeHost {
     /// Attaches to its agent.
     pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
         let mut room = ROOM;
+        let started = self
+            .hot_plug
+            .start(self.pci_slots, self.pod_devices(), None, BOOT_TIMEOUT);
+        started.await.unwrap();
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
         }
@@ -347,6 +391,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         child: Mutex::new(None),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
+        refuses_devices: AtomicBool::new(false),
         journal,
     }
 }
@@ -374,6 +419,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         child: Mutex::new(Some(child)),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
+        refuses_devices: AtomicBool::new(false),
         journal: Journal::default(),
     }
 }

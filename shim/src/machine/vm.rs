@@ -20,6 +20,7 @@ use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
 use nacre_protocol::guest::AGENT_PORT;
 use nacre_protocol::vm::{Event, Request, VmConfig};
 use nacre_vmm::jail;
+use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::unix::AsyncFd;
@@ -57,12 +58,23 @@ pub struct VmMachine {
     growth_mib: watch::Receiver<u32>,
     /// Answers to exchanges of disks, of which one is under way at a time.
     exchanged: Mutex<mpsc::Receiver<Exchanged>>,
+    /// Answers about slots, one at a time likewise.
+    slots: Mutex<mpsc::Receiver<SlotsDone>>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
 
 /// A disk's serial number, its size or why it is as it was.
 type Exchanged = (String, Result<u64, String>);
+
+/// Slots that were filled or emptied, or why not.
+type SlotsDone = (SlotsWork, Vec<u8>, Result<(), String>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SlotsWork {
+    Plug,
+    Unplug,
+}
 
 /// Both directions of the channel. Sending takes `&Channel`, receiving `&mut`;
 /// they are separate objects on one socket.
@@ -111,12 +123,14 @@ impl VmMachine {
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
         let (exchanged_tx, exchanged_rx) = mpsc::channel(1);
+        let (slots_tx, slots_rx) = mpsc::channel(1);
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
             exchanged: exchanged_tx,
+            slots: slots_tx,
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -132,6 +146,7 @@ impl VmMachine {
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
             exchanged: Mutex::new(exchanged_rx),
+            slots: Mutex::new(slots_rx),
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -159,6 +174,31 @@ impl VmMachine {
                     guard.clear_ready();
                 }
                 result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Sends a request about slots and waits for the answer to it.
+    async fn change_slots(
+        &self,
+        work: SlotsWork,
+        slots: &[u8],
+        request: &Request,
+        fds: &FdList<'_>,
+    ) -> Result<(), MachineError> {
+        let mut done = self.slots.lock().await;
+        // The answer to a caller who did not wait for it.
+        while done.try_recv().is_ok() {}
+        self.send(request, fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        loop {
+            match done.recv().await {
+                Some((of, those, result)) if of == work && those == slots => {
+                    return result.map_err(MachineError::Slots);
+                }
+                Some(_) => {}
+                None => return Err(MachineError::Stopped(self.stopped().await)),
             }
         }
     }
@@ -249,6 +289,24 @@ impl Machine for VmMachine {
         }
     }
 
+    async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
+        let mut fds = FdList::default();
+        let request = Request::Plug {
+            slots: slots.to_owned(),
+            devices: devices.describe(&mut fds),
+        };
+        self.change_slots(SlotsWork::Plug, slots, &request, &fds)
+            .await
+    }
+
+    async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
+        let request = Request::Unplug {
+            slots: slots.to_owned(),
+        };
+        self.change_slots(SlotsWork::Unplug, slots, &request, &FdList::default())
+            .await
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.clone();
         match stopped.wait_for(Option::is_some).await {
@@ -325,6 +383,16 @@ struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
     exchanged: mpsc::Sender<Exchanged>,
+    slots: mpsc::Sender<SlotsDone>,
+}
+
+impl News {
+    fn slots_done(&self, work: SlotsWork, slots: Vec<u8>, result: Result<(), String>) {
+        // Nobody waits for more than one.
+        if self.slots.try_send((work, slots, result)).is_err() {
+            warn!("the monitor tells of slots nobody asked for");
+        }
+    }
 }
 
 /// Reads events until one ends the machine.
@@ -356,6 +424,10 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
                 if news.exchanged.try_send((serial, result)).is_err() {
                     warn!("the monitor tells of a disk nobody asked for");
                 }
+            }
+            Event::Plugged { slots, result } => news.slots_done(SlotsWork::Plug, slots, result),
+            Event::Unplugged { slots, result } => {
+                news.slots_done(SlotsWork::Unplug, slots, result);
             }
             Event::Stopped(reason) => return Stop::Guest(reason),
             Event::Failed { message } => return Stop::Failed(message),
@@ -532,6 +604,44 @@ mod tests {
         monitor.await.unwrap();
         assert_eq!(size, 4096);
         assert_eq!(refused.to_string(), "disk slot1: broken");
+        assert!(dead);
+    }
+
+    #[tokio::test]
+    async fn slots_are_changed_one_after_another() {
+        let (machine, mut monitor) = with_stand_in();
+        let dev = tempfile::tempdir().unwrap();
+        std::fs::write(dev.path().join("iommu"), "").unwrap();
+        let devices = nacre_vmm::vfio::open::by_any(dev.path(), &[], None).unwrap();
+        let shim = tokio::spawn(async move {
+            let refused = machine.plug(&[0, 1], &devices).await.unwrap_err();
+            let unplugged = machine.unplug(&[2]).await;
+            machine.kill();
+            let dead = machine.unplug(&[2]).await.is_err();
+            (refused.to_string(), unplugged, dead)
+        });
+        let monitor = tokio::task::spawn_blocking(move || {
+            let answer = |monitor: &Channel, event: Event| {
+                monitor.send(&event, &FdList::default()).unwrap();
+            };
+            let (request, mut fds) = monitor.recv::<Request>().unwrap();
+            let Request::Plug { slots, devices } = request else {
+                panic!("{request:?}");
+            };
+            nacre_vmm::vfio::Passthrough::take(&devices, &mut fds).unwrap();
+            let result = Err("too large".to_owned());
+            answer(&monitor, Event::Plugged { slots, result });
+            let (request, _) = monitor.recv::<Request>().unwrap();
+            let Request::Unplug { slots } = request else {
+                panic!("{request:?}");
+            };
+            let result = Ok(());
+            answer(&monitor, Event::Unplugged { slots, result });
+        });
+        let (refused, unplugged, dead) = shim.await.unwrap();
+        monitor.await.unwrap();
+        assert_eq!(refused, "too large");
+        unplugged.unwrap();
         assert!(dead);
     }
 

@@ -84,6 +84,32 @@ pub enum SandboxError {
         /// How many there are.
         count: usize,
     },
+    /// All slots for devices of the host are in use, or too many are.
+    #[error(
+        "container {container_id} needs a device of the host, which the pod's running virtual \
+         machine was built without; of its {count} slots for devices that come later {empty} are \
+         empty, and {wanted} would be filled: raise pci_slots in nacre.toml"
+    )]
+    NoPciSlot {
+        /// The container.
+        container_id: String,
+        /// How many would be filled.
+        wanted: usize,
+        /// How many are empty.
+        empty: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The monitor does not say that it has plugged devices in.
+    #[error(
+        "container {container_id}: the devices it asks for were not plugged in within {seconds} s"
+    )]
+    PlugTimeout {
+        /// The container.
+        container_id: String,
+        /// The limit.
+        seconds: u64,
+    },
     /// A second container came before the first was started.
     #[error(
         "container {container_id} joins a pod whose virtual machine boots with the start of its \
@@ -104,10 +130,10 @@ pub enum SandboxError {
         /// What it can be.
         limit_mib: u32,
     },
-    /// The machine has devices, and its memory is what it booted with.
+    /// The machine has devices, or slots for them, and its memory is what it booted with.
     #[error(
         "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
-         machine keeps the {has_mib} MiB it was made with, because PCI devices reach them: give \
+         machine keeps the {has_mib} MiB it was made with, because PCI devices may reach them: give \
          the pod its whole memory limit when it is made"
     )]
     Pinned {

@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use nacre_protocol::vm::StopReason;
+use nacre_vmm::vfio::Passthrough;
 use tokio::time::{Instant, sleep};
 
 use super::*;
@@ -102,6 +103,14 @@ impl Machine for Silent {
         _file: Option<&std::fs::File>,
         _read_only: bool,
     ) -> Result<u64, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn plug(&self, _: &[u8], _: &Passthrough) -> Result<(), MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn unplug(&self, _: &[u8]) -> Result<(), MachineError> {
         Err(MachineError::Stopped(Stop::Died))
     }
 

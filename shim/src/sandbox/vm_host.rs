@@ -27,8 +27,9 @@ use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
+use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
+use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
@@ -63,6 +64,8 @@ struct Parts {
     network: Option<PodNetwork>,
     /// The host's devices that are the pod's, in the order of the machine's.
     devices: Vec<AssignedDevice>,
+    /// Whether they reach the memory, or others may later.
+    is_pinned: bool,
     /// What the memory of a pod with devices takes to be pinned, and to be given back.
     pin_time: Duration,
     state: State,
@@ -74,6 +77,7 @@ pub struct VmHost {
     run_dir: RunDir,
     sandbox_id: String,
     system: System,
+    hot_plug: HotPlug,
     parts: Mutex<Parts>,
 }
 
@@ -97,6 +101,7 @@ impl VmHost {
     pub fn new(config: Config, run_dir: RunDir, sandbox_id: String, state: State) -> Self {
         Self {
             config,
+            hot_plug: HotPlug::new(run_dir.clone()),
             run_dir,
             sandbox_id,
             system: System::default(),
@@ -234,8 +239,15 @@ impl VmHost {
             network: &network,
             size,
             hugepages: self.config.hugepages,
+            pci_slots: self.pci_slots(&config.spec),
             uid,
         };
+        let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
+        let (first, opened) = (self.pod_devices(), fds.passthrough.as_ref());
+        self.hot_plug
+            .start(boot.pci_slots, first, opened, timeout)
+            .await
+            .map_err(io_error("duplicate a descriptor"))?;
         fds.send(&machine, &boot).await?;
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
@@ -252,7 +264,6 @@ impl VmHost {
             sysctls: sysctls(&config.spec),
             ..Default::default()
         };
-        let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
         let room = Room {
             memory: MemorySize {
                 boot_mib: size.memory_mib,
@@ -311,7 +322,7 @@ impl VmHost {
     /// See [`super::Host::set_limits`].
     pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
         let parts = crate::task::lock(&self.parts);
-        let is_pinned = !parts.devices.is_empty();
+        let is_pinned = parts.is_pinned;
         let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
         match &parts.cgroup {
             Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
@@ -320,7 +331,7 @@ impl VmHost {
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
-        let is_pinned = !crate::task::lock(&self.parts).devices.is_empty();
+        let is_pinned = crate::task::lock(&self.parts).is_pinned;
         size_of(spec, is_pinned, &self.config)
     }
 
@@ -547,14 +558,6 @@ fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
     let what = what.into();
     move |source| SandboxError::Io { what, source }
-}
-
-/// Runs file system work where it may block. A panic in it goes on here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }
 
 #[cfg(test)]

@@ -183,7 +183,7 @@ impl Pod {
         };
         let result = created.await;
         if result.is_err() {
-            self.host.release(&config.id).await;
+            self.release(&config.id).await;
         }
         result
     }
@@ -274,7 +274,11 @@ impl Pod {
                 container_id: config.id.clone(),
             }));
         }
-        let pci_devices = self.host.guest_devices(config).await?;
+        let pci_devices = if booted {
+            self.host.attach_devices(sandbox, config).await?
+        } else {
+            self.host.guest_devices(config).await?
+        };
         let mut prepared = self.host.prepare(config, booted).await?;
         prepared.pci_devices = pci_devices;
         if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
@@ -327,11 +331,19 @@ impl Pod {
         })
     }
 
+    /// What the host has for a container that the guest does not have.
+    async fn release(&self, id: &str) {
+        if let Some(sandbox) = self.sandbox.get() {
+            self.host.detach_devices(sandbox, id).await;
+        }
+        self.host.release(id).await;
+    }
+
     /// What the host keeps of a container that is gone from the guest.
     async fn forget(self: &Arc<Self>, container: &Container) {
         let config = container.config();
         container.detach_devices().await;
-        self.host.release(&config.id).await;
+        self.release(&config.id).await;
         hooks::stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));

@@ -158,6 +158,16 @@ impl Msix {
         }
     }
 
+    /// Masks all vectors for good, and gives their GSIs back.
+    pub fn release(&mut self) {
+        for mut vector in self.vectors.drain(..) {
+            vector.update(&self.vm, false);
+            if !vector.live {
+                self.vm.free_gsi(vector.gsi);
+            }
+        }
+    }
+
     /// Forgets interrupts that were never delivered.
     pub fn discard_pending(&self) {
         for vector in self.vectors.iter().filter(|vector| !vector.live) {
@@ -316,6 +326,20 @@ mod tests {
         assert_eq!(pending(&msix), 0b10);
         msix.discard_pending();
         assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn released_vectors_leave_their_gsis() {
+        let Some(mut msix) = msix() else { return };
+        msix.write_table(12, &[0; 4]);
+        enable(&mut msix, ENABLE);
+        assert!(msix.vectors[0].live);
+        let vm = msix.vm.clone();
+        msix.release();
+        assert!(msix.event(0).is_none());
+        let mut again = [vm.new_gsi(), vm.new_gsi(), vm.new_gsi()];
+        again.sort_unstable();
+        assert_eq!(again, [0, 1, 2]);
     }
 
     #[test]

@@ -105,6 +105,16 @@ impl BarMap {
     }
 }
 
+impl Drop for BarMap {
+    fn drop(&mut self) {
+        for area in self.bars.iter_mut().flatten() {
+            if let Err(error) = self.vm.remove_device_memory(&mut area.memory) {
+                tracing::warn!(%error, "a device's registers stay mapped");
+            }
+        }
+    }
+}
+
 /// The VFIO region of a BAR.
 pub fn region_of(bar: Bar) -> u32 {
     u32::try_from(bar.index).unwrap_or(u32::MAX)

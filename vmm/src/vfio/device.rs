@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> stop (reset)
+//!                                                                          +-unplugged-> withdraw, stop
 //! ```
 //!
 //! One lock guards a function's configuration, interrupts and mappings; an access
@@ -257,7 +258,18 @@ impl VfioPci {
         }
     }
 
-    /// Takes the device from a guest that does not run any more: no interrupts, no
+    /// Takes its registers from a guest that runs on: they are nowhere from now on, also
+    /// where the guest has mapped them.
+    pub fn withdraw(&self) {
+        let mut state = self.lock();
+        for (place, (bar, at)) in self.bars.iter().enumerate() {
+            at.store(NOWHERE, Ordering::Release);
+            let result = state.map.move_bar(place, bar.size, None);
+            self.note(&mut state, result.map_err(io::Error::other));
+        }
+    }
+
+    /// Takes the device from a guest that does not drive it any more: no interrupts, no
     /// DMA, and nothing of the guest in it as far as it can be reset.
     pub fn stop(&self) {
         let mut state = self.lock();
@@ -301,6 +313,13 @@ impl VfioPci {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for VfioPci {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.interrupts.release();
     }
 }
 

@@ -3,9 +3,10 @@
 
 use nacre_vmm::vfio::Passthrough;
 
+use super::super::hotplug::HotPlug;
 use super::super::{ContainerConfig, SandboxError};
-use super::{VmHost, blocking};
-use crate::devices::{AssignedDevice, request};
+use super::{Spec, VmHost, blocking, may_grow};
+use crate::devices::{AssignedDevice, System, request};
 
 impl VmHost {
     /// What a container asks for.
@@ -31,9 +32,30 @@ impl VmHost {
         crate::task::lock(&self.parts).devices.clone()
     }
 
+    /// Where the host's devices are.
+    pub fn system(&self) -> &System {
+        &self.system
+    }
+
+    /// Those that come later.
+    pub fn hot_plug(&self) -> &HotPlug {
+        &self.hot_plug
+    }
+
+    /// Slots for devices of containers that join the pod.
+    pub(super) fn pci_slots(&self, spec: &Spec) -> u8 {
+        if may_grow(spec) {
+            self.config.pci_slots
+        } else {
+            0
+        }
+    }
+
     /// Makes the devices the first container asks for this pod's.
     pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
         let devices = self.devices(config).await?;
+        let is_pinned = !devices.is_empty() || self.pci_slots(&config.spec) > 0;
+        crate::task::lock(&self.parts).is_pinned = is_pinned;
         if devices.is_empty() {
             return Ok(());
         }
@@ -59,7 +81,7 @@ impl VmHost {
             return Ok(None);
         }
         let system = self.system.clone();
-        blocking(move || request::open(&system, &devices))
+        blocking(move || request::open(&system, &devices, None))
             .await
             .map(Some)
             .map_err(|source| SandboxError::OpenDevices {
@@ -164,6 +186,24 @@ mod tests {
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
         assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    #[tokio::test]
+    async fn memory_of_a_pod_with_slots_is_there_from_the_start() {
+        let tree = Tree::new();
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.pci_slots = 2;
+        // Nobody joins a container of `ctr run`.
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert_eq!(pod.host.pci_slots(&pod.config.spec), 0);
+        assert!(!pod.host.size_of(&pod.config.spec).is_pinned);
+        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
+        pod.config.spec = Arc::new(serde_json::from_value(spec).unwrap());
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert_eq!(pod.host.pci_slots(&pod.config.spec), 2);
+        let size = pod.host.size_of(&pod.config.spec);
+        assert_eq!((size.growth_mib, size.is_pinned), (0, true));
     }
 
     #[tokio::test]
