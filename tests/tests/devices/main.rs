@@ -12,6 +12,7 @@
 
 mod ask;
 mod pass;
+mod plug;
 mod refusals;
 mod table;
 
