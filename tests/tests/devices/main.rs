@@ -1,5 +1,5 @@
 //! The host's PCI devices: `nacre devices`, and containers that ask for one. They need
-//! the lab that `make devices` boots, with an IOMMU and these devices (`Makefile`):
+//! the lab's (`lab run --devices`, which has an IOMMU and these):
 //!
 //! ```text
 //! 00:10.0 root port -> nvme                        a group of its own
