@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, Irq};
+use super::access::{Access, Irq, IrqError};
 use super::capabilities::{Layout, MsiLayout, MsixLayout};
 use super::config::GuestConfig;
 use crate::pci::msix::{ENABLE, Msix};
@@ -89,15 +89,17 @@ impl Interrupts {
     ///
     /// The device's, when it does not turn its interrupts on or off.
     pub fn config_changed(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
+        let mut result = Ok(());
         if let Some(msi) = &mut self.msi {
-            msi.update(config, device)?;
+            result = msi.update(config, device);
         }
         if let Some((layout, line)) = &mut self.msix {
             let control = config.u16_at(layout.control);
             line.vectors.set_control(control);
-            line.sync(device, (control & MSIX_ENABLE != 0).then_some(line.count))?;
+            let enabled = control & MSIX_ENABLE != 0;
+            result = result.and(line.sync(device, enabled.then_some(line.count)));
         }
-        Ok(())
+        result
     }
 
     /// Reads the MSI-X table.
@@ -118,8 +120,7 @@ impl Interrupts {
             return Ok(());
         };
         line.vectors.write_table(offset, data);
-        let on = line.on;
-        line.sync(device, (on > 0).then_some(on))
+        line.arm(device)
     }
 
     /// Reads MSI-X's pending bits.
@@ -138,10 +139,11 @@ impl Interrupts {
     pub fn stop(&mut self, device: &dyn Access) -> io::Result<()> {
         let msi = self.msi.as_mut().map(|msi| &mut msi.line);
         let msix = self.msix.as_mut().map(|(_, line)| line);
+        let mut result = Ok(());
         for line in [msi, msix].into_iter().flatten() {
-            line.sync(device, None)?;
+            result = result.and(line.sync(device, None));
         }
-        Ok(())
+        result
     }
 }
 
@@ -161,7 +163,6 @@ impl Msi {
         if self.seen == (control, route) {
             return Ok(());
         }
-        self.seen = (control, route);
         // Encoded as a power of two; what the device does not have is not enabled.
         let count = (1u16 << (control >> MSI_ENABLED_VECTORS & 0b111)).min(self.line.count);
         for vector in 0..self.line.count {
@@ -173,7 +174,10 @@ impl Msi {
         let enabled = control & MSI_ENABLE != 0;
         let on = if enabled { ENABLE } else { 0 };
         self.line.vectors.set_control(u16::from_le_bytes([0, on]));
-        self.line.sync(device, enabled.then_some(count))
+        self.line.sync(device, enabled.then_some(count))?;
+        // Not before: what failed is tried again.
+        self.seen = (control, route);
+        Ok(())
     }
 }
 
@@ -193,32 +197,61 @@ impl Line {
     fn sync(&mut self, device: &dyn Access, count: Option<u16>) -> io::Result<()> {
         let count = count.unwrap_or(0);
         if self.on != 0 && self.on != count {
+            device.disable_irqs(self.irq)?;
             self.on = 0;
             self.armed.fill(false);
-            device.disable_irqs(self.irq)?;
         }
-        if count == 0 {
-            return Ok(());
+        let mut result = Ok(());
+        if self.on != count {
+            result = self.turn_on(device, count);
         }
-        if self.on == 0 {
-            let events: Vec<_> = (0..count).map(|vector| self.unmasked(vector)).collect();
-            let events: Vec<_> = events.iter().map(Option::as_deref).collect();
+        result.and(self.arm(device))
+    }
+
+    /// Turns `count` vectors on. When the host has fewer, those it has are on: a guest
+    /// seldom uses all, and a kernel since 6.5 may find the others later.
+    fn turn_on(&mut self, device: &dyn Access, count: u16) -> io::Result<()> {
+        let events: Vec<_> = (0..count).map(|vector| self.unmasked(vector)).collect();
+        let mut events: Vec<_> = events.iter().map(Option::as_deref).collect();
+        let mut result = Ok(());
+        if let Err(error) = device.set_irqs(self.irq, 0, &events) {
+            let IrqError::Fewer { available, .. } = error else {
+                return Err(error.into());
+            };
+            events.truncate(usize::try_from(available).unwrap_or(usize::MAX));
             device.set_irqs(self.irq, 0, &events)?;
-            self.on = count;
-            for (armed, event) in self.armed.iter_mut().zip(events) {
-                *armed = event.is_some();
-            }
+            result = Err(error.into());
+        }
+        self.on = count;
+        for (armed, event) in self.armed.iter_mut().zip(events) {
+            *armed = event.is_some();
+        }
+        result
+    }
+
+    /// Attaches the events of vectors that have been unmasked since they were turned on.
+    fn arm(&mut self, device: &dyn Access) -> io::Result<()> {
+        let mut result = Ok(());
+        for vector in 0..self.on {
+            let armed = self.arm_vector(device, vector).map_err(|error| {
+                let what = format!("{:?} vector {vector}: {error}", self.irq);
+                io::Error::new(error.kind(), what)
+            });
+            result = result.and(armed);
+        }
+        result
+    }
+
+    fn arm_vector(&mut self, device: &dyn Access, vector: u16) -> io::Result<()> {
+        let at = usize::from(vector);
+        if self.armed.get(at) != Some(&false) {
             return Ok(());
         }
-        for vector in 0..count {
-            let armed = self.armed.get(usize::from(vector)).copied();
-            if armed == Some(false)
-                && let Some(event) = self.unmasked(vector)
-            {
-                device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
-                self.armed[usize::from(vector)] = true;
-            }
-        }
+        let Some(event) = self.unmasked(vector) else {
+            return Ok(());
+        };
+        device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
+        self.armed[at] = true;
         Ok(())
     }
 

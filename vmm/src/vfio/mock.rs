@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 use nix::poll::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, CONFIG_REGION, Irq, Region};
+use super::access::{Access, CONFIG_REGION, Irq, IrqError, Region};
 use crate::vm::Mapping;
 
 /// Offsets of the capabilities in [`space`].
@@ -37,6 +37,12 @@ pub struct State {
     pub sizes: [u64; 6],
     pub no_events: bool,
     pub is_gone: bool,
+    /// Vectors the host has at first, and later one by one.
+    pub free_vectors: u32,
+    /// One whose event is not taken.
+    pub refused_vector: Option<u32>,
+    /// What is not turned off.
+    pub stuck: Option<Irq>,
     pub resets: u32,
     /// Writes to configuration space, in order.
     pub config_writes: Vec<(u64, Vec<u8>)>,
@@ -55,6 +61,9 @@ impl Default for Mock {
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             no_events: false,
             is_gone: false,
+            free_vectors: u32::MAX,
+            refused_vector: None,
+            stuck: None,
             resets: 0,
             config_writes: Vec::new(),
             calls: Vec::new(),
@@ -148,8 +157,22 @@ impl Access for Mock {
         })
     }
 
-    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
         let mut state = self.state();
+        if state.is_gone {
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+        }
+        let asked = u32::try_from(events.len()).unwrap();
+        let available = state.free_vectors;
+        if start == 0 && available < asked {
+            state
+                .calls
+                .push(format!("{irq:?} 0+{asked} has {available}"));
+            return Err(IrqError::Fewer { available, asked });
+        }
+        if start >= available || state.refused_vector == Some(start) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
+        }
         let attached: Vec<_> = (start..)
             .zip(events)
             .filter_map(|(vector, event)| Some((vector, (*event)?)))
@@ -166,6 +189,9 @@ impl Access for Mock {
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let mut state = self.state();
         state.calls.push(format!("{irq:?} off"));
+        if state.stuck == Some(irq) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         state.events.retain(|event| event.0 != irq);
         Ok(())
     }

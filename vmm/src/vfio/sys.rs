@@ -22,7 +22,7 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
-use super::access::{Access, Irq, Region};
+use super::access::{Access, Irq, IrqError, Region};
 use crate::vm::Mapping;
 
 ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE.into(), VFIO_BASE + 2);
@@ -90,6 +90,15 @@ fn check(result: libc::c_int) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// What the kernel says to turning `asked` interrupts on: when it has fewer, how many.
+fn check_irqs(result: libc::c_int, asked: u32) -> Result<(), IrqError> {
+    check(result)?;
+    match result.unsigned_abs() {
+        0 => Ok(()),
+        available => Err(IrqError::Fewer { available, asked }),
+    }
 }
 
 /// The size of an argument, which begins with it.
@@ -172,7 +181,7 @@ pub fn allocate_ioas(iommufd: &OwnedFd) -> io::Result<u32> {
 ///
 /// The kernel's.
 pub fn map_in_ioas(iommufd: &OwnedFd, ioas: u32, range: DmaRange) -> io::Result<()> {
-    let map = IoasMap {
+    let mut map = IoasMap {
         size: size::<IoasMap>(),
         flags: IOAS_MAP_FLAGS,
         ioas_id: ioas,
@@ -181,8 +190,8 @@ pub fn map_in_ioas(iommufd: &OwnedFd, ioas: u32, range: DmaRange) -> io::Result<
         iova: range.iova,
         ..Default::default()
     };
-    // SAFETY: as in `map_in_container`.
-    check(unsafe { ioctl_with_ref(iommufd, IOMMU_IOAS_MAP(), &map) })
+    // SAFETY: as in `map_in_container`; the kernel writes the address back.
+    check(unsafe { ioctl_with_mut_ref(iommufd, IOMMU_IOAS_MAP(), &mut map) })
 }
 
 /// A VFIO device.
@@ -278,10 +287,10 @@ impl VfioFile {
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    fn set_irq(&self, words: &[u32]) -> io::Result<()> {
+    fn set_irq(&self, words: &[u32]) -> libc::c_int {
         debug_assert!(words.len() >= IRQ_SET_WORDS);
         // SAFETY: the buffer is a `vfio_irq_set` and as long as its `argsz` says.
-        check(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+        unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) }
     }
 }
 
@@ -328,7 +337,7 @@ impl Access for VfioFile {
         }
     }
 
-    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
         let fds = events
             .iter()
             .map(|event| event.map_or(-1, |event| event.as_raw_fd()));
@@ -336,12 +345,12 @@ impl Access for VfioFile {
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         let mut words = irq_set(flags, irq, start, count, count);
         words.extend(fds.map(i32::cast_unsigned));
-        self.set_irq(&words)
+        check_irqs(self.set_irq(&words), count)
     }
 
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
-        self.set_irq(&irq_set(flags, irq, 0, 0, 0))
+        check(self.set_irq(&irq_set(flags, irq, 0, 0, 0)))
     }
 
     fn reset(&self) -> io::Result<bool> {
@@ -420,6 +429,17 @@ mod tests {
     fn interrupts_are_laid_out_as_the_kernel_reads_them() {
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         assert_eq!(irq_set(flags, Irq::Msix, 3, 2, 2), [28, 0x24, 2, 3, 2]);
+    }
+
+    #[test]
+    fn fewer_vectors_than_were_asked_for_are_no_success() {
+        assert!(check_irqs(0, 8).is_ok());
+        let fewer = check_irqs(3, 8).unwrap_err();
+        assert_eq!(
+            fewer.to_string(),
+            "the host has only 3 of 8 interrupt vectors for it"
+        );
+        assert!(matches!(check_irqs(-1, 8), Err(IrqError::Kernel(_))));
     }
 
     /// A description with a capability of type 9 and then a sparse one.

@@ -173,6 +173,81 @@ fn msi_has_as_many_vectors_as_the_guest_enables() {
 }
 
 #[test]
+fn host_with_fewer_vectors_turns_on_those_it_has() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().free_vectors = 4;
+    set_vector(&function, 3, 0);
+    set_vector(&function, 5, 0);
+    let mut state = function.lock();
+    let State {
+        config, interrupts, ..
+    } = &mut *state;
+    config.write(&*mock, mock::MSIX + 3, &[0x80]).unwrap();
+    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    let text = "the host has only 4 of 16 interrupt vectors for it";
+    assert_eq!(error.to_string(), text);
+    assert_eq!(mock.calls(), ["Msix 0+16 has 4", "Msix 0+4 [3]"]);
+    // Vector 5 is asked for alone whenever there is a chance.
+    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    assert!(error.to_string().starts_with("Msix vector 5: "), "{error}");
+    mock.state().free_vectors = 16;
+    interrupts.config_changed(config, &*mock).unwrap();
+    assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
+    assert!(mock.signal(Irq::Msix, 3) && mock.signal(Irq::Msix, 5));
+}
+
+#[test]
+fn vector_that_is_not_armed_does_not_keep_the_others_from_it() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.config_write(mock::MSIX + 3, &[0xc0]);
+    mock.state().refused_vector = Some(5);
+    for vector in [5, 6] {
+        set_vector(&function, vector, 0);
+    }
+    assert_eq!(mock.calls(), ["Msix 0+16 []", "Msix 6+1 [6]"]);
+    mock.state().refused_vector = None;
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
+}
+
+#[test]
+fn what_failed_is_done_with_the_next_write() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let poke = || function.config_write(0x0c, &[8]);
+    mock.state().is_gone = true;
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    assert_eq!(mock.calls(), [""; 0]);
+    mock.state().is_gone = false;
+    poke();
+    assert_eq!(mock.calls(), ["Msi 0+1 [0]"]);
+    mock.state().stuck = Some(Irq::Msi);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    mock.state().stuck = None;
+    poke();
+    poke();
+    assert_eq!(mock.calls(), ["Msi off", "Msi off"]);
+}
+
+#[test]
+fn interrupts_that_stay_on_do_not_keep_the_others_on() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    mock.calls();
+    mock.state().stuck = Some(Irq::Msi);
+    assert!(function.lock().interrupts.stop(&*mock).is_err());
+    assert_eq!(mock.calls(), ["Msi off", "Msix off"]);
+}
+
+#[test]
 fn stopped_device_is_silent_and_reset() {
     let Some((function, mock)) = function() else {
         return;
