@@ -35,6 +35,10 @@ pub struct State {
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
     pub sizes: [u64; 6],
+    /// Of BAR 0,
+    pub mappable: Vec<(u64, u64)>,
+    /// and what has been mapped: region, offset, length.
+    pub mapped: Vec<(u32, u64, u64)>,
     pub no_events: bool,
     pub is_gone: bool,
     /// Vectors the host has at first, and later one by one.
@@ -59,6 +63,8 @@ impl Default for Mock {
             config: space(),
             bar: vec![0; 0x8000],
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
+            mappable: vec![(0, BAR0_SIZE)],
+            mapped: Vec::new(),
             no_events: false,
             is_gone: false,
             free_vectors: u32::MAX,
@@ -119,7 +125,7 @@ impl Access for Mock {
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {
-            vec![(0, size)]
+            state.mappable.clone()
         } else {
             Vec::new()
         };
@@ -143,7 +149,8 @@ impl Access for Mock {
         Ok(())
     }
 
-    fn map(&self, _: u32, _: u64, len: u64) -> io::Result<Mapping> {
+    fn map(&self, region: u32, offset: u64, len: u64) -> io::Result<Mapping> {
+        self.state().mapped.push((region, offset, len));
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
         Mapping::new(file.as_fd(), 0, len)
