@@ -10,8 +10,8 @@
 //! What the guest writes to its table or capability changes the right half only:
 //! address, data and mask are KVM's routes. The left half is turned on with MSI or MSI-X,
 //! all vectors at once (a kernel before 6.5 cannot add one later), but an event is
-//! attached to a vector only when the guest first unmasks it. The host's
-//! vectors that a guest never uses cost no interrupt handler then.
+//! attached to a vector only when the guest first unmasks it. Vectors that a guest
+//! never uses cost no interrupt handler of the host, event or route of KVM then.
 
 use std::io;
 use std::sync::Arc;
@@ -56,31 +56,23 @@ struct Line {
 
 impl Interrupts {
     /// All off.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> io::Result<Self> {
+    #[must_use]
+    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> Self {
         let msi = layout.msi.map(|layout| {
-            Line::new(vm, Irq::Msi, layout.vectors).map(|line| Msi {
+            let route = MsiRoute {
+                address: 0,
+                data: 0,
+            };
+            Msi {
                 layout,
-                line,
-                seen: (
-                    0,
-                    MsiRoute {
-                        address: 0,
-                        data: 0,
-                    },
-                ),
-            })
+                line: Line::new(vm, Irq::Msi, layout.vectors),
+                seen: (0, route),
+            }
         });
         let msix = layout
             .msix
-            .map(|layout| Line::new(vm, Irq::Msix, layout.vectors).map(|line| (layout, line)));
-        Ok(Self {
-            msi: msi.transpose()?,
-            msix: msix.transpose()?,
-        })
+            .map(|layout| (layout, Line::new(vm, Irq::Msix, layout.vectors)));
+        Self { msi, msix }
     }
 
     /// To be called after a write to configuration space.
@@ -182,14 +174,14 @@ impl Msi {
 }
 
 impl Line {
-    fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> io::Result<Self> {
-        Ok(Self {
+    fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> Self {
+        Self {
             irq,
-            vectors: Msix::new(vm, count)?,
+            vectors: Msix::new(vm, count),
             count,
             on: 0,
             armed: vec![false; count.into()],
-        })
+        }
     }
 
     /// Has `count` vectors on at the host, or none, and the events of all
@@ -211,7 +203,10 @@ impl Line {
     /// Turns `count` vectors on. When the host has fewer, those it has are on: a guest
     /// seldom uses all, and a kernel since 6.5 may find the others later.
     fn turn_on(&mut self, device: &dyn Access, count: u16) -> io::Result<()> {
-        let events: Vec<_> = (0..count).map(|vector| self.unmasked(vector)).collect();
+        // One that is not to be had is missed, and reported, when it is to be attached.
+        let events: Vec<_> = (0..count)
+            .map(|vector| self.unmasked(vector).unwrap_or(None))
+            .collect();
         let mut events: Vec<_> = events.iter().map(Option::as_deref).collect();
         let mut result = Ok(());
         if let Err(error) = device.set_irqs(self.irq, 0, &events) {
@@ -247,7 +242,7 @@ impl Line {
         if self.armed.get(at) != Some(&false) {
             return Ok(());
         }
-        let Some(event) = self.unmasked(vector) else {
+        let Some(event) = self.unmasked(vector)? else {
             return Ok(());
         };
         device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
@@ -255,8 +250,11 @@ impl Line {
         Ok(())
     }
 
-    fn unmasked(&self, vector: u16) -> Option<Arc<EventFd>> {
-        let unmasked = self.vectors.is_unmasked(vector);
-        unmasked.then(|| self.vectors.event(vector)).flatten()
+    /// The event of a vector that is unmasked.
+    fn unmasked(&mut self, vector: u16) -> io::Result<Option<Arc<EventFd>>> {
+        if !self.vectors.is_unmasked(vector) {
+            return Ok(None);
+        }
+        self.vectors.event(vector).map_err(io::Error::other)
     }
 }
