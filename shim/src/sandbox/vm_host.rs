@@ -11,7 +11,6 @@
 mod boot;
 mod devices;
 
-use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -249,7 +248,7 @@ impl VmHost {
             rules: network.rules,
             neighbors: network.neighbors,
             shared_dir: shares,
-            sysctls: sysctls(&config.spec),
+            sysctls: oci::pod::sysctls(&config.spec),
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
@@ -471,15 +470,6 @@ async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
             );
         })
         .ok())
-}
-
-/// A pod's kernel parameters: they are its machine's.
-fn sysctls(spec: &Spec) -> HashMap<String, String> {
-    let linux = spec.linux().as_ref();
-    linux
-        .filter(|_| kubernetes::is_sandbox(spec))
-        .and_then(|linux| linux.sysctl().clone())
-        .unwrap_or_default()
 }
 
 /// CRI leaves out of the sandbox's spec which namespaces are to be the host's.

@@ -199,6 +199,25 @@ fn users_of_the_pod_s_own() {
         .sh("echo 1 > /proc/sysrq-trigger")
         .exits(1)
         .complains(&["Permission denied"]);
+    // Nor has it rights to the machine's network, so low ports and ping are everyone's.
+    container
+        .sh("echo served > /page && httpd -p 80 -h / && wget -q -O - http://127.0.0.1/page")
+        .prints("served\n");
+    container
+        .sh("ping -c 1 -w 20 127.0.0.1 > /dev/null && echo answered")
+        .prints("answered\n");
+    let admin = pod
+        .container("admin", SLEEP)
+        .security(|security| {
+            security.capabilities = Some(Capability {
+                add_capabilities: vec!["NET_ADMIN".into()],
+                ..Default::default()
+            });
+        })
+        .start();
+    admin
+        .sh("ip link set lo down 2> /dev/null || echo refused")
+        .prints("refused\n");
     let user = pod
         .container("user", &["id", "-u"])
         .run_as(1000, 1000)
