@@ -322,7 +322,7 @@ mod tests {
     /// A shell that waits for another program, as scripts do.
     fn waiting(pipe: &std::path::Path) -> String {
         format!(
-            "exec >{0} 2>&1; echo began; sleep 600; true",
+            "exec >{0} 2>&1; echo began; (sleep 20; echo outlived); true",
             pipe.display()
         )
     }

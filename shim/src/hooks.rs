@@ -349,7 +349,7 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let pipe = bundle.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let script = hook("exec >pipe; echo began; sleep 600; true");
+        let script = hook("exec >pipe; echo began; (sleep 20; echo outlived); true");
         let config = config(bundle.path(), &json!({"createRuntime": [script]}));
         let waiting = tokio::spawn(async move { Runner::default().create(&config, 42).await });
         let read = |count| {
