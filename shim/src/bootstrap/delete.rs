@@ -4,7 +4,8 @@
 //! after a failed `start`. A pod's host state hangs on its run directory, so:
 //! with the daemon dead, any container's `delete` cleans the whole pod up; with
 //! the daemon alive, only the one of the pod itself does. Its `poststop` hooks each
-//! container's `delete` runs itself, as the bundle is there for just that long.
+//! container's `delete` runs itself, as the bundle is there for just that long. containerd
+//! gives `delete` five seconds; a hook that takes longer goes on without it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
