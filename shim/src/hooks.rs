@@ -383,8 +383,9 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let script = hook("readlink /proc/self/ns/mnt > mounts; pwd > directory");
         let config = config(bundle.path(), &json!({"createRuntime": [script]}));
-        let runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = { runtime }.build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
         let own = mounts();
         runtime.block_on(started.create(&config, 42)).unwrap();
         let read = |name| fs::read_to_string(bundle.path().join(name)).unwrap();

@@ -199,7 +199,20 @@ fn users_of_the_pod_s_own() {
         .sh("echo 1 > /proc/sysrq-trigger")
         .exits(1)
         .complains(&["Permission denied"]);
-    // Nor has it rights to the machine's network, so low ports and ping are everyone's.
+    let user = pod
+        .container("user", &["id", "-u"])
+        .run_as(1000, 1000)
+        .run();
+    user.exits(0).prints("1000\n");
+}
+
+/// What users of a pod's own have no rights to, as the network is the machine's: what
+/// takes rights elsewhere is everyone's there, and the rest is nobody's.
+#[test]
+fn network_of_a_pod_with_users_of_its_own() {
+    let scene = PodScene::new();
+    let pod = scene.pod("mapped-net").own_users(1_000_000).run();
+    let container = pod.container("root", SLEEP).start();
     container
         .sh("echo served > /page && httpd -p 80 -h / && wget -q -O - http://127.0.0.1/page")
         .prints("served\n");
@@ -218,9 +231,4 @@ fn users_of_the_pod_s_own() {
     admin
         .sh("ip link set lo down 2> /dev/null || echo refused")
         .prints("refused\n");
-    let user = pod
-        .container("user", &["id", "-u"])
-        .run_as(1000, 1000)
-        .run();
-    user.exits(0).prints("1000\n");
 }
