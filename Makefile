@@ -13,7 +13,7 @@ IN_LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
-  debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
+  debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
 .PHONY: setup build test unit lint demo bench long soak lab e2e install kernel stage stage-boot clean
 

@@ -44,6 +44,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::cgroup::Limits;
 use crate::devices::request;
+use crate::hooks;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::oci::kubernetes;
 use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
@@ -90,6 +91,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// What runs the containers' hooks.
+    pub fn hooks(&self) -> &hooks::Runner {
+        match self {
+            Self::Vm(host) => host.hooks(),
+            #[cfg(test)]
+            Self::Fake(host) => &host.hooks,
+        }
+    }
+
     /// Prepares a container's storage. `booted`: the machine runs and gets no
     /// more disks.
     ///
@@ -141,7 +151,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.open(config).await,
             #[cfg(test)]
-            Self::Fake(host) => host.open_for(config),
+            Self::Fake(host) => host.open_for(config).await,
         }
     }
 

@@ -149,27 +149,42 @@ add_port() {
 }
 
 # Boots a machine with `start_$1`, and another one with more patience when it is not
-# up in time, unless $deadline has come first. Some machines hang while their kernel
-# starts, before anything of ours runs in them: QEMU's emulation loses the end of a timer
-# interrupt. In one that was looked at, the first processor's local APIC (`info lapic 0`)
-# had the timer's vector in service for good, though no handler ran, so that nothing of
-# its priority or below reached that processor again. Each log is kept.
+# up in time, unless $deadline has come first, or when its kernel panics before. Some
+# machines do one or the other while their kernel starts, before anything of ours runs in
+# them: QEMU's emulation loses the end of a timer interrupt. In one that was looked at,
+# the first processor's local APIC (`info lapic 0`) had the timer's vector in service for
+# good, though no handler ran, so that nothing of its priority or below reached that
+# processor again. Each log is kept.
 boot() {
-  local try
+  local try why
   for try in 1 2 3; do
     begin_log
     "start_$1"
-    ! await_containerd $((SECONDS + patience * try)) || return 0
-    ((SECONDS < deadline)) || return 0
+    if await_containerd $((SECONDS + patience * try)); then
+      panicked_early || return 0
+      why="the machine's kernel panicked before it was up"
+    else
+      ((SECONDS < deadline)) || return 0
+      why="the machine is not up after $((patience * try)) s"
+    fi
     stop_machine
-    say "the machine is not up after $((patience * try)) s; its console's log is $serial_log"
+    say "$why; its console's log is $serial_log"
   done
+  tail -n 60 "$serial_log" >&2
   die "the machine did not come up three times"
+}
+
+is_up() {
+  grep -q '^lab: .* containerd is ready' "$serial_log"
+}
+
+panicked_early() {
+  ! is_up && grep -q 'Kernel panic' "$serial_log"
 }
 
 # Waits until the lab is up or has ended; fails when it does neither in time.
 await_containerd() {
-  until grep -q '^lab: .* containerd is ready' "$serial_log" || ! kill -0 "$qemu_pid" 2>/dev/null; do
+  until is_up || ! kill -0 "$qemu_pid" 2>/dev/null; do
     ((SECONDS < $1 && SECONDS < deadline)) || return 1
     sleep 0.2
   done

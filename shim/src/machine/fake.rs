@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, System, request};
+use crate::hooks::Runner;
 use crate::sandbox::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
@@ -208,6 +209,8 @@ pub struct FakeHost {
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
     pub journal: Journal,
+    /// What runs the containers' hooks.
+    pub hooks: Runner,
     /// Where the host's devices are.
     pub system: System,
     /// Those that its machine has.
@@ -225,6 +228,7 @@ impl FakeHost {
             knows_network: true,
             debug_shell: None,
             journal: Journal::default(),
+            hooks: Runner::default(),
             system: System::default(),
             devices: Mutex::default(),
             agent_exe: None,
@@ -312,9 +316,11 @@ impl FakeHost {
     }
 
     /// Starts an agent in a machine with the devices that a container asks for.
-    pub fn open_for(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+    pub async fn open_for(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
         *lock(&self.devices) = self.devices(config)?;
-        Ok(self.open())
+        let sandbox = self.open();
+        self.hooks.create(config, sandbox.pid()).await?;
+        Ok(sandbox)
     }
 
     /// Starts an agent.

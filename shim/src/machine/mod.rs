@@ -26,6 +26,9 @@ use tokio::net::UnixStream;
 
 pub use vm::{Launch, VmMachine};
 
+/// This very program, whatever happened to its file since it started: the monitor's.
+pub(crate) const SELF_EXE: &str = "/proc/self/exe";
+
 /// Errors of a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use nacre_protocol::cri::{NamespaceMode, NamespaceOption, PodSandboxConfig};
+use nacre_protocol::idmap::IdMaps;
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
 use protobuf::EnumOrUnknown;
 
 use super::kubernetes::{
-    CONTAINER_TYPE, SANDBOX, SANDBOX_CPU_PERIOD, SANDBOX_CPU_QUOTA, SANDBOX_ID, SANDBOX_MEMORY,
-    SANDBOX_NAME, SANDBOX_NAMESPACE, SANDBOX_UID,
+    self, CONTAINER_TYPE, SANDBOX, SANDBOX_CPU_PERIOD, SANDBOX_CPU_QUOTA, SANDBOX_ID,
+    SANDBOX_MEMORY, SANDBOX_NAME, SANDBOX_NAMESPACE, SANDBOX_UID,
 };
 
 /// Kernel parameters of a pod that names no others for them: the defaults of
@@ -35,10 +36,7 @@ pub fn sandbox_spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -
         &request.netns_path,
         options.namespace_options.get_or_default(),
     );
-    let mut sysctls: HashMap<String, String> = SYSCTLS
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-        .collect();
+    let mut sysctls = default_sysctls();
     sysctls.extend(pod.sysctls.clone());
     let mut linux = Linux::default();
     linux
@@ -54,6 +52,30 @@ pub fn sandbox_spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -
         .set_annotations(Some(annotations(request, config)))
         .set_linux(Some(linux));
     spec
+}
+
+/// The kernel parameters of the machine whose first container has this spec: a pod's
+/// are its machine's. Nobody with users of its own has rights to the machine's network,
+/// so what takes them elsewhere is open to everyone then. containerd itself leaves
+/// `ping_group_range` alone for such a pod, as its groups are not the host's.
+pub fn sysctls(spec: &Spec) -> HashMap<String, String> {
+    let linux = spec.linux().as_ref();
+    let own = linux
+        .and_then(|linux| linux.sysctl().clone())
+        .unwrap_or_default();
+    let mut sysctls = match IdMaps::of_spec(spec) {
+        Some(_) => default_sysctls(),
+        None => HashMap::new(),
+    };
+    if kubernetes::is_sandbox(spec) {
+        sysctls.extend(own);
+    }
+    sysctls
+}
+
+fn default_sysctls() -> HashMap<String, String> {
+    let owned = SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    HashMap::from(owned)
 }
 
 /// Those of the host are left out, as CRI does.
@@ -198,6 +220,33 @@ mod tests {
         let network = super::super::namespaces(&spec).iter();
         let paths: Vec<_> = network.filter_map(|n| n.path().clone()).collect();
         assert_eq!(paths, [Path::new("/run/netns/pod")]);
+    }
+
+    #[test]
+    fn users_of_a_pod_s_own_may_bind_low_ports_and_ping() {
+        let spec = |namespaces, sysctl, annotations| -> Spec {
+            let linux = serde_json::json!({"namespaces": namespaces, "sysctl": sysctl});
+            let spec = serde_json::json!({
+                "ociVersion": "1.2.0", "linux": linux, "annotations": annotations,
+            });
+            serde_json::from_value(spec).unwrap()
+        };
+        let users = || serde_json::json!([{"type": "network"}, {"type": "user"}]);
+        let none = || serde_json::json!([{"type": "network"}]);
+        let own = || serde_json::json!({"net.ipv4.ip_unprivileged_port_start": "1024"});
+        let pod = || serde_json::json!({"io.kubernetes.cri.container-type": "sandbox"});
+        let empty = || serde_json::json!({});
+        let of = |spec: Spec| {
+            let sysctls = sysctls(&spec);
+            SYSCTLS.map(|(name, _)| sysctls.get(name).cloned().unwrap_or_default())
+        };
+        let range = "0 2147483647";
+        assert_eq!(of(spec(users(), empty(), pod())), ["0", range]);
+        assert_eq!(of(spec(users(), own(), pod())), ["1024", range]);
+        assert_eq!(of(spec(users(), empty(), empty())), ["0", range]);
+        assert_eq!(of(spec(none(), own(), pod())), ["1024", ""]);
+        // Those of a container that is no pod's are its own namespaces'.
+        assert_eq!(of(spec(none(), own(), empty())), ["", ""]);
     }
 
     #[test]

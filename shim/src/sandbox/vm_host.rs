@@ -11,7 +11,6 @@
 mod boot;
 mod devices;
 
-use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -34,7 +33,7 @@ use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
 use crate::hooks;
-use crate::machine::{Launch, Machine, VmMachine};
+use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
 use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
 use crate::oci::{self, kubernetes};
@@ -48,8 +47,6 @@ use boot::{BootConfig, BootFds};
 const HOST_NAME_MAX: usize = 64;
 /// How long a killed monitor may take to be gone.
 const DEATH_WAIT: Duration = Duration::from_secs(2);
-/// This very program, whatever happened to its file since it started.
-const SELF_EXE: &str = "/proc/self/exe";
 const GROUP: &str = "io.containerd.runc.v2.group";
 
 /// What lives on the host for the pod.
@@ -74,6 +71,7 @@ pub struct VmHost {
     run_dir: RunDir,
     sandbox_id: String,
     system: System,
+    hooks: hooks::Runner,
     parts: Mutex<Parts>,
 }
 
@@ -94,17 +92,29 @@ impl NetNs {
 
 impl VmHost {
     /// The host side of pod `sandbox_id`; touches nothing yet.
-    pub fn new(config: Config, run_dir: RunDir, sandbox_id: String, state: State) -> Self {
+    pub fn new(
+        config: Config,
+        run_dir: RunDir,
+        sandbox_id: String,
+        state: State,
+        hooks: hooks::Runner,
+    ) -> Self {
         Self {
             config,
             run_dir,
             sandbox_id,
             system: System::default(),
+            hooks,
             parts: Mutex::new(Parts {
                 state,
                 ..Parts::default()
             }),
         }
+    }
+
+    /// See [`super::Host::hooks`].
+    pub fn hooks(&self) -> &hooks::Runner {
+        &self.hooks
     }
 
     /// See [`super::Host::prepare`].
@@ -159,7 +169,7 @@ impl VmHost {
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
-        hooks::create(config, machine.pid()).await?;
+        self.hooks.create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
         // one of our own somebody may yet put an interface.
@@ -249,7 +259,7 @@ impl VmHost {
             rules: network.rules,
             neighbors: network.neighbors,
             shared_dir: shares,
-            sysctls: sysctls(&config.spec),
+            sysctls: oci::pod::sysctls(&config.spec),
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
@@ -471,15 +481,6 @@ async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
             );
         })
         .ok())
-}
-
-/// A pod's kernel parameters: they are its machine's.
-fn sysctls(spec: &Spec) -> HashMap<String, String> {
-    let linux = spec.linux().as_ref();
-    linux
-        .filter(|_| kubernetes::is_sandbox(spec))
-        .and_then(|linux| linux.sysctl().clone())
-        .unwrap_or_default()
 }
 
 /// CRI leaves out of the sandbox's spec which namespaces are to be the host's.

@@ -20,7 +20,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskO
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, RwLock, watch};
 use tracing::{info, warn};
 
 use super::TaskError;
@@ -37,6 +37,8 @@ use crate::storage::{PodFiles, Prepared};
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
 const OOM_PAUSE: Duration = Duration::from_millis(500);
+/// Time that hooks have once their pod is to end.
+const HOOKS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A pod.
 pub struct Pod {
@@ -49,6 +51,8 @@ pub struct Pod {
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
     pub(super) resizing: tokio::sync::Mutex<()>,
+    /// Shared by those who run hooks, or are about to.
+    busy: RwLock<()>,
     ended: watch::Sender<bool>,
 }
 
@@ -62,6 +66,7 @@ impl Pod {
             containers: Mutex::new(HashMap::new()),
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
+            busy: RwLock::default(),
             ended: watch::Sender::new(false),
         })
     }
@@ -165,6 +170,10 @@ impl Pod {
         stdio: StdioPaths,
     ) -> Result<Arc<Container>, TaskError> {
         hooks::check(&config)?;
+        let _busy = self.busy.read().await;
+        if *self.ended.borrow() {
+            return Err(SandboxError::Stopped.into());
+        }
         let created = async {
             let (sandbox, prepared) = self.sandbox_for(&config).await?;
             let publisher = match config.api {
@@ -184,6 +193,7 @@ impl Pod {
         let result = created.await;
         if result.is_err() {
             self.host.release(&config.id).await;
+            self.host.hooks().stopped(&config).await;
         }
         result
     }
@@ -228,10 +238,12 @@ impl Pod {
         container: &Arc<Container>,
         exec_id: &str,
     ) -> Result<u32, TaskError> {
+        let _busy = self.busy.read().await;
         let enter = self.enter_guest(container);
         container.start(exec_id, enter).await?;
         if exec_id.is_empty() {
-            hooks::started(container.config(), container.pid()).await;
+            let (config, pid) = (container.config(), container.pid());
+            self.host.hooks().started(config, pid).await;
         }
         Ok(container.pid())
     }
@@ -283,10 +295,7 @@ impl Pod {
                 what: "a directory shared with the host",
             }));
         }
-        let pid = sandbox.pid();
-        hooks::create(config, pid)
-            .await
-            .map_err(SandboxError::Hook)?;
+        self.host.hooks().create(config, sandbox.pid()).await?;
         Ok(prepared)
     }
 
@@ -329,10 +338,11 @@ impl Pod {
 
     /// What the host keeps of a container that is gone from the guest.
     async fn forget(self: &Arc<Self>, container: &Container) {
+        let _busy = self.busy.read().await;
         let config = container.config();
         container.detach_devices().await;
         self.host.release(&config.id).await;
-        hooks::stopped(config).await;
+        self.host.hooks().stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));
     }
@@ -354,8 +364,13 @@ impl Pod {
     /// Kills the machine, frees what the pod has on the host, and lets
     /// [`Pod::ended`] resolve. The guest is not asked to power off: containers'
     /// file systems were unmounted with their deletion, and it has nothing else.
+    /// Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo what is the host's.
     pub async fn stop(&self) {
         self.host.teardown().await;
+        let idle = tokio::time::timeout(HOOKS_TIMEOUT, self.busy.write()).await;
+        if idle.is_err() {
+            warn!("hooks do not end");
+        }
         self.ended.send_replace(true);
     }
 

@@ -101,7 +101,13 @@ mod tests {
             run_dir.create().unwrap();
             let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
             run_dir.save(&state).unwrap();
-            let mut host = VmHost::new(Config::default(), run_dir.clone(), "web".into(), state);
+            let mut host = VmHost::new(
+                Config::default(),
+                run_dir.clone(),
+                "web".into(),
+                state,
+                crate::hooks::Runner::default(),
+            );
             host.system = tree.system();
             let spec = json!({
                 "ociVersion": "1.1.0",
