@@ -97,6 +97,7 @@ devices: stage stage-boot
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@truncate -s 64M $(DEVICES_DISK)
+	@sed -i 's/^device_annotations = .*/device_annotations = true/' $(STAGE)/etc/nacre/nacre.toml
 	@$(IN_LAB) run --timeout 1800 --iommu $(foreach argument,$(DEVICES_QEMU),--qemu $(argument)) $(STAGE) -- \
 	  bash -c 'nacre-devices --test-threads=1 $(DEVICES) && \
 	    nacre-vmm-tests --test-threads=1 $(or $(DEVICES),passthrough vfio:: vm::) && \

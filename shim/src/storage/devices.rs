@@ -21,6 +21,7 @@ use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, 
 
 use super::StorageError;
 use crate::devices::request::is_passthrough_node;
+use crate::oci::device_rules;
 
 /// Bytes of a sector (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
@@ -70,8 +71,8 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
     let Some(linux) = spec.linux() else {
         return Ok(Vec::new());
     };
-    let rules = rules(linux);
-    if rules.iter().any(allows_everything) {
+    let rules = device_rules::of(linux);
+    if device_rules::allow_everything(rules) {
         return Ok(Vec::new());
     }
     let mut devices = Vec::new();
@@ -99,25 +100,6 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
     Ok(devices)
 }
 
-fn rules(linux: &Linux) -> &[LinuxDeviceCgroup] {
-    let resources = linux.resources().as_ref();
-    let rules = resources.and_then(|resources| resources.devices().as_deref());
-    rules.unwrap_or_default()
-}
-
-fn number(value: Option<i64>) -> Option<i64> {
-    value.filter(|value| *value >= 0)
-}
-
-fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
-    let access = rule.access().as_deref().unwrap_or("rwm");
-    rule.allow()
-        && rule.typ().unwrap_or_default() == LinuxDeviceType::A
-        && number(rule.major()).is_none()
-        && number(rule.minor()).is_none()
-        && "rwm".chars().all(|letter| access.contains(letter))
-}
-
 fn is_kernel_s(device: &LinuxDevice) -> bool {
     match device.typ() {
         // A named pipe is made, whoever's it is.
@@ -142,37 +124,20 @@ pub fn keep_kernel_s(linux: &mut Linux) {
     };
     if let Some(rules) = resources.devices_mut() {
         rules.retain(|rule| {
-            let some_disk_s = rule.typ().unwrap_or_default() == LinuxDeviceType::B
-                && number(rule.major()).is_some();
-            !some_disk_s && !dropped.iter().any(|device| allows(rule, device))
+            let some_disk_s = device_rules::kind(rule) == LinuxDeviceType::B
+                && device_rules::number(rule.major()).is_some();
+            let is_dropped_s = |device| device_rules::is_own(rule, device);
+            !some_disk_s && !dropped.iter().any(is_dropped_s)
         });
     }
 }
 
-/// Whether a rule is this very device's.
-fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
-    let numbers = (Some(device.major()), Some(device.minor()));
-    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
-}
-
-/// All the rules that name a device allow together.
-fn access(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> String {
-    let names_it = |rule: &&LinuxDeviceCgroup| {
-        rule.allow()
-            && rule.typ() == Some(LinuxDeviceType::B)
-            && number(rule.major()) == Some(device.major())
-            && number(rule.minor()) == Some(device.minor())
-    };
-    let allowed: String = rules
-        .iter()
-        .filter(names_it)
-        .map(|rule| rule.access().as_deref().unwrap_or("rwm"))
-        .collect();
-    "rwm".chars().filter(|c| allowed.contains(*c)).collect()
-}
-
 fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<BlockDevice> {
-    let access = access(device, rules);
+    let access = device_rules::access(rules, device);
+    if !access.contains(['r', 'w']) {
+        let text = "no device rule of the spec lets the container read or write it";
+        return Err(io::Error::other(text));
+    }
     let read_only = !access.contains('w');
     let path = host_node(device.major(), device.minor())?;
     let mut file = File::options().read(true).write(!read_only).open(&path)?;
@@ -264,6 +229,26 @@ mod tests {
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let privileged = open(&spec(&node, &everything), "c1").unwrap();
         assert!(privileged.is_empty(), "listed unasked");
+    }
+
+    #[test]
+    fn a_block_device_that_no_rule_allows_is_refused() {
+        let Some((major, minor)) = some_disk() else {
+            return;
+        };
+        let node = json!([{"path": "/dev/xvda", "type": "b", "major": major, "minor": minor}]);
+        let by = |rules: Value| open(&spec(&node, &rules), "c1");
+        for rules in [
+            json!([{"allow": false, "access": "rwm"}]),
+            json!([{"allow": true, "type": "b", "major": major, "minor": minor, "access": ""}]),
+            json!([{"allow": true, "type": "b", "access": "m"}]),
+        ] {
+            let error = crate::error::chain(&by(rules).unwrap_err());
+            let parts = ["container c1", "/dev/xvda", "no device rule"];
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+        let devices = by(json!([{"allow": true, "type": "b", "major": major, "access": "r"}]));
+        assert_eq!(devices.unwrap()[0].access, "r", "a rule for all minors");
     }
 
     #[test]

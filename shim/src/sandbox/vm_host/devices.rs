@@ -18,7 +18,8 @@ impl VmHost {
         config: &ContainerConfig,
     ) -> Result<Vec<AssignedDevice>, SandboxError> {
         let (system, spec) = (self.system.clone(), config.spec.clone());
-        blocking(move || request::assigned(&system, &spec))
+        let by_annotation = self.config.device_annotations;
+        blocking(move || request::assigned(&system, &spec, by_annotation))
             .await
             .map_err(|source| SandboxError::Devices {
                 container_id: config.id.clone(),
@@ -101,7 +102,11 @@ mod tests {
             run_dir.create().unwrap();
             let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
             run_dir.save(&state).unwrap();
-            let mut host = VmHost::new(Config::default(), run_dir.clone(), "web".into(), state);
+            let config = Config {
+                device_annotations: true,
+                ..Config::default()
+            };
+            let mut host = VmHost::new(config, run_dir.clone(), "web".into(), state);
             host.system = tree.system();
             let spec = json!({
                 "ociVersion": "1.1.0",
@@ -164,6 +169,21 @@ mod tests {
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
         assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    #[tokio::test]
+    async fn annotations_are_refused_by_default() {
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.config = Config::default();
+        let error = pod.host.claim_devices(&pod.config).await.err().unwrap();
+        let text = chain(&error);
+        let parts = ["container web", "io.nacre.devices", "device_annotations"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        assert_eq!(pod.holder("0000:01:00.0"), None);
     }
 
     #[tokio::test]
