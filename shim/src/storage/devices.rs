@@ -233,22 +233,23 @@ mod tests {
 
     #[test]
     fn a_block_device_that_no_rule_allows_is_refused() {
-        let Some((major, minor)) = some_disk() else {
-            return;
+        let node = json!([{"path": "/dev/xvda", "type": "b", "major": 4000, "minor": 1}]);
+        let refusal = |rules: Value| {
+            let error = open(&spec(&node, &rules), "c1").unwrap_err();
+            crate::error::chain(&error)
         };
-        let node = json!([{"path": "/dev/xvda", "type": "b", "major": major, "minor": minor}]);
-        let by = |rules: Value| open(&spec(&node, &rules), "c1");
         for rules in [
             json!([{"allow": false, "access": "rwm"}]),
-            json!([{"allow": true, "type": "b", "major": major, "minor": minor, "access": ""}]),
+            json!([{"allow": true, "type": "b", "major": 4000, "minor": 1, "access": ""}]),
             json!([{"allow": true, "type": "b", "access": "m"}]),
         ] {
-            let error = crate::error::chain(&by(rules).unwrap_err());
-            let parts = ["container c1", "/dev/xvda", "no device rule"];
-            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+            let text = refusal(rules);
+            let parts = ["container c1", "/dev/xvda", "4000:1", "no device rule"];
+            assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         }
-        let devices = by(json!([{"allow": true, "type": "b", "major": major, "access": "r"}]));
-        assert_eq!(devices.unwrap()[0].access, "r", "a rule for all minors");
+        let minors = json!([{"allow": true, "type": "b", "major": 4000, "access": "r"}]);
+        let text = refusal(minors);
+        assert!(text.contains("No such file"), "it is allowed: {text}");
     }
 
     #[test]
