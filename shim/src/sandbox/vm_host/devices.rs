@@ -85,7 +85,8 @@ mod tests {
     use crate::devices::Address;
     use crate::devices::testing::Tree;
     use crate::error::chain;
-    use crate::rundir::{RunDir, State};
+    use crate::machine::VmMachine;
+    use crate::rundir::{RunDir, State, Undying};
 
     /// A pod of a container that asks for the devices of a made-up host.
     struct Pod {
@@ -169,6 +170,29 @@ mod tests {
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
         assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    /// Killed, it may unpin memory for long, and has the devices open until it has.
+    #[tokio::test]
+    async fn a_monitor_that_is_not_gone_keeps_its_devices() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid);
+        crate::task::lock(&pod.host.parts).machine = Some(Arc::new(machine));
+        for _ in 0..2 {
+            pod.host.teardown().await;
+            assert_eq!(pod.holder("0000:01:00.0").as_deref(), Some("default/web"));
+        }
+        drop((monitor, channel));
+        pod.host.teardown().await;
+        assert_eq!(pod.holder("0000:01:00.0"), None);
     }
 
     #[tokio::test]
