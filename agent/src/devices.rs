@@ -32,7 +32,7 @@ const DIRECTORY: &str = "devices";
 /// that does not come, else `Io`.
 pub async fn add(spec: &mut Spec, dir: &Path, devices: &[BlockDevice]) -> Result<()> {
     for (index, device) in devices.iter().enumerate() {
-        let disk = disk::wait_for_size(&device.serial, device.size_bytes).await?;
+        let disk = disk::wait_for(&device.serial, device.size_bytes, device.sector_bytes).await?;
         let node = fs::metadata(&disk).with_context(|| format!("look at {}", disk.display()))?;
         if !node.file_type().is_block_device() {
             return Err(Error::Internal(format!("{} is no disk", disk.display())));

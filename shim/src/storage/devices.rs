@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
@@ -52,6 +52,8 @@ pub struct BlockDevice {
     pub file: File,
     /// Its size.
     pub size_bytes: u64,
+    /// Size of its logical sectors.
+    pub sector_bytes: u32,
     /// Whether the container may only read it.
     pub read_only: bool,
     /// Its node in the container.
@@ -140,7 +142,7 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     }
     let read_only = !access.contains('w');
     let path = host_node(device.major(), device.minor())?;
-    let mut file = File::options().read(true).write(!read_only).open(&path)?;
+    let mut file = open_uncached(&path, read_only)?;
     let metadata = file.metadata()?;
     let rdev = metadata.rdev();
     let numbers = (i64::from(libc::major(rdev)), i64::from(libc::minor(rdev)));
@@ -156,6 +158,7 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     Ok(BlockDevice {
         file,
         size_bytes,
+        sector_bytes: sector_bytes(device.major(), device.minor())?,
         read_only,
         path: device.path().clone(),
         access,
@@ -165,9 +168,41 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     })
 }
 
+/// Opens a device for I/O past the host's page cache, which would not know what another
+/// host writes to a disk that both have.
+fn open_uncached(path: &Path, read_only: bool) -> io::Result<File> {
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_DIRECT);
+    options.open(path)
+}
+
+fn sysfs(major: i64, minor: i64) -> PathBuf {
+    format!("/sys/dev/block/{major}:{minor}").into()
+}
+
+/// Size of a block device's logical sectors
+/// (Documentation/ABI/stable/sysfs-block); a partition has its disk's.
+fn sector_bytes(major: i64, minor: i64) -> io::Result<u32> {
+    sector_bytes_at(&sysfs(major, minor))
+}
+
+fn sector_bytes_at(device: &Path) -> io::Result<u32> {
+    let own = device.join("queue");
+    let queue = if own.exists() {
+        own
+    } else {
+        device.join("../queue")
+    };
+    let text = std::fs::read_to_string(queue.join("logical_block_size"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
 /// Where the host has a block device: a spec tells its numbers only.
 fn host_node(major: i64, minor: i64) -> io::Result<PathBuf> {
-    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+    let text = std::fs::read_to_string(sysfs(major, minor).join("uevent"))?;
     let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
     let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
     Ok(Path::new("/dev").join(name))
@@ -225,10 +260,37 @@ mod tests {
         let flags = fcntl(&device.file, FcntlArg::F_GETFL).unwrap();
         let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
         assert_eq!(access, OFlag::O_RDONLY);
+        assert!(device.sector_bytes >= 512);
 
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let privileged = open(&spec(&node, &everything), "c1").unwrap();
         assert!(privileged.is_empty(), "listed unasked");
+    }
+
+    #[test]
+    fn nothing_is_between_a_container_and_its_device() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let opened = match open_uncached(file.path(), true) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                eprintln!("skipped: this file system has no O_DIRECT");
+                return;
+            }
+            opened => opened.unwrap(),
+        };
+        let flags = OFlag::from_bits_retain(fcntl(&opened, FcntlArg::F_GETFL).unwrap());
+        assert!(flags.contains(OFlag::O_DIRECT), "{flags:?}");
+    }
+
+    #[test]
+    fn sectors_of_a_disk_and_of_its_partition() {
+        let sys = tempfile::tempdir().unwrap();
+        let disk = sys.path().join("sda");
+        std::fs::create_dir_all(disk.join("queue")).unwrap();
+        std::fs::create_dir(disk.join("sda1")).unwrap();
+        std::fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
+        assert_eq!(sector_bytes_at(&disk).unwrap(), 4096);
+        assert_eq!(sector_bytes_at(&disk.join("sda1")).unwrap(), 4096);
+        assert!(sector_bytes_at(sys.path()).is_err());
     }
 
     #[test]
