@@ -101,13 +101,57 @@ impl DiskRef {
     }
 }
 
-/// Waits until the disk with this serial number has a size: one that was made empty
-/// gets its bytes later, of which the kernel tells.
+/// Waits until the disk with this serial number has a size and sectors of a size: one
+/// that was made empty gets its bytes later.
 ///
 /// # Errors
 ///
-/// `NotFound` if there is no such disk, or not in time.
-pub async fn wait_for_size(serial: &str, size_bytes: u64) -> Result<PathBuf> {
+/// `NotFound` if there is no such disk, or not in time, else `Io`.
+pub async fn wait_for(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<PathBuf> {
+    let path = wait_for_size(serial, size_bytes).await?;
+    let has_sectors = |path: &Path| -> Result<bool> {
+        let bytes = sector_bytes_of(Path::new("/sys"), path);
+        Ok(bytes.context("look at a disk's sectors")? == sector_bytes)
+    };
+    if has_sectors(&path)? {
+        return Ok(path);
+    }
+    // Of another size its driver takes notice at once, of other sectors only when it
+    // takes the device (virtio 1.2, 5.2.5). Nobody has the disk yet.
+    let what = format!("have {} taken anew", path.display());
+    tokio::task::spawn_blocking(move || rebind(Path::new("/sys"), &path))
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .context(what)?;
+    let path = wait_for_size(serial, size_bytes).await?;
+    if has_sectors(&path)? {
+        return Ok(path);
+    }
+    let text = format!("disk with serial {serial:?} and sectors of {sector_bytes} bytes");
+    Err(Error::NotFound(text))
+}
+
+/// Has its driver let a virtio-blk disk go and take it again.
+fn rebind(sys: &Path, disk: &Path) -> io::Result<()> {
+    let device = fs::read_link(block(sys, disk).join("device"))?;
+    let name = device.file_name().unwrap_or_default().as_encoded_bytes();
+    let driver = sys.join("bus/virtio/drivers/virtio_blk");
+    fs::write(driver.join("unbind"), name)?;
+    fs::write(driver.join("bind"), name)
+}
+
+fn sector_bytes_of(sys: &Path, disk: &Path) -> io::Result<u32> {
+    let text = fs::read_to_string(block(sys, disk).join("queue/logical_block_size"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
+fn block(sys: &Path, disk: &Path) -> PathBuf {
+    let name = disk.file_name().unwrap_or_default();
+    sys.join("block").join(name)
+}
+
+/// Waits until the disk with this serial number has a size, of which the kernel tells.
+async fn wait_for_size(serial: &str, size_bytes: u64) -> Result<PathBuf> {
     let disk = DiskRef {
         serial: serial.into(),
         partition: None,
@@ -130,8 +174,7 @@ pub async fn wait_for_size(serial: &str, size_bytes: u64) -> Result<PathBuf> {
 }
 
 fn size_of(disk: &Path) -> io::Result<u64> {
-    let name = disk.file_name().unwrap_or_default();
-    let text = fs::read_to_string(Path::new("/sys/block").join(name).join("size"))?;
+    let text = fs::read_to_string(block(Path::new("/sys"), disk).join("size"))?;
     let sectors: u64 = text.trim().parse().map_err(io::Error::other)?;
     Ok(sectors.saturating_mul(SECTOR_BYTES))
 }
@@ -139,6 +182,7 @@ fn size_of(disk: &Path) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn sources() {
@@ -151,6 +195,25 @@ mod tests {
         for bad in ["serial:", "serial:x:0", "serial:x:y", "serial::1"] {
             assert!(DiskRef::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_disk_is_taken_anew_by_its_device() {
+        let sys = tempfile::tempdir().unwrap();
+        let disk = sys.path().join("block/vdc");
+        fs::create_dir_all(disk.join("queue")).unwrap();
+        fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
+        symlink("../../../virtio5", disk.join("device")).unwrap();
+        let driver = sys.path().join("bus/virtio/drivers/virtio_blk");
+        fs::create_dir_all(&driver).unwrap();
+        let node = Path::new("/dev/vdc");
+        assert_eq!(sector_bytes_of(sys.path(), node).unwrap(), 4096);
+        rebind(sys.path(), node).unwrap();
+        for step in ["unbind", "bind"] {
+            let written = fs::read_to_string(driver.join(step)).unwrap();
+            assert_eq!(written, "virtio5", "{step}");
+        }
+        assert!(rebind(sys.path(), Path::new("/dev/vdd")).is_err());
     }
 
     #[test]

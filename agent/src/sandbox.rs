@@ -205,7 +205,7 @@ impl Sandbox {
         for subpath in &request.subpaths {
             volumes::bind_subpath(&dir, subpath)?;
         }
-        devices::add(&mut spec, &dir, &request.block_devices).await?;
+        devices::add(&mut spec, &request.block_devices).await?;
         devices::add_pci(&mut spec, &request.pci_devices).await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;

@@ -88,6 +88,8 @@ pub struct Config {
     pub uid_base: u32,
     /// Number of such ids.
     pub uid_count: u32,
+    /// Whether annotations may ask for PCI devices.
+    pub device_annotations: bool,
     /// State of running pods.
     pub run_dir: PathBuf,
     /// Time until the agent must have answered.
@@ -162,6 +164,7 @@ impl Config {
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
+            device_annotations: false,
             run_dir: PathBuf::new(),
             boot_timeout_seconds: 0,
             hang_timeout_seconds: 0,
@@ -271,7 +274,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 17] = [
+const KEYS: [Key; 18] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -283,6 +286,7 @@ const KEYS: [Key; 17] = [
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),
+    key!(device_annotations, bool),
     key!(run_dir, path),
     key!(boot_timeout_seconds, 1..=600),
     key!(hang_timeout_seconds, 0..=3600),

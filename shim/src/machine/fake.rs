@@ -304,7 +304,8 @@ impl FakeHost {
 
     /// Those of `system` that the container asks for.
     pub fn devices(&self, config: &ContainerConfig) -> Result<Vec<AssignedDevice>, SandboxError> {
-        request::assigned(&self.system, &config.spec).map_err(|source| SandboxError::Devices {
+        let assigned = request::assigned(&self.system, &config.spec, true);
+        assigned.map_err(|source| SandboxError::Devices {
             container_id: config.id.clone(),
             source,
         })

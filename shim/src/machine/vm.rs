@@ -137,6 +137,14 @@ impl VmMachine {
         })
     }
 
+    /// A machine whose monitor is another process, and the monitor's end of its channel.
+    #[cfg(test)]
+    pub(crate) fn with_stand_in(pid: u32) -> (Self, Channel) {
+        let (near, far) = Channel::pair().unwrap();
+        let pidfd = crate::rundir::pidfd_open(pid).unwrap();
+        (Self::adopt(near, pid, pidfd).unwrap(), far)
+    }
+
     /// Tells the monitor to build and run the VM. The reply is an event: the
     /// agent's connection, or the machine's end.
     ///
@@ -415,10 +423,8 @@ mod tests {
     /// The machine reaps it.
     #[allow(clippy::zombie_processes)]
     fn with_stand_in() -> (VmMachine, Channel) {
-        let (near, far) = Channel::pair().unwrap();
         let child = Command::new("sleep").arg("60").spawn().unwrap();
-        let pidfd = crate::rundir::pidfd_open(child.id()).unwrap();
-        (VmMachine::adopt(near, child.id(), pidfd).unwrap(), far)
+        VmMachine::with_stand_in(child.id())
     }
 
     #[tokio::test]

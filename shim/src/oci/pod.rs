@@ -149,7 +149,7 @@ mod tests {
         LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
         PodSandboxMetadata, UserNamespace,
     };
-    use protobuf::MessageField;
+    use protobuf::{Message, MessageField};
 
     use super::super::kubernetes;
     use super::*;
@@ -220,6 +220,17 @@ mod tests {
         let network = super::super::namespaces(&spec).iter();
         let paths: Vec<_> = network.filter_map(|n| n.path().clone()).collect();
         assert_eq!(paths, [Path::new("/run/netns/pod")]);
+    }
+
+    /// They come past the list of those that the administrator lets through, and what
+    /// is in a spec's annotations has a meaning.
+    #[test]
+    fn annotations_of_the_pod_are_nobody_s() {
+        // Field 7 (`map<string, string> annotations`) with the entry "k": "v".
+        let bytes = [0x3a, 6, 0x0a, 1, b'k', 0x12, 1, b'v'];
+        let config = PodSandboxConfig::parse_from_bytes(&bytes).unwrap();
+        let spec = sandbox_spec(&request(), &config);
+        assert_eq!(spec.annotations().as_ref().unwrap().get("k"), None);
     }
 
     #[test]

@@ -427,19 +427,21 @@ impl VmHost {
                 parts.pin_time,
             )
         };
+        let mut is_gone = true;
         if let Some(machine) = machine {
             machine.kill();
-            if tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped())
-                .await
-                .is_err()
-            {
-                warn!("the monitor does not die");
+            let wait = tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped());
+            is_gone = wait.await.is_ok();
+            if !is_gone {
+                warn!("the monitor does not die; until it has, its devices are the pod's");
+                crate::task::lock(&self.parts).machine = Some(machine);
             }
         }
         let run_dir = self.run_dir.clone();
         let result = blocking(move || {
-            // The monitor is gone, and with it what it had open.
-            run_dir.claims().release(&run_dir);
+            if is_gone {
+                run_dir.claims().release(&run_dir);
+            }
             if let Some(mut child) = virtiofsd {
                 child.kill()?;
                 child.wait()?;

@@ -73,6 +73,7 @@ impl Container {
             attached.push(agent::BlockDevice {
                 serial,
                 size_bytes: device.size_bytes,
+                sector_bytes: device.sector_bytes,
                 path: device.path.to_string_lossy().into_owned(),
                 access: device.access.clone(),
                 mode: device.mode,

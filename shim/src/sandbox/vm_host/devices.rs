@@ -18,7 +18,8 @@ impl VmHost {
         config: &ContainerConfig,
     ) -> Result<Vec<AssignedDevice>, SandboxError> {
         let (system, spec) = (self.system.clone(), config.spec.clone());
-        blocking(move || request::assigned(&system, &spec))
+        let by_annotation = self.config.device_annotations;
+        blocking(move || request::assigned(&system, &spec, by_annotation))
             .await
             .map_err(|source| SandboxError::Devices {
                 container_id: config.id.clone(),
@@ -84,7 +85,8 @@ mod tests {
     use crate::devices::Address;
     use crate::devices::testing::Tree;
     use crate::error::chain;
-    use crate::rundir::{RunDir, State};
+    use crate::machine::VmMachine;
+    use crate::rundir::{RunDir, State, Undying};
 
     /// A pod of a container that asks for the devices of a made-up host.
     struct Pod {
@@ -101,8 +103,12 @@ mod tests {
             run_dir.create().unwrap();
             let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
             run_dir.save(&state).unwrap();
+            let config = Config {
+                device_annotations: true,
+                ..Config::default()
+            };
             let mut host = VmHost::new(
-                Config::default(),
+                config,
                 run_dir.clone(),
                 "web".into(),
                 state,
@@ -170,6 +176,44 @@ mod tests {
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
         assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    /// Killed, it may unpin memory for long, and has the devices open until it has.
+    #[tokio::test]
+    async fn a_monitor_that_is_not_gone_keeps_its_devices() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid);
+        crate::task::lock(&pod.host.parts).machine = Some(Arc::new(machine));
+        for _ in 0..2 {
+            pod.host.teardown().await;
+            assert_eq!(pod.holder("0000:01:00.0").as_deref(), Some("default/web"));
+        }
+        drop((monitor, channel));
+        pod.host.teardown().await;
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+    }
+
+    #[tokio::test]
+    async fn annotations_are_refused_by_default() {
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.config = Config::default();
+        let error = pod.host.claim_devices(&pod.config).await.err().unwrap();
+        let text = chain(&error);
+        let parts = ["container web", "io.nacre.devices", "device_annotations"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        assert_eq!(pod.holder("0000:01:00.0"), None);
     }
 
     #[tokio::test]

@@ -169,6 +169,70 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(told.read().unwrap(), 2);
 }
 
+/// A file of this size that is read and written without the page cache; none, with the
+/// reason on stderr, where the file system of the build has no such thing.
+fn uncached(len: u64) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    file.as_file().set_len(len).unwrap();
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    let opened = options.open(file.path());
+    if let Err(error) = &opened {
+        eprintln!("skipped: no O_DIRECT here: {error}");
+    }
+    opened.ok()
+}
+
+/// The driver's buffers are anywhere; some devices want them aligned.
+#[test]
+fn without_the_page_cache_buffers_may_be_anywhere() {
+    let Some(file) = uncached(1 << 20) else {
+        return;
+    };
+    let memory = memory();
+    let mut block = whole(&file, false);
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let len = 72 << 10;
+    let pattern: Vec<u8> = (0..=250).cycle().take(len).collect();
+    let size = u32::try_from(len).unwrap();
+    for at in [0, 3] {
+        let (to, from) = (DATA + at, DATA + 0x8_0000 + at);
+        driver.store(to, &pattern);
+        let pieces = [(to, 101, false), (to + 101, size - 101, false)];
+        assert_eq!(request(&mut driver, OUT, 8, &pieces), (OK, 1));
+        let pieces = [(from, 4096, true), (from + 4096, size - 4096, true)];
+        assert_eq!(request(&mut driver, IN, 8, &pieces), (OK, size + 1));
+        assert!(driver.load(from, len) == pattern, "at {at}");
+        driver.store(DATA, &range(0, 256, 0));
+        let zeroes = [(DATA, 16, false)];
+        assert_eq!(request(&mut driver, WRITE_ZEROES, 0, &zeroes), (OK, 1));
+    }
+}
+
+#[test]
+fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
+    let told = |sector_bytes| {
+        let file = file_of(&[0; 8192]);
+        let flags = nix::fcntl::OFlag::O_RDWR;
+        let whole = whole::Whole::of(file, sector_bytes, flags)?;
+        let disk = Disk::of_whole(false, 8192, whole, "the disk").unwrap();
+        let config = device::config(&disk, false, 1);
+        let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        // Capacity stays in sectors of 512 bytes.
+        Some((field(0), field(20)))
+    };
+    assert_eq!(told(512), Some((16, 512)));
+    assert_eq!(told(4096), Some((16, 4096)));
+    for unknown in [0, 256, 520, 8192] {
+        assert_eq!(told(unknown), None);
+    }
+    let odd = whole::Whole::of(file_of(&[0; 8192]), 4096, nix::fcntl::OFlag::O_RDWR).unwrap();
+    let error = Disk::of_whole(false, 4096 + 512, odd, "the disk").unwrap_err();
+    assert!(error.to_string().contains("multiple of 4096"), "{error}");
+}
+
 #[test]
 fn each_queue_has_a_worker_and_they_share_the_file() {
     let memory = memory();
