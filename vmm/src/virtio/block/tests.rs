@@ -5,6 +5,8 @@ use super::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::ScopedJoinHandle;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as spec;
@@ -167,6 +169,60 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(capacity(&block), 0);
     assert_eq!(request(&mut driver, IN, 0, &sector).0, IOERR);
     assert_eq!(told.read().unwrap(), 2);
+}
+
+/// Waits until two more requests are done: both began after this was called, but for
+/// one that was under way.
+fn two_more(done: &AtomicU32, traffic: &ScopedJoinHandle<'_, ()>) {
+    let before = done.load(Ordering::Relaxed);
+    while done.load(Ordering::Relaxed) < before + 2 && !traffic.is_finished() {
+        std::thread::yield_now();
+    }
+}
+
+/// Two files take turns while the driver writes without a pause.
+#[test]
+fn nothing_touches_the_bytes_a_disk_had() {
+    const LEN: u32 = 1 << 20;
+    let memory = memory();
+    let files = [file_of(&[0; 1 << 20]), file_of(&[0; 1 << 20])];
+    let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
+    let exchanger = block.exchanger();
+    let give = |file: &File| {
+        let backing = Backing::Whole(file.try_clone().unwrap());
+        exchanger.exchange(false, backing).unwrap();
+    };
+    give(&files[1]);
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let (done, stop) = (AtomicU32::new(0), AtomicBool::new(false));
+    let write = || {
+        for byte in (0..=u8::MAX).cycle() {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            driver.store(DATA, &[byte; 1 << 20]);
+            let data = [(DATA, LEN, false)];
+            assert_eq!(request(&mut driver, OUT, 0, &data), (OK, 1));
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let touched = std::thread::scope(|scope| {
+        let traffic = scope.spawn(write);
+        let touched = (0..50_usize).filter(|round| {
+            let [new, old] = [round % 2, (round + 1) % 2].map(|index| &files[index]);
+            two_more(&done, &traffic);
+            give(new);
+            let left = content(old, 0, 1 << 20);
+            two_more(&done, &traffic);
+            content(old, 0, 1 << 20) != left
+        });
+        let touched = touched.count();
+        stop.store(true, Ordering::Relaxed);
+        touched
+    });
+    assert_eq!(touched, 0, "of 50 times");
+    assert!(done.into_inner() >= 200, "the driver wrote meanwhile");
 }
 
 #[test]
