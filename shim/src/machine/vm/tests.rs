@@ -101,10 +101,10 @@ async fn resize_returns_when_the_guest_is_there_or_stops_on_its_way() {
     assert!(machine.resize(8).await.is_err(), "the machine is gone");
 }
 
-/// The next request must be to exchange this disk; its number.
-fn exchange_request(monitor: &mut Channel, disk: &str) -> u64 {
+/// The next request must be to exchange a disk; which, and the request's number.
+fn exchange_request(monitor: &mut Channel) -> (String, u64) {
     match monitor.recv::<Request>().unwrap().0 {
-        Request::Exchange { number, serial, .. } if serial == disk => number,
+        Request::Exchange { number, serial, .. } => (serial, number),
         other => panic!("{other:?}"),
     }
 }
@@ -112,6 +112,39 @@ fn exchange_request(monitor: &mut Channel, disk: &str) -> u64 {
 fn answer(monitor: &Channel, number: u64, result: Result<u64, String>) {
     let event = Event::Exchanged { number, result };
     monitor.send(&event, &FdList::default()).unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_that_stays_busy_keeps_nobody_waiting() {
+    let (machine, mut monitor) = with_stand_in();
+    let monitor = tokio::task::spawn_blocking(move || {
+        // In any order.
+        let first = HashMap::from([(); 2].map(|()| exchange_request(&mut monitor)));
+        answer(&monitor, first["idle"], Ok(512));
+        let (disk, again) = exchange_request(&mut monitor);
+        assert_eq!(disk, "busy");
+        answer(&monitor, 1000, Ok(1));
+        answer(&monitor, first["busy"], Err("late".into()));
+        answer(&monitor, again, Ok(4096));
+        exchange_request(&mut monitor);
+    });
+    let idle = async {
+        let size = machine.exchange("idle", None, false).await.unwrap();
+        (size, Instant::now())
+    };
+    let begin = Instant::now();
+    let (busy, (size, at)) = tokio::join!(machine.exchange("busy", None, false), idle);
+    let busy = busy.unwrap_err();
+    assert!(matches!(busy, MachineError::DiskBusy { .. }), "{busy}");
+    assert_eq!(size, 512);
+    assert!(at < begin + EXCHANGE_LIMIT, "it waits for the other");
+    let again = machine.exchange("busy", None, false).await;
+    assert_eq!(again.unwrap(), 4096, "not the late answer");
+    let (last, ()) = tokio::join!(machine.exchange("idle", None, false), async {
+        machine.kill();
+    });
+    assert!(matches!(last, Err(MachineError::Stopped(_))), "{last:?}");
+    monitor.await.unwrap();
 }
 
 #[tokio::test]
@@ -138,7 +171,8 @@ async fn exchanges_are_answered_with_a_size_or_a_reason() {
         };
         fds.take(file).unwrap();
         answer(&monitor, number, Ok(4096));
-        let second = exchange_request(&mut monitor, "slot1");
+        let (disk, second) = exchange_request(&mut monitor);
+        assert_eq!(disk, "slot1");
         answer(&monitor, second, Err("broken".into()));
     });
     let (size, refused, dead) = shim.await.unwrap();

@@ -7,6 +7,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use super::fixture::*;
+use crate::machine::fake::FakeHost;
 use crate::task::lock;
 
 const MIB: u64 = 1 << 20;
@@ -135,6 +136,34 @@ async fn a_container_that_is_being_created_keeps_its_room() {
     let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), meanwhile);
     created.unwrap();
     assert_eq!(journal(&fixture).len(), 0);
+}
+
+#[tokio::test]
+async fn the_container_that_a_machine_boots_with_has_its_room() {
+    let mut host = FakeHost::scripted();
+    host.hangs = true;
+    let mut fixture = Fixture::on(host).await;
+    fixture.resources = memory(256);
+    let both = async {
+        let machine = loop {
+            if let Some(machine) = lock(&fixture.machine).clone() {
+                break machine;
+            }
+            tokio::task::yield_now().await;
+        };
+        // The first ping and the first container.
+        machine.held(2).await;
+        let second = fixture.create("second", "sleep 60");
+        let meanwhile = async {
+            machine.held(3).await;
+            assert_eq!(journal(&fixture), ["host 512", "machine +256"]);
+            machine.recover();
+        };
+        let (second, ()) = tokio::join!(second, meanwhile);
+        second
+    };
+    let (first, second) = tokio::join!(fixture.create("first", "sleep 60"), both);
+    first.and(second).unwrap();
 }
 
 #[tokio::test]

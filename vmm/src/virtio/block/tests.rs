@@ -171,11 +171,35 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(told.read().unwrap(), 2);
 }
 
-/// Waits until two more requests are done: both began after this was called, but for
-/// one that was under way.
-fn two_more(done: &AtomicU32, traffic: &ScopedJoinHandle<'_, ()>) {
+/// A driver that writes the start of a disk, three requests at a time, so that there is
+/// one under way while it hears of the end of another.
+fn write_until(stop: &AtomicBool, driver: &mut Driver<'_>, done: &AtomicU32) {
+    for byte in (0..=u8::MAX).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        driver.store(HEADER, &header(OUT, 0));
+        for (place, more) in (1..=3_u64).zip(0..) {
+            let data = DATA + (place << 20);
+            driver.store(data, &vec![byte.wrapping_add(more); 1 << 20]);
+            let status = (HEADER + 16 + place, 1, true);
+            driver.add(&[(HEADER, 16, false), (data, 1 << 20, false), status]);
+        }
+        driver.kick();
+        for _ in 0..3 {
+            while driver.poll().is_none() {
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        assert_eq!(driver.load(HEADER + 17, 3), [OK; 3]);
+    }
+}
+
+/// Waits until `count` more requests are done.
+fn after(count: u32, done: &AtomicU32, traffic: &ScopedJoinHandle<'_, ()>) {
     let before = done.load(Ordering::Relaxed);
-    while done.load(Ordering::Relaxed) < before + 2 && !traffic.is_finished() {
+    while done.load(Ordering::Relaxed) < before + count && !traffic.is_finished() {
         std::thread::yield_now();
     }
 }
@@ -183,7 +207,6 @@ fn two_more(done: &AtomicU32, traffic: &ScopedJoinHandle<'_, ()>) {
 /// Two files take turns while the driver writes without a pause.
 #[test]
 fn nothing_touches_the_bytes_a_disk_had() {
-    const LEN: u32 = 1 << 20;
     let memory = memory();
     let files = [file_of(&[0; 1 << 20]), file_of(&[0; 1 << 20])];
     let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
@@ -196,25 +219,15 @@ fn nothing_touches_the_bytes_a_disk_had() {
     let mut driver = Driver::new(&memory, 0, 16);
     activate(&mut block, &memory, &[&driver]);
     let (done, stop) = (AtomicU32::new(0), AtomicBool::new(false));
-    let write = || {
-        for byte in (0..=u8::MAX).cycle() {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            driver.store(DATA, &[byte; 1 << 20]);
-            let data = [(DATA, LEN, false)];
-            assert_eq!(request(&mut driver, OUT, 0, &data), (OK, 1));
-            done.fetch_add(1, Ordering::Relaxed);
-        }
-    };
     let touched = std::thread::scope(|scope| {
-        let traffic = scope.spawn(write);
+        let traffic = scope.spawn(|| write_until(&stop, &mut driver, &done));
         let touched = (0..50_usize).filter(|round| {
             let [new, old] = [round % 2, (round + 1) % 2].map(|index| &files[index]);
-            two_more(&done, &traffic);
+            after(1, &done, &traffic);
             give(new);
             let left = content(old, 0, 1 << 20);
-            two_more(&done, &traffic);
+            // With those that were under way when it was exchanged.
+            after(4, &done, &traffic);
             content(old, 0, 1 << 20) != left
         });
         let touched = touched.count();
