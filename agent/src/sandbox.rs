@@ -328,11 +328,13 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// Those of [`Cgroup::apply`].
-    pub fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
-        let container = self.container(id)?;
+    /// Those of [`Cgroup::apply`] and [`HugePages::update`].
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let cgroup = self.container(id)?.cgroup.clone();
         let resources: LinuxResources = parse(resources, "resources")?;
-        container.cgroup.apply(&resources)
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        blocking(move || huge_pages.update(&id, Some(&resources), || cgroup.apply(&resources)))
+            .await
     }
 
     /// Makes a volume that is a tmpfs.

@@ -29,8 +29,12 @@ pub enum Request {
         growth_mib: u32,
     },
     /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
-    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that.
+    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that. The answer
+    /// waits for what the disk has under way, which others that come later need not: a
+    /// disk gets the next request after the answer to the last.
     Exchange {
+        /// Another one for each exchange; its answer has it, too.
+        number: u64,
         /// The disk's serial number.
         serial: String,
         /// One file or block device; without one the disk is empty again.
@@ -59,9 +63,9 @@ pub enum Event {
     },
     /// What became of [`Request::Exchange`].
     Exchanged {
-        /// The disk's serial number.
-        serial: String,
-        /// Its size in bytes, or why it is as it was.
+        /// The request's.
+        number: u64,
+        /// The disk's size in bytes, or why it is as it was.
         result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.

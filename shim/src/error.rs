@@ -76,6 +76,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
 fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
+        MachineError::DiskBusy { .. } => Code::DEADLINE_EXCEEDED,
         MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
             Code::INTERNAL
         }

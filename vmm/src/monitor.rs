@@ -8,9 +8,9 @@
 //!
 //! The main thread serves the control channel. The vsock thread hands it the
 //! guest's calls through a bounded queue: a guest that dials faster than the shim
-//! listens is refused.
+//! listens is refused. What may take as long as a device of the host takes has a thread
+//! of its own ([`exchanges`]).
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -32,9 +32,13 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
-use crate::virtio::block::{Backing, Exchanger};
+use crate::virtio::block::Backing;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
+
+mod exchanges;
+
+use exchanges::Exchanges;
 
 /// Calls of the guest that wait for the main thread.
 const MAX_CALLS: usize = 16;
@@ -175,7 +179,7 @@ fn build(
         dialer: devices.dialer,
         file_server: devices.file_server,
         resizer: devices.resizer,
-        slots: devices.slots,
+        exchanges: Exchanges::new(devices.slots)?,
     };
     Ok((machine, peers))
 }
@@ -185,7 +189,7 @@ struct Peers {
     dialer: Dialer,
     file_server: Option<OwnedFd>,
     resizer: Option<Resizer>,
-    slots: HashMap<String, Exchanger>,
+    exchanges: Exchanges,
 }
 
 /// Serves the channel until the machine has ended.
@@ -208,11 +212,15 @@ fn wait(
             input(own),
             input(borrow(&calls.event)),
             input(resized),
+            input(borrow(peers.exchanges.answered())),
             hangup(server),
         ])?;
-        let [request, stopped, called, resized, lost] = ready;
+        let [request, stopped, called, resized, exchanged, lost] = ready;
         if called {
             calls.report(channel)?;
+        }
+        if exchanged {
+            peers.exchanges.report(channel)?;
         }
         if stopped && let Some(outcome) = stop.outcome() {
             return Ok(outcome.clone());
@@ -244,6 +252,7 @@ fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
         },
         (
             Request::Exchange {
+                number,
                 serial,
                 file,
                 read_only,
@@ -254,19 +263,11 @@ fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
                 Some(file) => Backing::Whole(File::from(fds.take(file)?)),
                 None => Backing::Empty,
             };
-            let result = exchange(peers, &serial, read_only, backing);
-            channel.send(&Event::Exchanged { serial, result }, &FdList::default())?;
+            peers.exchanges.start(number, &serial, read_only, backing);
         }
         (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
-}
-
-fn exchange(peers: &Peers, serial: &str, read_only: bool, backing: Backing) -> Result<u64, String> {
-    let slot = peers.slots.get(serial);
-    let slot = slot.ok_or_else(|| format!("no empty disk {serial}"))?;
-    slot.exchange(read_only, backing)
-        .map_err(|error| error.to_string())
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

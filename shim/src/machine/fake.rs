@@ -59,7 +59,22 @@ pub struct FakeMachine {
     takes_mib: AtomicU32,
     /// And the least it keeps.
     keeps_mib: AtomicU32,
+    /// What becomes of exchanges of disks.
+    disks: watch::Sender<Disks>,
     journal: Journal,
+}
+
+/// What a fake machine does when it is to exchange a disk's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disks {
+    /// Do so.
+    Exchange,
+    /// Refuse.
+    Refuse,
+    /// Say that it takes too long.
+    Busy,
+    /// Nothing, until told otherwise.
+    Wait,
 }
 
 #[async_trait]
@@ -104,6 +119,17 @@ impl Machine for FakeMachine {
             (Some(_), false) => "writable",
         };
         lock(&self.journal).push(format!("{serial} {what}"));
+        let mut disks = self.disks.subscribe();
+        let disks = *disks.wait_for(|disks| *disks != Disks::Wait).await.unwrap();
+        let serial = serial.to_owned();
+        match disks {
+            Disks::Refuse => {
+                let reason = "not this one".into();
+                return Err(MachineError::Disk { serial, reason });
+            }
+            Disks::Busy => return Err(MachineError::DiskBusy { serial, seconds: 0 }),
+            Disks::Exchange | Disks::Wait => (),
+        }
         let size = file
             .as_mut()
             .map_or(Ok(0), |file| file.seek(SeekFrom::End(0)));
@@ -137,6 +163,11 @@ impl FakeMachine {
     /// From now on the guest keeps at least this much.
     pub fn keeps(&self, growth_mib: u32) {
         self.keeps_mib.store(growth_mib, Ordering::Relaxed);
+    }
+
+    /// From now on, and for exchanges that wait, this becomes of them.
+    pub fn disks(&self, disks: Disks) {
+        self.disks.send_replace(disks);
     }
 
     /// Resolves when the guest has answered `count` pings.
@@ -205,6 +236,8 @@ pub struct FakeHost {
     pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
     /// Whether machines boot with their creation or with the start.
     pub knows_network: bool,
+    /// Whether its machines' guests hang from the start.
+    pub hangs: bool,
     /// A console's shell.
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
@@ -226,6 +259,7 @@ impl FakeHost {
         Self {
             machine: Arc::default(),
             knows_network: true,
+            hangs: false,
             debug_shell: None,
             journal: Journal::default(),
             hooks: Runner::default(),
@@ -330,6 +364,9 @@ impl FakeHost {
             None => scripted_machine(self.journal.clone()),
             Some(exe) => real_machine(exe, self.root.path()),
         });
+        if self.hangs {
+            machine.hang();
+        }
         *lock(&self.machine) = Some(machine.clone());
         Sandbox::new(machine)
     }
@@ -354,6 +391,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         child: Mutex::new(None),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
+        disks: watch::Sender::new(Disks::Exchange),
         journal,
     }
 }
@@ -381,6 +419,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         child: Mutex::new(Some(child)),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
+        disks: watch::Sender::new(Disks::Exchange),
         journal: Journal::default(),
     }
 }

@@ -54,6 +54,14 @@ pub enum MachineError {
         /// The monitor's words.
         reason: String,
     },
+    /// A disk has not got other bytes in time. It may still get them.
+    #[error("disk {serial}: what it has under way takes longer than {seconds} s")]
+    DiskBusy {
+        /// Its serial number.
+        serial: String,
+        /// The time.
+        seconds: u64,
+    },
     /// The machine is dead.
     #[error("the virtual machine is gone: {0}")]
     Stopped(Stop),
@@ -109,7 +117,8 @@ pub trait Machine: Send + Sync {
     async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError>;
 
     /// Gives a disk that was made empty the bytes of `file`, or none again. Nothing
-    /// touches those it had when this returns. The size in bytes.
+    /// touches those it had when this returns. The size in bytes. After an error other
+    /// than [`MachineError::Disk`] nobody knows what the disk has.
     async fn exchange(
         &self,
         serial: &str,

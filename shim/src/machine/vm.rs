@@ -7,6 +7,7 @@
 //! reports a stop only when the process is gone, so that cgroup and devices are
 //! free by then.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -29,11 +30,15 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
+use crate::task::lock;
 
 /// How long the guest may take for a step of a resize,
 const RESIZE_STALL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 /// and for all of them.
 const RESIZE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a disk may take to have no request under way: longer than a device of the
+/// host that has not been given up takes.
+const EXCHANGE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 40 });
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -55,14 +60,30 @@ pub struct VmMachine {
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
     /// Memory the guest uses beyond its size at boot.
     growth_mib: watch::Receiver<u32>,
-    /// Answers to exchanges of disks, of which one is under way at a time.
-    exchanged: Mutex<mpsc::Receiver<Exchanged>>,
+    exchanges: Arc<Exchanges>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
 
-/// A disk's serial number, its size or why it is as it was.
-type Exchanged = (String, Result<u64, String>);
+/// Exchanges of disks that have no answer.
+type Exchanges = std::sync::Mutex<Waiting>;
+
+#[derive(Default)]
+struct Waiting {
+    last_number: u64,
+    /// Who waits, or has waited, for which: for a disk's size or why it is as it was.
+    callers: HashMap<u64, oneshot::Sender<Result<u64, String>>>,
+}
+
+impl Waiting {
+    /// One more.
+    fn add(&mut self) -> (u64, oneshot::Receiver<Result<u64, String>>) {
+        let (caller, answer) = oneshot::channel();
+        self.last_number += 1;
+        self.callers.insert(self.last_number, caller);
+        (self.last_number, answer)
+    }
+}
 
 /// Both directions of the channel. Sending takes `&Channel`, receiving `&mut`;
 /// they are separate objects on one socket.
@@ -110,13 +131,13 @@ impl VmMachine {
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
-        let (exchanged_tx, exchanged_rx) = mpsc::channel(1);
+        let exchanges = Arc::<Exchanges>::default();
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
-            exchanged: exchanged_tx,
+            exchanges: exchanges.clone(),
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -131,7 +152,7 @@ impl VmMachine {
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
-            exchanged: Mutex::new(exchanged_rx),
+            exchanges,
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -234,11 +255,10 @@ impl Machine for VmMachine {
         file: Option<&File>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
-        let mut exchanged = self.exchanged.lock().await;
-        // The answer to a caller who did not wait for it.
-        while exchanged.try_recv().is_ok() {}
+        let (number, answer) = lock(&self.exchanges).add();
         let mut fds = FdList::default();
         let request = Request::Exchange {
+            number,
             serial: serial.to_owned(),
             file: file.map(|file| fds.push(file.as_fd())),
             read_only,
@@ -246,13 +266,16 @@ impl Machine for VmMachine {
         self.send(&request, &fds)
             .await
             .map_err(|error| self.stop_or(error))?;
-        loop {
-            match exchanged.recv().await {
-                Some((of, result)) if of == serial => {
-                    return result.map_err(|reason| MachineError::Disk { serial: of, reason });
-                }
-                Some(_) => {}
-                None => return Err(MachineError::Stopped(self.stopped().await)),
+        let serial = serial.to_owned();
+        tokio::select! {
+            biased;
+            Ok(result) = answer => {
+                result.map_err(|reason| MachineError::Disk { serial, reason })
+            }
+            stop = self.stopped() => Err(MachineError::Stopped(stop)),
+            () = tokio::time::sleep(EXCHANGE_LIMIT) => {
+                let seconds = EXCHANGE_LIMIT.as_secs();
+                Err(MachineError::DiskBusy { serial, seconds })
             }
         }
     }
@@ -332,7 +355,7 @@ async fn watch_monitor(
 struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
-    exchanged: mpsc::Sender<Exchanged>,
+    exchanges: Arc<Exchanges>,
 }
 
 /// Reads events until one ends the machine.
@@ -359,10 +382,12 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
             Event::Resized { growth_mib } => {
                 news.growth_mib.send_replace(growth_mib);
             }
-            Event::Exchanged { serial, result } => {
-                // Nobody waits for more than one.
-                if news.exchanged.try_send((serial, result)).is_err() {
-                    warn!("the monitor tells of a disk nobody asked for");
+            Event::Exchanged { number, result } => {
+                let caller = lock(&news.exchanges).callers.remove(&number);
+                match caller.map(|caller| caller.send(result)) {
+                    Some(Ok(())) => (),
+                    Some(Err(result)) => info!(number, ?result, "a disk's answer comes late"),
+                    None => warn!(number, "the monitor tells of a disk nobody asked for"),
                 }
             }
             Event::Stopped(reason) => return Stop::Guest(reason),
@@ -412,146 +437,4 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-    use std::process::Command;
-
-    use nacre_protocol::vm::StopReason;
-
-    /// A machine whose monitor is `sleep`, and the monitor's end of its channel.
-    /// The machine reaps it.
-    #[allow(clippy::zombie_processes)]
-    fn with_stand_in() -> (VmMachine, Channel) {
-        let child = Command::new("sleep").arg("60").spawn().unwrap();
-        VmMachine::with_stand_in(child.id())
-    }
-
-    #[tokio::test]
-    async fn events_reach_their_waiters() {
-        let (machine, mut monitor) = with_stand_in();
-        let (shim_end, mut guest_end) = StdUnixStream::pair().unwrap();
-        let mut fds = FdList::default();
-        let stream = fds.push(shim_end.as_fd());
-        monitor
-            .send(
-                &Event::Dialed {
-                    port: AGENT_PORT,
-                    stream,
-                },
-                &fds,
-            )
-            .unwrap();
-        drop(shim_end);
-        let agent = machine.agent().await.unwrap();
-        drop(agent);
-        let mut rest = String::new();
-        guest_end.read_to_string(&mut rest).unwrap();
-
-        let stream = machine.connect(7).await.unwrap();
-        let (request, _fds) = monitor.recv::<Request>().unwrap();
-        assert!(matches!(request, Request::Connect { port: 7, .. }));
-        drop(stream);
-
-        let reason = StopReason::Panic;
-        monitor
-            .send(&Event::Stopped(reason), &FdList::default())
-            .unwrap();
-        assert_eq!(machine.stopped().await, Stop::Guest(reason));
-    }
-
-    /// The next request must be a resize; how far.
-    async fn resize_request(monitor: &mut AsyncFd<ChannelHolder>) -> u32 {
-        loop {
-            let mut guard = monitor.readable_mut().await.unwrap();
-            match guard.get_inner_mut().0.recv::<Request>() {
-                Ok((Request::Resize { growth_mib }, _)) => return growth_mib,
-                Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    guard.clear_ready();
-                }
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn resize_returns_when_the_guest_is_there_or_stops_on_its_way() {
-        let (machine, monitor) = with_stand_in();
-        set_nonblocking(monitor.as_fd()).unwrap();
-        let mut monitor = register(ChannelHolder(monitor)).unwrap();
-        let report = |monitor: &AsyncFd<ChannelHolder>, growth_mib| {
-            let event = Event::Resized { growth_mib };
-            let sent = monitor.get_ref().0.send(&event, &FdList::default());
-            sent.unwrap();
-        };
-        let guest = async {
-            assert_eq!(resize_request(&mut monitor).await, 8);
-            report(&monitor, 4);
-            report(&monitor, 8);
-            assert_eq!(resize_request(&mut monitor).await, 0);
-            report(&monitor, 4);
-        };
-        let shim = async {
-            assert_eq!(machine.resize(8).await.unwrap(), 8);
-            assert_eq!(machine.resize(0).await.unwrap(), 4, "no nearer");
-        };
-        tokio::join!(guest, shim);
-        drop(monitor);
-        machine.kill();
-        assert_eq!(machine.stopped().await, Stop::Died);
-        assert!(machine.resize(8).await.is_err(), "the machine is gone");
-    }
-
-    #[tokio::test]
-    async fn exchanges_are_answered_with_a_size_or_a_reason() {
-        let (machine, mut monitor) = with_stand_in();
-        let shim = tokio::spawn(async move {
-            let file = File::open("/dev/null").unwrap();
-            let size = machine.exchange("slot0", Some(&file), true).await;
-            let refused = machine.exchange("slot1", None, false).await;
-            machine.kill();
-            let dead = machine.exchange("slot0", None, false).await;
-            (size.unwrap(), refused.unwrap_err(), dead.is_err())
-        });
-        let monitor = tokio::task::spawn_blocking(move || {
-            let answer = |monitor: &Channel, serial: &str, result| {
-                let serial = serial.to_owned();
-                let event = Event::Exchanged { serial, result };
-                monitor.send(&event, &FdList::default()).unwrap();
-            };
-            let (request, mut fds) = monitor.recv::<Request>().unwrap();
-            let Request::Exchange {
-                file: Some(file),
-                read_only: true,
-                ..
-            } = request
-            else {
-                panic!("{request:?}");
-            };
-            fds.take(file).unwrap();
-            answer(&monitor, "slot0", Ok(4096));
-            let (request, _) = monitor.recv::<Request>().unwrap();
-            assert!(matches!(request, Request::Exchange { file: None, .. }));
-            answer(&monitor, "slot1", Err("broken".into()));
-        });
-        let (size, refused, dead) = shim.await.unwrap();
-        monitor.await.unwrap();
-        assert_eq!(size, 4096);
-        assert_eq!(refused.to_string(), "disk slot1: broken");
-        assert!(dead);
-    }
-
-    #[tokio::test]
-    async fn death_resolves_every_wait() {
-        let (machine, monitor) = with_stand_in();
-        machine.kill();
-        drop(monitor);
-        assert_eq!(machine.stopped().await, Stop::Died);
-        assert!(matches!(
-            machine.agent().await,
-            Err(MachineError::Stopped(_))
-        ));
-        assert!(machine.connect(7).await.is_err());
-        machine.kill();
-    }
-}
+mod tests;

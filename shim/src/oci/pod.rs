@@ -28,8 +28,13 @@ const SYSCTLS: [(&str, &str); 2] = [
 /// The prefix of CRI's scopes below a slice of systemd's.
 const SCOPE_PREFIX: &str = "cri-containerd";
 
-/// The spec of the sandbox container of a pod with `config`.
-pub fn sandbox_spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Spec {
+/// The spec of the sandbox container of a pod with `config` in a namespace of
+/// containerd's.
+pub fn sandbox_spec(
+    request: &CreateSandboxRequest,
+    config: &PodSandboxConfig,
+    namespace: &str,
+) -> Spec {
     let pod = config.linux.get_or_default();
     let options = pod.security_context.get_or_default();
     let namespaces = namespaces(
@@ -38,11 +43,12 @@ pub fn sandbox_spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -
     );
     let mut sysctls = default_sysctls();
     sysctls.extend(pod.sysctls.clone());
+    let cgroups_path = cgroups_path(&pod.cgroup_parent, namespace, &request.sandbox_id);
     let mut linux = Linux::default();
     linux
         .set_namespaces(Some(namespaces))
         .set_sysctl(Some(sysctls))
-        .set_cgroups_path(cgroups_path(&pod.cgroup_parent, &request.sandbox_id))
+        .set_cgroups_path(Some(cgroups_path))
         .set_resources(None);
     let mut spec = Spec::default();
     spec.set_process(None)
@@ -109,17 +115,18 @@ fn namespaces(netns_path: &str, options: &NamespaceOption) -> Vec<LinuxNamespace
 }
 
 /// The pod's cgroup below its parent, in the one of [`crate::cgroup`]'s spellings
-/// that the parent has.
-fn cgroups_path(parent: &str, sandbox_id: &str) -> Option<PathBuf> {
+/// that the parent has; without a parent where containerd has all its containers that
+/// nobody has a place for, CRI's pods among them.
+fn cgroups_path(parent: &str, namespace: &str, sandbox_id: &str) -> PathBuf {
     if parent.is_empty() {
-        return None;
+        return Path::new("/").join(namespace).join(sandbox_id);
     }
     let parent = Path::new(parent);
     let slice = parent.file_name().and_then(|name| name.to_str());
-    Some(match slice.filter(|name| name.ends_with(".slice")) {
+    match slice.filter(|name| name.ends_with(".slice")) {
         Some(slice) => format!("{slice}:{SCOPE_PREFIX}:{sandbox_id}").into(),
         None => parent.join(sandbox_id),
-    })
+    }
 }
 
 /// Whatever the caller says of the pod's size counts if its configuration has none.
@@ -154,6 +161,9 @@ mod tests {
     use super::super::kubernetes;
     use super::*;
 
+    /// CRI's.
+    const NAMESPACE: &str = "k8s.io";
+
     fn request() -> CreateSandboxRequest {
         CreateSandboxRequest {
             sandbox_id: "id".into(),
@@ -178,7 +188,7 @@ mod tests {
     }
 
     fn kinds(options: NamespaceOption) -> Vec<LinuxNamespaceType> {
-        let spec = sandbox_spec(&request(), &config_with(options));
+        let spec = sandbox_spec(&request(), &config_with(options), NAMESPACE);
         let namespaces = super::super::namespaces(&spec).iter();
         namespaces.map(LinuxNamespace::typ).collect()
     }
@@ -202,7 +212,7 @@ mod tests {
                 "1024".to_owned(),
             ),
         ]);
-        let spec = sandbox_spec(&request(), &config);
+        let spec = sandbox_spec(&request(), &config, NAMESPACE);
         assert!(kubernetes::is_sandbox(&spec));
         assert_eq!(spec.hostname().as_deref(), Some("web"));
         let annotations = spec.annotations().clone().unwrap();
@@ -229,7 +239,7 @@ mod tests {
         // Field 7 (`map<string, string> annotations`) with the entry "k": "v".
         let bytes = [0x3a, 6, 0x0a, 1, b'k', 0x12, 1, b'v'];
         let config = PodSandboxConfig::parse_from_bytes(&bytes).unwrap();
-        let spec = sandbox_spec(&request(), &config);
+        let spec = sandbox_spec(&request(), &config, NAMESPACE);
         assert_eq!(spec.annotations().as_ref().unwrap().get("k"), None);
     }
 
@@ -297,13 +307,16 @@ mod tests {
 
     #[test]
     fn cgroups_in_both_spellings() {
-        let path = |parent| cgroups_path(parent, "id").unwrap();
+        let path = |parent| cgroups_path(parent, NAMESPACE, "id");
         assert_eq!(path("/kubepods/pod1"), Path::new("/kubepods/pod1/id"));
         assert_eq!(
             path("/kubepods.slice/kubepods-pod1.slice"),
             Path::new("kubepods-pod1.slice:cri-containerd:id")
         );
-        assert_eq!(cgroups_path("", "id"), None);
+        assert_eq!(path(""), Path::new("/k8s.io/id"));
+        let spec = sandbox_spec(&request(), &PodSandboxConfig::default(), NAMESPACE);
+        let path = spec.linux().clone().unwrap().cgroups_path().clone();
+        assert_eq!(path, Some("/k8s.io/id".into()), "never none");
     }
 
     #[test]
@@ -314,7 +327,7 @@ mod tests {
             (CONTAINER_TYPE.into(), "container".to_owned()),
         ]);
         let mut config = PodSandboxConfig::default();
-        let spec = sandbox_spec(&request, &config);
+        let spec = sandbox_spec(&request, &config, NAMESPACE);
         assert!(kubernetes::is_sandbox(&spec));
         assert_eq!(spec.annotations().clone().unwrap()[SANDBOX_MEMORY], "1");
         config.linux.mut_or_insert_default().resources =
@@ -324,7 +337,9 @@ mod tests {
                 memory_limit_in_bytes: 1 << 30,
                 ..Default::default()
             });
-        let annotations = sandbox_spec(&request, &config).annotations().clone();
+        let annotations = sandbox_spec(&request, &config, NAMESPACE)
+            .annotations()
+            .clone();
         let annotations = annotations.unwrap();
         assert_eq!(annotations[SANDBOX_MEMORY], "1073741824");
         assert_eq!(annotations[SANDBOX_CPU_QUOTA], "200000");

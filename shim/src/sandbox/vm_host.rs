@@ -638,7 +638,7 @@ mod tests {
         let request = CreateSandboxRequest::default();
         let mut config = PodSandboxConfig::default();
         let refused = |config: &PodSandboxConfig| {
-            refuse_host_namespaces(&sandbox_spec(&request, config), "web")
+            refuse_host_namespaces(&sandbox_spec(&request, config, "k8s.io"), "web")
                 .err()
                 .map(|error| error.to_string())
         };

@@ -28,6 +28,7 @@ use super::container::Container;
 use super::io::StdioPaths;
 use super::process::lock;
 use super::resize::take_room;
+use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
 use crate::machine::MachineError;
@@ -45,8 +46,7 @@ pub struct Pod {
     pub(super) host: Host,
     pub(super) publisher: Publisher,
     pub(super) sandbox: OnceCell<Arc<Sandbox>>,
-    /// `None`: being created.
-    pub(super) containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    pub(super) containers: Mutex<HashMap<String, Entry>>,
     /// Those the shim had to make.
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
@@ -54,6 +54,31 @@ pub struct Pod {
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
     ended: watch::Sender<bool>,
+}
+
+/// A container's place among the others.
+pub(super) enum Entry {
+    /// It is being created. Its limits, from when there is room for it in the machine.
+    Creating(Option<Box<Limits>>),
+    /// It is there.
+    Made(Arc<Container>),
+}
+
+impl Entry {
+    fn container(&self) -> Option<Arc<Container>> {
+        match self {
+            Self::Creating(_) => None,
+            Self::Made(container) => Some(container.clone()),
+        }
+    }
+
+    /// What it counts with for the pod's size; the sandbox container does not.
+    pub(super) fn limits(&self) -> Option<Limits> {
+        match self {
+            Self::Creating(limits) => limits.as_deref().copied(),
+            Self::Made(container) => (!container.is_sandbox()).then(|| container.limits()),
+        }
+    }
 }
 
 impl Pod {
@@ -88,7 +113,7 @@ impl Pod {
 
     /// Finds a container that came by `api`.
     pub(super) fn find(&self, id: &str, api: Api) -> Option<Arc<Container>> {
-        let container = lock(&self.containers).get(id).cloned().flatten();
+        let container = lock(&self.containers).get(id).and_then(Entry::container);
         container.filter(|container| container.config().api == api)
     }
 
@@ -141,11 +166,14 @@ impl Pod {
             Ok(container) => {
                 container.publisher.publish(&create_event(&container));
                 container.watch_init();
-                containers.insert(id, Some(container.clone()));
+                containers.insert(id, Entry::Made(container.clone()));
                 Ok(container)
             }
             Err(error) => {
-                containers.remove(&id);
+                let entry = containers.remove(&id);
+                if entry.is_some_and(|entry| entry.limits().is_some()) {
+                    tokio::spawn(take_room(self.clone()));
+                }
                 Err(error)
             }
         }
@@ -160,7 +188,7 @@ impl Pod {
         if containers.contains_key(id) {
             return Err(TaskError::ContainerExists(id.to_owned()));
         }
-        containers.insert(id.to_owned(), None);
+        containers.insert(id.to_owned(), Entry::Creating(None));
         Ok(())
     }
 
@@ -206,6 +234,8 @@ impl Pod {
         };
         let sandbox = container.sandbox();
         if sandbox.agent().is_none() {
+            // The machine is made with it.
+            self.count(container, true);
             self.host
                 .boot(sandbox, container.config(), &mut pending.prepared)
                 .await?;

@@ -56,6 +56,7 @@ fn lock(interrupt: &ConfigInterrupt) -> MutexGuard<'_, Option<Arc<EventFd>>> {
 }
 
 /// Puts another file in the place of a disk's.
+#[derive(Clone)]
 pub struct Exchanger {
     service: Arc<Service>,
     interrupt: Arc<ConfigInterrupt>,
@@ -79,6 +80,13 @@ impl Exchanger {
             tracing::warn!(%error, "the guest is not told of another disk");
         }
         Ok(size)
+    }
+
+    /// Calls `then` while the disk has a request under way.
+    #[cfg(test)]
+    pub fn while_busy<T>(&self, then: impl FnOnce() -> T) -> T {
+        let _disk = self.service.disk();
+        then()
     }
 }
 
