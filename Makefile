@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
-.PHONY: setup build test unit lint demo bench long soak lab e2e install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench long soak lab e2e driver-images install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -38,9 +38,11 @@ build: setup
 	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --profile agent --locked -p nacre-agent --target $(TARGET)
 
 stage: build kernel
-	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre target/initramfs
+	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre/drivers} $(STAGE)/etc/nacre target/initramfs
 	@install -m 755 target/release/containerd-shim-nacre-v2 target/release/nacre $(STAGE)$(PREFIX)/bin/
 	@install -m 644 "$$($(MAKE) -s --no-print-directory -C guest-kernel path)" $(STAGE)$(PREFIX)/share/nacre/vmlinux
+	@$(MAKE) -s --no-print-directory -C guest-kernel nvme DIR=$(CURDIR)/target/nvme >/dev/null
+	@guest-kernel/driver-image target/nvme $(STAGE)$(PREFIX)/share/nacre/drivers/nvme.erofs
 	@install -m 755 target/$(TARGET)/agent/nacre-agent target/initramfs/init
 	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
@@ -78,14 +80,26 @@ e2e: in-lab = $(IN_LAB) run $(STAGE) --
 else
 e2e: in-lab = $(IN_LAB) run --timeout 4500 --devices $(STAGE) -- env LAB_DEVICES=1
 endif
-e2e: stage stage-boot
+e2e: stage-boot driver-images
 	@[[ $${LAB-} == host ]] || cargo test --locked -p nacre-tests --test lab -- --test-threads=1 $(E2E)
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
 	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@mkdir $(STAGE)/tests && cp -r tests/lab tests/demo.sh $(STAGE)/tests/
+	@cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(in-lab) bash -c "$$(cat tests/e2e.sh)" e2e $(E2E)
+
+# The tests' driver images, and one whose module is of another kernel.
+DRIVERS := target/drivers
+driver-images: stage
+	@rm -rf $(DRIVERS) && cp -r tests/tests/devices/drivers $(DRIVERS)
+	@cp -r target/nvme/modules $(DRIVERS)/nvme/
+	@$(MAKE) -s -C "$$($(MAKE) -s --no-print-directory -C guest-kernel headers)" M=$(CURDIR)/$(DRIVERS)/module modules
+	@mkdir $(DRIVERS)/edu/modules && cp $(DRIVERS)/module/edu.ko $(DRIVERS)/edu/modules/
+	@echo 'edu.ko level=3' >$(DRIVERS)/edu/modules/modules.load
+	@cp -r $(DRIVERS)/edu $(DRIVERS)/old && LC_ALL=C sed -i 's/vermagic=6/vermagic=5/' $(DRIVERS)/old/modules/edu.ko
+	@mkdir -p $(STAGE)/tests/drivers
+	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
 test: lint unit e2e
 

@@ -50,8 +50,7 @@ pub async fn add_pci(spec: &mut Spec, addresses: &[String]) -> Result<()> {
 
 fn add_nodes(spec: &mut Spec, address: &str, nodes: Vec<LinuxDevice>) -> Result<()> {
     for node in nodes {
-        let mut listed = linux(spec).devices().clone().into_iter().flatten();
-        if listed.any(|other| other.path() == node.path()) {
+        if listed(spec, node.path()).is_some() {
             let path = node.path().display();
             let text = format!("{path} is a node of PCI device {address} and of another device");
             return Err(Error::InvalidArgument(text));
@@ -62,7 +61,13 @@ fn add_nodes(spec: &mut Spec, address: &str, nodes: Vec<LinuxDevice>) -> Result<
     Ok(())
 }
 
-fn linux(spec: &mut Spec) -> Linux {
+/// The node that the specification has at a path.
+pub(crate) fn listed(spec: &Spec, path: &Path) -> Option<LinuxDevice> {
+    let mut nodes = linux(spec).devices().clone().into_iter().flatten();
+    nodes.find(|node| node.path() == path)
+}
+
+fn linux(spec: &Spec) -> Linux {
     spec.linux().clone().unwrap_or_default()
 }
 
@@ -89,7 +94,7 @@ fn rule_of(node: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgroup> {
 }
 
 /// Rules of the specification are followed from the last one back.
-fn add_rule(spec: &mut Spec, node: &LinuxDevice, access: &str) -> Result<()> {
+pub(crate) fn add_rule(spec: &mut Spec, node: &LinuxDevice, access: &str) -> Result<()> {
     let mut linux = linux(spec);
     let mut resources = linux.resources().clone().unwrap_or_default();
     let mut rules = resources.devices().clone().unwrap_or_default();
@@ -114,7 +119,7 @@ fn node_of(device: &BlockDevice, number: u64) -> Result<LinuxDevice> {
         .map_err(|error| invalid(&error))
 }
 
-fn add_node(spec: &mut Spec, node: LinuxDevice) {
+pub(crate) fn add_node(spec: &mut Spec, node: LinuxDevice) {
     let mut linux = linux(spec);
     let mut devices = linux.devices().clone().unwrap_or_default();
     devices.push(node);

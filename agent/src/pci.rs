@@ -1,9 +1,10 @@
 //! What the guest's drivers made of a PCI device of the host: the device nodes whose
 //! devices are below it in sysfs, a disk's partitions among them.
 //!
-//! A driver has taken its device before the kernel starts this program, unless it is a
-//! module that comes later: the kernel finishes all probes first. Only the disks of a
-//! controller may come after that, from a work queue; the kernel tells of each.
+//! A driver has taken its device before containers are made: the kernel finishes the
+//! probes of its own drivers before it starts this program, and those of a module
+//! before it has loaded it ([`crate::drivers`]). Only the disks of a controller may come
+//! after that, from a work queue; the kernel tells of each.
 //!
 //! A disk is in sysfs before its partitions are known. Until they are, the kernel
 //! suppresses its messages, and then says "add" (`device_add_disk` of block/genhd.c). So of

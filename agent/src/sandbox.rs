@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nacre_protocol::agent::{
     ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, ExecRequest, ReadFileRequest,
@@ -23,6 +23,7 @@ use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
 use crate::devices;
+use crate::drivers::{Drivers, ProcessEdits};
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
@@ -59,6 +60,8 @@ pub struct Sandbox {
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
     huge_pages: Arc<HugePages>,
+    /// Once the sandbox is configured.
+    drivers: OnceLock<Drivers>,
     /// Of the PID namespace that containers share, once one has asked for it.
     pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
@@ -84,6 +87,7 @@ impl Sandbox {
             containers: Mutex::default(),
             volumes: Arc::default(),
             huge_pages: Arc::new(HugePages::new(pools)),
+            drivers: OnceLock::new(),
             pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
@@ -138,7 +142,10 @@ impl Sandbox {
         for (name, value) in &request.sysctls {
             set_sysctl(name, value).map_err(Failure::from)?;
         }
-        Ok(())
+        let drivers = Drivers::attach(request.drivers).await?;
+        self.drivers
+            .set(drivers)
+            .map_err(|_| Error::FailedPrecondition("the sandbox was configured before".into()))
     }
 
     /// Moves the guest's clock.
@@ -207,6 +214,10 @@ impl Sandbox {
         }
         devices::add(&mut spec, &request.block_devices).await?;
         devices::add_pci(&mut spec, &request.pci_devices).await?;
+        let edits = match self.drivers.get() {
+            Some(drivers) => drivers.edit(&mut spec, &request.pci_devices)?,
+            None => ProcessEdits::default(),
+        };
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
@@ -231,6 +242,7 @@ impl Sandbox {
             cgroup,
             init,
             spawning,
+            edits,
         };
         Ok(Container::new(parts, &spec))
     }

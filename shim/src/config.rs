@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::devices::DriverImage;
+
 /// Where the configuration is read from.
 pub const CONFIG_PATH: &str = "/etc/nacre/nacre.toml";
 /// Environment variable that names another file.
@@ -102,6 +104,8 @@ pub struct Config {
     pub debug_console: bool,
     /// The shell of `nacre console`; none: there is no console.
     pub debug_shell: Option<PathBuf>,
+    /// Driver images, in the order of the file.
+    pub drivers: Vec<DriverImage>,
 }
 
 impl Default for Config {
@@ -171,6 +175,7 @@ impl Config {
             log_level: String::new(),
             debug_console: false,
             debug_shell: None,
+            drivers: Vec::new(),
         }
     }
 
@@ -213,6 +218,7 @@ enum Kind {
     Bool,
     Number(RangeInclusive<i64>),
     LogLevel,
+    Drivers,
 }
 
 impl Kind {
@@ -224,6 +230,11 @@ impl Kind {
             Self::Bool => "true or false".into(),
             Self::Number(range) => format!("{} to {}", range.start(), range.end()),
             Self::LogLevel => format!("\"{}\"", LOG_LEVELS.join("\", \"")),
+            Self::Drivers => {
+                "lines of \"vendor:device:class\" = \"path\", where each of the three is four \
+                 hexadecimal digits, x for any digit, or nothing"
+                    .into()
+            }
         }
     }
 }
@@ -301,6 +312,11 @@ const KEYS: [Key; 18] = [
         kind: Kind::OptionalPath,
         set: |config, value| optional_path(value).map(|path| config.debug_shell = path),
     },
+    Key {
+        name: "drivers",
+        kind: Kind::Drivers,
+        set: |config, value| drivers(value).map(|drivers| config.drivers = drivers),
+    },
 ];
 
 fn known_keys() -> String {
@@ -342,6 +358,23 @@ fn optional_path(value: &Spanned<DeValue<'_>>) -> Result<Option<PathBuf>, String
         Some("") => Ok(None),
         _ => path(value).map(Some),
     }
+}
+
+/// All of the table: what stands in a file is not mixed with the defaults.
+fn drivers(value: &Spanned<DeValue<'_>>) -> Result<Vec<DriverImage>, String> {
+    let value = value.get_ref();
+    let table = value.as_table().ok_or_else(|| not_a("table", value))?;
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    let entries = entries.into_iter().map(|(key, path)| {
+        let text = key.get_ref();
+        let filter = text.parse();
+        Ok(DriverImage {
+            filter: filter.map_err(|()| format!("{text:?} names no PCI devices"))?,
+            path: installed_path(path).map_err(|problem| format!("{text:?}: {problem}"))?,
+        })
+    });
+    entries.collect()
 }
 
 fn boolean(value: &Spanned<DeValue<'_>>) -> Result<bool, String> {
@@ -460,6 +493,38 @@ mod tests {
         assert_eq!(config.debug_shell, Some("/bin/busybox".into()));
         config.apply("debug_shell = ''", "f.toml").unwrap();
         assert_eq!(config.debug_shell, None);
+    }
+
+    #[test]
+    fn drivers_are_tried_in_the_order_of_the_file() {
+        let mut config = Config::default();
+        let program = std::env::current_exe().unwrap();
+        let tree = program.parent().unwrap().parent().unwrap();
+        let [nvme] = config.drivers.as_slice() else {
+            panic!("{:?}", config.drivers);
+        };
+        assert_eq!(nvme.path, tree.join("share/nacre/drivers/nvme.erofs"));
+        let text = "[drivers]\n'::0108' = '/b'\n'10de::03xx' = '/a'\n'144d:' = 'share/c'\n";
+        config.apply(text, "f.toml").unwrap();
+        let paths: Vec<_> = config.drivers.iter().map(|image| &image.path).collect();
+        assert_eq!(
+            paths,
+            ["/b".as_ref(), "/a".as_ref(), &*tree.join("share/c")]
+        );
+        config.apply("[drivers]", "f.toml").unwrap();
+        assert!(config.drivers.is_empty(), "an empty table is none");
+
+        let error = error_of("hugepages = true\n[drivers]\n10de = '/a'\n");
+        assert!(
+            error.starts_with("f.toml:2: drivers: \"10de\" names no PCI devices; allowed: lines"),
+            "{error}"
+        );
+        let error = error_of("[drivers]\n'10de:' = true\n");
+        assert!(
+            error.contains("\"10de:\": a boolean is not a path"),
+            "{error}"
+        );
+        assert!(error_of("drivers = 'nvme'").contains("a string is not a table"));
     }
 
     #[test]

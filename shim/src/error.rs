@@ -58,6 +58,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
         | SandboxError::OpenDevices { .. }
+        | SandboxError::Drivers { .. }
         | SandboxError::NoSlot { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }

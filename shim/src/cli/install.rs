@@ -33,11 +33,12 @@ use crate::config::{CONFIG_PATH, Config, ConfigError, DEFAULTS};
 use crate::machine::SELF_EXE;
 
 /// What a version consists of, by its place beside the program, and its mode.
-const FILES: [(&str, u32); 4] = [
+const FILES: [(&str, u32); 5] = [
     ("bin/containerd-shim-nacre-v2", 0o755),
     ("bin/nacre", 0o755),
     ("share/nacre/vmlinux", 0o644),
     ("share/nacre/initrd.img", 0o644),
+    ("share/nacre/drivers/nvme.erofs", 0o644),
 ];
 /// The names that are used, each in a directory of the prefix.
 const LINKS: [&str; 3] = ["bin/containerd-shim-nacre-v2", "bin/nacre", "share/nacre"];
@@ -285,7 +286,7 @@ fn add_version(
     record.add_version(&unfinished)?;
     record.add_version(version)?;
     let new = place.in_library(&unfinished);
-    for part in ["", "bin", "share", "share/nacre"] {
+    for part in ["", "bin", "share", "share/nacre", "share/nacre/drivers"] {
         make_directory(&new.join(part))?;
     }
     for (name, mode) in FILES {

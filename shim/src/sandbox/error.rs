@@ -5,7 +5,7 @@ use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
-use crate::devices::{ClaimError, RequestError};
+use crate::devices::{ClaimError, DriverError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
@@ -72,6 +72,14 @@ pub enum SandboxError {
         container_id: String,
         /// Which, and why.
         source: OpenError,
+    },
+    /// A driver for a device cannot be had.
+    #[error("container {container_id}: the devices it asks for")]
+    Drivers {
+        /// The container.
+        container_id: String,
+        /// Which, and why.
+        source: DriverError,
     },
     /// All disks for block devices are in use.
     #[error(

@@ -237,6 +237,8 @@ impl VmHost {
             (None, None) => return Err(SandboxError::Stopped),
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
+        let (disks, drivers) = self.driver_disks(&config.id).await?;
+        prepared.disks.extend(disks);
         let fds = self.boot_fds(config, prepared, shares).await?;
         let slots = fds.slots;
         let boot = BootConfig {
@@ -260,6 +262,7 @@ impl VmHost {
             neighbors: network.neighbors,
             shared_dir: shares,
             sysctls: oci::pod::sysctls(&config.spec),
+            drivers,
             ..Default::default()
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;

@@ -11,6 +11,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
+mod drivers;
 mod pass;
 mod refusals;
 mod table;

@@ -38,12 +38,13 @@ impl Host {
     fn stage(&self, kernel: &str) {
         let tree = self.tree();
         fs::create_dir_all(tree.join("bin")).unwrap();
-        fs::create_dir_all(tree.join("share/nacre")).unwrap();
+        fs::create_dir_all(tree.join("share/nacre/drivers")).unwrap();
         fs::copy("/bin/sleep", tree.join(FILES[0].0)).unwrap();
         for (name, text) in [
             (FILES[1].0, "nacre"),
             (FILES[2].0, kernel),
             (FILES[3].0, "agent"),
+            (FILES[4].0, "driver"),
         ] {
             fs::write(tree.join(name), text).unwrap();
         }

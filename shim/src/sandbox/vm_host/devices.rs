@@ -1,11 +1,15 @@
 //! The devices of the host that a pod's containers ask for ([`crate::devices`]): claimed
 //! when the machine is made, opened when it boots, and the monitor's alone from then on.
+//! The machine has the driver images for them as disks.
 
+use nacre_protocol::agent::Driver;
+use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::{ContainerConfig, SandboxError};
 use super::{VmHost, blocking};
-use crate::devices::{AssignedDevice, request};
+use crate::devices::{AssignedDevice, drivers, request};
+use crate::storage::{HostBacking, HostDisk};
 
 impl VmHost {
     /// What a container asks for.
@@ -50,6 +54,40 @@ impl VmHost {
         Ok(())
     }
 
+    /// The driver images for the pod's devices: disks of the machine, and what the guest
+    /// is told of each. All pods read the same file, so the host has its pages once.
+    pub(super) async fn driver_disks(
+        &self,
+        container_id: &str,
+    ) -> Result<(Vec<HostDisk>, Vec<Driver>), SandboxError> {
+        let devices = self.pod_devices();
+        let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
+        let (system, images) = (self.system.clone(), self.config.drivers.clone());
+        let opened = blocking(move || drivers::open(&images, &system, &addresses))
+            .await
+            .map_err(|source| SandboxError::Drivers {
+                container_id: container_id.to_owned(),
+                source,
+            })?;
+        let numbered = opened.into_iter().enumerate();
+        let both = numbered.map(|(number, image)| {
+            let serial = format!("driver{number}");
+            let driver = Driver {
+                serial: serial.clone(),
+                path: image.path.display().to_string(),
+                devices: image.devices.into_iter().map(guest_address).collect(),
+                ..Driver::default()
+            };
+            let disk = HostDisk {
+                serial,
+                read_only: true,
+                backing: HostBacking::Whole(image.file),
+            };
+            (disk, driver)
+        });
+        Ok(both.unzip())
+    }
+
     /// Opens the pod's devices, for the monitor.
     pub(super) async fn open_devices(
         &self,
@@ -82,8 +120,8 @@ mod tests {
     use tempfile::TempDir;
 
     use crate::config::Config;
-    use crate::devices::Address;
     use crate::devices::testing::Tree;
+    use crate::devices::{Address, DriverImage};
     use crate::error::chain;
     use crate::machine::VmMachine;
     use crate::rundir::{RunDir, State, Undying};
@@ -229,6 +267,46 @@ mod tests {
         let text = chain(&error);
         assert!(text.contains("container web"), "{text}");
         assert!(text.contains("vfio/4: No such file"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn driver_images_are_disks_that_nobody_writes() {
+        let tree = Tree::new();
+        for (address, class) in [
+            ("0000:01:00.0", 0x01_0802),
+            ("0000:02:00.0", 0x03_0200),
+            ("0000:03:00.0", 0x01_0802),
+        ] {
+            let device = tree.add(address, class);
+            device.group(4).driver("vfio-pci");
+            device.file("vendor", "0x10de").file("device", "0x2330");
+        }
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.config.drivers = vec![DriverImage {
+            filter: "::0108".parse().unwrap(),
+            path: tree.path("nvme.erofs"),
+        }];
+        let (disks, drivers) = pod.host.driver_disks("web").await.unwrap();
+        assert!(disks.is_empty() && drivers.is_empty(), "it has no devices");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let error = pod.host.driver_disks("web").await.err().unwrap();
+        let text = chain(&error);
+        assert!(text.contains("container web"), "{text}");
+        assert!(text.contains("nvme.erofs of PCI device"), "{text}");
+
+        tree.write("nvme.erofs", &"-".repeat(4096));
+        let (disks, drivers) = pod.host.driver_disks("web").await.unwrap();
+        let [disk] = disks.as_slice() else {
+            panic!("{disks:?}");
+        };
+        assert!(disk.read_only);
+        let [driver] = drivers.as_slice() else {
+            panic!("{drivers:?}");
+        };
+        assert_eq!(driver.serial, disk.serial);
+        assert_eq!(driver.path, tree.path("nvme.erofs").display().to_string());
+        // Where the guest has the first and the third device.
+        assert_eq!(driver.devices, ["0000:01:00.0", "0000:03:00.0"]);
     }
 
     /// Whatever step after it fails: here it is that the container has no network.
