@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use nacre_protocol::agent::BlockDevice;
 use oci_spec::runtime::{
