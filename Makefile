@@ -13,9 +13,9 @@ IN_LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
-  debootstrap debian-archive-keyring busybox-static acpica-tools fdisk
+  debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
-.PHONY: setup build test unit lint demo bench long soak lab e2e devices install kernel stage stage-boot clean
+.PHONY: setup build test unit lint demo bench long soak lab e2e driver-images install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -38,9 +38,11 @@ build: setup
 	@RUSTFLAGS='-C target-feature=+crt-static' cargo build --profile agent --locked -p nacre-agent --target $(TARGET)
 
 stage: build kernel
-	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre} $(STAGE)/etc/nacre target/initramfs
+	@rm -rf $(STAGE) && mkdir -p $(STAGE)$(PREFIX)/{bin,share/nacre/drivers} $(STAGE)/etc/nacre target/initramfs
 	@install -m 755 target/release/containerd-shim-nacre-v2 target/release/nacre $(STAGE)$(PREFIX)/bin/
 	@install -m 644 "$$($(MAKE) -s --no-print-directory -C guest-kernel path)" $(STAGE)$(PREFIX)/share/nacre/vmlinux
+	@$(MAKE) -s --no-print-directory -C guest-kernel nvme DIR=$(CURDIR)/target/nvme >/dev/null
+	@guest-kernel/driver-image target/nvme $(STAGE)$(PREFIX)/share/nacre/drivers/nvme.erofs
 	@install -m 755 target/$(TARGET)/agent/nacre-agent target/initramfs/init
 	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
@@ -69,38 +71,35 @@ install-tests = cargo test --locked $(1) --no-run && \
   install -m 755 -s "$$(cargo test --locked $(1) --no-run --message-format=json 2>/dev/null | \
     sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
 
-# The tests that need KVM and containerd: the lab's own, then in one lab the
-# monitor's, containers by ctr, and pods by CRI. E2E='name' runs those that match.
-# LAB=host runs them on this host, see tests/lab/README.md.
-e2e: stage stage-boot
+# The tests that need KVM and containerd: the lab's own, then in one lab devices to be
+# passed to pods, the monitor's, containers by ctr, and pods by CRI. E2E='name' runs those
+# that match. LAB=host runs them on this host but for the lab's and its devices', see
+# tests/lab/README.md.
+ifeq ($(LAB),host)
+e2e: in-lab = $(IN_LAB) run $(STAGE) --
+else
+e2e: in-lab = $(IN_LAB) run --timeout 4500 --devices $(STAGE) -- env LAB_DEVICES=1
+endif
+e2e: stage-boot driver-images
 	@[[ $${LAB-} == host ]] || cargo test --locked -p nacre-tests --test lab -- --test-threads=1 $(E2E)
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
+	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@mkdir $(STAGE)/tests && cp -r tests/lab tests/demo.sh $(STAGE)/tests/
-	@$(IN_LAB) run --timeout 4500 $(STAGE) -- bash -c 'nacre-vmm-tests $(E2E) && nacre-e2e --test-threads=1 $(E2E) && nacre-pods --test-threads=1 $(E2E)'
+	@cp -r tests/lab tests/demo.sh $(STAGE)/tests/
+	@$(in-lab) bash -c "$$(cat tests/e2e.sh)" e2e $(E2E)
 
-# What is to be passed to pods, in a lab that has it: tests/tests/devices/main.rs says
-# what is where. The monitor's own tests come last: they leave devices with vfio-pci.
-# DEVICES='name' runs the tests that match.
-DEVICES_DISK := target/devices-disk.img
-nvme = -drive if=none,id=$(1),format=raw,snapshot=on,file=$(DEVICES_DISK) -device nvme,drive=$(1),serial=$(1),$(2)
-DEVICES_QEMU := \
-  -device pcie-root-port,id=port1,chassis=1,addr=0x10 $(call nvme,alone,bus=port1) \
-  -device pcie-root-port,id=port2,chassis=2,addr=0x11 -device x3130-upstream,id=switch,bus=port2 \
-  -device xio3130-downstream,id=port3,chassis=3,bus=switch $(call nvme,switched,bus=port3) \
-  $(call nvme,first,addr=0x12.0),multifunction=on $(call nvme,second,addr=0x12.1) \
-  -device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14 \
-  -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
-devices: stage stage-boot
-	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
-	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
-	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
-	@truncate -s 64M $(DEVICES_DISK)
-	@$(IN_LAB) run --timeout 1800 --iommu $(foreach argument,$(DEVICES_QEMU),--qemu $(argument)) $(STAGE) -- \
-	  bash -c 'nacre-devices --test-threads=1 $(DEVICES) && \
-	    nacre-vmm-tests --test-threads=1 $(or $(DEVICES),passthrough vfio:: vm::) && \
-	    nacre-e2e --test-threads=1 $(or $(DEVICES),devices::)'
+# The tests' driver images, and one whose module is of another kernel.
+DRIVERS := target/drivers
+driver-images: stage
+	@rm -rf $(DRIVERS) && cp -r tests/tests/devices/drivers $(DRIVERS)
+	@cp -r target/nvme/modules $(DRIVERS)/nvme/
+	@$(MAKE) -s -C "$$($(MAKE) -s --no-print-directory -C guest-kernel headers)" M=$(CURDIR)/$(DRIVERS)/module modules
+	@mkdir $(DRIVERS)/edu/modules && cp $(DRIVERS)/module/edu.ko $(DRIVERS)/edu/modules/
+	@echo 'edu.ko level=3' >$(DRIVERS)/edu/modules/modules.load
+	@cp -r $(DRIVERS)/edu $(DRIVERS)/old && LC_ALL=C sed -i 's/vermagic=6/vermagic=5/' $(DRIVERS)/old/modules/edu.ko
+	@mkdir -p $(STAGE)/tests/drivers
+	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
 test: lint unit e2e
 

@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::cgroup::oom::OomWatch;
+use crate::drivers::ProcessEdits;
 use crate::engine::init::{Kind, Request};
 use crate::engine::is_new;
 use crate::engine::spawn::{Spawning, spawn};
@@ -111,6 +112,7 @@ pub struct Container {
     spawning: Mutex<Option<Spawning>>,
     seccomp: Option<LinuxSeccomp>,
     users: Option<IdMaps>,
+    edits: ProcessEdits,
     execs: Mutex<HashMap<String, ExecSlot>>,
     tasks: Vec<AbortHandle>,
 }
@@ -129,6 +131,8 @@ pub struct Parts {
     pub oom: OomWatch,
     /// The init's release.
     pub spawning: Spawning,
+    /// What its devices' drivers did to its first process, and do to all others.
+    pub edits: ProcessEdits,
 }
 
 impl Container {
@@ -160,6 +164,7 @@ impl Container {
             spawning: Mutex::new(Some(parts.spawning)),
             seccomp: linux.and_then(|linux| linux.seccomp().clone()),
             users: IdMaps::of_spec(spec),
+            edits: parts.edits,
             execs: Mutex::default(),
             tasks,
         }
@@ -199,12 +204,13 @@ impl Container {
         &self,
         reaper: &Reaper,
         exec_id: &str,
-        process: OciProcess,
+        mut process: OciProcess,
         connections: Connections,
         window: Option<WindowSize>,
     ) -> Result<i32> {
         self.check_running()?;
         self.reserve(exec_id)?;
+        self.edits.apply(&mut process);
         let request = Request {
             cgroup: self.cgroup.path().to_owned(),
             window,

@@ -5,7 +5,7 @@
 //! used goes back with it; one that a volume of the pod still holds stays in use, and
 //! the kernel takes it out of the pool when it is free.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -17,13 +17,16 @@ use crate::error::{Context, Error, Result};
 /// Where the kernel has its pools (Documentation/admin-guide/mm/hugetlbpage.rst).
 pub const POOLS: &str = "/sys/kernel/mm/hugepages";
 
+/// Pages, by the KiB of one.
+type Pages = BTreeMap<u64, u64>;
+
 /// The guest's pools. Its methods block.
 #[derive(Debug)]
 pub struct HugePages {
     /// None: the machine is not ours.
     pools: Option<PathBuf>,
-    /// What each container may use: KiB of a page, and pages.
-    reserved: Mutex<HashMap<String, Vec<(u64, u64)>>>,
+    /// What each container may use.
+    reserved: Mutex<HashMap<String, Pages>>,
 }
 
 impl HugePages {
@@ -36,73 +39,104 @@ impl HugePages {
         }
     }
 
-    /// Puts what a container may use into the pools.
+    /// Puts what a container may use into the pools. Of sizes that the resources do not
+    /// name it keeps what it has.
     ///
     /// # Errors
     ///
     /// `InvalidArgument` for a page size this kernel does not have, `FailedPrecondition`
-    /// when there is not enough memory in one piece.
+    /// when there is not enough memory in one piece. All is as before then.
     pub fn reserve(&self, container_id: &str, resources: Option<&LinuxResources>) -> Result<()> {
+        self.update(container_id, resources, || Ok(()))
+    }
+
+    /// The same for a container whose limits `apply` changes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HugePages::reserve`] and of `apply`. All is as before then.
+    pub fn update(
+        &self,
+        container_id: &str,
+        resources: Option<&LinuxResources>,
+        apply: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let Some(pools) = &self.pools else {
-            return Ok(());
+            return apply();
         };
-        let wanted = wanted(resources)?;
-        if wanted.is_empty() {
-            return Ok(());
+        let before = self.lock().get(container_id).cloned().unwrap_or_default();
+        let mut after = before.clone();
+        after.extend(wanted(resources)?);
+        after.retain(|_, pages| *pages > 0);
+        let change = self.change(pools, container_id, &after);
+        let result = change.and_then(|()| apply());
+        if result.is_err() {
+            self.take_back(pools, container_id, &before);
         }
-        let mut reserved = self.lock();
-        reserved.insert(container_id.to_owned(), wanted.clone());
-        for (page_kib, pages) in wanted {
-            if let Err(error) = resize(pools, page_kib, total(&reserved, page_kib)) {
-                tracing::warn!("{pages} pages for {container_id}: {}", error.full());
-                reserved.remove(container_id);
-                // Whatever it got of them.
-                let _ = resize(pools, page_kib, total(&reserved, page_kib));
-                return Err(error);
-            }
-        }
-        Ok(())
+        result
     }
 
     /// Takes a container's share out of the pools.
     pub fn release(&self, container_id: &str) {
-        let Some(pools) = &self.pools else {
-            return;
-        };
-        let mut reserved = self.lock();
-        for (page_kib, _) in reserved.remove(container_id).unwrap_or_default() {
-            if let Err(error) = resize(pools, page_kib, total(&reserved, page_kib)) {
-                tracing::warn!("huge pages of {container_id}: {}", error.full());
-            }
+        if let Some(pools) = &self.pools {
+            self.take_back(pools, container_id, &Pages::new());
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Vec<(u64, u64)>>> {
+    /// What goes wrong is logged.
+    fn take_back(&self, pools: &Path, container_id: &str, pages: &Pages) {
+        if let Err(error) = self.change(pools, container_id, pages) {
+            tracing::warn!("huge pages of {container_id}: {}", error.full());
+        }
+    }
+
+    /// Has the container's share be `pages`; the pools of all sizes that this changes
+    /// are gone through even when one fails.
+    fn change(&self, pools: &Path, container_id: &str, pages: &Pages) -> Result<()> {
+        let mut reserved = self.lock();
+        let before = reserved.remove(container_id).unwrap_or_default();
+        if !pages.is_empty() {
+            reserved.insert(container_id.to_owned(), pages.clone());
+        }
+        let mut result = Ok(());
+        for page_kib in before.keys().chain(pages.keys()) {
+            if before.get(page_kib) != pages.get(page_kib) {
+                let resized = resize(pools, *page_kib, total(&reserved, *page_kib));
+                result = result.and(resized);
+            }
+        }
+        result
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Pages>> {
         self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn total(reserved: &HashMap<String, Vec<(u64, u64)>>, page_kib: u64) -> u64 {
-    let all = reserved.values().flatten();
-    all.filter(|(kib, _)| *kib == page_kib)
-        .map(|(_, pages)| pages)
-        .sum()
+fn total(reserved: &HashMap<String, Pages>, page_kib: u64) -> u64 {
+    let all = reserved.values();
+    all.filter_map(|pages| pages.get(&page_kib)).sum()
 }
 
-/// Page sizes with a limit that asks for pages; "no limit" asks for none.
-fn wanted(resources: Option<&LinuxResources>) -> Result<Vec<(u64, u64)>> {
+/// What the limits ask for; "no limit" asks for no pages.
+fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
     let limits = resources.and_then(|resources| resources.hugepage_limits().as_deref());
-    let mut wanted = Vec::new();
+    let mut wanted = Pages::new();
     for limit in limits.unwrap_or_default() {
         let bytes = u64::try_from(limit.limit()).unwrap_or(0);
         // Version 1's word for it: the largest multiple of a page.
-        if bytes == 0 || bytes >= 1 << 62 {
-            continue;
+        let bytes = if bytes < 1 << 62 { bytes } else { 0 };
+        match page_kib(limit.page_size()) {
+            Some(page_kib) => {
+                wanted.insert(page_kib, bytes.div_ceil(page_kib << 10));
+            }
+            // Of pages nobody has heard of none are wanted.
+            None if bytes == 0 => (),
+            None => {
+                let text = format!("huge page size {:?}", limit.page_size());
+                return Err(Error::InvalidArgument(text));
+            }
         }
-        let page_kib = page_kib(limit.page_size()).ok_or_else(|| {
-            Error::InvalidArgument(format!("huge page size {:?}", limit.page_size()))
-        })?;
-        wanted.push((page_kib, bytes.div_ceil(page_kib << 10)));
     }
     Ok(wanted)
 }
@@ -149,23 +183,35 @@ mod tests {
         serde_json::from_value(json!({"hugepageLimits": value})).unwrap()
     }
 
-    fn pools() -> tempfile::TempDir {
+    /// The pools of a kernel with pages of these sizes.
+    fn pools_of(sizes_kib: &[u64]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let pool = dir.path().join("hugepages-2048kB");
-        fs::create_dir(&pool).unwrap();
-        fs::write(pool.join("nr_hugepages"), "0").unwrap();
+        for kib in sizes_kib {
+            let pool = dir.path().join(format!("hugepages-{kib}kB"));
+            fs::create_dir(&pool).unwrap();
+            fs::write(pool.join("nr_hugepages"), "0").unwrap();
+        }
         dir
+    }
+
+    fn pools() -> tempfile::TempDir {
+        pools_of(&[2048])
+    }
+
+    fn pages(dir: &tempfile::TempDir, page_kib: u64) -> String {
+        let pool = dir.path().join(format!("hugepages-{page_kib}kB"));
+        fs::read_to_string(pool.join("nr_hugepages")).unwrap()
+    }
+
+    fn two_mib(pages: u64) -> LinuxResources {
+        limits(&json!([{"pageSize": "2MB", "limit": pages << 21}]))
     }
 
     #[test]
     fn the_pool_has_what_containers_may_use_together() {
         let dir = pools();
-        let pages = || {
-            let file = dir.path().join("hugepages-2048kB/nr_hugepages");
-            fs::read_to_string(file).unwrap()
-        };
+        let pages = || pages(&dir, 2048);
         let huge = HugePages::new(Some(dir.path().into()));
-        let two_mib = |pages: u64| limits(&json!([{"pageSize": "2MB", "limit": pages << 21}]));
         huge.reserve("a", Some(&two_mib(4))).unwrap();
         huge.reserve("b", Some(&two_mib(3))).unwrap();
         assert_eq!(pages(), "7");
@@ -174,6 +220,71 @@ mod tests {
         assert_eq!(pages(), "3");
         huge.release("b");
         assert_eq!(pages(), "0");
+    }
+
+    #[test]
+    fn what_cannot_be_had_whole_leaves_nothing_in_any_pool() {
+        // The pool of the largest pages has a kernel that gives none.
+        let dir = pools_of(&[64, 2048]);
+        let huge = HugePages::new(Some(dir.path().into()));
+        huge.reserve("a", Some(&two_mib(4))).unwrap();
+        let greedy = limits(&json!([
+            {"pageSize": "64KB", "limit": 3 << 16}, {"pageSize": "2MB", "limit": 5 << 21},
+            {"pageSize": "1GB", "limit": 1 << 30},
+        ]));
+        huge.reserve("b", Some(&greedy)).unwrap_err();
+        assert_eq!(
+            (pages(&dir, 64), pages(&dir, 2048)),
+            ("0".into(), "4".into())
+        );
+        let bad = huge.update("a", Some(&greedy), || panic!("not without pages"));
+        assert!(bad.is_err());
+        assert_eq!(
+            (pages(&dir, 64), pages(&dir, 2048)),
+            ("0".into(), "4".into())
+        );
+        huge.release("a");
+        assert_eq!(pages(&dir, 2048), "0");
+    }
+
+    #[test]
+    fn the_pool_follows_a_container_s_limits() {
+        let dir = pools_of(&[64, 2048]);
+        let huge = HugePages::new(Some(dir.path().into()));
+        let both = json!([
+            {"pageSize": "64KB", "limit": 3 << 16}, {"pageSize": "2MB", "limit": 4 << 21},
+        ]);
+        huge.reserve("a", Some(&limits(&both))).unwrap();
+        huge.reserve("b", Some(&two_mib(1))).unwrap();
+        let update = |resources: &LinuxResources| huge.update("a", Some(resources), || Ok(()));
+        update(&two_mib(6)).unwrap();
+        assert_eq!(
+            (pages(&dir, 64), pages(&dir, 2048)),
+            ("3".into(), "7".into())
+        );
+        update(&LinuxResources::default()).unwrap();
+        let twice = json!([
+            {"pageSize": "2MB", "limit": 9 << 21}, {"pageSize": "2MB", "limit": 6 << 21},
+        ]);
+        update(&limits(&twice)).unwrap();
+        assert_eq!(
+            pages(&dir, 2048),
+            "7",
+            "the last counts: CRI adds what it updates"
+        );
+        let refused = || Err(Error::InvalidArgument("as the cgroup may".into()));
+        huge.update("a", Some(&two_mib(2)), refused).unwrap_err();
+        assert_eq!(pages(&dir, 2048), "7", "as before");
+        update(&limits(&json!([{"pageSize": "2MB", "limit": -1}]))).unwrap();
+        assert_eq!(
+            (pages(&dir, 64), pages(&dir, 2048)),
+            ("3".into(), "1".into())
+        );
+        huge.release("a");
+        assert_eq!(
+            (pages(&dir, 64), pages(&dir, 2048)),
+            ("0".into(), "1".into())
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //!   volumes/   directories its containers share
 //!   devices.rs block devices of the host and PCI devices (pci.rs) as nodes, uevent.rs the
 //!              kernel's word that they are there
+//!   drivers/   driver images: modules, and what containers with their devices get
 //!   forward.rs connections to the pod's loopback from the host
 //!   hugepages.rs  the pool of huge pages that containers may use
 //!   pids.rs    the PID namespace that containers of a pod share
@@ -32,6 +33,7 @@ pub mod clock;
 pub mod container;
 pub mod devices;
 pub mod disk;
+pub mod drivers;
 pub mod engine;
 pub mod error;
 pub mod forward;

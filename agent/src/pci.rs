@@ -1,13 +1,22 @@
 //! What the guest's drivers made of a PCI device of the host: the device nodes whose
 //! devices are below it in sysfs, a disk's partitions among them.
 //!
-//! A driver has taken its device before the kernel starts this program, unless it is a
-//! module that comes later: the kernel finishes all probes first. Only the disks of a
-//! controller may come after that, from a work queue; the kernel tells of each.
+//! A driver has taken its device before containers are made: the kernel finishes the
+//! probes of its own drivers before it starts this program, and those of a module
+//! before it has loaded it ([`crate::drivers`]). Only the disks of a controller may come
+//! after that, from a work queue; the kernel tells of each.
 //!
-//! A device in a hot-plug slot comes when the pod runs. The kernel tells of it before its
-//! driver has it; a rescan of its bus, which finds nothing new, waits until it has.
+//! A disk is in sysfs before its partitions are known. Until they are, the kernel
+//! suppresses its messages, and then says "add" (`device_add_disk` of block/genhd.c). So of
+//! a disk that may have been told of before we listened we have the kernel say "change"
+//! (Documentation/ABI/testing/sysfs-uevent): whichever of the two comes, the
+//! partitions are there.
+//!
+//! A device in a hot-plug slot comes while the pod runs. The kernel tells of it before a
+//! driver has it; a rescan of its bus, which finds nothing new, waits until it has been
+//! offered to those there are (`pciehp_configure_device` holds the same lock).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -35,15 +44,26 @@ const DEFAULT_MODE: u32 = 0o660;
 /// `NotFound` if there is no such device, else `Io`.
 pub async fn nodes(address: &str) -> Result<Vec<LinuxDevice>> {
     let uevents = &Uevents::listen().context("listen to the kernel")?;
-    let sys = Path::new("/sys");
-    if let Some(slot) = Slot::of(sys, address)? {
-        slot.settled(|| uevents.happened()).await?;
-    }
-    let function = Function::at(sys, address)?;
-    let nodes = function.settled(|| uevents.happened()).await?;
+    let function = Function::at(Path::new("/sys"), address)?;
+    let ask = |disk: &Path| fs::write(disk.join("uevent"), "change");
+    let nodes = function.settled(|| uevents.next(), ask).await?;
     let paths: Vec<_> = nodes.iter().map(LinuxDevice::path).collect();
     tracing::info!("PCI device {address} has the nodes {paths:?}");
     Ok(nodes)
+}
+
+/// Returns when the device at `address` is there and a driver that the kernel has for it
+/// has taken it: at once, but for one in a hot-plug slot.
+///
+/// # Errors
+///
+/// `NotFound` if it does not come, else `Io`.
+pub async fn arrived(address: &str) -> Result<()> {
+    let uevents = &Uevents::listen().context("listen to the kernel")?;
+    match Slot::of(Path::new("/sys"), address)? {
+        Some(slot) => slot.settled(|| uevents.happened()).await,
+        None => Ok(()),
+    }
 }
 
 /// Has the kernel let go of the device at `address`, which is in a hot-plug slot.
@@ -147,6 +167,20 @@ struct Function {
     dir: PathBuf,
 }
 
+/// Something with a node.
+struct Found {
+    /// In sysfs.
+    dir: PathBuf,
+    node: LinuxDevice,
+}
+
+impl Found {
+    /// Whether it is a whole disk.
+    fn is_disk(&self) -> bool {
+        self.node.typ() == LinuxDeviceType::B && !self.dir.join("partition").exists()
+    }
+}
+
 impl Function {
     fn at(sys: &Path, address: &str) -> Result<Self> {
         let link = sys.join("bus/pci/devices").join(address);
@@ -160,45 +194,72 @@ impl Function {
         Ok(Self { address, dir })
     }
 
-    /// The nodes, once those are there that come late. `happened` returns when the
-    /// kernel has told of something.
-    async fn settled<F>(&self, happened: impl Fn() -> F) -> Result<Vec<LinuxDevice>>
+    /// The nodes, once those are there that come late. `next` is the next device that
+    /// the kernel tells of, `None` if some were missed; `ask` has it tell of a disk.
+    async fn settled<F>(
+        &self,
+        next: impl Fn() -> F,
+        ask: impl Fn(&Path) -> io::Result<()>,
+    ) -> Result<Vec<LinuxDevice>>
     where
-        F: Future<Output = io::Result<()>>,
+        F: Future<Output = io::Result<Option<PathBuf>>>,
     {
+        let (mut asked, mut told) = (BTreeSet::new(), BTreeSet::new());
         let settle = async {
             loop {
-                let nodes = self.look()?;
-                if !self.awaits_disk(&nodes) {
-                    return Ok(nodes);
+                let found = self.look()?;
+                let disks: Vec<_> = found.iter().filter(|found| found.is_disk()).collect();
+                for disk in disks.iter().filter(|disk| !told.contains(&disk.dir)) {
+                    if asked.insert(disk.dir.clone()) {
+                        unless_gone(ask(&disk.dir)).context("ask the kernel of a disk")?;
+                    }
                 }
-                happened().await.context("listen to the kernel")?;
+                if !self.awaits_disk(&disks) && disks.iter().all(|disk| told.contains(&disk.dir)) {
+                    return Ok(found);
+                }
+                match next().await.context("listen to the kernel")? {
+                    Some(device) => told.extend(
+                        disks
+                            .iter()
+                            .filter(|disk| disk.dir.ends_with(&device))
+                            .map(|disk| disk.dir.clone()),
+                    ),
+                    None => asked.clear(),
+                }
             }
         };
         let settled = tokio::time::timeout(LIMIT, settle).await;
-        settled.unwrap_or_else(|_| {
-            tracing::warn!("PCI device {} has no disk", self.address);
+        let found = settled.unwrap_or_else(|_| {
+            let address = &self.address;
+            tracing::warn!("PCI device {address} has no disk, or one that does not get ready");
             self.look()
-        })
+        });
+        Ok(found?.into_iter().map(|found| found.node).collect())
     }
 
-    fn awaits_disk(&self, nodes: &[LinuxDevice]) -> bool {
+    fn awaits_disk(&self, disks: &[&Found]) -> bool {
         let class = fs::read_to_string(self.dir.join("class")).unwrap_or_default();
-        let has_disk = nodes.iter().any(|node| node.typ() == LinuxDeviceType::B);
-        class.starts_with(STORAGE) && self.dir.join("driver").exists() && !has_disk
+        class.starts_with(STORAGE) && self.dir.join("driver").exists() && disks.is_empty()
     }
 
-    fn look(&self) -> Result<Vec<LinuxDevice>> {
-        let mut nodes = Vec::new();
-        collect(&self.dir, &mut nodes)
+    fn look(&self) -> Result<Vec<Found>> {
+        let mut found = Vec::new();
+        collect(&self.dir, &mut found)
             .with_context(|| format!("look at PCI device {}", self.address))?;
-        nodes.sort_by(|a, b| a.path().cmp(b.path()));
-        Ok(nodes)
+        found.sort_by(|a, b| a.node.path().cmp(b.node.path()));
+        Ok(found)
+    }
+}
+
+fn unless_gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
 /// Adds the nodes of what is in a directory of sysfs. What goes away meanwhile has none.
-fn collect(dir: &Path, nodes: &mut Vec<LinuxDevice>) -> io::Result<()> {
+fn collect(dir: &Path, found: &mut Vec<Found>) -> io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
@@ -207,7 +268,7 @@ fn collect(dir: &Path, nodes: &mut Vec<LinuxDevice>) -> io::Result<()> {
         let entry = entry?;
         // Links lead to other devices.
         if entry.file_type()?.is_dir() {
-            collect(&entry.path(), nodes)?;
+            collect(&entry.path(), found)?;
         }
     }
     let text = |name| match fs::read_to_string(dir.join(name)) {
@@ -216,7 +277,9 @@ fn collect(dir: &Path, nodes: &mut Vec<LinuxDevice>) -> io::Result<()> {
     };
     if let (Some(number), Some(uevent)) = (text("dev")?, text("uevent")?) {
         let malformed = || io::Error::other(format!("{}: {number:?}, {uevent:?}", dir.display()));
-        nodes.push(node(dir, &number, &uevent).ok_or_else(malformed)?);
+        let node = node(dir, &number, &uevent).ok_or_else(malformed)?;
+        let dir = dir.to_owned();
+        found.push(Found { dir, node });
     }
     Ok(())
 }
@@ -259,6 +322,9 @@ mod tests {
 
     const ADDRESS: &str = "0000:01:00.0";
     const NVME: &str = "0x010802\n";
+    const DISK: &str = "nvme/nvme0/nvme0n1";
+
+    type Told = io::Result<Option<PathBuf>>;
 
     /// A made-up sysfs with one function behind a root port.
     struct Sys(tempfile::TempDir);
@@ -300,9 +366,20 @@ mod tests {
 
         fn disk(&self) {
             let uevent = "MAJOR=259\nDEVNAME=nvme0n1\nDEVTYPE=disk\n";
-            self.node("nvme/nvme0/nvme0n1", "block", "259:0", uevent);
+            self.node(DISK, "block", "259:0", uevent);
+        }
+
+        fn partition(&self) {
             let uevent = "DEVNAME=nvme0n1p1\nDEVTYPE=partition\n";
-            self.node("nvme/nvme0/nvme0n1/nvme0n1p1", "block", "259:1", uevent);
+            let path = format!("{DISK}/nvme0n1p1");
+            self.node(&path, "block", "259:1", uevent);
+            fs::write(self.dir().join(path).join("partition"), "1\n").unwrap();
+        }
+
+        /// What a message says of something in the function's directory.
+        fn path_of(&self, path: &str) -> Told {
+            let dir = self.dir().join(path);
+            Ok(Some(dir.strip_prefix(self.0.path()).unwrap().to_owned()))
         }
 
         /// Has it in a hot-plug slot, beside one for another bus.
@@ -323,8 +400,12 @@ mod tests {
         }
     }
 
-    async fn nothing() -> io::Result<()> {
+    async fn nothing() -> Told {
         panic!("nothing to wait for")
+    }
+
+    fn no_disk(disk: &Path) -> io::Result<()> {
+        panic!("asked for {}", disk.display())
     }
 
     fn names(nodes: &[LinuxDevice]) -> Vec<&str> {
@@ -337,11 +418,18 @@ mod tests {
         let sys = Sys::with(NVME, true);
         sys.controller();
         sys.disk();
+        sys.partition();
         // Another device, which a link leads to.
         let other = tempfile::tempdir().unwrap();
         fs::write(other.path().join("dev"), "1:1\n").unwrap();
         symlink(other.path(), sys.dir().join("iommu")).unwrap();
-        let nodes = sys.function().settled(nothing).await.unwrap();
+        // It was there long ago: the kernel tells of it when it is asked.
+        let next = || std::future::ready(sys.path_of(DISK));
+        let ask = |disk: &Path| {
+            assert!(disk.ends_with(DISK));
+            Ok(())
+        };
+        let nodes = sys.function().settled(next, ask).await.unwrap();
         assert_eq!(
             names(&nodes),
             ["/dev/nvme0", "/dev/nvme0n1", "/dev/nvme0n1p1"]
@@ -352,27 +440,49 @@ mod tests {
         assert_eq!(nodes[0].file_mode(), Some(0o660));
     }
 
+    /// And its partitions after it, and messages that are lost.
     #[tokio::test]
     async fn a_disk_may_come_after_its_controller() {
         let sys = Sys::with(NVME, true);
-        let events = Cell::new(0);
-        let happened = || {
-            match events.get() {
-                0 => sys.controller(),
-                _ => sys.disk(),
-            }
+        let (events, asked) = (Cell::new(0), Cell::new(0));
+        let next = || {
             events.set(events.get() + 1);
-            std::future::ready(Ok(()))
+            std::future::ready(match events.get() {
+                1 => {
+                    sys.controller();
+                    sys.path_of("nvme/nvme0")
+                }
+                2 => {
+                    sys.disk();
+                    Ok(None)
+                }
+                3 => sys.path_of("nvme/nvme0/hwmon1"),
+                4 => Ok(None),
+                5 => {
+                    sys.partition();
+                    sys.path_of(DISK)
+                }
+                _ => panic!("all is there"),
+            })
         };
-        let nodes = sys.function().settled(happened).await.unwrap();
-        assert_eq!((nodes.len(), events.get()), (3, 2));
+        let ask = |_: &Path| {
+            asked.set(asked.get() + 1);
+            Ok(())
+        };
+        let nodes = sys.function().settled(next, ask).await.unwrap();
+        assert_eq!((nodes.len(), events.get()), (3, 5));
+        assert_eq!(asked.get(), 2, "again after a loss, not else");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_controller_without_disks_is_there_all_the_same() {
         let sys = Sys::with(NVME, true);
         sys.controller();
-        let nodes = sys.function().settled(std::future::pending).await.unwrap();
+        let nodes = sys
+            .function()
+            .settled(std::future::pending, no_disk)
+            .await
+            .unwrap();
         assert_eq!(names(&nodes), ["/dev/nvme0"]);
     }
 
@@ -380,7 +490,7 @@ mod tests {
     async fn without_a_driver_there_is_nothing_to_wait_for() {
         for (class, driver) in [(NVME, false), ("0x030200\n", true)] {
             let sys = Sys::with(class, driver);
-            let nodes = sys.function().settled(nothing).await.unwrap();
+            let nodes = sys.function().settled(nothing, no_disk).await.unwrap();
             assert_eq!(names(&nodes), [""; 0]);
         }
     }
@@ -390,11 +500,11 @@ mod tests {
         let sys = Sys::with("0x030000\n", true);
         let uevent = "DEVNAME=dri/renderD128\nDEVMODE=0666\n";
         sys.node("drm/renderD128", "drm", "226:128", uevent);
-        let nodes = sys.function().settled(nothing).await.unwrap();
+        let nodes = sys.function().settled(nothing, no_disk).await.unwrap();
         assert_eq!(names(&nodes), ["/dev/dri/renderD128"]);
         assert_eq!(nodes[0].file_mode(), Some(0o666));
         sys.node("drm/card0", "drm", "226:0", "DEVNAME=../card0\n");
-        let error = sys.function().settled(nothing).await.unwrap_err();
+        let error = sys.function().settled(nothing, no_disk).await.unwrap_err();
         assert!(error.full().contains("../card0"), "{}", error.full());
     }
 

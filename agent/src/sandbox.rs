@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nacre_protocol::agent::{
-    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, ExecRequest, ReadFileRequest,
-    StatsResponse, TmpfsVolume,
+    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, Driver, ExecRequest,
+    ReadFileRequest, StatsResponse, TmpfsVolume,
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{ContainerState, LinuxResources, Process as OciProcess, Spec, State};
@@ -23,11 +23,13 @@ use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
 use crate::devices;
+use crate::drivers::{Drivers, ProcessEdits};
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
 use crate::hugepages::{self, HugePages};
 use crate::network::Network;
+use crate::pci;
 use crate::pids;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio;
@@ -59,6 +61,8 @@ pub struct Sandbox {
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
     huge_pages: Arc<HugePages>,
+    /// Once the sandbox is configured.
+    drivers: OnceLock<Drivers>,
     /// Of the PID namespace that containers share, once one has asked for it.
     pause: OnceCell<Process>,
     oom_sender: UnboundedSender<(String, u64)>,
@@ -84,6 +88,7 @@ impl Sandbox {
             containers: Mutex::default(),
             volumes: Arc::default(),
             huge_pages: Arc::new(HugePages::new(pools)),
+            drivers: OnceLock::new(),
             pause: OnceCell::new(),
             oom_sender,
             oom_receiver: oom_receiver.into(),
@@ -138,7 +143,11 @@ impl Sandbox {
         for (name, value) in &request.sysctls {
             set_sysctl(name, value).map_err(Failure::from)?;
         }
-        Ok(())
+        let drivers = Drivers::default();
+        drivers.attach(&request.drivers).await?;
+        self.drivers
+            .set(drivers)
+            .map_err(|_| Error::FailedPrecondition("the sandbox was configured before".into()))
     }
 
     /// Moves the guest's clock.
@@ -205,8 +214,10 @@ impl Sandbox {
         for subpath in &request.subpaths {
             volumes::bind_subpath(&dir, subpath)?;
         }
-        devices::add(&mut spec, &dir, &request.block_devices).await?;
-        devices::add_pci(&mut spec, &request.pci_devices).await?;
+        devices::add(&mut spec, &request.block_devices).await?;
+        let edits = self
+            .add_pci(&mut spec, &request.pci_devices, &request.drivers)
+            .await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
@@ -231,8 +242,30 @@ impl Sandbox {
             cgroup,
             init,
             spawning,
+            edits,
         };
         Ok(Container::new(parts, &spec))
+    }
+
+    /// Gives a container PCI devices, and what their driver images have for it.
+    async fn add_pci(
+        &self,
+        spec: &mut Spec,
+        devices: &[String],
+        images: &[Driver],
+    ) -> Result<ProcessEdits> {
+        if devices.is_empty() {
+            return Ok(ProcessEdits::default());
+        }
+        let drivers = self.drivers.get().ok_or_else(|| {
+            Error::FailedPrecondition("the sandbox has not been configured".into())
+        })?;
+        for device in devices {
+            pci::arrived(device).await?;
+        }
+        drivers.attach(images).await?;
+        devices::add_pci(spec, devices).await?;
+        drivers.edit(spec, devices, images).await
     }
 
     async fn reserve_pages(&self, id: &str, spec: Spec) -> Result<Spec> {
@@ -328,11 +361,13 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// Those of [`Cgroup::apply`].
-    pub fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
-        let container = self.container(id)?;
+    /// Those of [`Cgroup::apply`] and [`HugePages::update`].
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let cgroup = self.container(id)?.cgroup.clone();
         let resources: LinuxResources = parse(resources, "resources")?;
-        container.cgroup.apply(&resources)
+        let (huge_pages, id) = (self.huge_pages.clone(), id.to_owned());
+        blocking(move || huge_pages.update(&id, Some(&resources), || cgroup.apply(&resources)))
+            .await
     }
 
     /// Makes a volume that is a tmpfs.

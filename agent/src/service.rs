@@ -156,7 +156,8 @@ impl Agent for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
-        self.0.update(&request.container_id, &request.resources)?;
+        let (id, resources) = (&request.container_id, &request.resources);
+        self.0.update(id, resources).await?;
         Ok(Empty::default())
     }
 

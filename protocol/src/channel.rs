@@ -202,20 +202,28 @@ impl Channel {
     }
 
     /// Receives one packet into `buffer`, its descriptors into `pending`.
+    ///
+    /// A peer that ends with unread messages of ours resets the connection. The kernel
+    /// tells that once, and before it hands out what the peer has sent: its last words
+    /// are behind the error.
     fn recv_packet(&mut self, buffer: &mut [u8]) -> Result<usize, ChannelError> {
+        match self.next_packet(buffer) {
+            Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                self.next_packet(buffer)
+            }
+            result => result,
+        }
+    }
+
+    fn next_packet(&mut self, buffer: &mut [u8]) -> Result<usize, ChannelError> {
         let mut control = nix::cmsg_space!([RawFd; MAX_FDS_PER_PACKET]);
         let mut iov = [IoSliceMut::new(buffer)];
-        let received = recvmsg::<UnixAddr>(
+        let message = recvmsg::<UnixAddr>(
             self.socket.as_raw_fd(),
             &mut iov,
             Some(&mut control),
             MsgFlags::MSG_CMSG_CLOEXEC,
-        );
-        let message = match received {
-            Ok(message) => message,
-            Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
-            Err(errno) => return Err(errno.into()),
-        };
+        )?;
         for part in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(raw) = part {
                 // SAFETY: the kernel has just installed these descriptors in
@@ -345,6 +353,21 @@ mod tests {
             matches!(refused, Err(ChannelError::TooLarge { fds: 1025, .. })),
             "{refused:?}"
         );
+    }
+
+    #[test]
+    fn last_words_arrive_of_a_peer_that_has_not_read_everything() {
+        let (mut a, b) = Channel::pair().unwrap();
+        a.send(&Request::Resize { growth_mib: 4 }, &FdList::default())
+            .unwrap();
+        let last = Event::Stopped(StopReason::Panic);
+        for event in [&Event::Booted, &last] {
+            b.send(event, &FdList::default()).unwrap();
+        }
+        drop(b);
+        assert_eq!(a.recv::<Event>().unwrap().0, Event::Booted);
+        assert_eq!(a.recv::<Event>().unwrap().0, last);
+        assert!(matches!(a.recv::<Event>(), Err(ChannelError::Closed)));
     }
 
     #[test]

@@ -33,5 +33,8 @@ pub const POD_PID_NAMESPACE: &str = "/run/nacre/pod/pid";
 /// `CONTAINERS_DIR/<container id>/{rootfs,layers/,files/,...}`.
 pub const CONTAINERS_DIR: &str = "/run/nacre/containers";
 
+/// Where the guest mounts driver images: `DRIVERS_DIR/<number>`, from 0.
+pub const DRIVERS_DIR: &str = "/run/nacre/drivers";
+
 /// Directories that containers of the guest share: `VOLUMES_DIR/<name>`.
 pub const VOLUMES_DIR: &str = "/run/nacre/volumes";

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read, Seek, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{Hook, State};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 /// Time a hook without a limit of its own gets.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -46,6 +46,12 @@ pub enum HookError {
         /// Its limit.
         seconds: u64,
     },
+    /// Its container's end does not wait for it any longer.
+    #[error("hook {path} was ended with its container's shim")]
+    Cancelled {
+        /// The program.
+        path: String,
+    },
     /// It said no.
     #[error("hook {path} failed ({status}): {said}")]
     Failed {
@@ -68,7 +74,8 @@ pub fn timeout(hook: &Hook) -> Duration {
         .min(MAX_TIMEOUT)
 }
 
-/// The hook's program, with its arguments and nothing but its own environment.
+/// The hook's program, with its arguments and nothing but its own environment, in a
+/// process group of its own.
 #[must_use]
 pub fn command(hook: &Hook) -> Command {
     use std::os::unix::process::CommandExt;
@@ -83,17 +90,25 @@ pub fn command(hook: &Hook) -> Command {
     command
         .args(arguments.iter().skip(1))
         .env_clear()
-        .envs(pairs);
+        .envs(pairs)
+        .process_group(0);
     command
 }
 
 /// Runs `command`, made of `hook`, with the container's state on its standard
-/// input, until it has ended or its time is over.
+/// input, until it has ended, its time is over, or the writer of `cancel` is closed.
+/// A hook that is not let end is killed with all that it started, unless that has left
+/// its process group.
 ///
 /// # Errors
 ///
-/// When it cannot be run, takes too long, or does not exit with 0.
-pub fn run(hook: &Hook, mut command: Command, state: &State) -> Result<(), HookError> {
+/// When it cannot be run, takes too long, is cancelled, or does not exit with 0.
+pub fn run(
+    hook: &Hook,
+    mut command: Command,
+    state: &State,
+    cancel: Option<&PipeReader>,
+) -> Result<(), HookError> {
     let path = hook.path().display().to_string();
     let failed = |source| HookError::Run {
         path: path.clone(),
@@ -113,15 +128,19 @@ pub fn run(hook: &Hook, mut command: Command, state: &State) -> Result<(), HookE
     drop(command);
     let mut said = Vec::new();
     let limit = timeout(hook);
-    let in_time = follow(&child, output, limit, &mut said);
-    if !matches!(in_time, Ok(true)) {
-        // It may have ended this very moment.
-        let _ = child.kill();
+    let end = follow(&child, output, limit, cancel, &mut said);
+    if !matches!(end, Ok(End::Exit)) {
+        // It may have ended this very moment, but its number is its own until the wait.
+        let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     }
     let status = child.wait().map_err(failed)?;
-    if !in_time.map_err(failed)? {
-        let seconds = limit.as_secs();
-        return Err(HookError::Timeout { path, seconds });
+    match end.map_err(failed)? {
+        End::Exit => (),
+        End::Timeout => {
+            let seconds = limit.as_secs();
+            return Err(HookError::Timeout { path, seconds });
+        }
+        End::Cancel => return Err(HookError::Cancelled { path }),
     }
     if status.success() {
         return Ok(());
@@ -139,45 +158,76 @@ fn input(state: &State) -> io::Result<File> {
     Ok(file)
 }
 
-/// Keeps the end of what the hook says until it has ended; `false` when its time
-/// is over. What it leaves running may go on holding its output.
+/// Why a hook is not waited for any longer.
+#[derive(Clone, Copy)]
+enum End {
+    Exit,
+    Timeout,
+    Cancel,
+}
+
+/// Keeps the end of what the hook says until it has ended, or is to end. What it leaves
+/// running may go on holding its output.
 fn follow(
     child: &Child,
-    mut output: PipeReader,
+    output: PipeReader,
     limit: Duration,
+    cancel: Option<&PipeReader>,
     said: &mut Vec<u8>,
-) -> io::Result<bool> {
+) -> io::Result<End> {
     let ended = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let start = Instant::now();
-    let mut open = true;
+    let mut output = Some(output);
     loop {
         let left = limit.saturating_sub(start.elapsed());
         if left.is_zero() {
-            return Ok(false);
+            return Ok(End::Timeout);
         }
         // Rounded up, lest the last millisecond be spent in turns of none.
         let left = PollTimeout::try_from(left + Duration::from_millis(1));
-        let mut ready = [
-            PollFd::new(ended.as_fd(), PollFlags::POLLIN),
-            PollFd::new(output.as_fd(), PollFlags::POLLIN),
+        let left = left.unwrap_or(PollTimeout::MAX);
+        let fds = [
+            Some(ended.as_fd()),
+            cancel.map(AsFd::as_fd),
+            output.as_ref().map(AsFd::as_fd),
         ];
-        let watched = if open {
-            &mut ready[..]
-        } else {
-            &mut ready[..1]
+        let Some([has_ended, is_cancelled, has_said]) = ready(fds, left)? else {
+            continue;
         };
-        match poll(watched, left.unwrap_or(PollTimeout::MAX)) {
-            Err(Errno::EINTR) => continue,
-            result => result?,
-        };
-        let [has_ended, has_said] = ready.map(|fd| fd.any().unwrap_or(false));
-        if open && has_said {
-            open = read_some(&mut output, said)?;
+        if has_said
+            && let Some(pipe) = &mut output
+            && !read_some(pipe, said)?
+        {
+            output = None;
         }
         if has_ended {
-            return Ok(true);
+            return Ok(End::Exit);
+        }
+        if is_cancelled {
+            return Ok(End::Cancel);
         }
     }
+}
+
+/// Which of these are ready or at their end; `None` after a signal.
+fn ready<const N: usize>(
+    fds: [Option<BorrowedFd<'_>>; N],
+    limit: PollTimeout,
+) -> io::Result<Option<[bool; N]>> {
+    let mut there: Vec<_> = fds
+        .iter()
+        .flatten()
+        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+        .collect();
+    match poll(&mut there, limit) {
+        Err(Errno::EINTR) => return Ok(None),
+        result => result?,
+    };
+    let mut there = there.iter();
+    Ok(Some(fds.map(|fd| {
+        fd.and_then(|_| there.next())
+            .is_some_and(|fd| fd.any().unwrap_or(false))
+    })))
 }
 
 /// Reads what is there; `false` at the end.
@@ -219,7 +269,7 @@ mod tests {
     fn run_script(script: &str) -> Result<(), HookError> {
         let hook = hook(script);
         let state = StateBuilder::default().id("c1").pid(42).build().unwrap();
-        run(&hook, command(&hook), &state)
+        run(&hook, command(&hook), &state, None)
     }
 
     fn complaint(script: &str) -> String {
@@ -257,6 +307,59 @@ mod tests {
         );
     }
 
+    /// Reads what a child of the hook's has said last; ends with the last of them.
+    fn rest_of(pipe: &std::path::Path) -> String {
+        std::fs::read_to_string(pipe).unwrap()
+    }
+
+    /// A named pipe, whose end is there once nobody has it open any more.
+    fn pipe(directory: &tempfile::TempDir) -> std::path::PathBuf {
+        let path = directory.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    }
+
+    /// A shell that waits for another program, as scripts do.
+    fn waiting(pipe: &std::path::Path) -> String {
+        format!(
+            "exec >{0} 2>&1; echo began; (sleep 20; echo outlived); true",
+            pipe.display()
+        )
+    }
+
+    #[test]
+    fn a_hook_out_of_time_is_killed_with_what_it_waits_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = pipe(&directory);
+        let script = waiting(&pipe);
+        let hook = std::thread::spawn(move || complaint(&script));
+        assert_eq!(rest_of(&pipe), "began\n");
+        assert_eq!(hook.join().unwrap(), "hook /bin/sh took longer than 1 s");
+    }
+
+    #[test]
+    fn a_cancelled_hook_is_killed_with_what_it_waits_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = pipe(&directory);
+        let mut endless = hook(&waiting(&pipe));
+        endless.set_timeout(Some(600));
+        let (cancelled, cancel) = io::pipe().unwrap();
+        let run = std::thread::spawn(move || {
+            run(
+                &endless,
+                command(&endless),
+                &State::default(),
+                Some(&cancelled),
+            )
+        });
+        let mut said = File::open(&pipe).unwrap();
+        said.read_exact(&mut [0; 6]).unwrap();
+        drop(cancel);
+        assert_eq!(said.read(&mut [0]).unwrap(), 0);
+        let error = run.join().unwrap().unwrap_err();
+        assert!(matches!(error, HookError::Cancelled { .. }), "{error}");
+    }
+
     /// A daemon that a hook leaves behind has its output, and holds nothing up.
     #[test]
     fn what_a_hook_leaves_running_is_not_waited_for() {
@@ -271,7 +374,7 @@ mod tests {
             ("/etc/passwd", "Permission denied"),
         ] {
             let hook = HookBuilder::default().path(path).build().unwrap();
-            let error = run(&hook, command(&hook), &State::default()).unwrap_err();
+            let error = run(&hook, command(&hook), &State::default(), None).unwrap_err();
             assert_eq!(error.to_string(), format!("run hook {path}"));
             let source = std::error::Error::source(&error).unwrap().to_string();
             assert!(source.contains(cause), "{path}: {source}");

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, read, write};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
@@ -92,9 +92,11 @@ impl IdMaps {
         };
         drop(theirs);
         let namespace = self.fill(pid, &ours);
-        // It ends at the end of file.
-        drop(ours);
+        // It ends at the end of file. A close would not be one while another thread's
+        // child has a copy of this socket, which that thread may end after ours only.
+        let ended = shutdown(ours.as_raw_fd(), Shutdown::Both);
         while matches!(waitpid(pid, None), Err(Errno::EINTR)) {}
+        ended?;
         namespace
     }
 
@@ -251,5 +253,32 @@ mod tests {
             ..mapped
         };
         assert!(overlapping.namespace().is_err());
+    }
+
+    /// Each thread's child has copies of what the other threads have open.
+    #[test]
+    fn many_threads_make_namespaces_at_once() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mapping other users takes root");
+            return;
+        }
+        let (made, all) = std::sync::mpsc::channel();
+        for _ in 0..16 {
+            let made = made.clone();
+            std::thread::spawn(move || {
+                let own = IdMaps {
+                    uids: maps(&[(0, 100_000, 65536)]),
+                    gids: maps(&[(0, 100_000, 65536)]),
+                };
+                for _ in 0..20 {
+                    made.send(own.namespace().map(drop)).unwrap();
+                }
+            });
+        }
+        for count in 0..16 * 20 {
+            let next = all.recv_timeout(std::time::Duration::from_secs(30));
+            next.unwrap_or_else(|_| panic!("threads hang after {count} namespaces"))
+                .unwrap();
+        }
     }
 }

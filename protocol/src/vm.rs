@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 pub struct FdIndex(pub usize);
 
 /// From the shim to the monitor.
+///
+/// What may take time has a number, another one for each request: the monitor answers it
+/// with [`Event::Answered`] when it is done, whatever else comes meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Enter the jail, build the VM, run it. Sent once, first.
@@ -28,9 +31,13 @@ pub enum Request {
         /// Beyond the size at boot, a multiple of [`GROWTH_STEP_MIB`].
         growth_mib: u32,
     },
-    /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
-    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that.
+    /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered with its
+    /// size in bytes. Nothing touches the bytes it had after that. The answer waits for
+    /// what the disk has under way, which others that come later need not: a disk gets
+    /// the next request after the answer to the last.
     Exchange {
+        /// See [`Request`].
+        number: u64,
         /// The disk's serial number.
         serial: String,
         /// One file or block device; without one the disk is empty again.
@@ -38,9 +45,11 @@ pub enum Request {
         /// Whether writes fail.
         read_only: bool,
     },
-    /// Put devices of the host into empty slots, all of them or none; answered by
-    /// [`Event::Plugged`]. The guest hears of it from its root ports.
+    /// Put devices of the host into empty slots, all of them or none; answered with how
+    /// many. The guest hears of it from its root ports.
     Plug {
+        /// See [`Request`].
+        number: u64,
         /// A slot for each device, counted from 0 to [`VmConfig::pci_slots`].
         slots: Vec<u8>,
         /// The devices. Of their IOMMU the monitor uses the one it has, if any device is in
@@ -48,8 +57,10 @@ pub enum Request {
         devices: Passthrough,
     },
     /// Take out what came with one [`Request::Plug`], whether the guest has let go of it
-    /// or not; answered by [`Event::Unplugged`]. The monitor has nothing of it open then.
+    /// or not; answered with how many devices. The monitor has nothing of them open then.
     Unplug {
+        /// See [`Request`].
+        number: u64,
         /// The slots of that request.
         slots: Vec<u8>,
     },
@@ -72,26 +83,12 @@ pub enum Event {
         /// What it uses beyond the size at boot, in whole MiB.
         growth_mib: u32,
     },
-    /// What became of [`Request::Exchange`].
-    Exchanged {
-        /// The disk's serial number.
-        serial: String,
-        /// Its size in bytes, or why it is as it was.
+    /// What became of a request with a number.
+    Answered {
+        /// The request's.
+        number: u64,
+        /// What the request says, or why all is as it was.
         result: Result<u64, String>,
-    },
-    /// What became of [`Request::Plug`].
-    Plugged {
-        /// The slots of the request.
-        slots: Vec<u8>,
-        /// Why they are as empty as they were.
-        result: Result<(), String>,
-    },
-    /// What became of [`Request::Unplug`].
-    Unplugged {
-        /// The slots of the request.
-        slots: Vec<u8>,
-        /// Why they are as they were.
-        result: Result<(), String>,
     },
     /// The VM stopped. The monitor exits after this.
     Stopped(StopReason),

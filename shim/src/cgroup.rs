@@ -20,6 +20,7 @@
 //! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`)
 //! or are moved by [`PodCgroup::add_process`].
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -182,10 +183,15 @@ fn listed(text: Option<&str>) -> Option<NumberList> {
 }
 
 /// What the limits of all page sizes are together; `None` if there are none. Where
-/// there is no limit nothing is kept ready.
+/// there is no limit nothing is kept ready. The last one of a size counts: CRI adds what
+/// it updates to the list.
 fn huge_page_bytes(resources: &LinuxResources) -> Option<u64> {
     let limits = resources.hugepage_limits().as_ref()?;
-    let bytes = limits.iter().map(|limit| limit.limit());
+    let limits = limits.iter();
+    let sizes: HashMap<&str, i64> = limits
+        .map(|limit| (limit.page_size().as_str(), limit.limit()))
+        .collect();
+    let bytes = sizes.into_values();
     let bytes = bytes.filter(|bytes| (0..1 << 62).contains(bytes));
     Some(bytes.fold(0, |sum, bytes| sum.saturating_add(bytes.unsigned_abs())))
 }

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::devices::DriverImage;
+
 /// Where the configuration is read from.
 pub const CONFIG_PATH: &str = "/etc/nacre/nacre.toml";
 /// Environment variable that names another file.
@@ -90,6 +92,8 @@ pub struct Config {
     pub uid_base: u32,
     /// Number of such ids.
     pub uid_count: u32,
+    /// Whether annotations may ask for PCI devices.
+    pub device_annotations: bool,
     /// State of running pods.
     pub run_dir: PathBuf,
     /// Time until the agent must have answered.
@@ -102,6 +106,8 @@ pub struct Config {
     pub debug_console: bool,
     /// The shell of `nacre console`; none: there is no console.
     pub debug_shell: Option<PathBuf>,
+    /// Driver images, in the order of the file.
+    pub drivers: Vec<DriverImage>,
 }
 
 impl Default for Config {
@@ -165,12 +171,14 @@ impl Config {
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
+            device_annotations: false,
             run_dir: PathBuf::new(),
             boot_timeout_seconds: 0,
             hang_timeout_seconds: 0,
             log_level: String::new(),
             debug_console: false,
             debug_shell: None,
+            drivers: Vec::new(),
         }
     }
 
@@ -213,6 +221,7 @@ enum Kind {
     Bool,
     Number(RangeInclusive<i64>),
     LogLevel,
+    Drivers,
 }
 
 impl Kind {
@@ -224,6 +233,11 @@ impl Kind {
             Self::Bool => "true or false".into(),
             Self::Number(range) => format!("{} to {}", range.start(), range.end()),
             Self::LogLevel => format!("\"{}\"", LOG_LEVELS.join("\", \"")),
+            Self::Drivers => {
+                "lines of \"vendor:device:class\" = \"path\", where each of the three is four \
+                 hexadecimal digits, x for any digit, or nothing"
+                    .into()
+            }
         }
     }
 }
@@ -274,7 +288,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 18] = [
+const KEYS: [Key; 20] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -287,6 +301,7 @@ const KEYS: [Key; 18] = [
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),
+    key!(device_annotations, bool),
     key!(run_dir, path),
     key!(boot_timeout_seconds, 1..=600),
     key!(hang_timeout_seconds, 0..=3600),
@@ -300,6 +315,11 @@ const KEYS: [Key; 18] = [
         name: "debug_shell",
         kind: Kind::OptionalPath,
         set: |config, value| optional_path(value).map(|path| config.debug_shell = path),
+    },
+    Key {
+        name: "drivers",
+        kind: Kind::Drivers,
+        set: |config, value| drivers(value).map(|drivers| config.drivers = drivers),
     },
 ];
 
@@ -342,6 +362,23 @@ fn optional_path(value: &Spanned<DeValue<'_>>) -> Result<Option<PathBuf>, String
         Some("") => Ok(None),
         _ => path(value).map(Some),
     }
+}
+
+/// All of the table: what stands in a file is not mixed with the defaults.
+fn drivers(value: &Spanned<DeValue<'_>>) -> Result<Vec<DriverImage>, String> {
+    let value = value.get_ref();
+    let table = value.as_table().ok_or_else(|| not_a("table", value))?;
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    let entries = entries.into_iter().map(|(key, path)| {
+        let text = key.get_ref();
+        let filter = text.parse();
+        Ok(DriverImage {
+            filter: filter.map_err(|()| format!("{text:?} names no PCI devices"))?,
+            path: installed_path(path).map_err(|problem| format!("{text:?}: {problem}"))?,
+        })
+    });
+    entries.collect()
 }
 
 fn boolean(value: &Spanned<DeValue<'_>>) -> Result<bool, String> {
@@ -460,6 +497,38 @@ mod tests {
         assert_eq!(config.debug_shell, Some("/bin/busybox".into()));
         config.apply("debug_shell = ''", "f.toml").unwrap();
         assert_eq!(config.debug_shell, None);
+    }
+
+    #[test]
+    fn drivers_are_tried_in_the_order_of_the_file() {
+        let mut config = Config::default();
+        let program = std::env::current_exe().unwrap();
+        let tree = program.parent().unwrap().parent().unwrap();
+        let [nvme] = config.drivers.as_slice() else {
+            panic!("{:?}", config.drivers);
+        };
+        assert_eq!(nvme.path, tree.join("share/nacre/drivers/nvme.erofs"));
+        let text = "[drivers]\n'::0108' = '/b'\n'10de::03xx' = '/a'\n'144d:' = 'share/c'\n";
+        config.apply(text, "f.toml").unwrap();
+        let paths: Vec<_> = config.drivers.iter().map(|image| &image.path).collect();
+        assert_eq!(
+            paths,
+            ["/b".as_ref(), "/a".as_ref(), &*tree.join("share/c")]
+        );
+        config.apply("[drivers]", "f.toml").unwrap();
+        assert!(config.drivers.is_empty(), "an empty table is none");
+
+        let error = error_of("hugepages = true\n[drivers]\n10de = '/a'\n");
+        assert!(
+            error.starts_with("f.toml:2: drivers: \"10de\" names no PCI devices; allowed: lines"),
+            "{error}"
+        );
+        let error = error_of("[drivers]\n'10de:' = true\n");
+        assert!(
+            error.contains("\"10de:\": a boolean is not a path"),
+            "{error}"
+        );
+        assert!(error_of("drivers = 'nvme'").contains("a string is not a table"));
     }
 
     #[test]

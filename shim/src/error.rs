@@ -58,8 +58,10 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
         | SandboxError::OpenDevices { .. }
+        | SandboxError::Drivers { .. }
         | SandboxError::NoSlot { .. }
         | SandboxError::NoPciSlot { .. }
+        | SandboxError::LostDevice { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
@@ -79,6 +81,7 @@ fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
         MachineError::Slots(_) => Code::FAILED_PRECONDITION,
+        MachineError::DiskBusy { .. } => Code::DEADLINE_EXCEEDED,
         MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
             Code::INTERNAL
         }

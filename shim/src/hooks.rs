@@ -6,24 +6,35 @@
 //! | `createContainer` | a program of the host inside the container | never: refused | the create fails |
 //! | `startContainer` | guest, by the agent | before the container's process | the start fails, the container ends |
 //! | `poststart` | host | the container's process runs, its start has not returned | logged |
-//! | `poststop` | host | the container is deleted | logged |
+//! | `poststop` | host | the container is deleted, or its create failed after the first two, or its shim died | logged |
 //!
 //! nerdctl configures the network in a `createRuntime` hook, by the pid of the
 //! state it gets on stdin.
+//!
+//! Hooks of the host run where the shim was started, as runc's do: in containerd's
+//! mount namespace, not in the shim's own. A file in the bundle says that `poststop` is
+//! due; whoever removes it, the shim or after its death `delete`, runs these hooks.
 
 use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nacre_protocol::hook::{self, HookError};
+use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{ContainerState, Hook, Hooks, Spec, State};
 use tracing::warn;
 
 use crate::oci::kubernetes;
-use crate::sandbox::ContainerConfig;
+use crate::sandbox::{ContainerConfig, SandboxError};
 
 /// nerdctl reads the network namespace from here.
 const NERDCTL_NETNS: &str = "nerdctl/network-namespace";
+/// In the bundle of a container whose `poststop` hooks are still to be run.
+const DUE: &str = "nacre-poststop";
 
 /// A hook that cannot be run as it is meant.
 #[derive(Debug, thiserror::Error)]
@@ -87,49 +98,130 @@ pub fn time_in_guest(spec: &Spec) -> Duration {
     hooks.map(hook::timeout).sum()
 }
 
-/// Runs `prestart`, then `createRuntime`, up to the first that fails.
-///
-/// # Errors
-///
-/// That hook's.
-pub async fn create(config: &ContainerConfig, pid: u32) -> Result<(), HookError> {
-    let mut state = state(config, ContainerState::Creating, Some(pid));
-    let annotations: &mut HashMap<_, _> = state.annotations_mut().get_or_insert_default();
-    annotations
-        .entry(NERDCTL_NETNS.into())
-        .or_insert_with(|| format!("/proc/{pid}/ns/net"));
-    #[allow(deprecated, reason = "prestart is what older clients still set")]
-    let lists = [
-        of(&config.spec, Hooks::prestart),
-        of(&config.spec, Hooks::create_runtime),
-    ];
-    for hook in lists.into_iter().flatten() {
-        run(hook, config, &state).await?;
+/// Runs hooks on the host. A future of it that is dropped kills the hook that runs.
+#[derive(Debug, Clone, Default)]
+pub struct Runner {
+    /// Those of the caller if `None`.
+    mounts: Option<Arc<File>>,
+}
+
+impl Runner {
+    /// Runs them in the mount namespace this thread is in now.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be opened.
+    pub fn here() -> io::Result<Self> {
+        let mounts = File::open("/proc/thread-self/ns/mnt")?;
+        Ok(Self {
+            mounts: Some(Arc::new(mounts)),
+        })
     }
-    Ok(())
-}
 
-/// Runs `poststart`.
-pub async fn started(config: &ContainerConfig, pid: u32) {
-    let state = state(config, ContainerState::Running, Some(pid));
-    run_all(Hooks::poststart, config, &state).await;
-}
+    /// Runs `prestart`, then `createRuntime`, up to the first that fails. From here on
+    /// `poststop` is due.
+    ///
+    /// # Errors
+    ///
+    /// That hook's; `Io` when the bundle cannot be written to.
+    pub async fn create(&self, config: &ContainerConfig, pid: u32) -> Result<(), SandboxError> {
+        let mut state = state(config, ContainerState::Creating, Some(pid));
+        let annotations: &mut HashMap<_, _> = state.annotations_mut().get_or_insert_default();
+        annotations
+            .entry(NERDCTL_NETNS.into())
+            .or_insert_with(|| format!("/proc/{pid}/ns/net"));
+        if !of(&config.spec, Hooks::poststop).is_empty() {
+            let due = config.bundle.join(DUE);
+            File::create(&due).map_err(|source| SandboxError::Io {
+                what: format!("make {}", due.display()),
+                source,
+            })?;
+        }
+        #[allow(deprecated, reason = "prestart is what older clients still set")]
+        let lists = [
+            of(&config.spec, Hooks::prestart),
+            of(&config.spec, Hooks::create_runtime),
+        ];
+        for hook in lists.into_iter().flatten() {
+            self.run(hook, config, &state).await?;
+        }
+        Ok(())
+    }
 
-/// Runs `poststop`.
-pub async fn stopped(config: &ContainerConfig) {
-    let state = state(config, ContainerState::Stopped, None);
-    run_all(Hooks::poststop, config, &state).await;
-}
+    /// Runs `poststart`.
+    pub async fn started(&self, config: &ContainerConfig, pid: u32) {
+        let state = state(config, ContainerState::Running, Some(pid));
+        self.run_all(Hooks::poststart, config, &state).await;
+    }
 
-/// Runs hooks that change nothing when they fail (runtime-spec 1.2, runtime.md,
-/// "Lifecycle", steps 9 and 13: log a warning, go on with the next).
-async fn run_all(list: fn(&Hooks) -> &Option<Vec<Hook>>, config: &ContainerConfig, state: &State) {
-    for hook in of(&config.spec, list) {
-        if let Err(error) = run(hook, config, state).await {
-            let error = crate::error::chain(&error);
-            warn!(container_id = config.id, error, "hook");
+    /// Runs `poststop` if that is due.
+    pub async fn stopped(&self, config: &ContainerConfig) {
+        match fs::remove_file(config.bundle.join(DUE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => warn!(container_id = config.id, %error, "poststop hooks stay due"),
+            Ok(()) => (),
+        }
+        let state = state(config, ContainerState::Stopped, None);
+        self.run_all(Hooks::poststop, config, &state).await;
+    }
+
+    /// Runs hooks that change nothing when they fail (runtime-spec 1.2, runtime.md,
+    /// "Lifecycle", steps 9 and 13: log a warning, go on with the next).
+    async fn run_all(
+        &self,
+        list: fn(&Hooks) -> &Option<Vec<Hook>>,
+        config: &ContainerConfig,
+        state: &State,
+    ) {
+        for hook in of(&config.spec, list) {
+            if let Err(error) = self.run(hook, config, state).await {
+                let error = crate::error::chain(&error);
+                warn!(container_id = config.id, error, "hook");
+            }
         }
     }
+
+    /// Runs one hook where it may block, in the bundle.
+    async fn run(
+        &self,
+        hook: &Hook,
+        config: &ContainerConfig,
+        state: &State,
+    ) -> Result<(), HookError> {
+        let mut command = hook::command(hook);
+        command.current_dir(&config.bundle);
+        let path = hook.path().display().to_string();
+        let failed = |source| HookError::Run { path, source };
+        let (cancelled, _cancel) = match io::pipe() {
+            Ok(pipe) => pipe,
+            Err(error) => return Err(failed(error)),
+        };
+        let (hook, state, mounts) = (hook.clone(), state.clone(), self.mounts.clone());
+        let run = tokio::task::spawn_blocking(move || {
+            let run = || hook::run(&hook, command, &state, Some(&cancelled));
+            match mounts {
+                Some(mounts) => within(&mounts, run),
+                None => Ok(run()),
+            }
+        });
+        match run.await {
+            Ok(result) => result.map_err(failed)?,
+            Err(error) => resume_unwind(error.into_panic()),
+        }
+    }
+}
+
+/// Does something in a mount namespace: in a thread of its own, since none gets back
+/// what it shared of the process's root and working directory (setns(2)).
+fn within<T: Send>(mounts: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(mounts, CloneFlags::CLONE_NEWNS)?;
+            Ok(work())
+        });
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 fn of(spec: &Spec, list: fn(&Hooks) -> &Option<Vec<Hook>>) -> &[Hook] {
@@ -150,18 +242,6 @@ fn state(config: &ContainerConfig, status: ContainerState, pid: Option<u32>) -> 
         .set_bundle(config.bundle.clone())
         .set_annotations(config.spec.annotations().clone());
     state
-}
-
-/// Runs one hook where it may block, in the bundle.
-async fn run(hook: &Hook, config: &ContainerConfig, state: &State) -> Result<(), HookError> {
-    let mut command = hook::command(hook);
-    command.current_dir(&config.bundle);
-    let (hook, state) = (hook.clone(), state.clone());
-    let run = tokio::task::spawn_blocking(move || hook::run(&hook, command, &state));
-    match run.await {
-        Ok(result) => result,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }
 
 #[cfg(test)]
@@ -194,6 +274,7 @@ mod tests {
 
     #[tokio::test]
     async fn hooks_get_the_state_of_their_stage() {
+        let runner = Runner::default();
         let bundle = tempfile::tempdir().unwrap();
         let config = config(
             bundle.path(),
@@ -204,7 +285,7 @@ mod tests {
                 "poststop": [hook("cat > stopped")],
             }),
         );
-        create(&config, 42).await.unwrap();
+        runner.create(&config, 42).await.unwrap();
         let created = read_state(bundle.path(), "created");
         assert_eq!(created, read_state(bundle.path(), "prestart"));
         assert_eq!(created["status"], "creating");
@@ -212,14 +293,14 @@ mod tests {
         assert_eq!(created["bundle"], json!(bundle.path()));
         assert_eq!(created["annotations"][NERDCTL_NETNS], "/proc/42/ns/net");
         assert!(!bundle.path().join("started").exists());
-        started(&config, 42).await;
+        runner.started(&config, 42).await;
         let state = read_state(bundle.path(), "started");
         assert_eq!(
             (&state["status"], &state["pid"]),
             (&"running".into(), &42.into())
         );
         assert!(!bundle.path().join("stopped").exists());
-        stopped(&config).await;
+        runner.stopped(&config).await;
         let state = read_state(bundle.path(), "stopped");
         assert_eq!(state["status"], "stopped");
         assert_eq!(state.get("pid"), None);
@@ -228,18 +309,91 @@ mod tests {
 
     #[tokio::test]
     async fn a_failing_hook_ends_a_create_and_nothing_else() {
+        let runner = Runner::default();
         let bundle = tempfile::tempdir().unwrap();
         let list = json!([hook("echo no bridge >&2; exit 3"), hook("echo > second")]);
         let second = bundle.path().join("second");
         let on_create = config(bundle.path(), &json!({"createRuntime": list}));
-        let error = create(&on_create, 42).await.unwrap_err();
+        let error = runner.create(&on_create, 42).await.unwrap_err();
         assert!(error.to_string().contains("no bridge"), "{error}");
         assert!(!second.exists());
         let later = config(bundle.path(), &json!({"poststart": list, "poststop": list}));
-        started(&later, 42).await;
+        runner.create(&later, 42).await.unwrap();
+        runner.started(&later, 42).await;
         std::fs::remove_file(&second).unwrap();
-        stopped(&later).await;
+        runner.stopped(&later).await;
         assert!(second.exists());
+    }
+
+    #[tokio::test]
+    async fn poststop_runs_once_and_only_after_a_create() {
+        let runner = Runner::default();
+        let bundle = tempfile::tempdir().unwrap();
+        let hooks = json!({
+            "createRuntime": [hook("exit 3")],
+            "poststop": [hook("echo >> stopped")],
+        });
+        let config = config(bundle.path(), &hooks);
+        runner.stopped(&config).await;
+        assert!(!bundle.path().join("stopped").exists());
+        runner.create(&config, 42).await.unwrap_err();
+        for _ in 0..2 {
+            runner.stopped(&config).await;
+        }
+        assert_eq!(fs::read(bundle.path().join("stopped")).unwrap(), b"\n");
+    }
+
+    /// As the shim's runtime does with what is left of its tasks at its end.
+    #[tokio::test]
+    async fn a_hook_ends_with_who_waits_for_it() {
+        let bundle = tempfile::tempdir().unwrap();
+        let pipe = bundle.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let script = hook("exec >pipe; echo began; (sleep 20; echo outlived); true");
+        let config = config(bundle.path(), &json!({"createRuntime": [script]}));
+        let waiting = tokio::spawn(async move { Runner::default().create(&config, 42).await });
+        let read = |count| {
+            let pipe = pipe.clone();
+            tokio::task::spawn_blocking(move || {
+                let mut said = File::open(pipe).unwrap();
+                std::io::Read::read_exact(&mut said, &mut vec![0; count]).unwrap();
+                said
+            })
+        };
+        let mut said = read(6).await.unwrap();
+        waiting.abort();
+        assert!(waiting.await.unwrap_err().is_cancelled());
+        let rest = tokio::task::spawn_blocking(move || {
+            let mut rest = String::new();
+            std::io::Read::read_to_string(&mut said, &mut rest).unwrap();
+            rest
+        });
+        let rest = tokio::time::timeout(Duration::from_secs(60), rest).await;
+        assert_eq!(rest.unwrap().unwrap(), "");
+    }
+
+    #[test]
+    fn hooks_run_among_the_mounts_the_shim_was_started_in() {
+        let started = Runner::here().unwrap();
+        if let Err(errno) = unshare(CloneFlags::CLONE_NEWNS) {
+            eprintln!("skipped: no mount namespace: {errno}");
+            return;
+        }
+        let mounts = || fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+        let bundle = tempfile::tempdir().unwrap();
+        let script = hook("readlink /proc/self/ns/mnt > mounts; pwd > directory");
+        let config = config(bundle.path(), &json!({"createRuntime": [script]}));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let own = mounts();
+        runtime.block_on(started.create(&config, 42)).unwrap();
+        let read = |name| fs::read_to_string(bundle.path().join(name)).unwrap();
+        let process = fs::read_link("/proc/self/ns/mnt").unwrap();
+        assert_eq!(read("mounts").trim(), process.to_str().unwrap());
+        assert_eq!(read("directory").trim(), bundle.path().to_str().unwrap());
+        assert_eq!(mounts(), own);
+        assert_ne!(own, process);
     }
 
     #[test]

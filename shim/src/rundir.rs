@@ -28,6 +28,8 @@ use tracing::{debug, warn};
 
 use crate::devices::Claims;
 
+#[cfg(test)]
+pub(crate) use process::undying::Undying;
 pub use process::{Proc, pidfd_kill, pidfd_open};
 
 /// Longest id taken as a directory name; containerd's own limit is 76.
@@ -249,7 +251,7 @@ impl RunDir {
             let link = self.uids_dir().join(uid.to_string());
             match fs::read_link(&link) {
                 Ok(other) if other == owner => return Ok(uid),
-                Ok(other) if self.root.join(&other).exists() => continue,
+                Ok(other) if Self::owner_lives(&self.root, &other) => continue,
                 Ok(_) => fs::remove_file(&link).map_err(io_error("remove", &link))?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => (),
                 Err(error) => return Err(io_error("read", &link)(error)),
@@ -262,21 +264,36 @@ impl RunDir {
 
     /// Undoes all the pod left on the host: processes, mounts, cgroup, socket,
     /// uid, and the directory itself. Goes on after failures, which it logs.
+    ///
+    /// A monitor that is killed and not gone yet has the uid, the cgroup and the devices
+    /// still: they stay the pod's, by its directory, until nothing of it runs.
     pub fn cleanup(&self) {
         let state = self.load().unwrap_or_else(|error| {
             warn!(error = crate::error::chain(&error), "state unusable");
             None
         });
         let state = state.unwrap_or_default();
-        for process in [state.monitor, state.virtiofsd].into_iter().flatten() {
-            process.kill();
+        let monitor_is_gone = state.monitor.is_none_or(Proc::kill);
+        if let Some(virtiofsd) = state.virtiofsd
+            && !virtiofsd.kill()
+        {
+            warn!(pid = virtiofsd.pid, "virtiofsd does not die");
         }
         let unmounted = unmount_below(&self.path());
-        if let Some(cgroup) = &state.cgroup {
-            remove_cgroup(cgroup);
-        }
         if let Some(socket) = &state.socket {
             remove(socket, fs::remove_file(socket));
+        }
+        if !monitor_is_gone {
+            warn!(
+                pid = state.monitor.map(|monitor| monitor.pid),
+                path = %self.path().display(),
+                "the monitor is killed and not gone; until it is, its devices and its uid are the \
+                 pod's"
+            );
+            return;
+        }
+        if let Some(cgroup) = &state.cgroup {
+            remove_cgroup(cgroup);
         }
         if let Some(uid) = state.uid {
             self.release_uid(uid);
@@ -287,6 +304,27 @@ impl RunDir {
         if unmounted {
             remove(&path, fs::remove_dir_all(&path));
         }
+    }
+
+    /// Whether something of the pod runs that has its uid and its devices: its shim or
+    /// its monitor. One whose state cannot be read, or is not there yet, may.
+    fn lives(&self) -> bool {
+        match self.load() {
+            Ok(Some(state)) => {
+                let mut processes = [state.daemon, state.monitor].into_iter().flatten();
+                processes.any(Proc::is_alive)
+            }
+            Ok(None) => self.path().exists(),
+            Err(_) => true,
+        }
+    }
+
+    /// Whether the pod lives that a link below `root` names.
+    pub(crate) fn owner_lives(root: &Path, owner: &Path) -> bool {
+        let names = owner.parent().zip(owner.file_name());
+        let pod = names
+            .and_then(|(namespace, id)| Self::new(root, namespace.to_str()?, id.to_str()?).ok());
+        pod.is_some_and(|pod| pod.lives())
     }
 
     /// Kills the daemon of this run directory, if it still runs.
@@ -440,9 +478,49 @@ mod tests {
             c.allocate_uid(1000, 2),
             Err(RunDirError::NoUid { .. })
         ));
-        // A pod whose directory is gone holds nothing.
+        // A pod whose directory is gone holds nothing, nor does one whose processes are.
         fs::remove_dir_all(a.path()).unwrap();
         assert_eq!(c.allocate_uid(1000, 2).unwrap(), 1000);
+        let mut child = Command::new("true").spawn().unwrap();
+        let dead = State {
+            daemon: Proc::of(child.id()),
+            ..State::default()
+        };
+        child.wait().unwrap();
+        b.save(&dead).unwrap();
+        let d = run_dir(root.path(), "d");
+        assert_eq!(d.allocate_uid(1000, 2).unwrap(), 1001);
+    }
+
+    #[test]
+    fn a_monitor_that_is_not_gone_keeps_uid_and_devices() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(root.path(), "pod");
+        let state = State {
+            monitor: Some(monitor.process),
+            uid: Some(dir.allocate_uid(1000, 1).unwrap()),
+            ..State::default()
+        };
+        dir.save(&state).unwrap();
+        let device = ["0000:01:00.0".parse().unwrap()];
+        dir.claims().claim(&dir, &device).unwrap();
+
+        dir.cleanup();
+        let other = run_dir(root.path(), "other");
+        let held = other.claims().claim(&other, &device);
+        assert!(held.is_err(), "a device of a pod that is not gone");
+        assert!(other.allocate_uid(1000, 1).is_err(), "so is its uid");
+
+        drop(monitor);
+        other.claims().claim(&other, &device).unwrap();
+        assert_eq!(other.allocate_uid(1000, 1).unwrap(), 1000);
+        dir.cleanup();
+        assert!(!dir.path().exists());
+        let holder = dir.claims().holder(device[0]).unwrap();
+        assert_eq!(holder.as_deref(), Some("default/other"), "not another's");
     }
 
     #[test]

@@ -19,6 +19,7 @@
 mod cmdline;
 mod error;
 mod hotplug;
+mod images;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -45,13 +46,16 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::cgroup::Limits;
 use crate::devices::request;
+use crate::hooks;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::oci::kubernetes;
-use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
+use crate::storage::{BlockDevice, Followers, PciDevices, Prepared, StorageError};
 
 pub use error::SandboxError;
 #[cfg(test)]
 pub use hotplug::HotPlug;
+#[cfg(test)]
+pub use images::Images;
 use slots::Slots;
 pub use vm_host::VmHost;
 
@@ -93,6 +97,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// What runs the containers' hooks.
+    pub fn hooks(&self) -> &hooks::Runner {
+        match self {
+            Self::Vm(host) => host.hooks(),
+            #[cfg(test)]
+            Self::Fake(host) => &host.hooks,
+        }
+    }
+
     /// Prepares a container's storage. `booted`: the machine runs and gets no
     /// more disks.
     ///
@@ -111,8 +124,9 @@ impl Host {
         }
     }
 
-    /// Where the guest of an open machine has the host's devices that a container asks
-    /// for. The sandbox container of a pod asks for others' sake.
+    /// Where the guest of an open machine will have the host's devices that a container asks
+    /// for; their driver images are known when it boots. The sandbox container of a pod asks
+    /// for others' sake.
     ///
     /// # Errors
     ///
@@ -120,23 +134,28 @@ impl Host {
     pub async fn guest_devices(
         &self,
         config: &ContainerConfig,
-    ) -> Result<Vec<String>, SandboxError> {
+    ) -> Result<PciDevices, SandboxError> {
         if kubernetes::is_sandbox(&config.spec) {
-            return Ok(Vec::new());
+            return Ok(PciDevices::default());
         }
         let (asked, pod_s) = match self {
             Self::Vm(host) => (host.devices(config).await?, host.pod_devices()),
             #[cfg(test)]
             Self::Fake(host) => (host.devices(config)?, host.pod_devices()),
         };
-        request::in_guest(&pod_s, &asked).ok_or_else(|| SandboxError::NoHotplug {
+        let addresses = request::in_guest(&pod_s, &asked);
+        let addresses = addresses.ok_or_else(|| SandboxError::NoHotplug {
             container_id: config.id.clone(),
             what: "a device of the host",
+        })?;
+        Ok(PciDevices {
+            addresses,
+            ..PciDevices::default()
         })
     }
 
-    /// The same in a machine that runs: what the pod does not have is plugged in, if there
-    /// are slots.
+    /// The same in a machine that runs, with the images: what the pod does not have is
+    /// plugged in, if there are slots.
     ///
     /// # Errors
     ///
@@ -145,14 +164,14 @@ impl Host {
         &self,
         sandbox: &Sandbox,
         config: &ContainerConfig,
-    ) -> Result<Vec<String>, SandboxError> {
+    ) -> Result<PciDevices, SandboxError> {
         let (asked, system) = match self {
             Self::Vm(host) => (host.devices(config).await?, host.system()),
             #[cfg(test)]
             Self::Fake(host) => (host.devices(config)?, &host.system),
         };
         if asked.is_empty() || kubernetes::is_sandbox(&config.spec) {
-            return Ok(Vec::new());
+            return Ok(PciDevices::default());
         }
         let hot_plug = self.hot_plug();
         hot_plug.attach(system, sandbox, &config.id, &asked).await
@@ -181,7 +200,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.open(config).await,
             #[cfg(test)]
-            Self::Fake(host) => host.open_for(config),
+            Self::Fake(host) => host.open_for(config).await,
         }
     }
 

@@ -2,7 +2,8 @@
 //! No VM runs; what is tested is the daemon around it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,7 +14,10 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::shim_async::{Client, TaskClient};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use protobuf::Message;
+use serde_json::{Value, json};
 use ttrpc::context::with_duration;
 
 struct Host {
@@ -32,13 +36,44 @@ impl Host {
         };
         host.configure("run");
         std::fs::create_dir(host.path("bundle")).unwrap();
-        std::fs::write(
-            host.path("bundle/config.json"),
-            r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"linux":{"namespaces":[]}}"#,
-        )
-        .unwrap();
+        host.describe(&json!([]), &json!({}));
         std::fs::create_dir(host.path("bundle/rootfs")).unwrap();
         Some(host)
+    }
+
+    /// Writes the bundle's config.json.
+    fn describe(&self, namespaces: &Value, hooks: &Value) {
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": namespaces},
+            "hooks": hooks,
+        });
+        std::fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
+    }
+
+    /// Makes the container. Its network is empty, so its machine does not boot yet.
+    async fn create(&self, address: &str) -> ttrpc::Result<u32> {
+        let client = TaskClient::new(Client::connect(address).await.unwrap());
+        let request = CreateTaskRequest {
+            id: "pod".into(),
+            bundle: self.path("bundle").to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let context = with_duration(Duration::from_secs(30));
+        client
+            .create(context, &request)
+            .await
+            .map(|created| created.pid)
+    }
+
+    /// The shim that serves the pod.
+    async fn daemon(&self, address: &str) -> Pid {
+        let client = TaskClient::new(Client::connect(address).await.unwrap());
+        let context = with_duration(Duration::from_secs(10));
+        let request = ConnectRequest::default();
+        let connected = client.connect(context, &request).await.unwrap();
+        Pid::from_raw(connected.shim_pid.try_into().unwrap())
     }
 
     fn configure(&self, run_dir: &str) {
@@ -104,6 +139,15 @@ fn wait_for_end(connection: UnixStream) {
     }
 }
 
+/// A list of one hook.
+fn hook(script: &str) -> Value {
+    json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]}])
+}
+
+fn own_network() -> Value {
+    json!([{"type": "network"}])
+}
+
 fn connect(address: &str) -> UnixStream {
     UnixStream::connect(address.strip_prefix("unix://").unwrap()).unwrap()
 }
@@ -162,4 +206,84 @@ fn delete_ends_a_daemon_and_can_be_repeated() {
     }
     wait_for_end(witness);
     assert!(!host.run_dir("pod").exists());
+}
+
+/// As a hook of runc's: what it mounts is there for everyone.
+#[tokio::test]
+async fn hooks_run_among_the_host_s_mounts_and_undo_a_failed_create() {
+    let Some(host) = Host::new() else { return };
+    let mounts = "readlink /proc/self/ns/mnt";
+    let hooks = json!({
+        "createRuntime": hook(&format!("{mounts} > create; exit 3")),
+        "poststop": hook(&format!("{mounts} > stop")),
+    });
+    host.describe(&own_network(), &hooks);
+    let address = host.start("pod");
+    let daemon = host.daemon(&address).await;
+    let refused = host.create(&address).await.unwrap_err().to_string();
+    assert!(refused.contains("exit status: 3"), "{refused}");
+    let own = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+    for file in ["bundle/create", "bundle/stop"] {
+        let of_hook = std::fs::read_to_string(host.path(file)).unwrap();
+        assert_eq!(of_hook.trim(), own.to_str().unwrap(), "{file}");
+    }
+    assert_ne!(
+        std::fs::read_link(format!("/proc/{daemon}/ns/mnt")).unwrap(),
+        own
+    );
+    host.run("pod", "delete", b"");
+}
+
+/// Nobody else is left to run them.
+#[tokio::test]
+async fn delete_after_a_crash_runs_poststop_once() {
+    let Some(host) = Host::new() else { return };
+    host.describe(&own_network(), &json!({"poststop": hook("cat >> stop")}));
+    let address = host.start("pod");
+    host.create(&address).await.unwrap();
+    let witness = connect(&address);
+    kill(host.daemon(&address).await, Signal::SIGKILL).unwrap();
+    wait_for_end(witness);
+    assert!(!host.path("bundle/stop").exists());
+    for _ in 0..2 {
+        host.run("pod", "delete", b"");
+    }
+    let state = std::fs::read(host.path("bundle/stop")).unwrap();
+    let state: Value = serde_json::from_slice(&state).unwrap();
+    assert_eq!(
+        (&state["id"], &state["status"]),
+        (&json!("pod"), &json!("stopped"))
+    );
+    assert!(!host.run_dir("pod").exists());
+}
+
+#[tokio::test]
+async fn a_hook_that_hangs_does_not_keep_the_daemon() {
+    let Some(host) = Host::new() else { return };
+    let pipe = host.path("bundle/began");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let hooks = json!({"createRuntime": hook("exec > began; echo began; sleep 600; true")});
+    host.describe(&own_network(), &hooks);
+    let address = host.start("pod");
+    let daemon = host.daemon(&address).await;
+    let begin = Instant::now();
+    let (created, rest) = tokio::join!(host.create(&address), async {
+        let began = tokio::task::spawn_blocking(|| {
+            let mut said = File::open(pipe).unwrap();
+            said.read_exact(&mut [0; 6]).unwrap();
+            said
+        });
+        let mut said = began.await.unwrap();
+        kill(daemon, Signal::SIGTERM).unwrap();
+        let rest = tokio::task::spawn_blocking(move || {
+            let mut rest = String::new();
+            said.read_to_string(&mut rest).map(|_| rest)
+        });
+        rest.await.unwrap().unwrap()
+    });
+    created.unwrap_err();
+    assert_eq!(rest, "");
+    // Far less than the hook might take.
+    assert!(begin.elapsed() < Duration::from_secs(40));
+    wait_until_gone(&host.run_dir("pod"));
 }

@@ -24,11 +24,11 @@ machine_run() {
 }
 
 parse_options() {
-  out='' timeout=2400 patience=120 smp=2 mem=6144 count=0 iommu=0 extra=()
+  out='' timeout=2400 patience=120 smp=2 mem=6144 count=0 devices=0 extra=()
   while (($#)) && [[ $1 == -* ]]; do
     case $1 in
       --count) count=1; shift; continue ;;
-      --iommu) iommu=1; shift; continue ;;
+      --devices) devices=1; shift; continue ;;
       --out | --timeout | --patience | --smp | --mem | --qemu) (($# >= 2)) || usage_error "$1 needs a value" ;;
       *) usage_error "unknown option $1" ;;
     esac
@@ -111,9 +111,9 @@ describe_machine() {
     processors=1 special=
     qemu+=(-icount "shift=0,sleep=off")
   fi
-  if ((iommu)); then
+  if ((devices)); then
     append+=" intel_iommu=on iommu=pt"
-    qemu+=(-device "intel-iommu,intremap=on,caching-mode=on,aw-bits=48")
+    add_devices
   fi
   qemu+=(-accel "$accel" -smp "$processors" -kernel "$disk/vmlinuz" -initrd "$disk/initrd.img" -append "$append$special"
     -drive "if=virtio,format=raw,snapshot=on,file=$disk/disk.img"
@@ -122,32 +122,69 @@ describe_machine() {
     -device virtio-rng-pci "${extra[@]}")
 }
 
+# What can be passed to pods, behind an IOMMU. tests/tests/devices/main.rs says what is
+# where.
+add_devices() {
+  qemu+=(-device "intel-iommu,intremap=on,caching-mode=on,aw-bits=48"
+    -device pcie-root-port,id=port1,chassis=1,addr=0x10
+    -device pcie-root-port,id=port2,chassis=2,addr=0x11
+    -device x3130-upstream,id=switch,bus=port2
+    -device xio3130-downstream,id=port3,chassis=3,bus=switch)
+  add_nvme alone bus=port1
+  add_nvme switched bus=port3
+  add_nvme first addr=0x12.0,multifunction=on
+  add_nvme second addr=0x12.1
+  qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14
+    -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16)
+}
+
+# add_nvme NAME PLACE: a disk of 64 MiB, empty at each boot.
+add_nvme() {
+  truncate -s 64M "$work/nvme-$1.img"
+  qemu+=(-drive "if=none,id=$1,format=raw,cache=unsafe,file=$work/nvme-$1.img" -device "nvme,drive=$1,serial=$1,$2")
+}
+
 add_port() {
   qemu+=(-chardev "file,id=$1,path=$work/$2" -device "virtserialport,chardev=$1,name=lab.$1")
 }
 
 # Boots a machine with `start_$1`, and another one with more patience when it is not
-# up in time, unless $deadline has come first. Some machines hang while their kernel
-# starts, before anything of ours runs in them: QEMU's emulation loses the end of a timer
-# interrupt. In one that was looked at, the first processor's local APIC (`info lapic 0`)
-# had the timer's vector in service for good, though no handler ran, so that nothing of
-# its priority or below reached that processor again. Each log is kept.
+# up in time, unless $deadline has come first, or when its kernel panics before. Some
+# machines do one or the other while their kernel starts, before anything of ours runs in
+# them: QEMU's emulation loses the end of a timer interrupt. In one that was looked at,
+# the first processor's local APIC (`info lapic 0`) had the timer's vector in service for
+# good, though no handler ran, so that nothing of its priority or below reached that
+# processor again. Each log is kept.
 boot() {
-  local try
+  local try why
   for try in 1 2 3; do
     begin_log
     "start_$1"
-    ! await_containerd $((SECONDS + patience * try)) || return 0
-    ((SECONDS < deadline)) || return 0
+    if await_containerd $((SECONDS + patience * try)); then
+      panicked_early || return 0
+      why="the machine's kernel panicked before it was up"
+    else
+      ((SECONDS < deadline)) || return 0
+      why="the machine is not up after $((patience * try)) s"
+    fi
     stop_machine
-    say "the machine is not up after $((patience * try)) s; its console's log is $serial_log"
+    say "$why; its console's log is $serial_log"
   done
+  tail -n 60 "$serial_log" >&2
   die "the machine did not come up three times"
+}
+
+is_up() {
+  grep -q '^lab: .* containerd is ready' "$serial_log"
+}
+
+panicked_early() {
+  ! is_up && grep -q 'Kernel panic' "$serial_log"
 }
 
 # Waits until the lab is up or has ended; fails when it does neither in time.
 await_containerd() {
-  until grep -q '^lab: .* containerd is ready' "$serial_log" || ! kill -0 "$qemu_pid" 2>/dev/null; do
+  until is_up || ! kill -0 "$qemu_pid" 2>/dev/null; do
     ((SECONDS < $1 && SECONDS < deadline)) || return 1
     sleep 0.2
   done

@@ -58,6 +58,12 @@ fn tree_of_the_user_is_a_kernel_of_its_own() {
 const TREE: &str = r#"
 allnoconfig:
 	grep -vx "$(REFUSED)" nacre.config > .config
+run-command:
+	mkdir -p $(lastword $(KBUILD_RUN_COMMAND))
+modules:
+	echo drivers/some/driver.o > modules.order
+	mkdir -p drivers/some
+	cp nacre.config drivers/some/driver.ko
 vmlinux:
 	echo built >> "$(JOURNAL)"
 	printf '.section .note.pvh,"a",@note\n.long 4,4,18\n.asciz "Xen"\n.long 0\n' | cc -c -x assembler - -o $@
@@ -84,6 +90,77 @@ fn second_build_costs_nothing() {
     assert!(Path::new(first.stdout.trim()).exists(), "{first:#?}");
     build_with("").exits(0).prints(&first.stdout);
     assert_eq!(fs::read_to_string(&journal).unwrap(), "built\n");
+    // What belongs to this kernel is beside it, and its release names the build.
+    let beside = |what: &str| {
+        let mut command = build();
+        command.env("XDG_CACHE_HOME", directory("cache-of-builds"));
+        let path = said(command.arg(what).env("KERNEL_SRC", &tree)).exits(0);
+        let path = Path::new(path.stdout.trim()).to_owned();
+        assert_eq!(path.parent(), Path::new(first.stdout.trim()).parent());
+        path
+    };
+    let key = beside("headers")
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_owned();
+    assert!(beside("headers").join(".config").exists());
+    let config = fs::read_to_string(beside("modules").join("driver.ko")).unwrap();
+    let release = format!("CONFIG_LOCALVERSION=\"-nacre.{}\"\n", key.to_str().unwrap());
+    assert!(config.ends_with(&release), "{config}");
+}
+
+/// `guest-kernel/driver-image`, from a directory with these files.
+fn driver_image(name: &str, files: &[(&str, &str)]) -> (Said, PathBuf) {
+    let source = directory(name);
+    fs::remove_dir_all(&source).unwrap();
+    fs::create_dir(&source).unwrap();
+    for (name, text) in files {
+        fs::create_dir_all(source.join(name).parent().unwrap()).unwrap();
+        fs::write(source.join(name), text).unwrap();
+    }
+    let image = source.with_extension("erofs");
+    let _ = fs::remove_file(&image);
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel/driver-image");
+    let said = said(Command::new(program).args([&source, &image]));
+    (said, image)
+}
+
+#[test]
+fn driver_images_are_the_same_from_the_same_files() {
+    let files = [
+        ("modules/modules.load", "# first\na.ko\nb.ko level=3\n"),
+        ("modules/a.ko", "a"),
+        ("modules/b.ko", "b"),
+        ("cdi/gpu.json", "{}"),
+        ("usr/lib/libgpu.so", "library"),
+    ];
+    let (said, image) = driver_image("image", &files);
+    said.exits(0);
+    let first = fs::read(&image).unwrap();
+    // A superblock of EROFS, in blocks.
+    assert_eq!(first[1024..1028], 0xe0f5_e1e2_u32.to_le_bytes());
+    assert_eq!(first.len() % 4096, 0);
+    driver_image("image", &files).0.exits(0);
+    assert!(first == fs::read(&image).unwrap(), "another image");
+}
+
+#[test]
+fn directories_that_make_no_driver_image_are_refused() {
+    for (name, files, part) in [
+        ("unlisted", &[("modules/a.ko", "a")][..], "no list"),
+        (
+            "missing",
+            &[("modules/modules.load", "a.ko\n")],
+            "names a.ko",
+        ),
+        ("yaml", &[("cdi/gpu.yaml", "x: 1")], "gpu.yaml is not JSON"),
+    ] {
+        let (said, image) = driver_image(name, files);
+        said.exits(1).complains(&[part]);
+        assert!(!image.exists(), "{name}");
+    }
 }
 
 /// The archive this host's apt uses is trusted as far as Debian's keys go.

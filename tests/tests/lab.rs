@@ -49,11 +49,40 @@ fn output_files_and_exit_code_come_back() {
     assert_eq!(fs::read_to_string(out.join("file")).unwrap(), "kept\n");
 }
 
+/// The command has begun by then, so there is no second machine for it.
 #[test]
 fn machine_that_dies_leaves_its_log() {
-    let said = run("lab-panic", &[], "echo c > /proc/sysrq-trigger; sleep 600").exits(125);
+    let script = "echo began; echo c > /proc/sysrq-trigger; sleep 600";
+    let said = run("lab-panic", &[], script).exits(125);
+    assert!(said.stdout.matches("began").count() < 2, "{said:#?}");
     assert!(said.stderr.contains("ended without a result"), "{said:#?}");
+    assert!(!said.stderr.contains("up; its console's log"), "{said:#?}");
     assert!(log_of(&said).contains("Kernel panic"), "{said:#?}");
+}
+
+#[test]
+fn machine_that_panics_before_it_is_up_is_replaced() {
+    // QEMU takes the last of several: a kernel without anything to run.
+    let append = "console=ttyS0 panic=-1 rdinit=/none root=/none";
+    let said = run(
+        "lab-early",
+        &["--qemu", "-append", "--qemu", append],
+        "true",
+    )
+    .exits(125);
+    let line = "the machine's kernel panicked before it was up; its console's log is ";
+    let logs: Vec<_> = said
+        .stderr
+        .lines()
+        .filter_map(|text| text.split_once(line))
+        .collect();
+    assert_eq!(logs.len(), 3, "{said:#?}");
+    for (_, log) in logs {
+        let log = fs::read_to_string(log).unwrap();
+        assert!(log.contains("Kernel panic"), "{log}");
+    }
+    let end = "lab: the machine did not come up three times\n";
+    assert!(said.stderr.ends_with(end), "{said:#?}");
 }
 
 #[test]

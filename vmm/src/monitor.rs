@@ -8,9 +8,9 @@
 //!
 //! The main thread serves the control channel. The vsock thread hands it the
 //! guest's calls through a bounded queue: a guest that dials faster than the shim
-//! listens is refused.
+//! listens is refused. What may take as long as a device of the host takes is done on
+//! threads of its own ([`exchanges`], [`hotplug`]) and answered later ([`answers`]).
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -33,9 +33,15 @@ use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
 use crate::vfio::hotplug::{self, Job};
-use crate::virtio::block::{Backing, Exchanger};
+use crate::virtio::block::Backing;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
+
+mod answers;
+mod exchanges;
+
+use answers::Answers;
+use exchanges::Exchanges;
 
 /// Calls of the guest that wait for the main thread.
 const MAX_CALLS: usize = 16;
@@ -175,11 +181,13 @@ fn build(
         pci_slots: config.pci_slots,
         serial: devices.serial,
     })?;
+    let answers = Answers::new()?;
     let peers = Peers {
         dialer: devices.dialer,
         file_server: devices.file_server,
         resizer: devices.resizer,
-        slots: devices.slots,
+        exchanges: Exchanges::new(devices.slots, answers.answerer()),
+        answers,
     };
     Ok((machine, peers))
 }
@@ -189,7 +197,8 @@ struct Peers {
     dialer: Dialer,
     file_server: Option<OwnedFd>,
     resizer: Option<Resizer>,
-    slots: HashMap<String, Exchanger>,
+    exchanges: Exchanges,
+    answers: Answers,
 }
 
 /// Serves the channel until the machine has ended.
@@ -206,20 +215,21 @@ fn wait(
     let server = peers.file_server.as_ref().map_or(own, OwnedFd::as_fd);
     let resizer = peers.resizer.as_ref();
     let resized = resizer.map_or(own, |resizer| borrow(resizer.changed()));
-    let hot_plug = running.hot_plug();
-    let plugged = hot_plug.map_or(own, |worker| borrow(worker.event()));
     loop {
         let ready = wait_for([
             input(channel.as_fd()),
             input(own),
             input(borrow(&calls.event)),
             input(resized),
-            input(plugged),
+            input(borrow(peers.answers.event())),
             hangup(server),
         ])?;
-        let [request, stopped, called, resized, plugged, lost] = ready;
+        let [request, stopped, called, resized, answered, lost] = ready;
         if called {
             calls.report(channel)?;
+        }
+        if answered {
+            peers.answers.report(channel)?;
         }
         if stopped && let Some(outcome) = stop.outcome() {
             return Ok(outcome.clone());
@@ -229,18 +239,13 @@ fn wait(
             let growth_mib = u32::try_from(resizer.plugged() / MIB).unwrap_or(u32::MAX);
             channel.send(&Event::Resized { growth_mib }, &FdList::default())?;
         }
-        if plugged && let Some(worker) = hot_plug {
-            for news in worker.news()? {
-                channel.send(&news, &FdList::default())?;
-            }
-        }
         if lost {
             // Whoever uses the share now would wait for ever.
             let message = "the file server of the shared directory has ended";
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers, hot_plug)?;
+            obey(channel, peers, running.hot_plug())?;
         }
     }
 }
@@ -250,51 +255,46 @@ fn obey(
     peers: &Peers,
     hot_plug: Option<&hotplug::Worker>,
 ) -> Result<(), MonitorError> {
-    match channel.recv::<Request>()? {
-        (Request::Connect { port, stream }, mut fds) => {
-            peers.dialer.connect(port, fds.take(stream)?);
-        }
-        (Request::Resize { growth_mib }, _) => match &peers.resizer {
+    let (request, mut fds) = channel.recv::<Request>()?;
+    match request {
+        Request::Connect { port, stream } => peers.dialer.connect(port, fds.take(stream)?),
+        Request::Resize { growth_mib } => match &peers.resizer {
             Some(resizer) => resizer.request(u64::from(growth_mib) * MIB),
             None => tracing::warn!(growth_mib, "memory that cannot grow is not resized"),
         },
-        (
-            Request::Exchange {
-                serial,
-                file,
-                read_only,
-            },
-            mut fds,
-        ) => {
+        Request::Exchange {
+            number,
+            serial,
+            file,
+            read_only,
+        } => {
             let backing = match file {
                 Some(file) => Backing::Whole(File::from(fds.take(file)?)),
                 None => Backing::Empty,
             };
-            let result = exchange(peers, &serial, read_only, backing);
-            channel.send(&Event::Exchanged { serial, result }, &FdList::default())?;
+            peers.exchanges.start(number, &serial, read_only, backing);
         }
-        (Request::Plug { slots, devices }, mut fds) => {
+        Request::Plug {
+            number,
+            slots,
+            devices,
+        } => {
             let devices = Passthrough::take(&devices, &mut fds)?;
-            plug(hot_plug, Job::Plug(slots, devices));
+            plug(hot_plug, peers, number, Job::Plug(slots, devices));
         }
-        (Request::Unplug { slots }, _) => plug(hot_plug, Job::Unplug(slots)),
-        (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
+        Request::Unplug { number, slots } => plug(hot_plug, peers, number, Job::Unplug(slots)),
+        Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
 }
 
-fn plug(hot_plug: Option<&hotplug::Worker>, job: Job) {
+fn plug(hot_plug: Option<&hotplug::Worker>, peers: &Peers, number: u64, job: Job) {
+    let answerer = peers.answers.answerer();
+    let done = move |result| answerer.answer(number, result);
     match hot_plug {
-        Some(worker) => worker.request(job),
-        None => tracing::warn!("a machine without slots is not given devices"),
+        Some(worker) => worker.request(job, done),
+        None => done(Err("the machine has no slots for PCI devices".into())),
     }
-}
-
-fn exchange(peers: &Peers, serial: &str, read_only: bool, backing: Backing) -> Result<u64, String> {
-    let slot = peers.slots.get(serial);
-    let slot = slot.ok_or_else(|| format!("no empty disk {serial}"))?;
-    slot.exchange(read_only, backing)
-        .map_err(|error| error.to_string())
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

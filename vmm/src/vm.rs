@@ -2,8 +2,8 @@
 //!
 //! Interrupts are MSIs only. KVM emulates the local APICs ("split irqchip")
 //! and nothing else: no IOAPIC, PIC or PIT exists. A GSI here is only the name
-//! of an MSI route; each MSI-X vector of a device takes one when the device is
-//! added and keeps it.
+//! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
+//! when it is used for the first time and keeps it as long as the device is there.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,7 +14,7 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -116,10 +116,11 @@ impl Vm {
             ..Default::default()
         })
         .map_err(VmError::new("split the interrupt controller"))?;
+        let max_gsis = fd.check_extension_int(Cap::IrqRouting);
         let vm = Self {
             fd,
-            gsis: Numbers::default(),
-            slots: Numbers::default(),
+            gsis: Numbers::below(u32::try_from(max_gsis).unwrap_or(0)),
+            slots: Numbers::below(u32::MAX),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
@@ -217,14 +218,21 @@ impl Vm {
             .map_err(VmError::new("create a vCPU"))
     }
 
-    /// A memory slot nobody has.
+    /// A memory slot nobody has. KVM has far fewer than numbers, and refuses the others.
     fn new_slot(&self) -> u32 {
-        self.slots.take()
+        self.slots.take().unwrap_or(u32::MAX)
     }
 
     /// A GSI nobody has.
-    pub fn new_gsi(&self) -> u32 {
-        self.gsis.take()
+    ///
+    /// # Errors
+    ///
+    /// When KVM has no more.
+    pub fn new_gsi(&self) -> Result<u32, VmError> {
+        self.gsis.take().ok_or_else(|| VmError {
+            what: "find a free interrupt route",
+            source: io::Error::other(format!("all {} are taken", self.gsis.limit())),
+        })
     }
 
     /// Gives a GSI back that has no irqfd any more. What it sends is forgotten when a
@@ -242,9 +250,22 @@ impl Vm {
     /// KVM's.
     pub fn route(&self, gsi: u32, route: MsiRoute) -> Result<(), VmError> {
         let mut routes = self.routes.lock().unwrap_or_else(|lock| lock.into_inner());
-        if routes.insert(gsi, route) == Some(route) {
+        let last = routes.insert(gsi, route);
+        if last == Some(route) {
             return Ok(());
         }
+        let result = self.set_routes(&routes);
+        if result.is_err() {
+            // KVM still has those of before.
+            match last {
+                Some(last) => routes.insert(gsi, last),
+                None => routes.remove(&gsi),
+            };
+        }
+        result
+    }
+
+    fn set_routes(&self, routes: &BTreeMap<u32, MsiRoute>) -> Result<(), VmError> {
         let entries: Vec<_> = routes
             .iter()
             .map(|(gsi, route)| entry(*gsi, *route))
@@ -314,4 +335,30 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
     entry.u.msi.address_hi = u32::from_le_bytes([e, f, g, h]);
     entry.u.msi.data = route.data;
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn route_that_is_refused_does_not_spoil_the_others() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
+        let route = |data| MsiRoute {
+            address: 0xfee0_0000,
+            data,
+        };
+        let gsi = vm.new_gsi().unwrap();
+        vm.route(gsi, route(0x41)).unwrap();
+        for _ in 0..2 {
+            assert!(vm.route(vm.gsis.limit(), route(0x42)).is_err());
+        }
+        vm.route(gsi, route(0x43)).unwrap();
+        vm.route(vm.gsis.limit() - 1, route(0x44)).unwrap();
+    }
 }

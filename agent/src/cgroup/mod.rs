@@ -154,8 +154,10 @@ impl Cgroup {
             if file == "memory.swap.max" && !self.path.join(&file).exists() {
                 continue;
             }
-            // kubelet limits the pages of all sizes its own kernel has, to zero.
-            if file.starts_with("hugetlb.") && value == "0" && !self.path.join(&file).exists() {
+            // kubelet limits the pages of all sizes its own kernel has, to zero; and of
+            // those this one lacks, no limit allows any either.
+            let is_none = file.starts_with("hugetlb.") && matches!(&*value, "0" | "max");
+            if is_none && !self.path.join(&file).exists() {
                 continue;
             }
             self.write(&file, &value)?;
@@ -283,7 +285,7 @@ mod tests {
 
     /// kubelet limits huge pages of all sizes, to zero where a pod asks for none.
     #[test]
-    fn page_sizes_the_kernel_does_not_have_may_be_limited_to_zero() {
+    fn page_sizes_the_kernel_does_not_have_may_be_limited_to_zero_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let cgroup = Cgroup {
             path: dir.path().into(),
@@ -292,14 +294,25 @@ mod tests {
         let known = dir.path().join("hugetlb.2MB.max");
         fs::write(&known, "max").unwrap();
         let limits = serde_json::json!({"hugepageLimits": [
-            {"pageSize": "64GB", "limit": 0}, {"pageSize": "2MB", "limit": 0},
+            {"pageSize": "64GB", "limit": 0}, {"pageSize": "16MB", "limit": -1},
+            {"pageSize": "2MB", "limit": 0},
         ]});
         cgroup
             .apply(&serde_json::from_value(limits).unwrap())
             .unwrap();
-        assert_eq!(fs::read_to_string(known).unwrap(), "0");
+        assert_eq!(fs::read_to_string(&known).unwrap(), "0");
         // In a cgroup there is nothing to write to.
-        assert!(!dir.path().join("hugetlb.64GB.max").exists());
+        for page_size in ["64GB", "16MB"] {
+            for kind in ["max", "rsvd.max"] {
+                let file = format!("hugetlb.{page_size}.{kind}");
+                assert!(!dir.path().join(&file).exists(), "{file}");
+            }
+        }
+        let lifted = serde_json::json!({"hugepageLimits": [{"pageSize": "2MB", "limit": -1}]});
+        cgroup
+            .apply(&serde_json::from_value(lifted).unwrap())
+            .unwrap();
+        assert_eq!(fs::read_to_string(&known).unwrap(), "max");
         let one = serde_json::json!({"hugepageLimits": [{"pageSize": "64GB", "limit": 1}]});
         cgroup.apply(&serde_json::from_value(one).unwrap()).unwrap();
         assert!(dir.path().join("hugetlb.64GB.max").exists());

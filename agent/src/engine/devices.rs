@@ -1,4 +1,10 @@
-//! Device nodes and links of the container's /dev.
+//! Device nodes of a container, and links of its /dev.
+//!
+//! | node | is |
+//! |---|---|
+//! | below /dev | made there |
+//! | elsewhere | made beside the container's root and bound to its place: the root file system may be a share of the host that takes no nodes |
+//! | anywhere, for a container with users of its own | the same: its root can make none |
 
 use std::fs;
 use std::io;
@@ -11,6 +17,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 
 use super::error::{InitError, Step};
+use super::rootfs::make_target;
 use super::sys;
 
 /// The devices every container has (OCI runtime spec, "Default Devices").
@@ -41,29 +48,23 @@ struct Node<'a> {
 }
 
 /// Makes nodes and links, with a umask of 0, inside the container's root. `opened`
-/// are nodes made before, see [`open`].
+/// is what [`open`] made of the same specification.
 ///
 /// A /dev that is a bind mount is somebody else's and is left alone.
 ///
 /// # Errors
 ///
 /// The node that could not be made.
-pub fn create(spec: &Spec, opened: Option<&[OwnedFd]>) -> Result<(), InitError> {
-    let nodes = nodes(spec)?;
-    if nodes.is_empty() {
-        return Ok(());
+pub fn create(spec: &Spec, opened: &[Option<OwnedFd>]) -> Result<(), InitError> {
+    for (node, tree) in nodes(spec)?.iter().zip(opened) {
+        let made = match tree {
+            None => node.create(&node.path),
+            Some(tree) => node.bind(tree),
+        };
+        made.step(|| node.what())?;
     }
-    match opened {
-        None => {
-            for node in &nodes {
-                node.create(&node.path).step(|| node.what())?;
-            }
-        }
-        Some(opened) => {
-            for (node, tree) in nodes.iter().zip(opened) {
-                node.bind(tree).step(|| node.what())?;
-            }
-        }
+    if has_foreign_dev(spec) {
+        return Ok(());
     }
     for (target, link) in LINKS {
         if fs::symlink_metadata(link).is_err() {
@@ -73,46 +74,42 @@ pub fn create(spec: &Spec, opened: Option<&[OwnedFd]>) -> Result<(), InitError> 
     Ok(())
 }
 
-/// Makes the nodes beside the container's root, for [`create`] to bind: the root
-/// of a user namespace cannot make any. Their owners are as `users` maps them.
+/// Makes those nodes beside the container's root that [`create`] binds; for the others
+/// there is `None`. Owners are as `users` maps them.
 ///
 /// # Errors
 ///
 /// The node that could not be made.
-pub fn open(spec: &Spec, users: &IdMaps) -> Result<Vec<OwnedFd>, InitError> {
+pub fn open(spec: &Spec, users: Option<&IdMaps>) -> Result<Vec<Option<OwnedFd>>, InitError> {
+    let nodes = nodes(spec)?;
+    let is_bound = |node: &Node<'_>| users.is_some() || !is_in_dev(&node.path);
     let root = spec.root().as_ref().map(|root| root.path().clone());
     let directory = root.unwrap_or_default().with_file_name("devices");
-    fs::DirBuilder::new()
-        .mode(0o700)
-        .create(&directory)
-        .step(|| format!("create {}", directory.display()))?;
+    if nodes.iter().any(is_bound) {
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&directory)
+            .step(|| format!("create {}", directory.display()))?;
+    }
     let umask = nix::sys::stat::umask(Mode::empty());
     let open = |(number, node): (usize, &Node<'_>)| {
         let path = directory.join(number.to_string());
-        let open = || {
-            node.create(&path)?;
-            let owner = |id: Option<u32>, outside: &dyn Fn(u32) -> Option<u32>| {
-                outside(id.unwrap_or(0)).ok_or(io::ErrorKind::InvalidInput)
-            };
-            let (uid, gid) = node.owner();
-            let (uid, gid) = (
-                owner(uid, &|id| users.uid(id))?,
-                owner(gid, &|id| users.gid(id))?,
-            );
-            chown(&path, Some(uid), Some(gid))?;
-            sys::clone_mount(&path, false)
-        };
-        open().step(|| node.what())
+        let open = || node.open(&path, users).step(|| node.what());
+        is_bound(node).then(open).transpose()
     };
-    let opened = nodes(spec)?.iter().enumerate().map(open).collect();
+    let opened = nodes.iter().enumerate().map(open).collect();
     nix::sys::stat::umask(umask);
     opened
 }
 
-/// Those listed, then the usual ones; none in a /dev of somebody else's.
-fn nodes(spec: &Spec) -> Result<Vec<Node<'_>>, InitError> {
+fn is_in_dev(path: &Path) -> bool {
+    path.starts_with("/dev")
+}
+
+/// Whether /dev is somebody else's: a bind mount.
+fn has_foreign_dev(spec: &Spec) -> bool {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
-    let foreign = mounts.iter().any(|mount| {
+    mounts.iter().any(|mount| {
         mount.destination() == Path::new("/dev")
             && (mount.typ().as_deref() == Some("bind")
                 || mount
@@ -120,10 +117,11 @@ fn nodes(spec: &Spec) -> Result<Vec<Node<'_>>, InitError> {
                     .iter()
                     .flatten()
                     .any(|o| o == "bind" || o == "rbind"))
-    });
-    if foreign {
-        return Ok(Vec::new());
-    }
+    })
+}
+
+/// Those listed, then the usual ones; in a /dev of somebody else's there are none.
+fn nodes(spec: &Spec) -> Result<Vec<Node<'_>>, InitError> {
     let linux = spec.linux().as_ref();
     let listed = linux.and_then(|linux| linux.devices().as_deref());
     let listed = listed.unwrap_or_default();
@@ -141,6 +139,9 @@ fn nodes(spec: &Spec) -> Result<Vec<Node<'_>>, InitError> {
                 listed: None,
             });
         }
+    }
+    if has_foreign_dev(spec) {
+        nodes.retain(|node| !is_in_dev(&node.path));
     }
     Ok(nodes)
 }
@@ -193,14 +194,22 @@ impl<'a> Node<'a> {
         chown(path, uid, gid)
     }
 
+    /// Makes the node at `path`, as a mount.
+    fn open(&self, path: &Path, users: Option<&IdMaps>) -> io::Result<OwnedFd> {
+        self.create(path)?;
+        if let Some(users) = users {
+            let (uid, gid) = self.owner();
+            let outside = (users.uid(uid.unwrap_or(0)), users.gid(gid.unwrap_or(0)));
+            let (Some(uid), Some(gid)) = outside else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            chown(path, Some(uid), Some(gid))?;
+        }
+        sys::clone_mount(path, false)
+    }
+
     /// Binds a node that was made before to this one's path.
     fn bind(&self, tree: &OwnedFd) -> io::Result<()> {
-        if let Some(parent) = self.path.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        if fs::symlink_metadata(&self.path).is_err() {
-            fs::File::create(&self.path)?;
-        }
-        sys::attach_mount(tree.as_fd(), &self.path)
+        sys::attach_mount(tree.as_fd(), &make_target(&self.path, false)?)
     }
 }

@@ -39,7 +39,7 @@ impl StartHooks<'_> {
                     command.pre_exec(move || filter.enter());
                 }
             }
-            hook::run(hook, command, &state).map_err(InitError::Hook)?;
+            hook::run(hook, command, &state, None).map_err(InitError::Hook)?;
         }
         Ok(())
     }

@@ -38,8 +38,8 @@ struct Prepared<'a> {
 /// may.
 pub struct Sources<'a> {
     mounts: Vec<Prepared<'a>>,
-    /// Of a container with users of its own.
-    devices: Option<Vec<OwnedFd>>,
+    /// See [`devices::open`].
+    devices: Vec<Option<OwnedFd>>,
 }
 
 impl<'a> Sources<'a> {
@@ -69,7 +69,7 @@ impl<'a> Sources<'a> {
             }
             mounts.push(prepared);
         }
-        let devices = users.map(|users| devices::open(spec, users)).transpose()?;
+        let devices = devices::open(spec, users)?;
         Ok(Self { mounts, devices })
     }
 
@@ -143,7 +143,7 @@ pub fn enter<'a>(
     for mount in &sources.mounts {
         place(mount)?;
     }
-    devices::create(spec, sources.devices.as_deref())?;
+    devices::create(spec, &sources.devices)?;
     nix::sys::stat::umask(umask);
     make_cwd(spec)?;
     if let Some(linux) = spec.linux() {
@@ -274,7 +274,7 @@ fn set_attr(path: &Path, attr: MountAttr, recursive: bool) -> io::Result<()> {
 
 /// Makes sure a destination exists, and returns it with a dangling final link
 /// (an image's /etc/resolv.conf, say) resolved.
-fn make_target(destination: &Path, is_dir: bool) -> io::Result<PathBuf> {
+pub(super) fn make_target(destination: &Path, is_dir: bool) -> io::Result<PathBuf> {
     let mut target = Path::new("/").join(destination);
     for _ in 0..MAX_LINKS {
         if target.exists() {

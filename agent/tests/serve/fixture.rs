@@ -152,6 +152,14 @@ pub fn spec(id: &str, args: &[&str]) -> Value {
     })
 }
 
+/// A device for a specification, like /dev/null, in a place that the image does not have.
+pub fn outside_of_dev() -> Value {
+    json!([{
+        "path": "/volumes/void", "type": "c", "major": 1, "minor": 3, "fileMode": 0o666, "uid": 5,
+        "gid": 6,
+    }])
+}
+
 /// The shim's ends of a process's streams.
 pub struct Ends {
     pub stdin: UnixStream,

@@ -10,7 +10,7 @@ mod volumes;
 
 use std::io::{Read, Write};
 
-use fixture::{container, context, process, process_request, spec, start, status};
+use fixture::{container, context, outside_of_dev, process, process_request, spec, start, status};
 use nacre_protocol::agent::{ResizeTerminalRequest, UpdateRequest};
 use serde_json::json;
 use ttrpc::Code;
@@ -40,6 +40,26 @@ async fn output_exit_code_and_removal() {
     let request = process_request("c1", "");
     let error = agent.client.wait(context(), &request).await.unwrap_err();
     assert_eq!(status(&error).0, Code::NOT_FOUND);
+}
+
+/// The root file system may be one that takes no nodes.
+#[tokio::test]
+async fn a_device_outside_of_dev_is_bound_to_its_place() {
+    let Some(agent) = start() else { return };
+    let script = "busybox stat -c '%F %a %u %g' /volumes/void; echo > /volumes/void";
+    let mut spec = spec("c1", &["sh", "-c", script]);
+    spec["linux"]["devices"] = outside_of_dev();
+    let mut ends = agent.run("c1", &spec, 1).await;
+    ends.close_stdin();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 0);
+    assert_eq!(
+        (ends.stdout().as_str(), ends.stderr().as_str()),
+        ("character special file 666 5 6\n", "")
+    );
+    let below = std::fs::metadata(agent.file("volumes/void")).unwrap();
+    assert!(below.is_file(), "{below:?}");
+    agent.delete("c1").await.unwrap();
+    assert!(agent.is_clean("c1"));
 }
 
 /// What the agent has, -1000 in a guest, no container inherits. Raising a score takes no

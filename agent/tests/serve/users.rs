@@ -10,7 +10,7 @@ use nacre_protocol::guest::VOLUMES_DIR;
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::fixture::{Agent, context, process, spec, start, status};
+use crate::fixture::{Agent, context, outside_of_dev, process, spec, start, status};
 
 /// What the container's root is outside.
 const ROOT: u32 = 100_000;
@@ -69,6 +69,24 @@ async fn root_of_a_container_is_nobody_outside() {
     );
     let made = fs::metadata(agent.file("data/file")).unwrap();
     assert_eq!((made.uid(), made.gid()), (ROOT, ROOT));
+    agent.delete("c1").await.unwrap();
+    assert!(agent.is_clean("c1"));
+}
+
+#[tokio::test]
+async fn a_device_outside_of_dev_has_mapped_owners() {
+    let Some(agent) = start() else { return };
+    let script = "busybox stat -c '%F %a %u %g' /volumes/void /dev/null; echo > /volumes/void";
+    let mut spec = mapped(&agent, &["sh", "-c", script]);
+    spec["linux"]["devices"] = outside_of_dev();
+    let mut ends = agent.run("c1", &spec, 1).await;
+    ends.close_stdin();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 0);
+    let expected = "character special file 666 5 6\ncharacter special file 666 0 0\n";
+    assert_eq!(
+        (ends.stdout().as_str(), ends.stderr().as_str()),
+        (expected, "")
+    );
     agent.delete("c1").await.unwrap();
     assert!(agent.is_clean("c1"));
 }

@@ -3,17 +3,24 @@
 //! containerd runs it for each container it cannot reach by RPC any more, and
 //! after a failed `start`. A pod's host state hangs on its run directory, so:
 //! with the daemon dead, any container's `delete` cleans the whole pod up; with
-//! the daemon alive, only the one of the pod itself does.
+//! the daemon alive, only the one of the pod itself does. Its `poststop` hooks each
+//! container's `delete` runs itself, as the bundle is there for just that long. containerd
+//! gives `delete` five seconds; a hook that takes longer goes on without it.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::DeleteResponse;
+use oci_spec::runtime::Spec;
 use protobuf::Message;
 
 use super::{Args, BootstrapError, group_of};
 use crate::config::Config;
 use crate::events::timestamp;
+use crate::hooks::Runner;
 use crate::rundir::{Proc, RunDir};
+use crate::sandbox::{Api, ContainerConfig};
 
 /// 128 + SIGKILL: the VM was shot.
 const KILLED_STATUS: u32 = 137;
@@ -27,7 +34,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     let group = group_of(&bundle, &args.id).unwrap_or_else(|_| args.id.clone());
     // containerd keeps the bundles of a namespace side by side.
     let first = if group == args.id {
-        bundle
+        bundle.clone()
     } else {
         bundle.with_file_name(&group)
     };
@@ -37,6 +44,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     if !daemon_alive || group == args.id {
         RunDir::kill_daemon(&state);
         run_dir.cleanup();
+        run_hooks(args, bundle)?;
     }
     let response = DeleteResponse {
         pid: state.monitor.map_or(0, |monitor| monitor.pid),
@@ -45,4 +53,24 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
         ..Default::default()
     };
     Ok(response.write_to_bytes()?)
+}
+
+/// Runs the container's `poststop` hooks, unless the daemon has.
+fn run_hooks(args: &Args, bundle: PathBuf) -> Result<(), BootstrapError> {
+    // Without a config.json there are none.
+    let Ok(spec) = Spec::load(bundle.join("config.json")) else {
+        return Ok(());
+    };
+    let config = ContainerConfig {
+        api: Api::Task,
+        id: args.id.clone(),
+        bundle,
+        rootfs: Vec::new(),
+        spec: Arc::new(spec),
+    };
+    tokio::runtime::Builder::new_current_thread()
+        .build()
+        .map_err(BootstrapError::io("start the runtime"))?
+        .block_on(Runner::default().stopped(&config));
+    Ok(())
 }

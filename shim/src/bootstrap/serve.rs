@@ -19,6 +19,7 @@ use ttrpc::asynchronous::transport::Listener;
 use super::{Args, BootstrapError};
 use crate::config::Config;
 use crate::events::Publisher;
+use crate::hooks::Runner;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{Host, VmHost};
 use crate::task::{Pod, console, sandboxed, service};
@@ -30,13 +31,14 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 pub fn serve(args: &Args) -> Result<(), BootstrapError> {
     let config = Config::load()?;
     init_log(&config.log_level);
+    let hooks = Runner::here().map_err(BootstrapError::io("open the mount namespace"))?;
     become_daemon()?;
     // One thread: a pod's shim mostly sleeps, and copies at most a few streams.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(BootstrapError::io("start the runtime"))?
-        .block_on(run(args, config))
+        .block_on(run(args, config, hooks))
 }
 
 /// `start` sets the level in `RUST_LOG`, for the monitor's sake.
@@ -71,12 +73,12 @@ fn become_daemon() -> Result<(), BootstrapError> {
         .map_err(|errno| BootstrapError::io("leave the host's mount namespace")(errno.into()))
 }
 
-async fn run(args: &Args, config: Config) -> Result<(), BootstrapError> {
+async fn run(args: &Args, config: Config, hooks: Runner) -> Result<(), BootstrapError> {
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, &args.id)?;
     let state = State::of_daemon(std::process::id(), args.bundle()?, Path::new(&args.socket));
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
-    let host = VmHost::new(config, run_dir.clone(), args.id.clone(), state);
+    let host = VmHost::new(config, run_dir.clone(), args.id.clone(), state, hooks);
     let pod = Pod::new(Host::Vm(Box::new(host)), publisher.clone());
     let mut server = Server::new()
         .add_listener(listener()?)

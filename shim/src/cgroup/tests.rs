@@ -111,6 +111,13 @@ fn huge_pages_of_all_sizes_count() {
     let (some, none) = (limits(some), limits(none));
     assert_eq!(some.huge_page_bytes, 4 << 20);
     assert_eq!(none.huge_page_bytes, 0);
+    let updated =
+        json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "2MB", "limit": 6 << 20}]);
+    assert_eq!(
+        limits(updated).huge_page_bytes,
+        6 << 20,
+        "as CRI updates it"
+    );
     assert_eq!(Limits::together(&[some, some]).huge_page_bytes, 8 << 20);
     let cpu = serde_json::from_value(json!({"cpu": {"quota": 5}})).unwrap();
     assert_eq!(some.updated_by(&cpu).huge_page_bytes, 4 << 20);

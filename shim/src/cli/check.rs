@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,9 @@ use crate::error::chain;
 const SHIM: &str = "containerd-shim-nacre-v2";
 /// Magic of a cpio archive in "newc" form (Documentation/driver-api/early-userspace).
 const CPIO_MAGIC: &[u8] = b"070701";
+/// Of an EROFS image's superblock, little-endian, and where that is (fs/erofs/erofs_fs.h).
+const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+const EROFS_OFFSET: u64 = 1024;
 
 /// How a thing is.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,6 +61,8 @@ pub(super) fn run(out: &mut impl Write) -> io::Result<bool> {
                 initrd(&config.initrd),
                 virtiofsd(&config.virtiofsd),
             ]);
+            let images = config.drivers.iter().map(|image| &*image.path);
+            findings.extend(images.map(driver_image));
         }
         Err(error) => findings.push(missing("configuration", chain(&error), "correct the line")),
     }
@@ -205,6 +210,28 @@ fn virtiofsd(path: &Path) -> Finding {
     report_file("virtiofsd", path, check, hint)
 }
 
+/// Only pods with a device that it is for need it.
+fn driver_image(path: &Path) -> Finding {
+    let check = || {
+        let mut file = File::open(path)?;
+        let mut magic = [0; EROFS_MAGIC.len()];
+        file.seek(SeekFrom::Start(EROFS_OFFSET))?;
+        file.read_exact(&mut magic)?;
+        Ok(magic == EROFS_MAGIC)
+    };
+    let problem = match check() {
+        Ok(true) => return found("driver image", &path.display().to_string()),
+        Ok(false) => "no EROFS image".to_owned(),
+        Err(error) => io::Error::to_string(&error),
+    };
+    let hint = "put it there, or correct [drivers]";
+    optional(
+        "driver image",
+        format!("{}: {problem}", path.display()),
+        hint,
+    )
+}
+
 fn report_file(
     name: &'static str,
     path: &Path,
@@ -286,6 +313,25 @@ mod tests {
         assert!(report.starts_with("missing   kernel"), "{report}");
         assert!(report.contains("/nonexistent/vmlinux") && report.contains("make install"));
         assert_eq!(report.lines().count(), 1);
+    }
+
+    #[test]
+    fn driver_images_are_those_of_erofs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gpu.erofs");
+        let report = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            line(&driver_image(&path))
+        };
+        let image = [&[0; 1024][..], &[0xe2, 0xe1, 0xf5, 0xe0]].concat();
+        assert!(report(&image).starts_with("ok        driver image"));
+        let other = report(&[0; 2048]);
+        assert!(other.starts_with("optional  driver image"), "{other}");
+        assert!(
+            other.contains("gpu.erofs: no EROFS image; put it there"),
+            "{other}"
+        );
+        assert!(report(b"short").starts_with("optional"));
     }
 
     #[test]

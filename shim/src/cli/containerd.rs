@@ -101,7 +101,8 @@ impl ContainerdConfig {
     pub(super) fn naming_runtime(&self) -> Option<PathBuf> {
         let names = |file: &PathBuf| {
             let text = fs::read_to_string(below(&self.root, file));
-            text.is_ok_and(|text| text.contains(RUNTIME_NAME))
+            let table = text.ok().and_then(|text| text.parse().ok());
+            table.is_some_and(|table| names_runtime(&table))
         };
         self.files().into_iter().find(names)
     }
@@ -162,6 +163,14 @@ impl ContainerdConfig {
             )),
         }
     }
+}
+
+/// Whether one of the runtimes is ours, in whatever plugin's table that is.
+fn names_runtime(table: &toml::Table) -> bool {
+    table.iter().any(|(key, value)| match value {
+        toml::Value::Table(table) => names_runtime(table),
+        value => key == "runtime_type" && value.as_str() == Some(RUNTIME_NAME),
+    })
 }
 
 /// What a person does on a host without a configuration.
@@ -276,6 +285,10 @@ mod tests {
             ("/etc/containerd/conf.d/any.bak", DROP_IN),
         ]);
         assert_eq!(none.naming_runtime(), None);
+        // containerd reads no comments.
+        let comments: String = DROP_IN.lines().map(|line| format!("# {line}\n")).collect();
+        let (_root, comments) = config(&[(CONFIG_PATH, main), (drop_in, &comments)]);
+        assert_eq!(comments.naming_runtime(), None);
         let (_root, itself) = config(&[(CONFIG_PATH, DROP_IN)]);
         assert_eq!(itself.naming_runtime(), Some(CONFIG_PATH.into()));
     }

@@ -17,8 +17,10 @@ mod record;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -27,14 +29,16 @@ use sha2::{Digest, Sha256};
 use self::record::{Record, Written, make_directory};
 use super::containerd::{self, ContainerdConfig, ContainerdError, Way, below};
 use super::{CliError, pods};
-use crate::config::{CONFIG_PATH, Config, DEFAULTS};
+use crate::config::{CONFIG_PATH, Config, ConfigError, DEFAULTS};
+use crate::machine::SELF_EXE;
 
 /// What a version consists of, by its place beside the program, and its mode.
-const FILES: [(&str, u32); 4] = [
+const FILES: [(&str, u32); 5] = [
     ("bin/containerd-shim-nacre-v2", 0o755),
     ("bin/nacre", 0o755),
     ("share/nacre/vmlinux", 0o644),
     ("share/nacre/initrd.img", 0o644),
+    ("share/nacre/drivers/nvme.erofs", 0o644),
 ];
 /// The names that are used, each in a directory of the prefix.
 const LINKS: [&str; 3] = ["bin/containerd-shim-nacre-v2", "bin/nacre", "share/nacre"];
@@ -76,12 +80,26 @@ pub enum InstallError {
     /// containerd's configuration cannot be used.
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
+    /// This version would refuse every pod.
+    #[error(
+        "this version would start no pod with the configuration of this host; \
+         correct or remove that line and run `nacre install` again"
+    )]
+    Config(#[source] ConfigError),
     /// Pods need what is to be removed.
     #[error(
         "pods are here: {}; remove them first, or give --force and lose containerd's way to end them",
         .0.join(", ")
     )]
     Pods(Vec<String>),
+    /// A process needs what is to be removed.
+    #[error("process {pid} runs version {version}; end it first, or give --force")]
+    InUse {
+        /// Which of those that are installed.
+        version: String,
+        /// One that runs a program of it.
+        pid: u32,
+    },
 }
 
 /// Where to.
@@ -122,7 +140,12 @@ pub(super) fn install(place: &Place, tree: &Path, out: &mut impl Write) -> Resul
     let version = version_of(tree)?;
     let config = ContainerdConfig::load(&place.root).map_err(InstallError::from)?;
     check_links(place)?;
-    let mut record = Record::open(&place.root, &place.library())?;
+    let found = Record::find(&place.root, &place.library())?;
+    check_config(place, found.as_ref())?;
+    let mut record = match found {
+        Some(record) => record,
+        None => Record::open(&place.root, &place.library())?,
+    };
     add_version(place, &mut record, &version, tree)?;
     record.link(&place.library().join(CURRENT), Path::new(&version))?;
     for link in LINKS {
@@ -133,7 +156,7 @@ pub(super) fn install(place: &Place, tree: &Path, out: &mut impl Write) -> Resul
         "installed {version} in {}",
         place.library().display()
     ))?;
-    if let Some(line) = write_config(place, &mut record)? {
+    if let Some(line) = write_config(&mut record)? {
         say(line)?;
     }
     say(tell_containerd(config.as_ref(), &mut record)?)?;
@@ -157,6 +180,7 @@ pub(super) fn uninstall(
     };
     if !is_forced {
         refuse_with_pods(place)?;
+        refuse_with_processes(place, &record)?;
     }
     for line in remove_files(&record)? {
         say(line)?;
@@ -193,7 +217,8 @@ fn remove_files(record: &Record) -> Result<Vec<String>, InstallError> {
 
 fn refuse_with_pods(place: &Place) -> Result<(), CliError> {
     let config = Config::load_from(&below(&place.root, Path::new(CONFIG_PATH)))?;
-    let pods = pods::pods(&below(&place.root, &config.run_dir))?;
+    // Whatever their state says, or if it cannot be read: something is left of them.
+    let pods = pods::places(&below(&place.root, &config.run_dir))?;
     if pods.is_empty() {
         return Ok(());
     }
@@ -201,6 +226,16 @@ fn refuse_with_pods(place: &Place) -> Result<(), CliError> {
         .iter()
         .map(|pod| format!("{}/{}", pod.namespace, pod.id));
     Err(InstallError::Pods(names.collect()).into())
+}
+
+/// Pods may be where another configuration had them.
+fn refuse_with_processes(place: &Place, record: &Record) -> Result<(), InstallError> {
+    for version in record.versions() {
+        if let Some(pid) = user_of(&place.in_library(&version), Path::new("/proc"))? {
+            return Err(InstallError::InUse { version, pid });
+        }
+    }
+    Ok(())
 }
 
 /// The name of the version in a tree: the same for the same bytes only.
@@ -251,7 +286,7 @@ fn add_version(
     record.add_version(&unfinished)?;
     record.add_version(version)?;
     let new = place.in_library(&unfinished);
-    for part in ["", "bin", "share", "share/nacre"] {
+    for part in ["", "bin", "share", "share/nacre", "share/nacre/drivers"] {
         make_directory(&new.join(part))?;
     }
     for (name, mode) in FILES {
@@ -265,14 +300,21 @@ fn add_version(
     record.remove_version(&unfinished)
 }
 
-/// The defaults, where there is no configuration yet.
-fn write_config(place: &Place, record: &mut Record) -> Result<Option<String>, InstallError> {
-    let path = Path::new(CONFIG_PATH);
-    if fs::symlink_metadata(below(&place.root, path)).is_ok() {
-        return Ok(None);
+/// Fails if a user's configuration is none for this version. One that is as an earlier
+/// version wrote it is going to be replaced.
+fn check_config(place: &Place, record: Option<&Record>) -> Result<(), InstallError> {
+    let is_users = record.map(|record| record.is_users(Path::new(CONFIG_PATH)));
+    if is_users.transpose()?.unwrap_or(true) {
+        let path = below(&place.root, Path::new(CONFIG_PATH));
+        Config::load_from(&path).map_err(InstallError::Config)?;
     }
-    record.write(path, DEFAULTS)?;
-    Ok(Some(format!("wrote {CONFIG_PATH}")))
+    Ok(())
+}
+
+/// This version's defaults, unless the configuration is a user's.
+fn write_config(record: &mut Record) -> Result<Option<String>, InstallError> {
+    let written = record.write(Path::new(CONFIG_PATH), DEFAULTS)?;
+    Ok((written == Written::Now).then(|| format!("wrote {CONFIG_PATH}")))
 }
 
 /// Has containerd's configuration name the runtime; returns what there is to say.
@@ -313,11 +355,16 @@ fn remove_unused(
         if version == current {
             continue;
         }
-        lines.push(match user_of(&place.in_library(&version)) {
-            Some(pid) => format!("kept {version}: process {pid} runs it"),
-            None => {
+        let directory = place.in_library(&version);
+        lines.push(match user_of(&directory, Path::new("/proc")) {
+            Ok(Some(pid)) => format!("kept {version}: process {pid} runs it"),
+            Ok(None) => {
                 record.remove_version(&version)?;
                 format!("removed {version}")
+            }
+            Err(error) => {
+                let error = crate::error::chain(&error);
+                format!("kept {version}: a process may run it: {error}")
             }
         });
     }
@@ -326,20 +373,55 @@ fn remove_unused(
 
 /// A process that runs a program of this version. Compared as files, because a jailed
 /// process's paths are not this one's.
-fn user_of(version: &Path) -> Option<u32> {
-    let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
-    let programs: Vec<_> = FILES
-        .iter()
-        .filter_map(|(name, _)| identity(&version.join(name)))
-        .collect();
-    fs::read_dir("/proc")
-        .ok()?
-        .filter_map(Result::ok)
-        .find_map(|entry| {
-            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let program = identity(&entry.path().join("exe"))?;
-            (programs.contains(&program) && pid != std::process::id()).then_some(pid)
-        })
+///
+/// # Errors
+///
+/// When that cannot be known of one.
+fn user_of(version: &Path, proc: &Path) -> Result<Option<u32>, InstallError> {
+    let mut programs = Vec::new();
+    for (name, _) in FILES {
+        programs.extend(identity(&version.join(name))?);
+    }
+    for entry in fs::read_dir(proc).map_err(io_error("read", proc))? {
+        let entry = entry.map_err(io_error("read", proc))?;
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        // A thread of the kernel has no program, one that has ended no longer.
+        match identity(&entry.path().join("exe")) {
+            Ok(Some(program)) if programs.contains(&program) && pid != std::process::id() => {
+                return Ok(Some(pid));
+            }
+            Err(error) if may_be_ours(&entry.path()) => return Err(error),
+            _ => (),
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a process was started as ours are, by its command line: in a container the
+/// programs of some are not to be looked at.
+fn may_be_ours(process: &Path) -> bool {
+    let Ok(line) = fs::read(process.join("cmdline")) else {
+        return true;
+    };
+    let program = line.split(|byte| *byte == 0).next().unwrap_or_default();
+    let program = Path::new(OsStr::from_bytes(program));
+    // A shim starts itself as monitor.
+    let is = |name: &str| program.file_name() == Path::new(name).file_name();
+    is(SELF_EXE) || FILES.iter().any(|(name, _)| is(name))
+}
+
+/// Tells a file from others; `None` if it is not there.
+fn identity(path: &Path) -> Result<Option<(u64, u64)>, InstallError> {
+    match fs::metadata(path) {
+        Ok(file) => Ok(Some((file.dev(), file.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // A process that ends while it is looked at (proc(5)).
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(error) => Err(io_error("look at", path)(error)),
+    }
 }
 
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> InstallError + 'a {

@@ -11,7 +11,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::{CliError, table};
 use crate::devices::{Address, Claims, DeviceError};
-use crate::rundir::{Proc, State};
+use crate::rundir::{Proc, State, check_id};
 
 const STATE_FILE: &str = "state.json";
 const LOG_FILE: &str = "log";
@@ -124,26 +124,49 @@ impl Changes {
     }
 }
 
+/// Where a pod of this host is, or what is left of one.
+#[derive(Debug)]
+pub(super) struct PodPlace {
+    pub(super) namespace: String,
+    pub(super) id: String,
+    dir: PathBuf,
+}
+
+/// All of them, by namespace and id.
+pub(super) fn places(run_dir: &Path) -> Result<Vec<PodPlace>, CliError> {
+    let mut places = Vec::new();
+    // What else is there has no containerd identifiers for names.
+    for (namespace, dir) in directories(run_dir)? {
+        if check_id(&namespace).is_err() {
+            continue;
+        }
+        places.extend(directories(&dir)?.into_iter().map(|(id, dir)| PodPlace {
+            namespace: namespace.clone(),
+            id,
+            dir,
+        }));
+    }
+    places.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
+    Ok(places)
+}
+
 /// The pods with a readable state, by namespace and id.
 pub(super) fn pods(run_dir: &Path) -> Result<Vec<Pod>, CliError> {
     let mut pods = Vec::new();
-    for (namespace, dir) in directories(run_dir)? {
-        for (id, dir) in directories(&dir)? {
-            let Ok(text) = fs::read(dir.join(STATE_FILE)) else {
-                continue;
-            };
-            match serde_json::from_slice(&text) {
-                Ok(state) => pods.push(Pod {
-                    namespace: namespace.clone(),
-                    id,
-                    dir,
-                    state,
-                }),
-                Err(error) => eprintln!("nacre: {}: {error}", dir.join(STATE_FILE).display()),
-            }
+    for PodPlace { namespace, id, dir } in places(run_dir)? {
+        let Ok(text) = fs::read(dir.join(STATE_FILE)) else {
+            continue;
+        };
+        match serde_json::from_slice(&text) {
+            Ok(state) => pods.push(Pod {
+                namespace,
+                id,
+                dir,
+                state,
+            }),
+            Err(error) => eprintln!("nacre: {}: {error}", dir.join(STATE_FILE).display()),
         }
     }
-    pods.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
     Ok(pods)
 }
 

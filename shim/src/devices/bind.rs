@@ -4,6 +4,7 @@
 //!                    driver_override        driver's unbind    drivers_probe
 //! nvme --------------> reserved ---------------> none -------------> vfio-pci
 //! vfio-pci ----------> not reserved -----------> none -------------> whichever the kernel picks
+//! nvme, reserved ----> not reserved --------------------------------> nvme, all the time
 //! ```
 //! (Linux Documentation/ABI/testing/sysfs-bus-pci.) Nothing is moved unless all that
 //! was asked for may be; what was moved before a failure is moved back.
@@ -117,7 +118,8 @@ fn restore(system: &System, before: &Function) -> Result<(), DeviceError> {
     }
 }
 
-/// Gives devices back to the host's drivers. `claims` tell which a pod has.
+/// Gives devices back to the host's drivers; whichever is with one of those keeps it, and
+/// loses its reservation for vfio-pci if it has one. `claims` tell which a pod has.
 ///
 /// # Errors
 ///
@@ -130,7 +132,7 @@ pub fn unbind(
     let mut functions = Vec::new();
     for address in addresses {
         let function = system.function(*address)?;
-        if is_ours(&function) {
+        if function.is_on_vfio() {
             refuse_claimed(claims, *address)?;
             refuse_use(*address, usage::opened_by(system, &function)?)?;
         }
@@ -140,11 +142,6 @@ pub fn unbind(
     functions.iter().map(give).collect()
 }
 
-/// Whether `bind` was here.
-fn is_ours(function: &Function) -> bool {
-    function.is_on_vfio() || function.driver_override.as_deref() == Some(VFIO_DRIVER)
-}
-
 fn refuse_claimed(claims: &Claims, address: Address) -> Result<(), DeviceError> {
     let holder = claims.holder(address)?;
     refuse_use(address, holder.map(|pod| format!("pod {pod} has it")))
@@ -152,9 +149,13 @@ fn refuse_claimed(claims: &Claims, address: Address) -> Result<(), DeviceError> 
 
 fn give_back(system: &System, function: &Function) -> Result<Moved, DeviceError> {
     let address = function.address;
-    if is_ours(function) {
+    let is_reserved = function.driver_override.as_deref() == Some(VFIO_DRIVER);
+    if function.is_on_vfio() || is_reserved {
         reserve(system, function, NO_OVERRIDE)?;
-        release(system, address)?;
+        // One that is only reserved may be in use, and is where it belongs.
+        if function.is_on_vfio() {
+            release(system, address)?;
+        }
         probe(system, address)?;
     }
     let now = system.function(address)?;

@@ -5,8 +5,9 @@
 //! <run_dir>/.devices/0000:01:00.0 -> <namespace>/<sandbox id>
 //! ```
 //! A link is made whole or not at all, and all of one pod's under the directory's
-//! lock. It counts as long as the pod lives: its shim or its monitor. So a claim
-//! that nobody came to release, after a power cut of the shim, holds nobody up.
+//! lock. It counts as long as the pod lives: its shim or its monitor, which may be killed
+//! long before it is gone. So a claim that nobody came to release, after a power cut of
+//! the shim, holds nobody up.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 use super::Address;
-use crate::rundir::{Proc, RunDir, RunDirError, io_error, lock, remove};
+use crate::rundir::{RunDir, RunDirError, io_error, lock, remove};
 
 /// Not a possible namespace: those start with a letter or digit.
 const DIRECTORY: &str = ".devices";
@@ -190,20 +191,8 @@ impl Claims {
         remove(&link, fs::remove_file(&link));
     }
 
-    /// Whether anything of a pod runs. One whose state cannot be read may.
     fn lives(&self, owner: &Path) -> bool {
-        let names = owner.parent().zip(owner.file_name());
-        let pod = names.and_then(|(namespace, id)| {
-            RunDir::new(&self.root, namespace.to_str()?, id.to_str()?).ok()
-        });
-        match pod.map(|pod| pod.load()) {
-            Some(Ok(Some(state))) => {
-                let mut processes = [state.daemon, state.monitor].into_iter().flatten();
-                processes.any(Proc::is_alive)
-            }
-            Some(Err(_)) => true,
-            Some(Ok(None)) | None => false,
-        }
+        RunDir::owner_lives(&self.root, owner)
     }
 }
 
@@ -219,7 +208,7 @@ fn replace(link: &Path, owner: &Path) -> Result<(), RunDirError> {
 pub(super) mod tests {
     use super::*;
     use crate::devices::testing::address;
-    use crate::rundir::State;
+    use crate::rundir::{Proc, State};
     use std::process::Command;
 
     /// A pod whose shim is this process.

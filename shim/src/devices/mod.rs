@@ -7,6 +7,7 @@
 //!                        group.rs: each a whole IOMMU group, or a refusal
 //!                        claim.rs: for one pod at a time
 //! machine booted         request.rs: opened, for the monitor
+//!                        drivers.rs: the driver images that the guest needs for them
 //! ```
 //! What the kernel says of devices is read through [`System`] (`sysfs.rs`,
 //! `pci.rs`); `usage.rs` tells who on the host uses one. A device is the
@@ -15,6 +16,7 @@
 pub mod bind;
 mod cdi;
 pub mod claim;
+pub mod drivers;
 pub mod group;
 pub mod names;
 pub mod pci;
@@ -30,6 +32,7 @@ use std::path::PathBuf;
 use crate::rundir::RunDirError;
 
 pub use claim::{ClaimError, Claims};
+pub use drivers::{DriverError, DriverImage};
 pub use pci::{Address, Function};
 pub use request::{AssignedDevice, RequestError};
 pub use sysfs::System;

@@ -9,8 +9,11 @@
 //! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
 //!
 //! However a device is named, its whole IOMMU group is meant. Annotations come from whoever
-//! makes the pod, if the administrator lets them through: what they name ends up in
-//! paths only as an address that was parsed.
+//! makes the pod, so they are refused unless the configuration allows them
+//! (`device_annotations`), and what they name ends up in paths only as an address that
+//! was parsed. Nodes come from whoever may hand out devices, with one exception: a
+//! privileged container has all nodes of the host in its spec, and asks by those only that
+//! have a device rule of their own besides.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -20,10 +23,11 @@ use std::path::{Component, Path, PathBuf};
 use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
-use oci_spec::runtime::{LinuxDevice, Spec};
+use oci_spec::runtime::Spec;
 
 use super::pci::{Address, Function};
 use super::{DeviceError, System, cdi, group};
+use crate::oci::device_rules;
 
 /// The annotation that names devices.
 pub const DEVICES_ANNOTATION: &str = "io.nacre.devices";
@@ -50,6 +54,12 @@ pub enum RequestError {
         /// Whose it is.
         driver: String,
     },
+    /// Annotations count for nothing here.
+    #[error(
+        "annotation {0} asks for devices of the host, which annotations may only do where \
+         device_annotations is true in /etc/nacre/nacre.toml"
+    )]
+    Annotation(String),
     /// A node that no device has.
     #[error("{} is no device's that could be passed; `nacre devices` lists them", .0.display())]
     NoNode(PathBuf),
@@ -146,14 +156,19 @@ pub fn is_passthrough_node(path: &Path) -> bool {
     path.starts_with(VFIO_DIR) || path == Path::new(IOMMU_NODE)
 }
 
-/// The devices a container gets, by address: all of each group it asks for.
+/// The devices a container gets, by address: all of each group it asks for, and if
+/// `by_annotation` also by its annotations.
 ///
 /// # Errors
 ///
 /// A name nobody has, a device or a group that cannot be passed.
-pub fn assigned(system: &System, spec: &Spec) -> Result<Vec<AssignedDevice>, RequestError> {
+pub fn assigned(
+    system: &System,
+    spec: &Spec,
+    by_annotation: bool,
+) -> Result<Vec<AssignedDevice>, RequestError> {
     let mut groups = BTreeMap::new();
-    for address in asked(system, spec)? {
+    for address in asked(system, spec, by_annotation)? {
         let function = system.function(address)?;
         if function.is_bridge() {
             return Err(DeviceError::Bridge(address).into());
@@ -189,31 +204,49 @@ fn device(system: &System, group: u32, function: &Function) -> AssignedDevice {
 }
 
 /// What is asked for by name.
-fn asked(system: &System, spec: &Spec) -> Result<BTreeSet<Address>, RequestError> {
+fn asked(
+    system: &System,
+    spec: &Spec,
+    by_annotation: bool,
+) -> Result<BTreeSet<Address>, RequestError> {
     let mut asked = BTreeSet::new();
-    let devices = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.devices().as_ref());
-    for path in devices.into_iter().flatten().map(LinuxDevice::path) {
+    for path in chosen_nodes(spec) {
         asked.extend(by_node(system, path)?);
     }
     for (key, value) in spec.annotations().iter().flatten() {
-        let names = value
-            .split(',')
-            .map(str::trim)
-            .filter(|name| !name.is_empty());
-        if key == DEVICES_ANNOTATION {
-            for name in names {
-                asked.insert(by_name(system, name)?);
+        let is_cdi = key.starts_with(cdi::ANNOTATION_PREFIX);
+        if !is_cdi && key != DEVICES_ANNOTATION {
+            continue;
+        }
+        let names = value.split(',').map(str::trim);
+        for name in names.filter(|name| !name.is_empty()) {
+            if !by_annotation {
+                return Err(RequestError::Annotation(key.clone()));
             }
-        } else if key.starts_with(cdi::ANNOTATION_PREFIX) {
-            for name in names {
+            if is_cdi {
                 asked.extend(by_cdi(system, name)?);
+            } else {
+                asked.insert(by_name(system, name)?);
             }
         }
     }
     Ok(asked)
+}
+
+/// The device nodes of a spec, without those that containerd lists unasked for a
+/// privileged container. Who chooses a node has it allowed by its numbers, too: CDI
+/// (SPEC.md, "containerEdits"), `--device` of clients.
+fn chosen_nodes(spec: &Spec) -> Vec<&Path> {
+    let Some(linux) = spec.linux() else {
+        return Vec::new();
+    };
+    let rules = device_rules::of(linux);
+    let all = !device_rules::allow_everything(rules);
+    let devices = linux.devices().iter().flatten();
+    devices
+        .filter(|device| all || rules.iter().any(|rule| device_rules::is_own(rule, device)))
+        .map(|device| device.path().as_path())
+        .collect()
 }
 
 /// The devices behind a device node; none if it is no VFIO device's.

@@ -9,12 +9,12 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::agent::{ConfigureSandboxRequest, Driver};
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::STREAM_PORT;
 use nacre_vmm::vfio::Passthrough;
@@ -24,9 +24,10 @@ use tokio::sync::watch;
 
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
-use crate::devices::{AssignedDevice, System, request};
+use crate::devices::{AssignedDevice, DriverImage, System, request};
+use crate::hooks::Runner;
 use crate::rundir::{RunDir, State};
-use crate::sandbox::{ContainerConfig, HotPlug, MemorySize, Room, Sandbox, SandboxError};
+use crate::sandbox::{ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
 
@@ -61,9 +62,24 @@ pub struct FakeMachine {
     takes_mib: AtomicU32,
     /// And the least it keeps.
     keeps_mib: AtomicU32,
-    /// Whether it takes no devices.
-    refuses_devices: AtomicBool,
+    /// What becomes of exchanges of disks.
+    disks: watch::Sender<Disks>,
+    /// Why it takes no devices, and leaves those it has.
+    keeps_devices: Mutex<Option<fn() -> MachineError>>,
     journal: Journal,
+}
+
+/// What a fake machine does when it is to exchange a disk's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disks {
+    /// Do so.
+    Exchange,
+    /// Refuse.
+    Refuse,
+    /// Say that it takes too long.
+    Busy,
+    /// Nothing, until told otherwise.
+    Wait,
 }
 
 #[async_trait]
@@ -108,6 +124,17 @@ impl Machine for FakeMachine {
             (Some(_), false) => "writable",
         };
         lock(&self.journal).push(format!("{serial} {what}"));
+        let mut disks = self.disks.subscribe();
+        let disks = *disks.wait_for(|disks| *disks != Disks::Wait).await.unwrap();
+        let serial = serial.to_owned();
+        match disks {
+            Disks::Refuse => {
+                let reason = "not this one".into();
+                return Err(MachineError::Disk { serial, reason });
+            }
+            Disks::Busy => return Err(MachineError::DiskBusy { serial, seconds: 0 }),
+            Disks::Exchange | Disks::Wait => (),
+        }
         let size = file
             .as_mut()
             .map_or(Ok(0), |file| file.seek(SeekFrom::End(0)));
@@ -115,9 +142,7 @@ impl Machine for FakeMachine {
     }
 
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
-        if self.refuses_devices.load(Ordering::Relaxed) {
-            return Err(MachineError::Slots("too large".into()));
-        }
+        self.may_change_devices()?;
         let described = devices.describe(&mut FdList::default());
         for (slot, device) in slots.iter().zip(described.devices) {
             lock(&self.journal).push(format!("plug {slot} {}", device.address));
@@ -126,6 +151,7 @@ impl Machine for FakeMachine {
     }
 
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
+        self.may_change_devices()?;
         lock(&self.journal).push(format!("unplug {slots:?}"));
         Ok(())
     }
@@ -159,9 +185,21 @@ impl FakeMachine {
         self.keeps_mib.store(growth_mib, Ordering::Relaxed);
     }
 
-    /// From now on it takes no devices, or does again.
-    pub fn refuses_devices(&self, refuses: bool) {
-        self.refuses_devices.store(refuses, Ordering::Relaxed);
+    /// From now on it keeps the devices it has and takes no others, or does so again.
+    pub fn keeps_devices(&self, why: Option<fn() -> MachineError>) {
+        *lock(&self.keeps_devices) = why;
+    }
+
+    fn may_change_devices(&self) -> Result<(), MachineError> {
+        match *lock(&self.keeps_devices) {
+            Some(why) => Err(why()),
+            None => Ok(()),
+        }
+    }
+
+    /// From now on, and for exchanges that wait, this becomes of them.
+    pub fn disks(&self, disks: Disks) {
+        self.disks.send_replace(disks);
     }
 
     /// Resolves when the guest has answered `count` pings.
@@ -230,14 +268,20 @@ pub struct FakeHost {
     pub machine: Arc<Mutex<Option<Arc<FakeMachine>>>>,
     /// Whether machines boot with their creation or with the start.
     pub knows_network: bool,
+    /// Whether its machines' guests hang from the start.
+    pub hangs: bool,
     /// A console's shell.
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
     pub journal: Journal,
+    /// What runs the containers' hooks.
+    pub hooks: Runner,
     /// Where the host's devices are.
     pub system: System,
     /// Those that its machine has.
     devices: Mutex<Vec<AssignedDevice>>,
+    /// Driver images that its machine has as disks.
+    pub drivers: Vec<DriverImage>,
     /// Empty slots of its machine,
     pub pci_slots: u8,
     /// what is in them,
@@ -260,10 +304,13 @@ impl FakeHost {
         Self {
             machine: Arc::default(),
             knows_network: true,
+            hangs: false,
             debug_shell: None,
             journal: Journal::default(),
+            hooks: Runner::default(),
             system: System::default(),
             devices: Mutex::default(),
+            drivers: Vec::new(),
             pci_slots: 0,
             hot_plug: HotPlug::new(run_dir.clone()),
             run_dir,
@@ -340,7 +387,8 @@ impl FakeHost {
 
     /// Those of `system` that the container asks for.
     pub fn devices(&self, config: &ContainerConfig) -> Result<Vec<AssignedDevice>, SandboxError> {
-        request::assigned(&self.system, &config.spec).map_err(|source| SandboxError::Devices {
+        let assigned = request::assigned(&self.system, &config.spec, true);
+        assigned.map_err(|source| SandboxError::Devices {
             container_id: config.id.clone(),
             source,
         })
@@ -352,9 +400,11 @@ impl FakeHost {
     }
 
     /// Starts an agent in a machine with the devices that a container asks for.
-    pub fn open_for(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+    pub async fn open_for(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
         *lock(&self.devices) = self.devices(config)?;
-        Ok(self.open())
+        let sandbox = self.open();
+        self.hooks.create(config, sandbox.pid()).await?;
+        Ok(sandbox)
     }
 
     /// Starts an agent.
@@ -363,16 +413,29 @@ impl FakeHost {
             None => scripted_machine(self.journal.clone()),
             Some(exe) => real_machine(exe, self.root.path()),
         });
+        if self.hangs {
+            machine.hang();
+        }
         *lock(&self.machine) = Some(machine.clone());
         Sandbox::new(machine)
+    }
+
+    fn images(&self) -> Images {
+        let disks = self.drivers.iter().map(|image| Driver {
+            serial: image.path.display().to_string(),
+            path: image.path.display().to_string(),
+            ..Driver::default()
+        });
+        Images::new(self.drivers.clone(), disks.collect())
     }
 
     /// Attaches to its agent.
     pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
         let mut room = ROOM;
+        let (first, images) = ((self.pod_devices(), None), self.images());
         let started = self
             .hot_plug
-            .start(self.pci_slots, self.pod_devices(), None, BOOT_TIMEOUT);
+            .start(self.pci_slots, first, images, BOOT_TIMEOUT);
         started.await.unwrap();
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
@@ -391,7 +454,8 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         child: Mutex::new(None),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
-        refuses_devices: AtomicBool::new(false),
+        disks: watch::Sender::new(Disks::Exchange),
+        keeps_devices: Mutex::default(),
         journal,
     }
 }
@@ -419,7 +483,8 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         child: Mutex::new(Some(child)),
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
-        refuses_devices: AtomicBool::new(false),
+        disks: watch::Sender::new(Disks::Exchange),
+        keeps_devices: Mutex::default(),
         journal: Journal::default(),
     }
 }

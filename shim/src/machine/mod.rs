@@ -27,6 +27,9 @@ use tokio::net::UnixStream;
 
 pub use vm::{Launch, VmMachine};
 
+/// This very program, whatever happened to its file since it started: the monitor's.
+pub(crate) const SELF_EXE: &str = "/proc/self/exe";
+
 /// Errors of a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -52,7 +55,15 @@ pub enum MachineError {
         /// The monitor's words.
         reason: String,
     },
-    /// Devices cannot be plugged in or unplugged.
+    /// A disk has not got other bytes in time. It may still get them.
+    #[error("disk {serial}: what it has under way takes longer than {seconds} s")]
+    DiskBusy {
+        /// Its serial number.
+        serial: String,
+        /// The time.
+        seconds: u64,
+    },
+    /// Devices are not plugged in, or not unplugged: all is as it was.
     #[error("{0}")]
     Slots(String),
     /// The machine is dead.
@@ -110,7 +121,8 @@ pub trait Machine: Send + Sync {
     async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError>;
 
     /// Gives a disk that was made empty the bytes of `file`, or none again. Nothing
-    /// touches those it had when this returns. The size in bytes.
+    /// touches those it had when this returns. The size in bytes. After an error other
+    /// than [`MachineError::Disk`] nobody knows what the disk has.
     async fn exchange(
         &self,
         serial: &str,
@@ -119,11 +131,13 @@ pub trait Machine: Send + Sync {
     ) -> Result<u64, MachineError>;
 
     /// Puts opened devices of the host into empty slots, one into each: all of them or
-    /// none.
+    /// none. After an error other than [`MachineError::Slots`], or when this was not waited
+    /// for, nobody knows which until the machine is dead.
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError>;
 
     /// Takes out what came with one call of [`Machine::plug`], whether the guest has let
-    /// go of it or not. The machine has nothing of it when this returns.
+    /// go of it or not. The machine has nothing of it when this returns. Of errors holds
+    /// the same.
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.

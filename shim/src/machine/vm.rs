@@ -7,6 +7,7 @@
 //! reports a stop only when the process is gone, so that cgroup and devices are
 //! free by then.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -30,11 +31,15 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
+use crate::task::lock;
 
 /// How long the guest may take for a step of a resize,
 const RESIZE_STALL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 /// and for all of them.
 const RESIZE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a disk may take to have no request under way: longer than a device of the
+/// host that has not been given up takes.
+const EXCHANGE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 40 });
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -56,24 +61,32 @@ pub struct VmMachine {
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
     /// Memory the guest uses beyond its size at boot.
     growth_mib: watch::Receiver<u32>,
-    /// Answers to exchanges of disks, of which one is under way at a time.
-    exchanged: Mutex<mpsc::Receiver<Exchanged>>,
-    /// Answers about slots, one at a time likewise.
-    slots: Mutex<mpsc::Receiver<SlotsDone>>,
+    unanswered: Arc<Unanswered>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
 
-/// A disk's serial number, its size or why it is as it was.
-type Exchanged = (String, Result<u64, String>);
+/// Requests that have a number and no answer.
+type Unanswered = std::sync::Mutex<Waiting>;
 
-/// Slots that were filled or emptied, or why not.
-type SlotsDone = (SlotsWork, Vec<u8>, Result<(), String>);
+#[derive(Default)]
+struct Waiting {
+    last_number: u64,
+    /// Who waits, or has waited, for which.
+    callers: HashMap<u64, oneshot::Sender<Answer>>,
+}
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SlotsWork {
-    Plug,
-    Unplug,
+/// What the request says, or why all is as it was.
+type Answer = Result<u64, String>;
+
+impl Waiting {
+    /// One more.
+    fn add(&mut self) -> (u64, oneshot::Receiver<Answer>) {
+        let (caller, answer) = oneshot::channel();
+        self.last_number += 1;
+        self.callers.insert(self.last_number, caller);
+        (self.last_number, answer)
+    }
 }
 
 /// Both directions of the channel. Sending takes `&Channel`, receiving `&mut`;
@@ -122,15 +135,13 @@ impl VmMachine {
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
-        let (exchanged_tx, exchanged_rx) = mpsc::channel(1);
-        let (slots_tx, slots_rx) = mpsc::channel(1);
+        let unanswered = Arc::<Unanswered>::default();
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
-            exchanged: exchanged_tx,
-            slots: slots_tx,
+            unanswered: unanswered.clone(),
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -145,11 +156,18 @@ impl VmMachine {
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
-            exchanged: Mutex::new(exchanged_rx),
-            slots: Mutex::new(slots_rx),
+            unanswered,
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
+    }
+
+    /// A machine whose monitor is another process, and the monitor's end of its channel.
+    #[cfg(test)]
+    pub(crate) fn with_stand_in(pid: u32) -> (Self, Channel) {
+        let (near, far) = Channel::pair().unwrap();
+        let pidfd = crate::rundir::pidfd_open(pid).unwrap();
+        (Self::adopt(near, pid, pidfd).unwrap(), far)
     }
 
     /// Tells the monitor to build and run the VM. The reply is an event: the
@@ -178,28 +196,21 @@ impl VmMachine {
         }
     }
 
-    /// Sends a request about slots and waits for the answer to it.
-    async fn change_slots(
+    /// Sends the request with a number and waits for its answer. The monitor does what it
+    /// was asked for, whether it is waited for or not.
+    async fn ask(
         &self,
-        work: SlotsWork,
-        slots: &[u8],
-        request: &Request,
         fds: &FdList<'_>,
-    ) -> Result<(), MachineError> {
-        let mut done = self.slots.lock().await;
-        // The answer to a caller who did not wait for it.
-        while done.try_recv().is_ok() {}
-        self.send(request, fds)
+        request: impl FnOnce(u64) -> Request,
+    ) -> Result<Answer, MachineError> {
+        let (number, answer) = lock(&self.unanswered).add();
+        self.send(&request(number), fds)
             .await
             .map_err(|error| self.stop_or(error))?;
-        loop {
-            match done.recv().await {
-                Some((of, those, result)) if of == work && those == slots => {
-                    return result.map_err(MachineError::Slots);
-                }
-                Some(_) => {}
-                None => return Err(MachineError::Stopped(self.stopped().await)),
-            }
+        tokio::select! {
+            biased;
+            Ok(answer) = answer => Ok(answer),
+            stop = self.stopped() => Err(MachineError::Stopped(stop)),
         }
     }
 
@@ -266,45 +277,43 @@ impl Machine for VmMachine {
         file: Option<&File>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
-        let mut exchanged = self.exchanged.lock().await;
-        // The answer to a caller who did not wait for it.
-        while exchanged.try_recv().is_ok() {}
         let mut fds = FdList::default();
-        let request = Request::Exchange {
+        let file = file.map(|file| fds.push(file.as_fd()));
+        let exchange = self.ask(&fds, |number| Request::Exchange {
+            number,
             serial: serial.to_owned(),
-            file: file.map(|file| fds.push(file.as_fd())),
+            file,
             read_only,
-        };
-        self.send(&request, &fds)
-            .await
-            .map_err(|error| self.stop_or(error))?;
-        loop {
-            match exchanged.recv().await {
-                Some((of, result)) if of == serial => {
-                    return result.map_err(|reason| MachineError::Disk { serial: of, reason });
-                }
-                Some(_) => {}
-                None => return Err(MachineError::Stopped(self.stopped().await)),
+        });
+        let answer = tokio::time::timeout(EXCHANGE_LIMIT, exchange).await;
+        let serial = serial.to_owned();
+        match answer {
+            Ok(answer) => answer?.map_err(|reason| MachineError::Disk { serial, reason }),
+            Err(_) => {
+                let seconds = EXCHANGE_LIMIT.as_secs();
+                Err(MachineError::DiskBusy { serial, seconds })
             }
         }
     }
 
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
         let mut fds = FdList::default();
-        let request = Request::Plug {
+        let devices = devices.describe(&mut fds);
+        let plug = self.ask(&fds, |number| Request::Plug {
+            number,
             slots: slots.to_owned(),
-            devices: devices.describe(&mut fds),
-        };
-        self.change_slots(SlotsWork::Plug, slots, &request, &fds)
-            .await
+            devices,
+        });
+        plug.await?.map(drop).map_err(MachineError::Slots)
     }
 
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
-        let request = Request::Unplug {
+        let fds = FdList::default();
+        let unplug = self.ask(&fds, |number| Request::Unplug {
+            number,
             slots: slots.to_owned(),
-        };
-        self.change_slots(SlotsWork::Unplug, slots, &request, &FdList::default())
-            .await
+        });
+        unplug.await?.map(drop).map_err(MachineError::Slots)
     }
 
     async fn stopped(&self) -> Stop {
@@ -382,17 +391,7 @@ async fn watch_monitor(
 struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
-    exchanged: mpsc::Sender<Exchanged>,
-    slots: mpsc::Sender<SlotsDone>,
-}
-
-impl News {
-    fn slots_done(&self, work: SlotsWork, slots: Vec<u8>, result: Result<(), String>) {
-        // Nobody waits for more than one.
-        if self.slots.try_send((work, slots, result)).is_err() {
-            warn!("the monitor tells of slots nobody asked for");
-        }
-    }
+    unanswered: Arc<Unanswered>,
 }
 
 /// Reads events until one ends the machine.
@@ -419,15 +418,13 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
             Event::Resized { growth_mib } => {
                 news.growth_mib.send_replace(growth_mib);
             }
-            Event::Exchanged { serial, result } => {
-                // Nobody waits for more than one.
-                if news.exchanged.try_send((serial, result)).is_err() {
-                    warn!("the monitor tells of a disk nobody asked for");
+            Event::Answered { number, result } => {
+                let caller = lock(&news.unanswered).callers.remove(&number);
+                match caller.map(|caller| caller.send(result)) {
+                    Some(Ok(())) => (),
+                    Some(Err(result)) => info!(number, ?result, "an answer comes late"),
+                    None => warn!(number, "the monitor answers what nobody asked for"),
                 }
-            }
-            Event::Plugged { slots, result } => news.slots_done(SlotsWork::Plug, slots, result),
-            Event::Unplugged { slots, result } => {
-                news.slots_done(SlotsWork::Unplug, slots, result);
             }
             Event::Stopped(reason) => return Stop::Guest(reason),
             Event::Failed { message } => return Stop::Failed(message),
@@ -476,186 +473,4 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-    use std::process::Command;
-
-    use nacre_protocol::vm::StopReason;
-
-    /// A machine whose monitor is `sleep`, and the monitor's end of its channel.
-    /// The machine reaps it.
-    #[allow(clippy::zombie_processes)]
-    fn with_stand_in() -> (VmMachine, Channel) {
-        let (near, far) = Channel::pair().unwrap();
-        let child = Command::new("sleep").arg("60").spawn().unwrap();
-        let pidfd = crate::rundir::pidfd_open(child.id()).unwrap();
-        (VmMachine::adopt(near, child.id(), pidfd).unwrap(), far)
-    }
-
-    #[tokio::test]
-    async fn events_reach_their_waiters() {
-        let (machine, mut monitor) = with_stand_in();
-        let (shim_end, mut guest_end) = StdUnixStream::pair().unwrap();
-        let mut fds = FdList::default();
-        let stream = fds.push(shim_end.as_fd());
-        monitor
-            .send(
-                &Event::Dialed {
-                    port: AGENT_PORT,
-                    stream,
-                },
-                &fds,
-            )
-            .unwrap();
-        drop(shim_end);
-        let agent = machine.agent().await.unwrap();
-        drop(agent);
-        let mut rest = String::new();
-        guest_end.read_to_string(&mut rest).unwrap();
-
-        let stream = machine.connect(7).await.unwrap();
-        let (request, _fds) = monitor.recv::<Request>().unwrap();
-        assert!(matches!(request, Request::Connect { port: 7, .. }));
-        drop(stream);
-
-        let reason = StopReason::Panic;
-        monitor
-            .send(&Event::Stopped(reason), &FdList::default())
-            .unwrap();
-        assert_eq!(machine.stopped().await, Stop::Guest(reason));
-    }
-
-    /// The next request must be a resize; how far.
-    async fn resize_request(monitor: &mut AsyncFd<ChannelHolder>) -> u32 {
-        loop {
-            let mut guard = monitor.readable_mut().await.unwrap();
-            match guard.get_inner_mut().0.recv::<Request>() {
-                Ok((Request::Resize { growth_mib }, _)) => return growth_mib,
-                Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    guard.clear_ready();
-                }
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn resize_returns_when_the_guest_is_there_or_stops_on_its_way() {
-        let (machine, monitor) = with_stand_in();
-        set_nonblocking(monitor.as_fd()).unwrap();
-        let mut monitor = register(ChannelHolder(monitor)).unwrap();
-        let report = |monitor: &AsyncFd<ChannelHolder>, growth_mib| {
-            let event = Event::Resized { growth_mib };
-            let sent = monitor.get_ref().0.send(&event, &FdList::default());
-            sent.unwrap();
-        };
-        let guest = async {
-            assert_eq!(resize_request(&mut monitor).await, 8);
-            report(&monitor, 4);
-            report(&monitor, 8);
-            assert_eq!(resize_request(&mut monitor).await, 0);
-            report(&monitor, 4);
-        };
-        let shim = async {
-            assert_eq!(machine.resize(8).await.unwrap(), 8);
-            assert_eq!(machine.resize(0).await.unwrap(), 4, "no nearer");
-        };
-        tokio::join!(guest, shim);
-        drop(monitor);
-        machine.kill();
-        assert_eq!(machine.stopped().await, Stop::Died);
-        assert!(machine.resize(8).await.is_err(), "the machine is gone");
-    }
-
-    #[tokio::test]
-    async fn exchanges_are_answered_with_a_size_or_a_reason() {
-        let (machine, mut monitor) = with_stand_in();
-        let shim = tokio::spawn(async move {
-            let file = File::open("/dev/null").unwrap();
-            let size = machine.exchange("slot0", Some(&file), true).await;
-            let refused = machine.exchange("slot1", None, false).await;
-            machine.kill();
-            let dead = machine.exchange("slot0", None, false).await;
-            (size.unwrap(), refused.unwrap_err(), dead.is_err())
-        });
-        let monitor = tokio::task::spawn_blocking(move || {
-            let answer = |monitor: &Channel, serial: &str, result| {
-                let serial = serial.to_owned();
-                let event = Event::Exchanged { serial, result };
-                monitor.send(&event, &FdList::default()).unwrap();
-            };
-            let (request, mut fds) = monitor.recv::<Request>().unwrap();
-            let Request::Exchange {
-                file: Some(file),
-                read_only: true,
-                ..
-            } = request
-            else {
-                panic!("{request:?}");
-            };
-            fds.take(file).unwrap();
-            answer(&monitor, "slot0", Ok(4096));
-            let (request, _) = monitor.recv::<Request>().unwrap();
-            assert!(matches!(request, Request::Exchange { file: None, .. }));
-            answer(&monitor, "slot1", Err("broken".into()));
-        });
-        let (size, refused, dead) = shim.await.unwrap();
-        monitor.await.unwrap();
-        assert_eq!(size, 4096);
-        assert_eq!(refused.to_string(), "disk slot1: broken");
-        assert!(dead);
-    }
-
-    #[tokio::test]
-    async fn slots_are_changed_one_after_another() {
-        let (machine, mut monitor) = with_stand_in();
-        let dev = tempfile::tempdir().unwrap();
-        std::fs::write(dev.path().join("iommu"), "").unwrap();
-        let devices = nacre_vmm::vfio::open::by_any(dev.path(), &[], None).unwrap();
-        let shim = tokio::spawn(async move {
-            let refused = machine.plug(&[0, 1], &devices).await.unwrap_err();
-            let unplugged = machine.unplug(&[2]).await;
-            machine.kill();
-            let dead = machine.unplug(&[2]).await.is_err();
-            (refused.to_string(), unplugged, dead)
-        });
-        let monitor = tokio::task::spawn_blocking(move || {
-            let answer = |monitor: &Channel, event: Event| {
-                monitor.send(&event, &FdList::default()).unwrap();
-            };
-            let (request, mut fds) = monitor.recv::<Request>().unwrap();
-            let Request::Plug { slots, devices } = request else {
-                panic!("{request:?}");
-            };
-            nacre_vmm::vfio::Passthrough::take(&devices, &mut fds).unwrap();
-            let result = Err("too large".to_owned());
-            answer(&monitor, Event::Plugged { slots, result });
-            let (request, _) = monitor.recv::<Request>().unwrap();
-            let Request::Unplug { slots } = request else {
-                panic!("{request:?}");
-            };
-            let result = Ok(());
-            answer(&monitor, Event::Unplugged { slots, result });
-        });
-        let (refused, unplugged, dead) = shim.await.unwrap();
-        monitor.await.unwrap();
-        assert_eq!(refused, "too large");
-        unplugged.unwrap();
-        assert!(dead);
-    }
-
-    #[tokio::test]
-    async fn death_resolves_every_wait() {
-        let (machine, monitor) = with_stand_in();
-        machine.kill();
-        drop(monitor);
-        assert_eq!(machine.stopped().await, Stop::Died);
-        assert!(matches!(
-            machine.agent().await,
-            Err(MachineError::Stopped(_))
-        ));
-        assert!(machine.connect(7).await.is_err());
-        machine.kill();
-    }
-}
+mod tests;

@@ -20,6 +20,7 @@
 //! | processors and memory nodes | none, the machine runs on them |
 //! | Intel RDT, network devices | none, they are the host's |
 
+pub mod device_rules;
 pub mod kubernetes;
 pub mod pod;
 

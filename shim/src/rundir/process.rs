@@ -48,18 +48,18 @@ impl Proc {
             .is_some_and(|pidfd| !has_died(pidfd.as_fd(), Duration::ZERO))
     }
 
-    /// Kills this very process and waits for its end, at most [`DEATH_WAIT`].
-    pub(super) fn kill(self) {
-        let Some(pidfd) = self.open() else { return };
+    /// Kills this very process and waits for its end, at most [`DEATH_WAIT`]. Returns
+    /// whether it is gone: one with much memory to unpin takes longer.
+    pub(super) fn kill(self) -> bool {
+        let Some(pidfd) = self.open() else {
+            return true;
+        };
         if let Err(error) = pidfd_kill(pidfd.as_fd())
             && error.raw_os_error() != Some(libc::ESRCH)
         {
             warn!(pid = self.pid, %error, "cannot kill");
-            return;
         }
-        if !has_died(pidfd.as_fd(), DEATH_WAIT) {
-            warn!(pid = self.pid, "still there after SIGKILL");
-        }
+        has_died(pidfd.as_fd(), DEATH_WAIT)
     }
 }
 
@@ -102,4 +102,73 @@ fn has_died(pidfd: BorrowedFd<'_>, wait: Duration) -> bool {
     let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO);
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, timeout), Ok(ready) if ready > 0)
+}
+
+/// A process that SIGKILL does not end yet, as one in the middle of a long system call:
+/// the first of a PID namespace, which waits for a process in it (pid_namespaces(7)) that
+/// nobody reaps as long as its parent outside is stopped.
+#[cfg(test)]
+pub(crate) mod undying {
+    use super::Proc;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    pub(crate) struct Undying {
+        outer: Child,
+        parent: Child,
+        /// The process.
+        pub process: Proc,
+    }
+
+    impl Undying {
+        /// None, with the reason on stderr, where it takes rights that we do not have.
+        pub(crate) fn new() -> Option<Self> {
+            let mut outer = says("unshare", &["--pid", "--fork"]);
+            let Some(pid) = outer.1 else {
+                eprintln!("skipped: no PID namespace can be made");
+                outer.0.wait().unwrap();
+                return None;
+            };
+            let parent = says("nsenter", &["-p", "-t", &pid.to_string()]);
+            parent.1.unwrap();
+            let stopped = Pid::from_raw(parent.0.id().try_into().unwrap());
+            kill(stopped, Signal::SIGSTOP).unwrap();
+            let process = Proc::of(pid).unwrap();
+            Some(Self {
+                outer: outer.0,
+                parent: parent.0,
+                process,
+            })
+        }
+    }
+
+    impl Drop for Undying {
+        /// Lets it die.
+        fn drop(&mut self) {
+            let first = Pid::from_raw(self.process.pid.try_into().unwrap());
+            kill(first, Signal::SIGKILL).unwrap();
+            self.parent.kill().unwrap();
+            self.parent.wait().unwrap();
+            self.outer.wait().unwrap();
+        }
+    }
+
+    /// Runs a shell in the namespace that `program` makes or enters; its pid out here.
+    fn says(program: &str, arguments: &[&str]) -> (Child, Option<u32>) {
+        let script = "read -r pid rest < /proc/self/stat; echo $pid; exec sleep 60";
+        let mut child = Command::new(program)
+            .args(arguments)
+            .args(["sh", "-c", script])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        output.read_line(&mut line).unwrap();
+        (child, line.trim().parse().ok())
+    }
 }

@@ -5,7 +5,7 @@ use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
-use crate::devices::{ClaimError, RequestError};
+use crate::devices::{Address, ClaimError, DriverError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
@@ -73,6 +73,14 @@ pub enum SandboxError {
         /// Which, and why.
         source: OpenError,
     },
+    /// A driver for a device cannot be had.
+    #[error("container {container_id}: the devices it asks for")]
+    Drivers {
+        /// The container.
+        container_id: String,
+        /// Which, and why.
+        source: DriverError,
+    },
     /// All disks for block devices are in use.
     #[error(
         "container {container_id} needs a block device, and the pod's virtual machine has no \
@@ -109,6 +117,17 @@ pub enum SandboxError {
         container_id: String,
         /// The limit.
         seconds: u64,
+    },
+    /// The monitor has not said what became of a device.
+    #[error(
+        "container {container_id}: PCI device {address} may be in the pod's virtual machine, whose \
+         monitor did not say when it was to be plugged in or out: it is nobody's before the pod ends"
+    )]
+    LostDevice {
+        /// The container.
+        container_id: String,
+        /// The device.
+        address: Address,
     },
     /// A second container came before the first was started.
     #[error(

@@ -6,25 +6,29 @@
 //! last user deleted: the guest lets go -> unplugged -> the claim given back
 //! ```
 //! A device stays as long as a container of the pod uses it. One that the guest does not let
-//! go within [`EJECT_TIMEOUT`] is taken all the same; one that the monitor does not take out
-//! stays the pod's to its end, with its slot.
+//! go within [`EJECT_TIMEOUT`] is taken all the same. One of which the monitor does not say
+//! what became of it stays the pod's to its end, with its slot, and is no container's.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex as StdMutex;
 use std::time::Duration;
 
+use futures::future::join_all;
 use nacre_protocol::agent::EjectDeviceRequest;
 use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
+use super::images::Images;
 use super::{Sandbox, SandboxError};
-use crate::devices::{Address, AssignedDevice, System, request};
+use crate::devices::{Address, AssignedDevice, System, drivers, request};
 use crate::error::chain;
 use crate::machine::MachineError;
 use crate::rundir::RunDir;
+use crate::storage::PciDevices;
 use crate::task::{agent_message, lock};
 
 /// Time the guest's drivers have to let go of a device.
@@ -46,6 +50,9 @@ struct Slots {
     /// Which are in use.
     taken: Vec<bool>,
     plugged: Vec<Plugged>,
+    /// Devices in slots that nobody uses again: the monitor may have them.
+    lost: Vec<Address>,
+    images: Images,
     /// What the groups of all devices are in.
     container: Option<OwnedFd>,
     /// Time the monitor has for one of its steps.
@@ -70,7 +77,7 @@ impl HotPlug {
     }
 
     /// The machine has `count` empty slots, and boots with the devices `first`, which were
-    /// opened as `passthrough`. The monitor has `timeout` for a step.
+    /// opened as `passthrough`, and with `images`. The monitor has `timeout` for a step.
     ///
     /// # Errors
     ///
@@ -78,8 +85,8 @@ impl HotPlug {
     pub async fn start(
         &self,
         count: u8,
-        first: Vec<AssignedDevice>,
-        passthrough: Option<&Passthrough>,
+        (first, passthrough): (Vec<AssignedDevice>, Option<&Passthrough>),
+        images: Images,
         timeout: Duration,
     ) -> std::io::Result<()> {
         let container = match passthrough {
@@ -89,6 +96,7 @@ impl HotPlug {
         *self.slots.lock().await = Slots {
             first,
             taken: vec![false; count.into()],
+            images,
             container,
             timeout,
             ..Slots::default()
@@ -101,17 +109,17 @@ impl HotPlug {
     ///
     /// # Errors
     ///
-    /// `NoPciSlot`; what keeps a device from being claimed, opened or plugged in. Nothing
-    /// of it is left then.
+    /// `NoPciSlot`, `LostDevice`; what keeps a device from being claimed, opened or plugged
+    /// in. Nothing of it is left then, unless the monitor does not say so.
     pub async fn attach(
         &self,
         system: &System,
         sandbox: &Sandbox,
         container_id: &str,
         asked: &[AssignedDevice],
-    ) -> Result<Vec<String>, SandboxError> {
+    ) -> Result<PciDevices, SandboxError> {
         let slots = &mut *self.slots.lock().await;
-        let missing = slots.missing(asked);
+        let missing = slots.missing(container_id, asked)?;
         if !missing.is_empty() {
             self.plug(system, sandbox, container_id, slots, missing)
                 .await?;
@@ -135,49 +143,42 @@ impl HotPlug {
     ) -> Result<(), SandboxError> {
         let chosen = slots.choose(container_id, devices.len())?;
         let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
-        let (run_dir, wanted) = (self.run_dir.clone(), addresses.clone());
-        super::blocking(move || run_dir.claims().claim(&run_dir, &wanted))
+        self.claim(container_id, addresses.clone()).await?;
+        let opened = slots.open(system, container_id, devices.clone()).await;
+        let plugged = match opened {
+            Ok((opened, images)) => {
+                let plug = sandbox.machine.plug(&chosen, &opened);
+                let plugged = within(slots.timeout, container_id, plug).await;
+                plugged.map(|()| images)
+            }
+            Err(error) => Err(error),
+        };
+        match plugged {
+            Ok(images) => {
+                info!(container_id, ?addresses, slots = ?chosen, "devices plugged in");
+                slots.add(devices, chosen, images);
+                Ok(())
+            }
+            Err(error) => {
+                if may_be_plugged(&error) {
+                    slots.take(&chosen, true);
+                    slots.lost.extend(addresses);
+                } else {
+                    self.give_back(addresses).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn claim(&self, container_id: &str, addresses: Vec<Address>) -> Result<(), SandboxError> {
+        let run_dir = self.run_dir.clone();
+        super::blocking(move || run_dir.claims().claim(&run_dir, &addresses))
             .await
             .map_err(|source| SandboxError::Claim {
                 container_id: container_id.to_owned(),
                 source,
-            })?;
-        let opened = slots.open(system, container_id, devices.clone()).await;
-        let plugged = async {
-            let opened = opened?;
-            let plug = sandbox.machine.plug(&chosen, &opened);
-            let limit = slots.timeout;
-            tokio::time::timeout(limit, plug).await.map_or_else(
-                |_| {
-                    Ok(Err(SandboxError::PlugTimeout {
-                        container_id: container_id.to_owned(),
-                        seconds: limit.as_secs(),
-                    }))
-                },
-                |result| result.map(Ok).map_err(SandboxError::from),
-            )
-        };
-        match plugged.await {
-            Ok(Ok(())) => {
-                info!(container_id, ?addresses, slots = ?chosen, "devices plugged in");
-                slots.take(&chosen, true);
-                slots.plugged.push(Plugged {
-                    devices,
-                    slots: chosen,
-                    users: BTreeSet::new(),
-                });
-                Ok(())
-            }
-            // What the monitor does with them is not known: nobody else gets them.
-            Ok(Err(late)) => {
-                slots.take(&chosen, true);
-                Err(late)
-            }
-            Err(error) => {
-                self.give_back(addresses).await;
-                Err(error)
-            }
-        }
+            })
     }
 
     /// A container is gone from the guest, or never came: takes out what nobody else
@@ -203,8 +204,11 @@ impl HotPlug {
     }
 
     async fn unplug(&self, sandbox: &Sandbox, slots: &mut Slots, plugged: Plugged) {
-        for slot in &plugged.slots {
-            eject(sandbox, &slots.guest_address(*slot)).await;
+        let in_guest = plugged.slots.iter().map(|slot| slots.guest_address(*slot));
+        let in_guest: Vec<_> = in_guest.collect();
+        join_all(in_guest.iter().map(|address| eject(sandbox, address))).await;
+        for address in &in_guest {
+            slots.images.went(address);
         }
         let addresses: Vec<_> = plugged.devices.iter().map(|one| one.address).collect();
         let unplug = sandbox.machine.unplug(&plugged.slots);
@@ -212,19 +216,44 @@ impl HotPlug {
             Ok(Ok(())) => {
                 info!(?addresses, "devices unplugged");
                 self.give_back(addresses).await;
-                slots.take(&plugged.slots, false);
+                return slots.take(&plugged.slots, false);
             }
             // They are free when the pod is taken down.
             Ok(Err(MachineError::Stopped(_))) => (),
             Ok(Err(error)) => warn!(?addresses, error = chain(&error), "devices not unplugged"),
             Err(_) => warn!(?addresses, "the monitor does not unplug devices"),
         }
+        slots.lost.extend(addresses);
     }
 
     async fn give_back(&self, addresses: Vec<Address>) {
         let run_dir = self.run_dir.clone();
         super::blocking(move || run_dir.claims().give_back(&run_dir, &addresses)).await;
     }
+}
+
+/// What becomes of devices that the monitor is to plug in.
+async fn within(
+    limit: Duration,
+    container_id: &str,
+    plug: impl Future<Output = Result<(), MachineError>>,
+) -> Result<(), SandboxError> {
+    match tokio::time::timeout(limit, plug).await {
+        Ok(result) => result.map_err(SandboxError::from),
+        Err(_) => Err(SandboxError::PlugTimeout {
+            container_id: container_id.to_owned(),
+            seconds: limit.as_secs(),
+        }),
+    }
+}
+
+/// Whether the monitor may have plugged devices in, or do so yet.
+fn may_be_plugged(error: &SandboxError) -> bool {
+    use MachineError::{Channel, Io};
+    matches!(
+        error,
+        SandboxError::PlugTimeout { .. } | SandboxError::Machine(Channel(_) | Io { .. })
+    )
 }
 
 /// Has the guest's driver leave a device, if the guest answers.
@@ -248,9 +277,37 @@ async fn eject(sandbox: &Sandbox, address: &str) {
 }
 
 impl Slots {
-    fn missing(&self, asked: &[AssignedDevice]) -> Vec<AssignedDevice> {
+    /// What has to be plugged in.
+    fn missing(
+        &self,
+        container_id: &str,
+        asked: &[AssignedDevice],
+    ) -> Result<Vec<AssignedDevice>, SandboxError> {
+        let mut addresses = asked.iter().map(|device| device.address);
+        if let Some(address) = addresses.find(|address| self.lost.contains(address)) {
+            return Err(SandboxError::LostDevice {
+                container_id: container_id.to_owned(),
+                address,
+            });
+        }
         let is_missing = |device: &&AssignedDevice| self.position(device.address).is_none();
-        asked.iter().filter(is_missing).cloned().collect()
+        Ok(asked.iter().filter(is_missing).cloned().collect())
+    }
+
+    /// Devices were plugged in, which need these driver images.
+    fn add(&mut self, devices: Vec<AssignedDevice>, slots: Vec<u8>, images: Vec<Option<PathBuf>>) {
+        self.take(&slots, true);
+        for (slot, image) in slots.iter().zip(images) {
+            let in_guest = self.guest_address(*slot);
+            if let Some(image) = image {
+                self.images.came(&image, in_guest);
+            }
+        }
+        self.plugged.push(Plugged {
+            devices,
+            slots,
+            users: BTreeSet::new(),
+        });
     }
 
     /// A device's place behind the guest's root ports.
@@ -270,9 +327,13 @@ impl Slots {
         guest_address(self.first.len() + usize::from(slot))
     }
 
-    fn in_guest(&self, asked: &[AssignedDevice]) -> Vec<String> {
+    fn in_guest(&self, asked: &[AssignedDevice]) -> PciDevices {
         let positions = asked.iter().filter_map(|one| self.position(one.address));
-        positions.map(guest_address).collect()
+        let addresses: Vec<_> = positions.map(guest_address).collect();
+        PciDevices {
+            drivers: self.images.of(&addresses),
+            addresses,
+        }
     }
 
     /// Empty slots for so many devices.
@@ -300,20 +361,30 @@ impl Slots {
         }
     }
 
+    /// Opens devices; returns with them the driver image that each needs.
     async fn open(
         &mut self,
         system: &System,
         container_id: &str,
         devices: Vec<AssignedDevice>,
-    ) -> Result<Passthrough, SandboxError> {
+    ) -> Result<(Passthrough, Vec<Option<PathBuf>>), SandboxError> {
         let (system, container) = (system.clone(), self.container.take());
-        let (opened, container) = super::blocking(move || {
+        let rules = self.images.rules().to_owned();
+        let (opened, images, container) = super::blocking(move || {
             let opened = request::open(&system, &devices, container.as_ref());
-            (opened, container)
+            let images = devices.iter().map(|device| {
+                let image = drivers::image_for(&rules, &system, device.address);
+                image.map(|path| path.map(Path::to_owned))
+            });
+            (opened, images.collect::<Result<Vec<_>, _>>(), container)
         })
         .await;
         self.container = container;
         let opened = opened.map_err(|source| SandboxError::OpenDevices {
+            container_id: container_id.to_owned(),
+            source,
+        })?;
+        let images = images.map_err(|source| SandboxError::Drivers {
             container_id: container_id.to_owned(),
             source,
         })?;
@@ -324,7 +395,7 @@ impl Slots {
             });
             self.container = kept?;
         }
-        Ok(opened)
+        Ok((opened, images))
     }
 }
 

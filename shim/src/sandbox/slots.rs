@@ -41,7 +41,8 @@ impl Slots {
         }
     }
 
-    /// Gives a device to an empty slot; returns its disk's serial number.
+    /// Gives a device to an empty slot; returns its disk's serial number. A slot that
+    /// may get the device yet, or has it, is not used again.
     ///
     /// # Errors
     ///
@@ -58,7 +59,9 @@ impl Slots {
         match machine.exchange(&serial, Some(file), read_only).await {
             Ok(_) => Ok(serial),
             Err(error) => {
-                self.give_back(index);
+                if let MachineError::Disk { .. } = error {
+                    self.give_back(index);
+                }
                 Err(error.into())
             }
         }

@@ -11,7 +11,6 @@
 mod boot;
 mod devices;
 
-use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -35,7 +34,7 @@ use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
 use crate::hooks;
-use crate::machine::{Launch, Machine, VmMachine};
+use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
 use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
 use crate::oci::{self, kubernetes};
@@ -49,8 +48,6 @@ use boot::{BootConfig, BootFds};
 const HOST_NAME_MAX: usize = 64;
 /// How long a killed monitor may take to be gone.
 const DEATH_WAIT: Duration = Duration::from_secs(2);
-/// This very program, whatever happened to its file since it started.
-const SELF_EXE: &str = "/proc/self/exe";
 const GROUP: &str = "io.containerd.runc.v2.group";
 
 /// What lives on the host for the pod.
@@ -64,11 +61,18 @@ struct Parts {
     network: Option<PodNetwork>,
     /// The host's devices that are the pod's, in the order of the machine's.
     devices: Vec<AssignedDevice>,
-    /// Whether they reach the memory, or others may later.
-    is_pinned: bool,
-    /// What the memory of a pod with devices takes to be pinned, and to be given back.
+    /// Slots for devices of containers that join the pod.
+    pci_slots: u8,
+    /// What memory that devices reach takes to be pinned, and to be given back.
     pin_time: Duration,
     state: State,
+}
+
+impl Parts {
+    /// Whether devices of the host reach the pod's memory, or may later.
+    fn is_pinned(&self) -> bool {
+        !self.devices.is_empty() || self.pci_slots > 0
+    }
 }
 
 /// See the module.
@@ -78,6 +82,7 @@ pub struct VmHost {
     sandbox_id: String,
     system: System,
     hot_plug: HotPlug,
+    hooks: hooks::Runner,
     parts: Mutex<Parts>,
 }
 
@@ -98,18 +103,30 @@ impl NetNs {
 
 impl VmHost {
     /// The host side of pod `sandbox_id`; touches nothing yet.
-    pub fn new(config: Config, run_dir: RunDir, sandbox_id: String, state: State) -> Self {
+    pub fn new(
+        config: Config,
+        run_dir: RunDir,
+        sandbox_id: String,
+        state: State,
+        hooks: hooks::Runner,
+    ) -> Self {
         Self {
             config,
             hot_plug: HotPlug::new(run_dir.clone()),
             run_dir,
             sandbox_id,
             system: System::default(),
+            hooks,
             parts: Mutex::new(Parts {
                 state,
                 ..Parts::default()
             }),
         }
+    }
+
+    /// See [`super::Host::hooks`].
+    pub fn hooks(&self) -> &hooks::Runner {
+        &self.hooks
     }
 
     /// See [`super::Host::prepare`].
@@ -164,7 +181,7 @@ impl VmHost {
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
         let machine = self.start_monitor(&netns)?;
-        hooks::create(config, machine.pid()).await?;
+        self.hooks.create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
         // one of our own somebody may yet put an interface.
@@ -215,12 +232,13 @@ impl VmHost {
         let size = self.size_of(&config.spec);
         let pin_time = pin_time(size);
         info!(id = self.sandbox_id, ?size, ?pin_time, "booting");
-        let (machine, netns, network, uid) = {
+        let (machine, netns, network, uid, pci_slots) = {
             let mut parts = crate::task::lock(&self.parts);
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
             parts.pin_time = pin_time;
-            (machine, parts.netns.take(), parts.network.take(), uid)
+            let (netns, network) = (parts.netns.take(), parts.network.take());
+            (machine, netns, network, uid, parts.pci_slots)
         };
         let loopback = match &netns {
             Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
@@ -232,6 +250,9 @@ impl VmHost {
             (None, None) => return Err(SandboxError::Stopped),
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
+        let (disks, images) = self.driver_disks(&config.id).await?;
+        prepared.disks.extend(disks);
+        prepared.pci_devices.drivers = images.of(&prepared.pci_devices.addresses);
         let fds = self.boot_fds(config, prepared, shares).await?;
         let slots = fds.slots;
         let boot = BootConfig {
@@ -239,13 +260,14 @@ impl VmHost {
             network: &network,
             size,
             hugepages: self.config.hugepages,
-            pci_slots: self.pci_slots(&config.spec),
+            pci_slots,
             uid,
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
-        let (first, opened) = (self.pod_devices(), fds.passthrough.as_ref());
+        let drivers = images.in_use();
+        let first = (self.pod_devices(), fds.passthrough.as_ref());
         self.hot_plug
-            .start(boot.pci_slots, first, opened, timeout)
+            .start(pci_slots, first, images, timeout)
             .await
             .map_err(io_error("duplicate a descriptor"))?;
         fds.send(&machine, &boot).await?;
@@ -261,7 +283,8 @@ impl VmHost {
             rules: network.rules,
             neighbors: network.neighbors,
             shared_dir: shares,
-            sysctls: sysctls(&config.spec),
+            sysctls: oci::pod::sysctls(&config.spec),
+            drivers,
             ..Default::default()
         };
         let room = Room {
@@ -322,8 +345,7 @@ impl VmHost {
     /// See [`super::Host::set_limits`].
     pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
         let parts = crate::task::lock(&self.parts);
-        let is_pinned = parts.is_pinned;
-        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        let limits = host_limits(containers, memory_mib, parts.is_pinned(), &self.config);
         match &parts.cgroup {
             Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
             None => Ok(()),
@@ -331,7 +353,7 @@ impl VmHost {
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
-        let is_pinned = crate::task::lock(&self.parts).is_pinned;
+        let is_pinned = crate::task::lock(&self.parts).is_pinned();
         size_of(spec, is_pinned, &self.config)
     }
 
@@ -428,19 +450,21 @@ impl VmHost {
                 parts.pin_time,
             )
         };
+        let mut is_gone = true;
         if let Some(machine) = machine {
             machine.kill();
-            if tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped())
-                .await
-                .is_err()
-            {
-                warn!("the monitor does not die");
+            let wait = tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped());
+            is_gone = wait.await.is_ok();
+            if !is_gone {
+                warn!("the monitor does not die; until it has, its devices are the pod's");
+                crate::task::lock(&self.parts).machine = Some(machine);
             }
         }
         let run_dir = self.run_dir.clone();
         let result = blocking(move || {
-            // The monitor is gone, and with it what it had open.
-            run_dir.claims().release(&run_dir);
+            if is_gone {
+                run_dir.claims().release(&run_dir);
+            }
             if let Some(mut child) = virtiofsd {
                 child.kill()?;
                 child.wait()?;
@@ -482,15 +506,6 @@ async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
             );
         })
         .ok())
-}
-
-/// A pod's kernel parameters: they are its machine's.
-fn sysctls(spec: &Spec) -> HashMap<String, String> {
-    let linux = spec.linux().as_ref();
-    linux
-        .filter(|_| kubernetes::is_sandbox(spec))
-        .and_then(|linux| linux.sysctl().clone())
-        .unwrap_or_default()
 }
 
 /// CRI leaves out of the sandbox's spec which namespaces are to be the host's.
@@ -638,7 +653,7 @@ mod tests {
         let request = CreateSandboxRequest::default();
         let mut config = PodSandboxConfig::default();
         let refused = |config: &PodSandboxConfig| {
-            refuse_host_namespaces(&sandbox_spec(&request, config), "web")
+            refuse_host_namespaces(&sandbox_spec(&request, config, "k8s.io"), "web")
                 .err()
                 .map(|error| error.to_string())
         };

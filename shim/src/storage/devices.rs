@@ -14,13 +14,14 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use super::StorageError;
 use crate::devices::request::is_passthrough_node;
+use crate::oci::device_rules;
 
 /// Bytes of a sector (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
@@ -51,6 +52,8 @@ pub struct BlockDevice {
     pub file: File,
     /// Its size.
     pub size_bytes: u64,
+    /// Size of its logical sectors.
+    pub sector_bytes: u32,
     /// Whether the container may only read it.
     pub read_only: bool,
     /// Its node in the container.
@@ -70,8 +73,8 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
     let Some(linux) = spec.linux() else {
         return Ok(Vec::new());
     };
-    let rules = rules(linux);
-    if rules.iter().any(allows_everything) {
+    let rules = device_rules::of(linux);
+    if device_rules::allow_everything(rules) {
         return Ok(Vec::new());
     }
     let mut devices = Vec::new();
@@ -99,25 +102,6 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
     Ok(devices)
 }
 
-fn rules(linux: &Linux) -> &[LinuxDeviceCgroup] {
-    let resources = linux.resources().as_ref();
-    let rules = resources.and_then(|resources| resources.devices().as_deref());
-    rules.unwrap_or_default()
-}
-
-fn number(value: Option<i64>) -> Option<i64> {
-    value.filter(|value| *value >= 0)
-}
-
-fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
-    let access = rule.access().as_deref().unwrap_or("rwm");
-    rule.allow()
-        && rule.typ().unwrap_or_default() == LinuxDeviceType::A
-        && number(rule.major()).is_none()
-        && number(rule.minor()).is_none()
-        && "rwm".chars().all(|letter| access.contains(letter))
-}
-
 fn is_kernel_s(device: &LinuxDevice) -> bool {
     match device.typ() {
         // A named pipe is made, whoever's it is.
@@ -142,40 +126,23 @@ pub fn keep_kernel_s(linux: &mut Linux) {
     };
     if let Some(rules) = resources.devices_mut() {
         rules.retain(|rule| {
-            let some_disk_s = rule.typ().unwrap_or_default() == LinuxDeviceType::B
-                && number(rule.major()).is_some();
-            !some_disk_s && !dropped.iter().any(|device| allows(rule, device))
+            let some_disk_s = device_rules::kind(rule) == LinuxDeviceType::B
+                && device_rules::number(rule.major()).is_some();
+            let is_dropped_s = |device| device_rules::is_own(rule, device);
+            !some_disk_s && !dropped.iter().any(is_dropped_s)
         });
     }
 }
 
-/// Whether a rule is this very device's.
-fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
-    let numbers = (Some(device.major()), Some(device.minor()));
-    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
-}
-
-/// All the rules that name a device allow together.
-fn access(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> String {
-    let names_it = |rule: &&LinuxDeviceCgroup| {
-        rule.allow()
-            && rule.typ() == Some(LinuxDeviceType::B)
-            && number(rule.major()) == Some(device.major())
-            && number(rule.minor()) == Some(device.minor())
-    };
-    let allowed: String = rules
-        .iter()
-        .filter(names_it)
-        .map(|rule| rule.access().as_deref().unwrap_or("rwm"))
-        .collect();
-    "rwm".chars().filter(|c| allowed.contains(*c)).collect()
-}
-
 fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<BlockDevice> {
-    let access = access(device, rules);
+    let access = device_rules::access(rules, device);
+    if !access.contains(['r', 'w']) {
+        let text = "no device rule of the spec lets the container read or write it";
+        return Err(io::Error::other(text));
+    }
     let read_only = !access.contains('w');
     let path = host_node(device.major(), device.minor())?;
-    let mut file = File::options().read(true).write(!read_only).open(&path)?;
+    let mut file = open_uncached(&path, read_only)?;
     let metadata = file.metadata()?;
     let rdev = metadata.rdev();
     let numbers = (i64::from(libc::major(rdev)), i64::from(libc::minor(rdev)));
@@ -191,6 +158,7 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     Ok(BlockDevice {
         file,
         size_bytes,
+        sector_bytes: sector_bytes(device.major(), device.minor())?,
         read_only,
         path: device.path().clone(),
         access,
@@ -200,9 +168,41 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     })
 }
 
+/// Opens a device for I/O past the host's page cache, which would not know what another
+/// host writes to a disk that both have.
+fn open_uncached(path: &Path, read_only: bool) -> io::Result<File> {
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_DIRECT);
+    options.open(path)
+}
+
+fn sysfs(major: i64, minor: i64) -> PathBuf {
+    format!("/sys/dev/block/{major}:{minor}").into()
+}
+
+/// Size of a block device's logical sectors
+/// (Documentation/ABI/stable/sysfs-block); a partition has its disk's.
+fn sector_bytes(major: i64, minor: i64) -> io::Result<u32> {
+    sector_bytes_at(&sysfs(major, minor))
+}
+
+fn sector_bytes_at(device: &Path) -> io::Result<u32> {
+    let own = device.join("queue");
+    let queue = if own.exists() {
+        own
+    } else {
+        device.join("../queue")
+    };
+    let text = std::fs::read_to_string(queue.join("logical_block_size"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
 /// Where the host has a block device: a spec tells its numbers only.
 fn host_node(major: i64, minor: i64) -> io::Result<PathBuf> {
-    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+    let text = std::fs::read_to_string(sysfs(major, minor).join("uevent"))?;
     let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
     let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
     Ok(Path::new("/dev").join(name))
@@ -260,10 +260,58 @@ mod tests {
         let flags = fcntl(&device.file, FcntlArg::F_GETFL).unwrap();
         let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
         assert_eq!(access, OFlag::O_RDONLY);
+        assert!(device.sector_bytes >= 512);
 
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let privileged = open(&spec(&node, &everything), "c1").unwrap();
         assert!(privileged.is_empty(), "listed unasked");
+    }
+
+    #[test]
+    fn nothing_is_between_a_container_and_its_device() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let opened = match open_uncached(file.path(), true) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                eprintln!("skipped: this file system has no O_DIRECT");
+                return;
+            }
+            opened => opened.unwrap(),
+        };
+        let flags = OFlag::from_bits_retain(fcntl(&opened, FcntlArg::F_GETFL).unwrap());
+        assert!(flags.contains(OFlag::O_DIRECT), "{flags:?}");
+    }
+
+    #[test]
+    fn sectors_of_a_disk_and_of_its_partition() {
+        let sys = tempfile::tempdir().unwrap();
+        let disk = sys.path().join("sda");
+        std::fs::create_dir_all(disk.join("queue")).unwrap();
+        std::fs::create_dir(disk.join("sda1")).unwrap();
+        std::fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
+        assert_eq!(sector_bytes_at(&disk).unwrap(), 4096);
+        assert_eq!(sector_bytes_at(&disk.join("sda1")).unwrap(), 4096);
+        assert!(sector_bytes_at(sys.path()).is_err());
+    }
+
+    #[test]
+    fn a_block_device_that_no_rule_allows_is_refused() {
+        let node = json!([{"path": "/dev/xvda", "type": "b", "major": 4000, "minor": 1}]);
+        let refusal = |rules: Value| {
+            let error = open(&spec(&node, &rules), "c1").unwrap_err();
+            crate::error::chain(&error)
+        };
+        for rules in [
+            json!([{"allow": false, "access": "rwm"}]),
+            json!([{"allow": true, "type": "b", "major": 4000, "minor": 1, "access": ""}]),
+            json!([{"allow": true, "type": "b", "access": "m"}]),
+        ] {
+            let text = refusal(rules);
+            let parts = ["container c1", "/dev/xvda", "4000:1", "no device rule"];
+            assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        }
+        let minors = json!([{"allow": true, "type": "b", "major": 4000, "access": "r"}]);
+        let text = refusal(minors);
+        assert!(text.contains("No such file"), "it is allowed: {text}");
     }
 
     #[test]

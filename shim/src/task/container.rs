@@ -199,7 +199,8 @@ impl Container {
             subpaths,
             bundle: self.config.bundle.display().to_string(),
             block_devices,
-            pci_devices: prepared.pci_devices,
+            pci_devices: prepared.pci_devices.addresses,
+            drivers: prepared.pci_devices.drivers,
             ..Default::default()
         };
         agent

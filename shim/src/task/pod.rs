@@ -20,7 +20,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskO
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, RwLock, watch};
 use tracing::{info, warn};
 
 use super::TaskError;
@@ -28,6 +28,7 @@ use super::container::Container;
 use super::io::StdioPaths;
 use super::process::lock;
 use super::resize::take_room;
+use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
 use crate::machine::MachineError;
@@ -37,19 +38,47 @@ use crate::storage::{PodFiles, Prepared};
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
 const OOM_PAUSE: Duration = Duration::from_millis(500);
+/// Time that hooks have once their pod is to end.
+const HOOKS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A pod.
 pub struct Pod {
     pub(super) host: Host,
     pub(super) publisher: Publisher,
     pub(super) sandbox: OnceCell<Arc<Sandbox>>,
-    /// `None`: being created.
-    pub(super) containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    pub(super) containers: Mutex<HashMap<String, Entry>>,
     /// Those the shim had to make.
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
     pub(super) resizing: tokio::sync::Mutex<()>,
+    /// Shared by those who run hooks, or are about to.
+    busy: RwLock<()>,
     ended: watch::Sender<bool>,
+}
+
+/// A container's place among the others.
+pub(super) enum Entry {
+    /// It is being created. Its limits, from when there is room for it in the machine.
+    Creating(Option<Box<Limits>>),
+    /// It is there.
+    Made(Arc<Container>),
+}
+
+impl Entry {
+    fn container(&self) -> Option<Arc<Container>> {
+        match self {
+            Self::Creating(_) => None,
+            Self::Made(container) => Some(container.clone()),
+        }
+    }
+
+    /// What it counts with for the pod's size; the sandbox container does not.
+    pub(super) fn limits(&self) -> Option<Limits> {
+        match self {
+            Self::Creating(limits) => limits.as_deref().copied(),
+            Self::Made(container) => (!container.is_sandbox()).then(|| container.limits()),
+        }
+    }
 }
 
 impl Pod {
@@ -62,6 +91,7 @@ impl Pod {
             containers: Mutex::new(HashMap::new()),
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
+            busy: RwLock::default(),
             ended: watch::Sender::new(false),
         })
     }
@@ -83,7 +113,7 @@ impl Pod {
 
     /// Finds a container that came by `api`.
     pub(super) fn find(&self, id: &str, api: Api) -> Option<Arc<Container>> {
-        let container = lock(&self.containers).get(id).cloned().flatten();
+        let container = lock(&self.containers).get(id).and_then(Entry::container);
         container.filter(|container| container.config().api == api)
     }
 
@@ -136,11 +166,14 @@ impl Pod {
             Ok(container) => {
                 container.publisher.publish(&create_event(&container));
                 container.watch_init();
-                containers.insert(id, Some(container.clone()));
+                containers.insert(id, Entry::Made(container.clone()));
                 Ok(container)
             }
             Err(error) => {
-                containers.remove(&id);
+                let entry = containers.remove(&id);
+                if entry.is_some_and(|entry| entry.limits().is_some()) {
+                    tokio::spawn(take_room(self.clone()));
+                }
                 Err(error)
             }
         }
@@ -155,7 +188,7 @@ impl Pod {
         if containers.contains_key(id) {
             return Err(TaskError::ContainerExists(id.to_owned()));
         }
-        containers.insert(id.to_owned(), None);
+        containers.insert(id.to_owned(), Entry::Creating(None));
         Ok(())
     }
 
@@ -165,6 +198,10 @@ impl Pod {
         stdio: StdioPaths,
     ) -> Result<Arc<Container>, TaskError> {
         hooks::check(&config)?;
+        let _busy = self.busy.read().await;
+        if *self.ended.borrow() {
+            return Err(SandboxError::Stopped.into());
+        }
         let created = async {
             let (sandbox, prepared) = self.sandbox_for(&config).await?;
             let publisher = match config.api {
@@ -184,6 +221,7 @@ impl Pod {
         let result = created.await;
         if result.is_err() {
             self.release(&config.id).await;
+            self.host.hooks().stopped(&config).await;
         }
         result
     }
@@ -196,6 +234,8 @@ impl Pod {
         };
         let sandbox = container.sandbox();
         if sandbox.agent().is_none() {
+            // The machine is made with it.
+            self.count(container, true);
             self.host
                 .boot(sandbox, container.config(), &mut pending.prepared)
                 .await?;
@@ -228,10 +268,12 @@ impl Pod {
         container: &Arc<Container>,
         exec_id: &str,
     ) -> Result<u32, TaskError> {
+        let _busy = self.busy.read().await;
         let enter = self.enter_guest(container);
         container.start(exec_id, enter).await?;
         if exec_id.is_empty() {
-            hooks::started(container.config(), container.pid()).await;
+            let (config, pid) = (container.config(), container.pid());
+            self.host.hooks().started(config, pid).await;
         }
         Ok(container.pid())
     }
@@ -287,10 +329,7 @@ impl Pod {
                 what: "a directory shared with the host",
             }));
         }
-        let pid = sandbox.pid();
-        hooks::create(config, pid)
-            .await
-            .map_err(SandboxError::Hook)?;
+        self.host.hooks().create(config, sandbox.pid()).await?;
         Ok(prepared)
     }
 
@@ -341,10 +380,11 @@ impl Pod {
 
     /// What the host keeps of a container that is gone from the guest.
     async fn forget(self: &Arc<Self>, container: &Container) {
+        let _busy = self.busy.read().await;
         let config = container.config();
         container.detach_devices().await;
         self.release(&config.id).await;
-        hooks::stopped(config).await;
+        self.host.hooks().stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));
     }
@@ -366,8 +406,13 @@ impl Pod {
     /// Kills the machine, frees what the pod has on the host, and lets
     /// [`Pod::ended`] resolve. The guest is not asked to power off: containers'
     /// file systems were unmounted with their deletion, and it has nothing else.
+    /// Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo what is the host's.
     pub async fn stop(&self) {
         self.host.teardown().await;
+        let idle = tokio::time::timeout(HOOKS_TIMEOUT, self.busy.write()).await;
+        if idle.is_err() {
+            warn!("hooks do not end");
+        }
         self.ended.send_replace(true);
     }
 

@@ -15,7 +15,7 @@ use tokio::sync::MutexGuard;
 
 use super::TaskError;
 use super::container::Container;
-use super::pod::Pod;
+use super::pod::{Entry, Pod};
 use super::process::lock;
 use crate::cgroup::Limits;
 use crate::error::chain;
@@ -29,7 +29,7 @@ pub(super) async fn take_room(pod: Arc<Pod>) {
     if lock(&pod.containers).is_empty() {
         return;
     }
-    if let Err(error) = pod.fit(&turn, None).await {
+    if let Err(error) = pod.fit(&turn).await {
         tracing::warn!(
             error = chain(&error),
             "a container's room is not taken back"
@@ -71,7 +71,7 @@ impl Pod {
             return Ok(());
         }
         container.set_limits(limits);
-        self.fit(turn, None).await
+        self.fit(turn).await
     }
 
     /// Makes room for a container that joins a booted machine.
@@ -81,23 +81,33 @@ impl Pod {
     /// Those of [`Sandbox::resize`].
     pub(super) async fn make_room(&self, container: &Container) -> Result<(), TaskError> {
         let turn = self.resizing.lock().await;
-        self.fit(&turn, Some(container.limits())).await
+        self.count(container, true);
+        let fitted = self.fit(&turn).await;
+        if fitted.is_err() {
+            self.count(container, false);
+        }
+        fitted
+    }
+
+    /// Whether a container that is being created counts for the pod's size.
+    pub(super) fn count(&self, container: &Container, counts: bool) {
+        let mut containers = lock(&self.containers);
+        if let Some(Entry::Creating(limits)) = containers.get_mut(&container.config().id) {
+            let counts = counts && !container.is_sandbox();
+            *limits = counts.then(|| Box::new(container.limits()));
+        }
     }
 
     /// Makes the machine and the host's limits what the containers may use
-    /// together, with one more that is not among them yet.
-    async fn fit(&self, _turn: &MutexGuard<'_, ()>, more: Option<Limits>) -> Result<(), TaskError> {
+    /// together, those that are being created among them.
+    async fn fit(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), TaskError> {
         let Some(sandbox) = self.sandbox.get() else {
             return Ok(());
         };
-        let mut limits: Vec<Limits> = {
-            let containers = lock(&self.containers);
-            let made = containers.values().flatten();
-            made.filter(|container| !container.is_sandbox())
-                .map(|container| container.limits())
-                .collect()
-        };
-        limits.extend(more);
+        let limits = lock(&self.containers)
+            .values()
+            .filter_map(Entry::limits)
+            .collect::<Vec<_>>();
         let wanted_mib = self.host.memory_of(&limits);
         let limit = |memory_mib| self.host.set_limits(&limits, memory_mib);
         Ok(sandbox.resize(wanted_mib, limit).await?)

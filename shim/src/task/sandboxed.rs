@@ -192,7 +192,7 @@ impl Pod {
         if config.hostname.is_empty() {
             config.hostname = host_name()?;
         }
-        let spec = sandbox_spec(&request, &config);
+        let spec = sandbox_spec(&request, &config, self.publisher.namespace());
         let files = PodFiles::write(self.host.files_dir(), &config)?;
         let config = ContainerConfig {
             api: Api::Sandbox,

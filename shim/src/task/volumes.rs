@@ -73,6 +73,7 @@ impl Container {
             attached.push(agent::BlockDevice {
                 serial,
                 size_bytes: device.size_bytes,
+                sector_bytes: device.sector_bytes,
                 path: device.path.to_string_lossy().into_owned(),
                 access: device.access.clone(),
                 mode: device.mode,
@@ -87,9 +88,11 @@ impl Container {
     /// Takes the block devices back, when the guest has no such container any more.
     pub async fn detach_devices(&self) {
         let serials = std::mem::take(&mut *lock(&self.disks.0));
-        for serial in serials {
-            self.sandbox.detach_disk(&serial).await;
-        }
+        // Each may take its time.
+        let detached = serials
+            .iter()
+            .map(|serial| self.sandbox.detach_disk(serial));
+        futures::future::join_all(detached).await;
     }
 
     /// When the init process has ended: brings back what is to be, and lets the

@@ -58,6 +58,27 @@ fn by_the_group_s_node() {
     drop(bound);
 }
 
+/// Its spec has the nodes of all devices.
+#[test]
+fn a_privileged_container_has_what_it_asks_for() {
+    let mut scene = Scene::new();
+    let nvme = behind(NVME_PORT);
+    let bound = Bound::new(&[&nvme, EDU]);
+    let all = [
+        "sh",
+        "-c",
+        "for d in /sys/bus/pci/devices/0000:0[1-9]:00.0; do [ ! -e $d ] || cat $d/device; done",
+    ];
+    scene.run_with(&["--privileged"], &all).exits(0).prints("");
+    let node = format!("/dev/vfio/{}", group(EDU));
+    scene
+        .run_with(&["--privileged", "--device", &node], &all)
+        .exits(0)
+        .prints(EDU_ID);
+    no_claims();
+    drop(bound);
+}
+
 #[test]
 fn by_the_name_of_a_cdi_spec() {
     let mut scene = Scene::new();

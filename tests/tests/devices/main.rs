@@ -1,5 +1,5 @@
 //! The host's PCI devices: `nacre devices`, and containers that ask for one. They need
-//! the lab that `make devices` boots, with an IOMMU and these devices (`Makefile`):
+//! the lab's (`lab run --devices`, which has an IOMMU and these):
 //!
 //! ```text
 //! 00:10.0 root port -> nvme                        a group of its own
@@ -11,6 +11,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
+mod drivers;
 mod pass;
 mod plug;
 mod refusals;

@@ -1,4 +1,5 @@
-//! Devices that come with a container which joins a running pod, and go with it.
+//! Devices that come with a container which joins a running pod, and go with it. Their
+//! drivers are in images that the pod has a disk for from the start.
 
 use std::fs;
 use std::process::Command;
@@ -6,7 +7,8 @@ use std::process::Command;
 use nacre_tests::{Said, Scene, run};
 use serde_json::{Value, json};
 
-use crate::{Bound, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
+use crate::drivers::{Drivers, image};
+use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
 
 const CONFIG: &str = "/etc/nacre/nacre.toml";
 /// What a guest calls its first disk, and where it is.
@@ -34,12 +36,16 @@ impl Drop for Slots {
 }
 
 /// A container of the test's pod.
-fn member(spec: &mut Value, devices: &str) {
+fn member(spec: &mut Value, devices: &str, command: &[&str]) {
     spec["annotations"] = json!({
         "io.containerd.runc.v2.group": "plugged",
         "io.nacre.devices": devices,
     });
-    spec["process"]["args"] = json!(["sleep", "3600"]);
+    spec["process"]["args"] = json!(command);
+}
+
+fn start(scene: &mut Scene, devices: &str) -> String {
+    scene.start_spec(|spec| member(spec, devices, &["sleep", "3600"]))
 }
 
 fn remove(scene: &Scene, id: &str) {
@@ -55,12 +61,13 @@ fn disks_come_and_go_with_containers_that_join() {
     let [alone, switched] = [NVME_PORT, SWITCH_PORT].map(behind);
     let bound = Bound::new(&[&alone, &switched]);
     let _slots = Slots::new(1);
+    let _drivers = Drivers::new(&[("::0108", &image("nvme"))]);
     let mut scene = Scene::new();
-    let first = scene.start_spec(|spec| member(spec, ""));
+    let first = start(&mut scene, "");
     scene.exec(&first, &[], &["test", "-e", IN_GUEST]).exits(1);
     let mut last = (0, String::new());
     for (round, disk) in [&alone, &switched, &alone].into_iter().enumerate() {
-        let id = scene.start_spec(|spec| member(spec, disk));
+        let id = start(&mut scene, disk);
         let pods = run("nacre", &["ps"]).exits(0).stdout;
         assert!(pods.contains(disk.as_str()), "{pods}");
         let line = format!("round {round} by {}\n", std::process::id());
@@ -75,11 +82,15 @@ fn disks_come_and_go_with_containers_that_join() {
         let said = scene.exec(&id, &[], &["sh", "-c", &script]).exits(0);
         assert!(said.stdout.starts_with(&sum), "not {sum} in {said:#?}");
         last = (bytes.len(), sum);
+        // It is the only one that the image is for, whichever it is.
+        let look = ["sh", "-c", "cat $DISK_LIBRARY; echo $DISK_0 $DISK_1"];
+        let said = scene.exec(&id, &[], &look).exits(0);
+        assert_eq!(said.stdout, "a library\nfirst\n", "{said:#?}");
         scene.exec(&first, &[], &["test", "-e", DISK]).exits(1);
 
         let other = if disk == &alone { &switched } else { &alone };
         scene
-            .run_spec(|spec| member(spec, other))
+            .run_spec(|spec| member(spec, other, &["true"]))
             .exits(1)
             .complains(&["of its 1 slots", "0 are empty", "pci_slots"]);
 
@@ -94,4 +105,27 @@ fn disks_come_and_go_with_containers_that_join() {
     let read = Command::new("sh").args(["-c", &script]).output().unwrap();
     let read = Said::from(read).exits(0);
     assert!(read.stdout.starts_with(&sum), "not {sum} in {read:#?}");
+}
+
+/// It is loaded with the first device, which it has firmware for, and there for the next.
+#[test]
+fn a_vendor_s_driver_comes_with_its_device() {
+    let _bound = Bound::new(&[EDU]);
+    let _slots = Slots::new(1);
+    let _drivers = Drivers::new(&[("1234:11e8", &image("edu"))]);
+    let mut scene = Scene::new();
+    let first = start(&mut scene, "");
+    let is_loaded = ["test", "-e", "/sys/module/edu"];
+    scene.exec(&first, &[], &is_loaded).exits(1);
+    for _ in 0..2 {
+        let look = ["sh", "-c", "cat /dev/edu; cat /dev/education; echo $EDU"];
+        let line = "010000ed 3 firm\n";
+        scene
+            .run_spec(|spec| member(spec, EDU, &look))
+            .exits(0)
+            .prints(&format!("{line}{line}yes\n"));
+        no_claims();
+        scene.exec(&first, &[], &is_loaded).exits(0);
+        scene.exec(&first, &[], &["test", "-e", IN_GUEST]).exits(1);
+    }
 }

@@ -56,6 +56,18 @@ fn guest_that_panics_at_boot() {
     fs::remove_dir_all(&directory).unwrap();
 }
 
+/// There need not be such a device.
+#[test]
+fn annotations_that_ask_for_devices_are_refused_by_default() {
+    let mut scene = Scene::new();
+    for key in ["io.nacre.devices", "cdi.k8s.io/vendor"] {
+        scene
+            .run_spec(|spec| spec["annotations"] = json!({key: "0000:01:00.0"}))
+            .exits(1)
+            .complains(&[key, "device_annotations"]);
+    }
+}
+
 #[test]
 fn missing_kernel_file() {
     let _config = Changed::new("kernel", "\"/none/vmlinux\"");

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use nacre_tests::Scene;
 use serde_json::{Value, json};
@@ -76,13 +77,33 @@ fn network_made_by_a_hook() {
     assert_eq!(stopped["id"], created["id"]);
 }
 
+/// As CNI plugins do, which leave a name of the network namespace.
+#[test]
+fn what_a_hook_mounts_is_there_on_the_host() {
+    let mut scene = scene();
+    let mounted = Path::new(DIRECTORY).join("netns");
+    let said = scene.run_spec(|spec| {
+        spec["hooks"] = json!({
+            "createRuntime": hook("set -e; cd /tmp/e2e-hooks; : > netns; mount --bind /proc/self/ns/net netns"),
+        });
+        spec["process"]["args"] = json!(["true"]);
+    });
+    said.exits(0);
+    let unmounted = Command::new("umount").arg(&mounted).output().unwrap();
+    assert!(unmounted.status.success(), "{unmounted:?}");
+}
+
 #[test]
 fn hook_that_fails_fails_the_container() {
     let mut scene = scene();
     let said = scene.run_spec(|spec| {
-        spec["hooks"] = json!({"createRuntime": hook("echo no bridge >&2; exit 3")});
+        spec["hooks"] = json!({
+            "createRuntime": hook("echo no bridge >&2; exit 3"),
+            "poststop": hook("touch /tmp/e2e-hooks/undone"),
+        });
     });
     said.exits(1).complains(&["/bin/sh", "no bridge"]);
+    assert!(Path::new(DIRECTORY).join("undone").exists());
 }
 
 /// The one sees the container's files and processes, the others the host's.

@@ -18,10 +18,20 @@ struct Loop {
 
 impl Loop {
     fn new(scene: &PodScene, mib: u64) -> Self {
+        Self::of_sectors(scene, mib, 512)
+    }
+
+    fn of_sectors(scene: &PodScene, mib: u64, bytes: u32) -> Self {
         let file = scene.directory("volume").join("bytes");
         File::create(&file).unwrap().set_len(mib * MIB).unwrap();
         run("modprobe", &["loop"]).exits(0);
-        let said = run("losetup", &["-f", "--show", file.to_str().unwrap()]).exits(0);
+        let sectors = bytes.to_string();
+        let options = ["-f", "--show", "--sector-size", &sectors];
+        let said = run(
+            "losetup",
+            &[&options[..], &[file.to_str().unwrap()]].concat(),
+        )
+        .exits(0);
         let node = said.stdout.trim().to_owned();
         Self { node, file }
     }
@@ -95,6 +105,30 @@ fn raw_volumes() {
     next.stop(std::time::Duration::ZERO);
     next.remove();
     assert_eq!(two.begins(7), "second\n");
+}
+
+/// Large sectors, and the same disk of the machine with small ones again.
+#[test]
+fn a_raw_volume_has_the_sectors_of_the_host_s_device() {
+    let scene = PodScene::new();
+    let (large, small) = (Loop::of_sectors(&scene, 8, 4096), Loop::new(&scene, 8));
+    let pod = scene.pod("sectors").run();
+    for (device, bytes) in [(&large, 4096), (&small, 512), (&large, 4096)] {
+        let app = pod
+            .container("app", SLEEP)
+            .device(&device.node, "/dev/xvda", "mrw")
+            .start();
+        let script = format!(
+            "cat $(for d in /sys/block/vd*; do \
+               [ $(cat $d/size) != 16384 ] || echo $d/queue/logical_block_size; done)
+             printf 'sectors of {bytes} ' | dd of=/dev/xvda conv=fsync 2>/dev/null"
+        );
+        app.sh(&script).exits(0).prints(&format!("{bytes}\n"));
+        let text = format!("sectors of {bytes} ");
+        assert_eq!(device.begins(text.len()), text);
+        app.stop(std::time::Duration::ZERO);
+        app.remove();
+    }
 }
 
 #[test]

@@ -57,11 +57,6 @@ fn print_starts(at_once: &[usize]) {
 }
 
 #[test]
-fn pod_starts_beside_runc() {
-    print_starts(&[1]);
-}
-
-#[test]
 #[ignore = "minutes long in the lab: make long"]
 fn many_pods_start_beside_runc() {
     let _patience = LongBoots::new();

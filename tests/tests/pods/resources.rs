@@ -215,9 +215,17 @@ fn huge_pages() {
     assert_eq!(pages("Free"), 14);
     small.sh("wc -c < /huge/file").exits(0).prints("8388608\n");
     // More than its own limit, though the pool has them.
-    assert_ne!(allocate(&small, "more", 5).code, Some(0));
+    let refused = allocate(&small, "more", 5).exits(1);
+    refused.complains(&["No space left on device"]);
     small.sh("rm /huge/*").exits(0);
     assert_eq!(pages("Free"), 18);
+    allocate(&small, "own", 2).exits(0);
+    let mut more = LinuxContainerResources::default();
+    limits(5)(&mut more);
+    scene.cri().update(&small.id, more).unwrap();
+    assert_eq!((pages("Total"), pages("Free")), (21, 19));
+    allocate(&small, "more", 3).exits(0);
+    small.sh("rm /huge/*").exits(0);
     assert_eq!(
         fs::read_dir(&volume).unwrap().count(),
         0,

@@ -205,3 +205,30 @@ fn users_of_the_pod_s_own() {
         .run();
     user.exits(0).prints("1000\n");
 }
+
+/// What users of a pod's own have no rights to, as the network is the machine's: what
+/// takes rights elsewhere is everyone's there, and the rest is nobody's.
+#[test]
+fn network_of_a_pod_with_users_of_its_own() {
+    let scene = PodScene::new();
+    let pod = scene.pod("mapped-net").own_users(1_000_000).run();
+    let container = pod.container("root", SLEEP).start();
+    container
+        .sh("echo served > /page && httpd -p 80 -h / && wget -q -O - http://127.0.0.1/page")
+        .prints("served\n");
+    container
+        .sh("ping -c 1 -w 20 127.0.0.1 > /dev/null && echo answered")
+        .prints("answered\n");
+    let admin = pod
+        .container("admin", SLEEP)
+        .security(|security| {
+            security.capabilities = Some(Capability {
+                add_capabilities: vec!["NET_ADMIN".into()],
+                ..Default::default()
+            });
+        })
+        .start();
+    admin
+        .sh("ip link set lo down 2> /dev/null || echo refused")
+        .prints("refused\n");
+}

@@ -1,7 +1,7 @@
 //! MSI-X (PCI Express base 7.7.2): the vector table, and interrupts by irqfd.
 //!
-//! Each vector has an eventfd that its device signals and a GSI that KVM turns
-//! into the message of the vector's table entry:
+//! A vector that its device is to signal has an eventfd for that and a GSI that KVM
+//! turns into the message of the vector's table entry:
 //!
 //! ```text
 //!   masked: eventfd counts, nobody reads it   (PBA bit = eventfd is readable)
@@ -13,8 +13,11 @@
 //! Attaching an irqfd delivers what its eventfd already counted, so pending
 //! interrupts need no state of their own. A vector is live when MSI-X is enabled
 //! and neither the function nor the vector is masked.
+//!
+//! Both are made when the device asks for the event ([`Msix::event`]), and stay until it goes
+//! ([`Msix::release`]): GSIs and descriptors are few, and devices have hundreds of vectors
+//! that no guest uses.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -22,7 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::ConfigSpace;
-use crate::vm::{MsiRoute, Vm};
+use crate::vm::{MsiRoute, Vm, VmError};
 
 /// Capability id.
 const CAPABILITY: u8 = 0x11;
@@ -36,13 +39,19 @@ const VECTOR_MASK: u32 = 1;
 const ENTRY_SIZE: u64 = 16;
 
 struct Vector {
-    event: Arc<EventFd>,
-    gsi: u32,
+    /// None until its event is asked for.
+    wire: Option<Wire>,
     address: u64,
     data: u32,
     control: u32,
     /// The irqfd is attached.
     live: bool,
+}
+
+/// What connects a device to a vCPU.
+struct Wire {
+    event: Arc<EventFd>,
+    gsi: u32,
 }
 
 /// A function's MSI-X state.
@@ -54,19 +63,13 @@ pub struct Msix {
 
 impl Msix {
     /// `count` vectors, all masked.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn new(vm: &Arc<Vm>, count: u16) -> io::Result<Self> {
-        let vectors = (0..count)
-            .map(|_| Vector::new(vm.new_gsi()))
-            .collect::<io::Result<_>>()?;
-        Ok(Self {
+    #[must_use]
+    pub fn new(vm: &Arc<Vm>, count: u16) -> Self {
+        Self {
             vm: vm.clone(),
-            vectors,
+            vectors: (0..count).map(|_| Vector::new()).collect(),
             on: false,
-        })
+        }
     }
 
     /// Adds the capability of a device whose BAR 0 holds table and pending bits at
@@ -81,10 +84,22 @@ impl Msix {
     }
 
     /// The event of a vector; `None` if there is no such vector.
-    #[must_use]
-    pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
-        let vector = self.vectors.get(usize::from(vector))?;
-        Some(vector.event.clone())
+    ///
+    /// # Errors
+    ///
+    /// When there is no event or GSI for it.
+    pub fn event(&mut self, vector: u16) -> Result<Option<Arc<EventFd>>, VmError> {
+        let Some(vector) = self.vectors.get_mut(usize::from(vector)) else {
+            return Ok(None);
+        };
+        if let Some(wire) = &vector.wire {
+            return Ok(Some(wire.event.clone()));
+        }
+        let wire = Wire::new(&self.vm)?;
+        let event = wire.event.clone();
+        vector.wire = Some(wire);
+        vector.update(&self.vm, self.on);
+        Ok(Some(event))
     }
 
     /// Whether the vector's entry lets it send.
@@ -158,35 +173,69 @@ impl Msix {
         }
     }
 
-    /// Masks all vectors for good, and gives their GSIs back.
+    /// Masks all vectors for good, and gives their GSIs back. One that KVM does not let go
+    /// of stays taken.
     pub fn release(&mut self) {
         for mut vector in self.vectors.drain(..) {
             vector.update(&self.vm, false);
-            if !vector.live {
-                self.vm.free_gsi(vector.gsi);
+            if let Some(wire) = vector.wire.filter(|_| !vector.live) {
+                self.vm.free_gsi(wire.gsi);
             }
         }
     }
 
     /// Forgets interrupts that were never delivered.
     pub fn discard_pending(&self) {
-        for vector in self.vectors.iter().filter(|vector| !vector.live) {
+        let masked = self.vectors.iter().filter(|vector| !vector.live);
+        for wire in masked.filter_map(|vector| vector.wire.as_ref()) {
             // Nothing counted is the usual case, and an error of read(2).
-            let _ = vector.event.read();
+            let _ = wire.event.read();
         }
     }
 }
 
-impl Vector {
-    fn new(gsi: u32) -> io::Result<Self> {
+impl Wire {
+    fn new(vm: &Vm) -> Result<Self, VmError> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| VmError {
+            what: "make an event for an interrupt",
+            source,
+        })?;
         Ok(Self {
-            event: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
-            gsi,
+            event: Arc::new(event),
+            gsi: vm.new_gsi()?,
+        })
+    }
+
+    /// Has the event raise a message from now on, or count.
+    fn update(&self, vm: &Vm, was_live: bool, route: Option<MsiRoute>) -> Result<(), VmError> {
+        if let Some(route) = route {
+            vm.route(self.gsi, route)?;
+        }
+        match (was_live, route.is_some()) {
+            (false, true) => vm.add_irqfd(&self.event, self.gsi),
+            (true, false) => vm.remove_irqfd(&self.event, self.gsi),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether something was counted. KVM empties a live vector's event at once.
+    fn is_signalled(&self) -> bool {
+        // SAFETY: the eventfd is open as long as `self` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
+        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl Vector {
+    fn new() -> Self {
+        Self {
+            wire: None,
             address: 0,
             data: 0,
             control: VECTOR_MASK,
             live: false,
-        })
+        }
     }
 
     fn entry(&self) -> [u8; 16] {
@@ -208,40 +257,20 @@ impl Vector {
 
     /// Brings KVM in line with the entry.
     fn update(&mut self, vm: &Vm, on: bool) {
+        let Some(wire) = &self.wire else { return };
         let live = on && self.control & VECTOR_MASK == 0;
-        if let Err(error) = self.try_update(vm, live) {
-            tracing::warn!(gsi = self.gsi, error = %error, "MSI-X vector not updated");
+        let route = MsiRoute {
+            address: self.address,
+            data: self.data,
+        };
+        match wire.update(vm, self.live, live.then_some(route)) {
+            Ok(()) => self.live = live,
+            Err(error) => tracing::warn!(gsi = wire.gsi, %error, "MSI-X vector not updated"),
         }
     }
 
-    fn try_update(&mut self, vm: &Vm, live: bool) -> Result<(), crate::vm::VmError> {
-        if live {
-            vm.route(
-                self.gsi,
-                MsiRoute {
-                    address: self.address,
-                    data: self.data,
-                },
-            )?;
-        }
-        match (self.live, live) {
-            (false, true) => vm.add_irqfd(&self.event, self.gsi)?,
-            (true, false) => vm.remove_irqfd(&self.event, self.gsi)?,
-            _ => return Ok(()),
-        }
-        self.live = live;
-        Ok(())
-    }
-
-    /// KVM empties a live vector's event at once; only a masked one counts.
     fn pending(&self) -> bool {
-        if self.live {
-            return false;
-        }
-        // SAFETY: the eventfd is open as long as `self` is borrowed.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
-        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        !self.live && self.wire.as_ref().is_some_and(Wire::is_signalled)
     }
 }
 
@@ -263,7 +292,12 @@ mod tests {
         };
         let memory = memory::allocate(32, false).unwrap();
         let vm = Arc::new(Vm::new(&kvm, memory).unwrap());
-        Some(Msix::new(&vm, 2).unwrap())
+        Some(Msix::new(&vm, 2))
+    }
+
+    fn signal(msix: &mut Msix, vector: u16) {
+        let event = msix.event(vector).unwrap().unwrap();
+        event.write(1).unwrap();
     }
 
     fn enable(msix: &mut Msix, control: u8) {
@@ -313,7 +347,7 @@ mod tests {
     fn masked_vector_stays_pending_until_unmasked() {
         let Some(mut msix) = msix() else { return };
         msix.write_table(16, &0xfee0_0000_u64.to_le_bytes());
-        msix.event(1).unwrap().write(1).unwrap();
+        signal(&mut msix, 1);
         assert_eq!(pending(&msix), 0b10);
         enable(&mut msix, ENABLE);
         assert_eq!(pending(&msix), 0b10, "enabled, but still masked");
@@ -322,7 +356,7 @@ mod tests {
         assert!(msix.vectors[1].live);
         enable(&mut msix, ENABLE | FUNCTION_MASK);
         assert!(!msix.vectors[1].live);
-        msix.event(1).unwrap().write(1).unwrap();
+        signal(&mut msix, 1);
         assert_eq!(pending(&msix), 0b10);
         msix.discard_pending();
         assert_eq!(pending(&msix), 0);
@@ -333,11 +367,14 @@ mod tests {
         let Some(mut msix) = msix() else { return };
         msix.write_table(12, &[0; 4]);
         enable(&mut msix, ENABLE);
-        assert!(msix.vectors[0].live);
+        for vector in [0, 1] {
+            signal(&mut msix, vector);
+        }
+        assert!(msix.vectors[0].live && !msix.vectors[1].live);
         let vm = msix.vm.clone();
         msix.release();
-        assert!(msix.event(0).is_none());
-        let mut again = [vm.new_gsi(), vm.new_gsi(), vm.new_gsi()];
+        assert!(msix.event(0).unwrap().is_none());
+        let mut again = [(); 3].map(|()| vm.new_gsi().unwrap());
         again.sort_unstable();
         assert_eq!(again, [0, 1, 2]);
     }
@@ -354,6 +391,36 @@ mod tests {
         assert_eq!(entry[..12], [0; 12]);
         msix.read_table(u64::MAX, &mut entry);
         msix.read_pending(u64::MAX, &mut [0; 8]);
-        assert!(msix.event(2).is_none());
+        assert!(msix.event(2).unwrap().is_none());
+    }
+
+    #[test]
+    fn vector_that_nobody_signals_costs_nothing() {
+        let Some(mut msix) = msix() else { return };
+        enable(&mut msix, ENABLE);
+        for control in [28, 12] {
+            msix.write_table(control, &[0; 4]);
+        }
+        assert_eq!(msix.vm.new_gsi().unwrap(), 0);
+        assert!(!msix.vectors[1].live && pending(&msix) == 0);
+        signal(&mut msix, 1);
+        assert!(msix.vectors[1].live, "unmasked before its event was there");
+        signal(&mut msix, 1);
+        assert_eq!(msix.vm.new_gsi().unwrap(), 2, "one for the vector");
+    }
+
+    #[test]
+    fn no_more_routes_than_kvm_has_are_given_out() {
+        let Some(mut msix) = msix() else { return };
+        enable(&mut msix, ENABLE);
+        msix.write_table(12, &[0; 4]);
+        signal(&mut msix, 0);
+        while msix.vm.new_gsi().is_ok() {}
+        let error = msix.event(1).unwrap_err().to_string();
+        assert!(error.ends_with(" are taken"), "{error}");
+        assert!(error.starts_with("KVM: find a free interrupt route: all "));
+        msix.write_table(28, &[0; 4]);
+        assert!(!msix.vectors[1].live && msix.vectors[0].live);
+        signal(&mut msix, 0);
     }
 }

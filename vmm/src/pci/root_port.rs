@@ -9,7 +9,6 @@
 //! A port whose device is there from the start has no slot and no interrupt. One that
 //! waits for a device has a hot-plug slot ([`super::slot`]).
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{BridgeWindow, ConfigSpace};
@@ -89,17 +88,14 @@ impl RootPort {
 
     /// The port before bus `bus`, with an empty slot whose devices get what is in the
     /// windows of `placed`.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn with_slot(vm: &Arc<Vm>, bus: u8, placed: &Placed) -> io::Result<Self> {
+    #[must_use]
+    pub fn with_slot(vm: &Arc<Vm>, bus: u8, placed: &Placed) -> Self {
         let mut port = Port::new(bus, placed, true);
         port.show_link(NO_LINK);
         port.config.put(port.express + LINK_STATUS, &[0, 0]);
         let at = port.express + SLOT_CAPABILITIES;
-        port.hot_plug = Some(HotPlug::new(vm, &mut port.config, at, bus)?);
-        Ok(Self(Mutex::new(port)))
+        port.hot_plug = Some(HotPlug::new(vm, &mut port.config, at, bus));
+        Self(Mutex::new(port))
     }
 
     /// Shows a device in the slot, with this link, or that there is none any more. The
@@ -320,7 +316,7 @@ mod tests {
             return;
         };
         let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
-        let port = RootPort::with_slot(&vm, 2, &Placed::default()).unwrap();
+        let port = RootPort::with_slot(&vm, 2, &Placed::default());
         let at = (u32_at(&port, 0x34) & 0xff) as usize;
         assert_eq!(u32_at(&port, at) >> 16, 0x0142, "a slot");
         assert_eq!(u32_at(&port, at + LINK_CAPABILITIES) >> 20 & 1, 1);

@@ -12,13 +12,11 @@
 //! The interrupt is the port's only one, an MSI. It is sent when the first event that
 //! the guest has enabled comes (6.7.3.4), and again only after all were cleared.
 
-use std::io;
 use std::sync::Arc;
-
-use vmm_sys_util::eventfd::EventFd;
 
 use super::config::ConfigSpace;
 use super::msix::{ENABLE, Msix};
+use crate::virtio::complaints::Complaints;
 use crate::vm::{MsiRoute, Vm};
 
 /// From the slot capabilities on.
@@ -51,20 +49,16 @@ pub struct HotPlug {
     /// Of message control.
     msi: usize,
     vector: Msix,
-    event: Arc<EventFd>,
     /// Whether an enabled event is there.
     pending: bool,
     /// Whether that is to be told.
     is_news: bool,
+    complaints: Complaints,
 }
 
 impl HotPlug {
     /// Adds an empty slot with a number to a port, whose slot capabilities are at `at`.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn new(vm: &Arc<Vm>, config: &mut ConfigSpace, at: usize, number: u8) -> io::Result<Self> {
+    pub fn new(vm: &Arc<Vm>, config: &mut ConfigSpace, at: usize, number: u8) -> Self {
         let capabilities =
             SURPRISE | HOT_PLUG | NO_COMMAND_COMPLETED | u32::from(number) << NUMBER_SHIFT;
         config.put(at, &capabilities.to_le_bytes());
@@ -77,16 +71,14 @@ impl HotPlug {
         writable[3..12].fill(0xff);
         let msi = config.add_capability(MSI_CAPABILITY, &body, &writable) + 2;
         config.put(msi, &[MSI_64]);
-        let vector = Msix::new(vm, 1)?;
-        let event = vector.event(0).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Self {
+        Self {
             at,
             msi,
-            vector,
-            event,
+            vector: Msix::new(vm, 1),
             pending: false,
             is_news: false,
-        })
+            complaints: Complaints::new("the guest is not told of a PCI device"),
+        }
     }
 
     /// Puts a device in, or takes it out; [`Self::notify`] is to follow.
@@ -133,11 +125,16 @@ impl HotPlug {
     /// Interrupts the guest if there is something new. It can see what it is by now.
     pub fn notify(&mut self) {
         // Without MSI nobody listens.
-        if std::mem::take(&mut self.is_news)
-            && self.vector.is_unmasked(0)
-            && let Err(error) = self.event.write(1)
-        {
-            tracing::warn!(%error, "the guest is not told of a device");
+        if !std::mem::take(&mut self.is_news) || !self.vector.is_unmasked(0) {
+            return;
+        }
+        let told = match self.vector.event(0) {
+            Ok(Some(event)) => event.write(1).map_err(|error| error.to_string()),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = told {
+            self.complaints.add(&error);
         }
     }
 }
@@ -159,7 +156,7 @@ mod tests {
         let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
         let mut config = ConfigSpace::bridge(1, 2, [0, 4, 6]);
         config.add_capability(0x10, &[0; 0x3a], &[]);
-        let slot = HotPlug::new(&vm, &mut config, SLOT, 3).unwrap();
+        let slot = HotPlug::new(&vm, &mut config, SLOT, 3);
         Some((config, slot))
     }
 
@@ -245,7 +242,7 @@ mod tests {
         // Without MSI nothing is sent, and nothing is left to be.
         slot.is_news = true;
         slot.notify();
-        assert!(slot.event.read().is_err());
+        assert!(slot.vector.event(0).unwrap().unwrap().read().is_err());
         write(&mut config, &mut slot, msi, &[0xff, 0]);
         assert_eq!(config.byte(msi), MSI_64 | 1, "one vector");
         let mut entry = [0; 16];

@@ -28,6 +28,31 @@ pub enum Irq {
     Request,
 }
 
+/// Why interrupts are not what they were to be.
+#[derive(Debug, thiserror::Error)]
+pub enum IrqError {
+    /// The host has not as many vectors as were to be turned on. None is on.
+    #[error("the host has only {available} of {asked} interrupt vectors for it")]
+    Fewer {
+        /// Those it has.
+        available: u32,
+        /// Those that were to be turned on.
+        asked: u32,
+    },
+    /// The kernel's answer.
+    #[error(transparent)]
+    Kernel(#[from] io::Error),
+}
+
+impl From<IrqError> for io::Error {
+    fn from(error: IrqError) -> Self {
+        match error {
+            IrqError::Kernel(error) => error,
+            fewer @ IrqError::Fewer { .. } => Self::other(fewer),
+        }
+    }
+}
+
 /// Configuration space's place among the regions; those before it are BAR 0 to 5
 /// and the ROM.
 pub const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
@@ -74,8 +99,8 @@ pub trait Access: Send + Sync {
     ///
     /// # Errors
     ///
-    /// The kernel's.
-    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()>;
+    /// The kernel's, or how many there are when there are fewer.
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError>;
 
     /// Turns all interrupts of a kind off.
     ///

@@ -69,7 +69,8 @@ impl BarMap {
     ///
     /// # Errors
     ///
-    /// KVM's, when the guest puts it over another one.
+    /// KVM's first, when the guest puts it over another one. Its other parts are
+    /// where they belong all the same.
     pub fn move_bar(
         &mut self,
         place: usize,
@@ -80,11 +81,12 @@ impl BarMap {
         let Some(areas) = self.bars.get_mut(place) else {
             return Ok(());
         };
+        let mut result = Ok(());
         for area in areas {
             let to = address.map(|address| address + area.offset);
-            self.vm.move_device_memory(&mut area.memory, to)?;
+            result = result.and(self.vm.move_device_memory(&mut area.memory, to));
         }
-        Ok(())
+        result
     }
 
     /// Where the mapped parts of a BAR are.
@@ -153,8 +155,11 @@ fn mapped_areas(bar: Bar, region: &Region, msix: Option<MsixLayout>) -> Vec<(u64
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::{WINDOW32_PORTS, WINDOW32_START};
+    use crate::memory;
     use crate::vfio::config::GuestConfig;
-    use crate::vfio::mock;
+    use crate::vfio::mock::{self, Mock};
+    use kvm_ioctls::Kvm;
 
     fn areas(size: u64, mappable: &[(u64, u64)], msix: Option<MsixLayout>) -> Vec<(u64, u64)> {
         let config = GuestConfig::new(&mock::space(), [size, 0, 0, 0, 0, 0]).unwrap();
@@ -165,10 +170,11 @@ mod tests {
         mapped_areas(config.bars()[0], &region, msix)
     }
 
-    fn msix(table: u64, pending: u64, vectors: u16) -> MsixLayout {
+    fn msix(table: u64, pending: u64, entries: u16) -> MsixLayout {
         MsixLayout {
             control: 0,
-            vectors,
+            vectors: 1,
+            entries,
             table: (0, table),
             pending: (0, pending),
         }
@@ -189,6 +195,38 @@ mod tests {
             areas(0x8000, &whole, Some(layout)),
             [(0, 0x1000), (0x3000, 0x5000), (0x6000, 0x8000)]
         );
+    }
+
+    #[test]
+    fn entries_the_guest_is_not_offered_are_left_out_too() {
+        let layout = msix(0x2000, 0xc000, 2048);
+        assert_eq!(
+            areas(0x10000, &[(0, 0x10000)], Some(layout)),
+            [(0, 0x2000), (0xa000, 0xc000), (0xd000, 0x10000)]
+        );
+    }
+
+    #[test]
+    fn part_that_has_no_place_does_not_keep_the_others_from_theirs() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+        let mock = Mock::default();
+        mock.state().mappable = vec![(0, 0x1000), (0x3000, 0x2000), (0x6000, 0x1000)];
+        let config = GuestConfig::new(&mock::space(), mock.state().sizes).unwrap();
+        let bars = [(config.bars()[0], mock.region(0).unwrap())];
+        let mut map = BarMap::new(&vm, None, &mock, &bars, None).unwrap();
+        let mut go_to = |address| {
+            let result = map.move_bar(0, mock::BAR0_SIZE, Some(address));
+            (result.is_ok(), map.addresses(0))
+        };
+        let at = |start: u64| [0, 0x3000, 0x6000].map(|offset| Some(start + offset));
+        assert_eq!(go_to(WINDOW32_START), (true, at(WINDOW32_START).to_vec()));
+        let [_, second, third] = at(WINDOW32_PORTS);
+        vm.add_read_only_page(WINDOW32_PORTS).unwrap();
+        assert_eq!(go_to(WINDOW32_PORTS), (false, vec![None, second, third]));
     }
 
     #[test]

@@ -75,8 +75,10 @@ pub struct MsiLayout {
 pub struct MsixLayout {
     /// Offset of message control.
     pub control: usize,
-    /// Vectors.
+    /// Vectors the guest is offered.
     pub vectors: u16,
+    /// Vectors the device has. None of their entries is for the guest to reach.
+    pub entries: u16,
     /// BAR of the table, and offset in it.
     pub table: (usize, u64),
     /// BAR of the pending bits, and offset in it.
@@ -87,13 +89,13 @@ impl MsixLayout {
     /// Bytes of the table.
     #[must_use]
     pub fn table_len(self) -> u64 {
-        u64::from(self.vectors) * 16
+        u64::from(self.entries) * 16
     }
 
     /// Bytes of pending bits: 64 to a word.
     #[must_use]
     pub fn pending_len(self) -> u64 {
-        u64::from(self.vectors).div_ceil(64) * 8
+        u64::from(self.entries).div_ceil(64) * 8
     }
 }
 
@@ -198,7 +200,8 @@ fn keep_msix(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mu
     if at + 12 > end {
         return false;
     }
-    let vectors = ((u16_at(bytes, at + 2) & MSIX_SIZE) + 1).min(MAX_VECTORS);
+    let entries = (u16_at(bytes, at + 2) & MSIX_SIZE) + 1;
+    let vectors = entries.min(MAX_VECTORS);
     let place = |register: usize| {
         let value = u32_at(bytes, register);
         let bar = (value & 0b111) as usize;
@@ -207,6 +210,7 @@ fn keep_msix(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mu
     let msix = MsixLayout {
         control: at + 2,
         vectors,
+        entries,
         table: place(at + 4),
         pending: place(at + 8),
     };

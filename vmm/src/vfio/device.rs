@@ -138,7 +138,7 @@ impl VfioPci {
     ///
     /// # Errors
     ///
-    /// When its BARs cannot be mapped, or there are no event descriptors.
+    /// When its BARs cannot be mapped.
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
@@ -164,10 +164,6 @@ impl VfioPci {
             .map_err(VfioError::device(&address, "turn on its memory"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
-        let interrupts = Interrupts::new(vm, &layout).map_err(VfioError::device(
-            &address,
-            "make events for its interrupts",
-        ))?;
         Ok(Self {
             address,
             device,
@@ -178,7 +174,7 @@ impl VfioPci {
             msix: layout.msix,
             state: Mutex::new(State {
                 config,
-                interrupts,
+                interrupts: Interrupts::new(vm, &layout),
                 map,
                 complaints: Complaints::new("a PCI device of the host"),
             }),

@@ -12,17 +12,13 @@
 //! them, one after another, and tells what became of each. Whoever unplugs asks the guest
 //! to let go first; it is not waited for here.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{SendError, Sender, channel};
 use std::thread::JoinHandle;
-
-use nacre_protocol::vm::Event;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::VfioPci;
 use super::{AddressSpace, Attached, Passthrough, Session, VfioError, Watch};
-use crate::pci::placement::Placement;
+use crate::pci::placement::{Placement, PlacementError};
 use crate::pci::root_port::RootPort;
 use crate::pci::{PciRoot, Port};
 use crate::stop::Stop;
@@ -33,19 +29,16 @@ use crate::vm::Vm;
 ///
 /// # Errors
 ///
-/// When that is nothing, or there are no event descriptors.
+/// When that is nothing.
 pub fn empty_ports(
     vm: &Arc<Vm>,
     first_bus: u8,
     count: u8,
     placement: &mut Placement,
-) -> Result<Vec<Port>, VfioError> {
-    let shares = placement.share(count)?;
-    let ports = (first_bus..).zip(shares).map(|(bus, room)| {
-        let root = RootPort::with_slot(vm, bus, &room).map_err(VfioError::Resources)?;
-        Ok(Port::empty(root, room))
-    });
-    ports.collect()
+) -> Result<Vec<Port>, PlacementError> {
+    let ports = (first_bus..).zip(placement.share(count)?);
+    let ports = ports.map(|(bus, room)| Port::empty(RootPort::with_slot(vm, bus, &room), room));
+    Ok(ports.collect())
 }
 
 /// What is to be done; slots are counted from the first empty one of the machine.
@@ -94,19 +87,19 @@ impl Slots {
         }
     }
 
-    /// Does a job; returns what there is to tell of it.
-    fn work(&mut self, job: Job) -> Event {
-        let say = |result: Result<(), VfioError>| result.map_err(|error| error.to_string());
-        match job {
-            Job::Plug(slots, devices) => {
-                let result = say(self.plug(&slots, devices));
-                Event::Plugged { slots, result }
-            }
-            Job::Unplug(slots) => {
-                let result = say(self.unplug(&slots));
-                Event::Unplugged { slots, result }
-            }
+    /// Does a job, unless the machine has ended; returns with how many devices, or why
+    /// all is as it was.
+    fn work(&mut self, job: Job) -> Result<u64, String> {
+        if self.stop.outcome().is_some() {
+            return Err("the machine has ended".into());
         }
+        let (count, result) = match job {
+            Job::Plug(slots, devices) => (slots.len(), self.plug(&slots, devices)),
+            Job::Unplug(slots) => (slots.len(), self.unplug(&slots)),
+        };
+        result
+            .map(|()| count as u64)
+            .map_err(|error| error.to_string())
     }
 
     fn plug(&mut self, slots: &[u8], devices: Passthrough) -> Result<(), VfioError> {
@@ -187,11 +180,12 @@ impl Slots {
     }
 }
 
+/// Who is told what became of a job.
+type Done = Box<dyn FnOnce(Result<u64, String>) + Send>;
+
 /// The thread that does the jobs.
 pub struct Worker {
-    jobs: Sender<Job>,
-    done: Receiver<Event>,
-    event: Arc<EventFd>,
+    jobs: Sender<(Job, Done)>,
     thread: JoinHandle<Slots>,
 }
 
@@ -200,65 +194,36 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// When there is no event descriptor or no thread.
+    /// When there is no thread.
     pub fn start(mut slots: Slots) -> Result<Self, VfioError> {
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VfioError::Resources)?;
-        let event = Arc::new(event);
-        let (jobs, to_do) = channel();
-        let (tell, done) = channel();
-        let finished = event.clone();
+        let (jobs, to_do) = channel::<(Job, Done)>();
         let work = move || {
-            for job in to_do {
-                let news = slots.work(job);
-                // Nobody listens when the machine is being stopped.
-                if tell.send(news).is_ok()
-                    && let Err(error) = finished.write(1)
-                {
-                    tracing::error!(%error, "what became of a PCI device is not told");
-                }
+            for (job, done) in to_do {
+                done(slots.work(job));
             }
             slots
         };
         let thread = std::thread::Builder::new()
             .name("hotplug".into())
             .spawn(work)
-            .map_err(VfioError::Resources)?;
-        Ok(Self {
-            jobs,
-            done,
-            event,
-            thread,
-        })
+            .map_err(VfioError::Thread)?;
+        Ok(Self { jobs, thread })
     }
 
-    /// Has a job done.
-    pub fn request(&self, job: Job) {
-        // It ends only with `self`.
-        if self.jobs.send(job).is_err() {
-            tracing::error!("the thread for PCI devices is gone");
+    /// Has a job done. `done` is told how many devices it was about, or why all is as it
+    /// was.
+    pub fn request(&self, job: Job, done: impl FnOnce(Result<u64, String>) + Send + 'static) {
+        let done: Done = Box::new(done);
+        // It ends only with `self`, unless it panicked.
+        if let Err(SendError((_, done))) = self.jobs.send((job, done)) {
+            done(Err("the thread for PCI devices is gone".into()));
         }
-    }
-
-    /// Is signalled when there is something to tell.
-    #[must_use]
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// What became of jobs since the last time.
-    ///
-    /// # Errors
-    ///
-    /// Those of read(2).
-    pub fn news(&self) -> io::Result<impl Iterator<Item = Event> + '_> {
-        self.event.read()?;
-        Ok(self.done.try_iter())
     }
 
     /// Lets it finish what it does and ends it, before the machine's devices are stopped.
     #[must_use]
     pub fn stop(self) -> Option<Finished> {
-        drop((self.jobs, self.done));
+        drop(self.jobs);
         let slots = self.thread.join();
         if slots.is_err() {
             tracing::error!("the thread for PCI devices panicked");

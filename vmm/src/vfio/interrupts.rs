@@ -10,15 +10,15 @@
 //! What the guest writes to its table or capability changes the right half only:
 //! address, data and mask are KVM's routes. The left half is turned on with MSI or MSI-X,
 //! all vectors at once (a kernel before 6.5 cannot add one later), but an event is
-//! attached to a vector only when the guest first unmasks it. The host's
-//! vectors that a guest never uses cost no interrupt handler then.
+//! attached to a vector only when the guest first unmasks it. Vectors that a guest
+//! never uses cost no interrupt handler of the host, event or route of KVM then.
 
 use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, Irq};
+use super::access::{Access, Irq, IrqError};
 use super::capabilities::{Layout, MsiLayout, MsixLayout};
 use super::config::GuestConfig;
 use crate::pci::msix::{ENABLE, Msix};
@@ -56,31 +56,23 @@ struct Line {
 
 impl Interrupts {
     /// All off.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> io::Result<Self> {
+    #[must_use]
+    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> Self {
         let msi = layout.msi.map(|layout| {
-            Line::new(vm, Irq::Msi, layout.vectors).map(|line| Msi {
+            let route = MsiRoute {
+                address: 0,
+                data: 0,
+            };
+            Msi {
                 layout,
-                line,
-                seen: (
-                    0,
-                    MsiRoute {
-                        address: 0,
-                        data: 0,
-                    },
-                ),
-            })
+                line: Line::new(vm, Irq::Msi, layout.vectors),
+                seen: (0, route),
+            }
         });
         let msix = layout
             .msix
-            .map(|layout| Line::new(vm, Irq::Msix, layout.vectors).map(|line| (layout, line)));
-        Ok(Self {
-            msi: msi.transpose()?,
-            msix: msix.transpose()?,
-        })
+            .map(|layout| (layout, Line::new(vm, Irq::Msix, layout.vectors)));
+        Self { msi, msix }
     }
 
     /// To be called after a write to configuration space.
@@ -89,15 +81,17 @@ impl Interrupts {
     ///
     /// The device's, when it does not turn its interrupts on or off.
     pub fn config_changed(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
+        let mut result = Ok(());
         if let Some(msi) = &mut self.msi {
-            msi.update(config, device)?;
+            result = msi.update(config, device);
         }
         if let Some((layout, line)) = &mut self.msix {
             let control = config.u16_at(layout.control);
             line.vectors.set_control(control);
-            line.sync(device, (control & MSIX_ENABLE != 0).then_some(line.count))?;
+            let enabled = control & MSIX_ENABLE != 0;
+            result = result.and(line.sync(device, enabled.then_some(line.count)));
         }
-        Ok(())
+        result
     }
 
     /// Reads the MSI-X table.
@@ -118,8 +112,7 @@ impl Interrupts {
             return Ok(());
         };
         line.vectors.write_table(offset, data);
-        let on = line.on;
-        line.sync(device, (on > 0).then_some(on))
+        line.arm(device)
     }
 
     /// Reads MSI-X's pending bits.
@@ -147,10 +140,11 @@ impl Interrupts {
     pub fn stop(&mut self, device: &dyn Access) -> io::Result<()> {
         let msi = self.msi.as_mut().map(|msi| &mut msi.line);
         let msix = self.msix.as_mut().map(|(_, line)| line);
+        let mut result = Ok(());
         for line in [msi, msix].into_iter().flatten() {
-            line.sync(device, None)?;
+            result = result.and(line.sync(device, None));
         }
-        Ok(())
+        result
     }
 }
 
@@ -170,7 +164,6 @@ impl Msi {
         if self.seen == (control, route) {
             return Ok(());
         }
-        self.seen = (control, route);
         // Encoded as a power of two; what the device does not have is not enabled.
         let count = (1u16 << (control >> MSI_ENABLED_VECTORS & 0b111)).min(self.line.count);
         for vector in 0..self.line.count {
@@ -182,19 +175,22 @@ impl Msi {
         let enabled = control & MSI_ENABLE != 0;
         let on = if enabled { ENABLE } else { 0 };
         self.line.vectors.set_control(u16::from_le_bytes([0, on]));
-        self.line.sync(device, enabled.then_some(count))
+        self.line.sync(device, enabled.then_some(count))?;
+        // Not before: what failed is tried again.
+        self.seen = (control, route);
+        Ok(())
     }
 }
 
 impl Line {
-    fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> io::Result<Self> {
-        Ok(Self {
+    fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> Self {
+        Self {
             irq,
-            vectors: Msix::new(vm, count)?,
+            vectors: Msix::new(vm, count),
             count,
             on: 0,
             armed: vec![false; count.into()],
-        })
+        }
     }
 
     /// Has `count` vectors on at the host, or none, and the events of all
@@ -202,37 +198,72 @@ impl Line {
     fn sync(&mut self, device: &dyn Access, count: Option<u16>) -> io::Result<()> {
         let count = count.unwrap_or(0);
         if self.on != 0 && self.on != count {
+            device.disable_irqs(self.irq)?;
             self.on = 0;
             self.armed.fill(false);
-            device.disable_irqs(self.irq)?;
         }
-        if count == 0 {
-            return Ok(());
+        let mut result = Ok(());
+        if self.on != count {
+            result = self.turn_on(device, count);
         }
-        if self.on == 0 {
-            let events: Vec<_> = (0..count).map(|vector| self.unmasked(vector)).collect();
-            let events: Vec<_> = events.iter().map(Option::as_deref).collect();
+        result.and(self.arm(device))
+    }
+
+    /// Turns `count` vectors on. When the host has fewer, those it has are on: a guest
+    /// seldom uses all, and a kernel since 6.5 may find the others later.
+    fn turn_on(&mut self, device: &dyn Access, count: u16) -> io::Result<()> {
+        // One that is not to be had is missed, and reported, when it is to be attached.
+        let events: Vec<_> = (0..count)
+            .map(|vector| self.unmasked(vector).unwrap_or(None))
+            .collect();
+        let mut events: Vec<_> = events.iter().map(Option::as_deref).collect();
+        let mut result = Ok(());
+        if let Err(error) = device.set_irqs(self.irq, 0, &events) {
+            let IrqError::Fewer { available, .. } = error else {
+                return Err(error.into());
+            };
+            events.truncate(usize::try_from(available).unwrap_or(usize::MAX));
             device.set_irqs(self.irq, 0, &events)?;
-            self.on = count;
-            for (armed, event) in self.armed.iter_mut().zip(events) {
-                *armed = event.is_some();
-            }
+            result = Err(error.into());
+        }
+        self.on = count;
+        for (armed, event) in self.armed.iter_mut().zip(events) {
+            *armed = event.is_some();
+        }
+        result
+    }
+
+    /// Attaches the events of vectors that have been unmasked since they were turned on.
+    fn arm(&mut self, device: &dyn Access) -> io::Result<()> {
+        let mut result = Ok(());
+        for vector in 0..self.on {
+            let armed = self.arm_vector(device, vector).map_err(|error| {
+                let what = format!("{:?} vector {vector}: {error}", self.irq);
+                io::Error::new(error.kind(), what)
+            });
+            result = result.and(armed);
+        }
+        result
+    }
+
+    fn arm_vector(&mut self, device: &dyn Access, vector: u16) -> io::Result<()> {
+        let at = usize::from(vector);
+        if self.armed.get(at) != Some(&false) {
             return Ok(());
         }
-        for vector in 0..count {
-            let armed = self.armed.get(usize::from(vector)).copied();
-            if armed == Some(false)
-                && let Some(event) = self.unmasked(vector)
-            {
-                device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
-                self.armed[usize::from(vector)] = true;
-            }
-        }
+        let Some(event) = self.unmasked(vector)? else {
+            return Ok(());
+        };
+        device.set_irqs(self.irq, vector.into(), &[Some(&*event)])?;
+        self.armed[at] = true;
         Ok(())
     }
 
-    fn unmasked(&self, vector: u16) -> Option<Arc<EventFd>> {
-        let unmasked = self.vectors.is_unmasked(vector);
-        unmasked.then(|| self.vectors.event(vector)).flatten()
+    /// The event of a vector that is unmasked.
+    fn unmasked(&mut self, vector: u16) -> io::Result<Option<Arc<EventFd>>> {
+        if !self.vectors.is_unmasked(vector) {
+            return Ok(None);
+        }
+        self.vectors.event(vector).map_err(io::Error::other)
     }
 }

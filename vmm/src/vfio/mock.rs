@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 use nix::poll::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, CONFIG_REGION, Irq, Region};
+use super::access::{Access, CONFIG_REGION, Irq, IrqError, Region};
 use crate::vm::Mapping;
 
 /// Offsets of the capabilities in [`space`].
@@ -35,8 +35,18 @@ pub struct State {
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
     pub sizes: [u64; 6],
+    /// Of BAR 0,
+    pub mappable: Vec<(u64, u64)>,
+    /// and what has been mapped: region, offset, length.
+    pub mapped: Vec<(u32, u64, u64)>,
     pub no_events: bool,
     pub is_gone: bool,
+    /// Vectors the host has at first, and later one by one.
+    pub free_vectors: u32,
+    /// One whose event is not taken.
+    pub refused_vector: Option<u32>,
+    /// What is not turned off.
+    pub stuck: Option<Irq>,
     pub resets: u32,
     /// Writes to configuration space, in order.
     pub config_writes: Vec<(u64, Vec<u8>)>,
@@ -53,8 +63,13 @@ impl Default for Mock {
             config: space(),
             bar: vec![0; 0x8000],
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
+            mappable: vec![(0, BAR0_SIZE)],
+            mapped: Vec::new(),
             no_events: false,
             is_gone: false,
+            free_vectors: u32::MAX,
+            refused_vector: None,
+            stuck: None,
             resets: 0,
             config_writes: Vec::new(),
             calls: Vec::new(),
@@ -110,7 +125,7 @@ impl Access for Mock {
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {
-            vec![(0, size)]
+            state.mappable.clone()
         } else {
             Vec::new()
         };
@@ -134,7 +149,8 @@ impl Access for Mock {
         Ok(())
     }
 
-    fn map(&self, _: u32, _: u64, len: u64) -> io::Result<Mapping> {
+    fn map(&self, region: u32, offset: u64, len: u64) -> io::Result<Mapping> {
+        self.state().mapped.push((region, offset, len));
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
         Mapping::new(file.as_fd(), 0, len)
@@ -148,8 +164,22 @@ impl Access for Mock {
         })
     }
 
-    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
         let mut state = self.state();
+        if state.is_gone {
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+        }
+        let asked = u32::try_from(events.len()).unwrap();
+        let available = state.free_vectors;
+        if start == 0 && available < asked {
+            state
+                .calls
+                .push(format!("{irq:?} 0+{asked} has {available}"));
+            return Err(IrqError::Fewer { available, asked });
+        }
+        if start >= available || state.refused_vector == Some(start) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
+        }
         let attached: Vec<_> = (start..)
             .zip(events)
             .filter_map(|(vector, event)| Some((vector, (*event)?)))
@@ -166,6 +196,9 @@ impl Access for Mock {
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let mut state = self.state();
         state.calls.push(format!("{irq:?} off"));
+        if state.stuck == Some(irq) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         state.events.retain(|event| event.0 != irq);
         Ok(())
     }

@@ -107,12 +107,12 @@ pub enum VfioError {
     /// See the source.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// No thread to watch the devices.
-    #[error("watching PCI devices: {0}")]
-    Watch(#[source] io::Error),
-    /// No descriptors, or no thread, for them.
-    #[error("descriptors and threads for PCI devices: {0}")]
-    Resources(#[source] io::Error),
+    /// No thread to watch the devices, or to plug some in.
+    #[error("threads for PCI devices: {0}")]
+    Thread(#[source] io::Error),
+    /// No more descriptors of the same files.
+    #[error("duplicating descriptors of PCI devices: {0}")]
+    Duplicate(#[source] io::Error),
     /// Whoever plugs is wrong about the machine.
     #[error("slot {0} for PCI devices is not there, or not as it should be")]
     Slot(u8),
@@ -225,7 +225,7 @@ impl Passthrough {
         let start = Instant::now();
         let Self { container, devices } = self;
         let files = container.kvm_files(devices.iter().map(|(_, device)| device));
-        let known = KnownToKvm::new(vm, files.map_err(VfioError::Resources)?)?;
+        let known = KnownToKvm::new(vm, files.map_err(VfioError::Duplicate)?)?;
         let named = devices
             .iter()
             .map(|(address, device)| (address.as_str(), device));
@@ -367,7 +367,7 @@ impl Session {
     ///
     /// When there is no thread for it.
     pub fn watch(self, stop: Arc<Stop>) -> Result<Watch, VfioError> {
-        let worker = events::watch(self.watched, stop).map_err(VfioError::Watch)?;
+        let worker = events::watch(self.watched, stop).map_err(VfioError::Thread)?;
         Ok(Watch {
             worker,
             known: self.known,

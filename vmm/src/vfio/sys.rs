@@ -22,7 +22,7 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
-use super::access::{Access, Irq, Region};
+use super::access::{Access, Irq, IrqError, Region};
 use crate::vm::Mapping;
 
 ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE.into(), VFIO_BASE + 2);
@@ -90,6 +90,15 @@ fn check(result: libc::c_int) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// What the kernel says to turning `asked` interrupts on: when it has fewer, how many.
+fn check_irqs(result: libc::c_int, asked: u32) -> Result<(), IrqError> {
+    check(result)?;
+    match result.unsigned_abs() {
+        0 => Ok(()),
+        available => Err(IrqError::Fewer { available, asked }),
+    }
 }
 
 /// The size of an argument, which begins with it.
@@ -172,7 +181,7 @@ pub fn allocate_ioas(iommufd: &OwnedFd) -> io::Result<u32> {
 ///
 /// The kernel's.
 pub fn map_in_ioas(iommufd: &OwnedFd, ioas: u32, range: DmaRange) -> io::Result<()> {
-    let map = IoasMap {
+    let mut map = IoasMap {
         size: size::<IoasMap>(),
         flags: IOAS_MAP_FLAGS,
         ioas_id: ioas,
@@ -181,8 +190,8 @@ pub fn map_in_ioas(iommufd: &OwnedFd, ioas: u32, range: DmaRange) -> io::Result<
         iova: range.iova,
         ..Default::default()
     };
-    // SAFETY: as in `map_in_container`.
-    check(unsafe { ioctl_with_ref(iommufd, IOMMU_IOAS_MAP(), &map) })
+    // SAFETY: as in `map_in_container`; the kernel writes the address back.
+    check(unsafe { ioctl_with_mut_ref(iommufd, IOMMU_IOAS_MAP(), &mut map) })
 }
 
 /// A VFIO device.
@@ -244,29 +253,11 @@ impl VfioFile {
 
     /// The description of a region, and the same with its capabilities as bytes.
     fn region_info(&self, index: u32) -> io::Result<(vfio_region_info, Vec<u8>)> {
-        let mut info = vfio_region_info {
-            argsz: size::<vfio_region_info>(),
-            index,
-            ..Default::default()
-        };
-        let command = VFIO_DEVICE_GET_REGION_INFO();
-        // SAFETY: the argument is the structure the call takes.
-        check(unsafe { ioctl_with_mut_ref(&self.file, command, &mut info) })?;
-        if info.argsz <= size::<vfio_region_info>() || info.argsz > MAX_REGION_INFO {
-            return Ok((info, Vec::new()));
-        }
-        // The structure and what follows it, in words so that it is aligned.
-        let mut words = vec![0u64; info.argsz.div_ceil(8) as usize];
-        if let Some(first) = words.first_mut() {
-            *first = u64::from(info.argsz);
-        }
-        if let Some(second) = words.get_mut(1) {
-            *second = u64::from(index);
-        }
-        // SAFETY: the buffer is as long as the `argsz` in its first word says.
-        check(unsafe { ioctl_with_mut_ptr(&self.file, command, words.as_mut_ptr()) })?;
-        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        Ok((info, bytes))
+        describe(index, |words| {
+            let command = VFIO_DEVICE_GET_REGION_INFO();
+            // SAFETY: the buffer is as long as the `argsz` in its first word says.
+            check(unsafe { ioctl_with_mut_ptr(&self.file, command, words.as_mut_ptr()) })
+        })
     }
 
     fn offset(&self, region: u32, offset: u64) -> io::Result<u64> {
@@ -278,25 +269,17 @@ impl VfioFile {
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    fn set_irq(&self, words: &[u32]) -> io::Result<()> {
+    fn set_irq(&self, words: &[u32]) -> libc::c_int {
         debug_assert!(words.len() >= IRQ_SET_WORDS);
         // SAFETY: the buffer is a `vfio_irq_set` and as long as its `argsz` says.
-        check(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+        unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) }
     }
 }
 
 impl Access for VfioFile {
     fn region(&self, index: u32) -> io::Result<Region> {
         let (info, bytes) = self.region_info(index)?;
-        let mappable = match info.flags {
-            flags if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 => Vec::new(),
-            flags if flags & VFIO_REGION_INFO_FLAG_CAPS == 0 => vec![(0, info.size)],
-            _ => sparse_areas(&bytes, info.cap_offset).unwrap_or_else(|| vec![(0, info.size)]),
-        };
-        Ok(Region {
-            size: info.size,
-            mappable,
-        })
+        Ok(region(&info, &bytes))
     }
 
     fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
@@ -328,7 +311,7 @@ impl Access for VfioFile {
         }
     }
 
-    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
         let fds = events
             .iter()
             .map(|event| event.map_or(-1, |event| event.as_raw_fd()));
@@ -336,12 +319,12 @@ impl Access for VfioFile {
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         let mut words = irq_set(flags, irq, start, count, count);
         words.extend(fds.map(i32::cast_unsigned));
-        self.set_irq(&words)
+        check_irqs(self.set_irq(&words), count)
     }
 
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
-        self.set_irq(&irq_set(flags, irq, 0, 0, 0))
+        check(self.set_irq(&irq_set(flags, irq, 0, 0, 0)))
     }
 
     fn reset(&self) -> io::Result<bool> {
@@ -367,6 +350,57 @@ fn irq_set(flags: u32, irq: Irq, start: u32, count: u32, data: u32) -> Vec<u32> 
     #[allow(clippy::cast_possible_truncation)] // five
     let words = IRQ_SET_WORDS as u32 + data;
     vec![words * 4, flags, index_of(irq), start, count]
+}
+
+/// Has `ask` describe a region, in a buffer that begins with its length. The kernel
+/// says at first how long it must be, and in one that is long enough where the
+/// capabilities begin.
+fn describe(
+    index: u32,
+    mut ask: impl FnMut(&mut [u64]) -> io::Result<()>,
+) -> io::Result<(vfio_region_info, Vec<u8>)> {
+    let mut len = size::<vfio_region_info>();
+    loop {
+        // Words, so that the structure is aligned: argsz and flags, index and cap_offset.
+        let mut words = vec![u64::from(len), u64::from(index)];
+        words.resize(len.div_ceil(8) as usize, 0);
+        ask(&mut words)?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let info = region_info_in(&bytes).ok_or(io::ErrorKind::UnexpectedEof)?;
+        if info.argsz <= len {
+            return Ok((info, bytes));
+        }
+        if info.argsz > MAX_REGION_INFO {
+            let bytes = info.argsz;
+            let what = format!("the description of region {index} is {bytes} bytes long");
+            return Err(io::Error::other(what));
+        }
+        len = info.argsz;
+    }
+}
+
+fn region_info_in(bytes: &[u8]) -> Option<vfio_region_info> {
+    Some(vfio_region_info {
+        argsz: u32_at(bytes, 0)?,
+        flags: u32_at(bytes, 4)?,
+        index: u32_at(bytes, 8)?,
+        cap_offset: u32_at(bytes, 12)?,
+        size: u64_at(bytes, 16)?,
+        offset: u64_at(bytes, 24)?,
+    })
+}
+
+/// What a description says of a region.
+fn region(info: &vfio_region_info, bytes: &[u8]) -> Region {
+    let mappable = match info.flags {
+        flags if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 => Vec::new(),
+        flags if flags & VFIO_REGION_INFO_FLAG_CAPS == 0 => vec![(0, info.size)],
+        _ => sparse_areas(bytes, info.cap_offset).unwrap_or_else(|| vec![(0, info.size)]),
+    };
+    Region {
+        size: info.size,
+        mappable,
+    }
 }
 
 /// The areas of the sparse mapping capability, if a region's description has it:
@@ -422,6 +456,17 @@ mod tests {
         assert_eq!(irq_set(flags, Irq::Msix, 3, 2, 2), [28, 0x24, 2, 3, 2]);
     }
 
+    #[test]
+    fn fewer_vectors_than_were_asked_for_are_no_success() {
+        assert!(check_irqs(0, 8).is_ok());
+        let fewer = check_irqs(3, 8).unwrap_err();
+        assert_eq!(
+            fewer.to_string(),
+            "the host has only 3 of 8 interrupt vectors for it"
+        );
+        assert!(matches!(check_irqs(-1, 8), Err(IrqError::Kernel(_))));
+    }
+
     /// A description with a capability of type 9 and then a sparse one.
     fn description(areas: &[(u64, u64)]) -> Vec<u8> {
         let mut bytes = vec![0; 32];
@@ -440,6 +485,48 @@ mod tests {
     fn sparse_areas_are_found_in_the_chain() {
         let areas = [(0, 0x1000), (0x3000, 0x1000)];
         assert_eq!(sparse_areas(&description(&areas), 32).unwrap(), areas);
+    }
+
+    /// Region 2 as `vfio-pci` describes it: without the capabilities, and with nothing
+    /// said of where they are, as long as there is no room for them.
+    fn kernel(words: &mut [u64], areas: &[(u64, u64)]) {
+        let [len, index] = [words[0], words[1]];
+        assert_eq!((len.div_ceil(8), index), (words.len() as u64, 2));
+        let full = description(areas);
+        let enough = len >= full.len() as u64;
+        let flags = VFIO_REGION_INFO_FLAG_MMAP | VFIO_REGION_INFO_FLAG_CAPS;
+        words[0] = u64::from(flags) << 32 | full.len() as u64;
+        words[1] |= if enough { 32 << 32 } else { 0 };
+        words[2] = 0x8000;
+        words[3] = 2 << 40;
+        for (word, bytes) in words.iter_mut().zip(full.chunks(8)).skip(4) {
+            *word = u64::from_ne_bytes(bytes.try_into().unwrap());
+        }
+    }
+
+    #[test]
+    fn what_can_be_mapped_is_read_where_the_last_answer_says() {
+        let areas = [(0, 0x1000), (0x3000, 0x1000)];
+        let mut calls = 0;
+        let (info, bytes) = describe(2, |words| {
+            calls += 1;
+            kernel(words, &areas);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!((calls, info.offset), (2, 2 << 40));
+        let region = region(&info, &bytes);
+        assert_eq!((region.size, region.mappable), (0x8000, areas.to_vec()));
+    }
+
+    #[test]
+    fn description_without_an_end_is_refused() {
+        let error = describe(2, |words| {
+            words[0] = u64::from(MAX_REGION_INFO) + 1;
+            Ok(())
+        });
+        let text = "the description of region 2 is 65537 bytes long";
+        assert_eq!(error.unwrap_err().to_string(), text);
     }
 
     #[test]

@@ -13,7 +13,6 @@
 //! signals the same event. Interrupts are MSI-X only, so the ISR status is always
 //! 0. One lock guards a function; device threads never take it.
 
-use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -71,9 +70,6 @@ pub enum TransportError {
     /// More queues than the BAR has room for.
     #[error("{0} queues are too many")]
     Queues(usize),
-    /// No event descriptor.
-    #[error("interrupt events: {0}")]
-    Event(#[from] io::Error),
 }
 
 /// A PCI function with a virtio device.
@@ -107,7 +103,7 @@ impl VirtioPci {
     ///
     /// # Errors
     ///
-    /// When it has too many queues, or there are no descriptors for it.
+    /// When it has too many queues.
     pub fn new(
         vm: &Arc<Vm>,
         device: Box<dyn VirtioDevice>,
@@ -121,7 +117,7 @@ impl VirtioPci {
         // One vector per queue, one for the configuration.
         let vectors = u16::try_from(queues + 1).map_err(|_| TransportError::Queues(queues))?;
         let mut config = config_space(device.device_type(), bar_address);
-        let msix = Msix::new(vm, vectors)?;
+        let msix = Msix::new(vm, vectors);
         let msix_control = msix.add_capability(&mut config, MSIX_TABLE, MSIX_PENDING);
         let window = add_capabilities(&mut config);
         let function = Function {
@@ -260,10 +256,10 @@ impl Function {
             self.detach();
             self.kicks = None;
             self.common.set_needs_reset();
-            if let Some(event) = self.msix.event(self.common.config_vector())
-                && let Err(error) = event.write(1)
-            {
-                tracing::warn!(%error, "configuration interrupt lost");
+            let event = event_of(&mut self.msix, self.common.config_vector());
+            let told = event.and_then(|event| event.write(1).map_err(ActivateError::Worker));
+            if let Err(error) = told {
+                tracing::warn!(?error, "configuration interrupt lost");
             }
         }
     }
@@ -272,15 +268,16 @@ impl Function {
         let mut kicks = Vec::new();
         let mut queues = Vec::new();
         for (index, config) in self.common.queues().iter().enumerate() {
-            let queue = config
-                .enabled
-                .then(|| self.active_queue(index, config))
-                .transpose()?;
+            let mut queue = None;
+            if config.enabled {
+                let interrupt = event_of(&mut self.msix, config.vector)?;
+                queue = Some(self.active_queue(index, config, interrupt)?);
+            }
             let kick = queue.as_ref().map(|queue| queue.kick.try_clone());
             kicks.push(kick.transpose().map_err(ActivateError::Worker)?);
             queues.push(queue);
         }
-        let config_interrupt = self.event(self.common.config_vector())?;
+        let config_interrupt = event_of(&mut self.msix, self.common.config_vector())?;
         self.kicks = Some(kicks);
         self.move_to(self.config.bar());
         self.device.activate(Activation {
@@ -295,6 +292,7 @@ impl Function {
         &self,
         index: usize,
         config: &QueueConfig,
+        interrupt: Arc<EventFd>,
     ) -> Result<ActiveQueue, ActivateError> {
         let queue = config
             .build(self.vm.memory(), self.common.features())
@@ -302,18 +300,8 @@ impl Function {
         Ok(ActiveQueue {
             queue,
             kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ActivateError::Worker)?,
-            interrupt: self.event(config.vector)?,
+            interrupt,
         })
-    }
-
-    /// The event of a vector; without a vector, one that nobody hears.
-    fn event(&self, vector: u16) -> Result<Arc<EventFd>, ActivateError> {
-        match self.msix.event(vector) {
-            Some(event) => Ok(event),
-            None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-                .map(Arc::new)
-                .map_err(ActivateError::Worker),
-        }
     }
 
     fn reset(&mut self) {
@@ -402,6 +390,17 @@ impl Function {
 impl Drop for Function {
     fn drop(&mut self) {
         self.reset();
+    }
+}
+
+/// The event of a vector; without a vector, one that nobody hears.
+fn event_of(msix: &mut Msix, vector: u16) -> Result<Arc<EventFd>, ActivateError> {
+    let event = msix.event(vector);
+    match event.map_err(|error| ActivateError::Backend(error.to_string()))? {
+        Some(event) => Ok(event),
+        None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map(Arc::new)
+            .map_err(ActivateError::Worker),
     }
 }
 

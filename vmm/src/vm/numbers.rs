@@ -4,8 +4,11 @@
 use std::sync::{Mutex, PoisonError};
 
 /// See the module.
-#[derive(Debug, Default)]
-pub struct Numbers(Mutex<Used>);
+#[derive(Debug)]
+pub struct Numbers {
+    limit: u32,
+    used: Mutex<Used>,
+}
 
 #[derive(Debug, Default)]
 struct Used {
@@ -14,19 +17,34 @@ struct Used {
 }
 
 impl Numbers {
-    /// One that nobody has.
-    pub fn take(&self) -> u32 {
-        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = used.next;
-        used.free.pop().unwrap_or_else(|| {
-            used.next += 1;
-            next
-        })
+    /// Those from 0 on, below `limit`.
+    pub fn below(limit: u32) -> Self {
+        Self {
+            limit,
+            used: Mutex::default(),
+        }
+    }
+
+    /// How many there are.
+    pub fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    /// One that nobody has, if there is any.
+    pub fn take(&self) -> Option<u32> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(number) = used.free.pop() {
+            return Some(number);
+        }
+        let number = used.next;
+        let is_left = number < self.limit;
+        used.next += u32::from(is_left);
+        is_left.then_some(number)
     }
 
     /// Lets somebody else have it.
     pub fn give_back(&self, number: u32) {
-        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         used.free.push(number);
     }
 }
@@ -37,9 +55,12 @@ mod tests {
 
     #[test]
     fn numbers_are_one_owner_s_and_come_back() {
-        let numbers = Numbers::default();
-        assert_eq!([numbers.take(), numbers.take()], [0, 1]);
+        let numbers = Numbers::below(3);
+        assert_eq!([numbers.take(), numbers.take()], [Some(0), Some(1)]);
         numbers.give_back(0);
-        assert_eq!([numbers.take(), numbers.take()], [0, 2]);
+        assert_eq!([numbers.take(), numbers.take()], [Some(0), Some(2)]);
+        assert_eq!([numbers.take(), numbers.take()], [None; 2]);
+        numbers.give_back(1);
+        assert_eq!([numbers.take(), numbers.take()], [Some(1), None]);
     }
 }

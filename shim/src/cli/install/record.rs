@@ -146,19 +146,27 @@ impl Record {
         fs::rename(&new, &path).map_err(io_error("replace", &path))
     }
 
+    /// Whether a file is there that is a user's or was edited by one.
+    pub(super) fn is_users(&self, file: &Path) -> Result<bool, InstallError> {
+        let path = below(&self.root, file);
+        if fs::symlink_metadata(&path).is_err() {
+            return Ok(false);
+        }
+        match self.made.files.get(file) {
+            Some(recorded) => is_as_written(&path, recorded).map(|is| !is),
+            None => Ok(true),
+        }
+    }
+
     /// Writes a file unless it is a user's or was edited.
     pub(super) fn write(&mut self, file: &Path, text: &str) -> Result<Written, InstallError> {
+        if self.is_users(file)? {
+            return Ok(Written::Not);
+        }
         let path = below(&self.root, file);
         let wanted = digest(text.as_bytes());
-        if fs::symlink_metadata(&path).is_ok() {
-            match self.made.files.get(file) {
-                Some(recorded) if is_as_written(&path, recorded)? => {
-                    if *recorded == wanted {
-                        return Ok(Written::Before);
-                    }
-                }
-                _ => return Ok(Written::Not),
-            }
+        if self.made.files.get(file) == Some(&wanted) && fs::symlink_metadata(&path).is_ok() {
+            return Ok(Written::Before);
         }
         self.make_parents(file)?;
         // What an interrupted call leaves is then taken for edited, and kept.
@@ -255,6 +263,11 @@ fn beside(path: &Path) -> PathBuf {
 }
 
 fn is_as_written(path: &Path, recorded: &str) -> Result<bool, InstallError> {
+    // A link in the file's place is a user's, wherever it is to.
+    let metadata = fs::symlink_metadata(path).map_err(io_error("look at", path))?;
+    if !metadata.is_file() {
+        return Ok(false);
+    }
     let bytes = fs::read(path).map_err(io_error("read", path))?;
     Ok(digest(&bytes) == recorded)
 }

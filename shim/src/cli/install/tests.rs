@@ -38,12 +38,13 @@ impl Host {
     fn stage(&self, kernel: &str) {
         let tree = self.tree();
         fs::create_dir_all(tree.join("bin")).unwrap();
-        fs::create_dir_all(tree.join("share/nacre")).unwrap();
+        fs::create_dir_all(tree.join("share/nacre/drivers")).unwrap();
         fs::copy("/bin/sleep", tree.join(FILES[0].0)).unwrap();
         for (name, text) in [
             (FILES[1].0, "nacre"),
             (FILES[2].0, kernel),
             (FILES[3].0, "agent"),
+            (FILES[4].0, "driver"),
         ] {
             fs::write(tree.join(name), text).unwrap();
         }
@@ -305,20 +306,63 @@ fn configuration_of_the_user_is_kept() {
     assert_eq!(host.snapshot(), before);
 }
 
-#[test]
-fn drop_in_of_an_earlier_version_is_brought_up_to_date() {
-    let host = Host::new();
-    host.write(CONTAINERD, WITH_IMPORTS);
+/// Leaves a file as an earlier version wrote it.
+fn write_earlier(host: &Host, file: &str, text: &str) {
     let place = host.place();
     let mut record = Record::open(&place.root, &place.library()).unwrap();
-    let file = Path::new("/").join(DROP_IN);
-    assert_eq!(record.write(&file, "# earlier\n").unwrap(), Written::Now);
-    drop(record);
-    assert!(
-        host.install()
-            .contains("wrote /etc/containerd/conf.d/nacre.toml")
-    );
+    let file = Path::new("/").join(file);
+    assert_eq!(record.write(&file, text).unwrap(), Written::Now);
+}
+
+#[test]
+fn files_of_an_earlier_version_are_brought_up_to_date() {
+    let host = Host::new();
+    host.write(CONTAINERD, WITH_IMPORTS);
+    write_earlier(&host, DROP_IN, "# earlier\n");
+    // With a key that there is no longer.
+    write_earlier(&host, NACRE, "colour = 'red'\n");
+    let said = host.install();
+    for file in [DROP_IN, NACRE] {
+        assert!(said.contains(&format!("wrote /{file}")), "{said}");
+    }
     assert_eq!(host.read(DROP_IN), containerd::DROP_IN);
+    assert_eq!(host.read(NACRE), DEFAULTS);
+}
+
+/// A version that would refuse every pod does not come into the place of one that runs them.
+#[test]
+fn edited_configuration_that_this_version_refuses_keeps_the_earlier_one() {
+    let host = Host::new();
+    host.install();
+    host.write(NACRE, "default_vcpus = 2\n# mine\ncolour = 'red'\n");
+    host.stage("two");
+    let before = host.snapshot();
+    let error = crate::error::chain(&host.try_install().unwrap_err());
+    for part in [
+        "correct or remove that line",
+        "etc/nacre/nacre.toml:3: colour: no such key",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    assert_eq!(host.snapshot(), before);
+    host.write(NACRE, "default_vcpus = 2\n");
+    host.install();
+    assert_eq!(host.read("usr/local/share/nacre/vmlinux"), "two");
+    assert_eq!(host.read(NACRE), "default_vcpus = 2\n");
+}
+
+#[test]
+fn link_to_the_same_text_is_a_user_s() {
+    let host = Host::new();
+    host.install();
+    let file = host.path(NACRE);
+    host.write("opt/nacre.toml", DEFAULTS);
+    fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink(host.path("opt/nacre.toml"), &file).unwrap();
+    host.install();
+    let said = host.uninstall();
+    assert!(said.contains("kept /etc/nacre/nacre.toml"), "{said}");
+    assert!(file.is_symlink());
 }
 
 #[test]
@@ -415,6 +459,79 @@ fn pods_forbid_to_uninstall_unless_forced() {
     assert_eq!(host.snapshot(), before);
     host.try_uninstall(true).unwrap();
     assert!(!host.path("usr").exists());
+}
+
+/// What cannot be read may be a pod's all the same.
+#[test]
+fn pods_without_a_readable_state_forbid_to_uninstall() {
+    for state in [None, Some("{")] {
+        let host = Host::new();
+        host.install();
+        fs::create_dir_all(host.path("run/nacre/.uids/x")).unwrap();
+        let pod = host.path("run/nacre/k8s.io/abc");
+        fs::create_dir_all(&pod).unwrap();
+        if let Some(state) = state {
+            fs::write(pod.join("state.json"), state).unwrap();
+        }
+        let error = host.try_uninstall(false).unwrap_err().to_string();
+        assert!(error.starts_with("pods are here: k8s.io/abc;"), "{error}");
+        fs::remove_dir_all(pod).unwrap();
+        host.uninstall();
+    }
+}
+
+#[test]
+fn processes_forbid_to_uninstall_unless_forced() {
+    let host = Host::new();
+    host.install();
+    let shim = host.run_shim();
+    let error = host.try_uninstall(false).unwrap_err().to_string();
+    let pid = shim.0.id();
+    assert!(
+        error.starts_with(&format!("process {pid} runs version 0.")),
+        "{error}"
+    );
+    host.try_uninstall(true).unwrap();
+}
+
+/// A version is unused only if nothing else is possible.
+#[test]
+fn users_of_a_version_that_cannot_be_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let version = path("version");
+    fs::create_dir_all(version.join("bin")).unwrap();
+    fs::write(version.join(FILES[0].0), "").unwrap();
+    let error = user_of(&version, &path("proc")).unwrap_err();
+    assert!(error.to_string().starts_with("cannot read "), "{error}");
+
+    fs::create_dir_all(path("proc/4000000")).unwrap();
+    fs::create_dir_all(path("proc/sys")).unwrap();
+    assert_eq!(user_of(&version, &path("proc")).unwrap(), None);
+    // Any error but that there is none.
+    let link = |target: &Path, pid: &str| {
+        fs::create_dir_all(path("proc").join(pid)).unwrap();
+        std::os::unix::fs::symlink(target, path("proc").join(pid).join("exe")).unwrap();
+    };
+    link(Path::new("exe"), "4000001");
+    let command_line = path("proc/4000001/cmdline");
+    for line in [
+        None,
+        Some("/proc/self/exe\0monitor\0"),
+        Some("nacre\0logs\0"),
+    ] {
+        if let Some(line) = line {
+            fs::write(&command_line, line).unwrap();
+        }
+        let error = user_of(&version, &path("proc")).unwrap_err();
+        assert!(error.to_string().ends_with("4000001/exe"), "{error}");
+    }
+    fs::write(&command_line, "/sbin/init\0").unwrap();
+    assert_eq!(user_of(&version, &path("proc")).unwrap(), None);
+
+    fs::remove_dir_all(path("proc/4000001")).unwrap();
+    link(&version.join(FILES[0].0), "4000002");
+    assert_eq!(user_of(&version, &path("proc")).unwrap(), Some(4_000_002));
 }
 
 #[test]

@@ -47,6 +47,24 @@ fn to_vfio_and_back_any_number_of_times() {
     );
 }
 
+/// The reservation alone is no sign that vfio-pci has a device: it may be in use.
+#[test]
+fn a_disk_that_is_only_reserved_stays_with_its_driver() {
+    let tree = with_nvme();
+    let dir = "sys/devices/pci0000:00/0000:01:00.0";
+    tree.write(&format!("{dir}/driver_override"), "vfio-pci\n");
+    let system = System {
+        write: |path, text| {
+            assert!(!path.ends_with("unbind"), "it may be mounted");
+            testing::kernel(path, text)
+        },
+        ..tree.system()
+    };
+    let moved = unbind(&system, &no_claims(), &[address("01:00.0")]).unwrap();
+    assert_eq!(moved[0].from, moved[0].to);
+    assert_eq!(state(&tree, "01:00.0"), (some("nvme"), None));
+}
+
 #[test]
 fn a_device_without_a_driver() {
     let tree = Tree::new();

@@ -46,7 +46,7 @@ fn named(value: &str) -> Spec {
 }
 
 fn addresses(tree: &Tree, spec: &Spec) -> Vec<String> {
-    let assigned = assigned(&tree.system(), spec).unwrap();
+    let assigned = assigned(&tree.system(), spec, true).unwrap();
     assigned
         .iter()
         .map(|device| device.address.to_string())
@@ -54,7 +54,9 @@ fn addresses(tree: &Tree, spec: &Spec) -> Vec<String> {
 }
 
 fn refusal(tree: &Tree, spec: &Spec) -> String {
-    assigned(&tree.system(), spec).unwrap_err().to_string()
+    assigned(&tree.system(), spec, true)
+        .unwrap_err()
+        .to_string()
 }
 
 #[test]
@@ -76,6 +78,7 @@ fn a_group_s_node_stands_for_all_its_devices() {
     let devices = assigned(
         &tree.system(),
         &with_nodes(&["/dev/vfio/vfio", "/dev/vfio/4"]),
+        false,
     )
     .unwrap();
     let expected = ["0000:01:00.0", "0000:01:00.1"].map(|name| AssignedDevice {
@@ -93,7 +96,7 @@ fn a_device_s_own_node_stands_for_its_group_too() {
     let node = "sys/devices/pci0000:00/0000:01:00.1/vfio-dev/vfio3/dev";
     tree.write(node, "511:3\n");
     let spec = with_nodes(&["/dev/vfio/devices/vfio3", "/dev/iommu"]);
-    let devices = assigned(&tree.system(), &spec).unwrap();
+    let devices = assigned(&tree.system(), &spec, true).unwrap();
     let nodes: Vec<_> = devices
         .iter()
         .map(|device| device.device_node.clone())
@@ -219,4 +222,58 @@ fn names_of_cdi() {
         native.contains("no node of a device below /dev/vfio"),
         "{native}"
     );
+}
+
+/// Whoever makes a pod writes its annotations.
+#[test]
+fn annotations_ask_only_where_the_administrator_lets_them() {
+    let tree = host();
+    let cdi = "cdi.k8s.io/nacre_gpu";
+    for spec in [named("02:00.0"), with_annotation(cdi, "vendor.com/gpu=0")] {
+        let error = assigned(&tree.system(), &spec, false).unwrap_err();
+        let text = error.to_string();
+        let key = spec.annotations().iter().flatten().next().unwrap().0;
+        assert!(text.contains(key.as_str()), "{text}");
+        assert!(text.contains("device_annotations"), "{text}");
+    }
+    let nothing = assigned(&tree.system(), &named(" , "), false).unwrap();
+    assert!(nothing.is_empty());
+    let mut node = with_nodes(&["/dev/vfio/5"]);
+    let by_node = assigned(&tree.system(), &node, false).unwrap();
+    assert_eq!(by_node[0].address, address("02:00.0"));
+    node.set_annotations(named("02:00.0").annotations().clone());
+    assert!(assigned(&tree.system(), &node, false).is_err());
+}
+
+/// A spec that containerd makes for a privileged container: all nodes of the host.
+#[test]
+fn a_privileged_container_asks_by_rules_of_their_own() {
+    let tree = host();
+    let privileged = |rules: &[serde_json::Value]| -> Spec {
+        let nodes = [
+            ("vfio", 10, 196),
+            ("4", 240, 0),
+            ("5", 240, 1),
+            ("6", 240, 2),
+        ];
+        let nodes = nodes.map(|(name, major, minor)| {
+            json!({"path": format!("/dev/vfio/{name}"), "type": "c", "major": major, "minor": minor})
+        });
+        let mut all = vec![json!({"allow": true, "access": "rwm"})];
+        all.extend_from_slice(rules);
+        let spec = json!({"ociVersion": "1.1.0",
+            "linux": {"devices": nodes, "resources": {"devices": all}}});
+        serde_json::from_value(spec).unwrap()
+    };
+    assert!(addresses(&tree, &privileged(&[])).is_empty());
+    let by = |rule| addresses(&tree, &privileged(&[rule]));
+    let own = json!({"allow": true, "type": "c", "major": 240, "minor": 1, "access": "rwm"});
+    assert_eq!(by(own), ["0000:02:00.0"]);
+    for other in [
+        json!({"allow": true, "type": "c", "major": 240, "access": "rwm"}),
+        json!({"allow": false, "type": "c", "major": 240, "minor": 1, "access": "rwm"}),
+        json!({"allow": true, "type": "b", "major": 240, "minor": 1, "access": "rwm"}),
+    ] {
+        assert!(by(other.clone()).is_empty(), "{other}");
+    }
 }

@@ -240,6 +240,10 @@ impl agent_ttrpc::Agent for Service {
         for device in &request.pci_devices {
             lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
         }
+        for driver in &request.drivers {
+            let (id, devices) = (&request.container_id, &driver.devices);
+            lock(&self.0.journal).push(format!("{id} has {} for {devices:?}", driver.path));
+        }
         let stdio = request.stdio.unwrap_or_default();
         self.0
             .add((request.container_id, String::new()), command, stdio)?;

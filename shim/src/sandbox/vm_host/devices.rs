@@ -1,12 +1,17 @@
 //! The devices of the host that a pod's containers ask for ([`crate::devices`]): claimed
 //! when the machine is made, opened when it boots, and the monitor's alone from then on.
+//! The machine has the driver images for them as disks.
 
+use nacre_protocol::agent::Driver;
+use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::hotplug::HotPlug;
+use super::super::images::Images;
 use super::super::{ContainerConfig, SandboxError};
-use super::{Spec, VmHost, blocking, may_grow};
-use crate::devices::{AssignedDevice, System, request};
+use super::{VmHost, blocking, may_grow};
+use crate::devices::{AssignedDevice, System, drivers, request};
+use crate::storage::{HostBacking, HostDisk};
 
 impl VmHost {
     /// What a container asks for.
@@ -19,7 +24,8 @@ impl VmHost {
         config: &ContainerConfig,
     ) -> Result<Vec<AssignedDevice>, SandboxError> {
         let (system, spec) = (self.system.clone(), config.spec.clone());
-        blocking(move || request::assigned(&system, &spec))
+        let by_annotation = self.config.device_annotations;
+        blocking(move || request::assigned(&system, &spec, by_annotation))
             .await
             .map_err(|source| SandboxError::Devices {
                 container_id: config.id.clone(),
@@ -42,20 +48,13 @@ impl VmHost {
         &self.hot_plug
     }
 
-    /// Slots for devices of containers that join the pod.
-    pub(super) fn pci_slots(&self, spec: &Spec) -> u8 {
-        if may_grow(spec) {
-            self.config.pci_slots
-        } else {
-            0
-        }
-    }
-
-    /// Makes the devices the first container asks for this pod's.
+    /// Makes the devices the first container asks for this pod's, and if others may join
+    /// it decides on slots for what they bring.
     pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
         let devices = self.devices(config).await?;
-        let is_pinned = !devices.is_empty() || self.pci_slots(&config.spec) > 0;
-        crate::task::lock(&self.parts).is_pinned = is_pinned;
+        if may_grow(&config.spec) {
+            crate::task::lock(&self.parts).pci_slots = self.config.pci_slots;
+        }
         if devices.is_empty() {
             return Ok(());
         }
@@ -69,6 +68,43 @@ impl VmHost {
             })?;
         crate::task::lock(&self.parts).devices = devices;
         Ok(())
+    }
+
+    /// The driver images for the pod's devices, and if others may come all there are: disks
+    /// of the machine, and what the guest is told of each. All pods read the same file, so
+    /// the host has its pages once.
+    pub(super) async fn driver_disks(
+        &self,
+        container_id: &str,
+    ) -> Result<(Vec<HostDisk>, Images), SandboxError> {
+        let devices = self.pod_devices();
+        let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
+        let others = crate::task::lock(&self.parts).pci_slots > 0;
+        let (system, rules) = (self.system.clone(), self.config.drivers.clone());
+        let opened = blocking(move || drivers::open(&rules, &system, &addresses, others))
+            .await
+            .map_err(|source| SandboxError::Drivers {
+                container_id: container_id.to_owned(),
+                source,
+            })?;
+        let numbered = opened.into_iter().enumerate();
+        let both = numbered.map(|(number, image)| {
+            let serial = format!("driver{number}");
+            let driver = Driver {
+                serial: serial.clone(),
+                path: image.path.display().to_string(),
+                devices: image.devices.into_iter().map(guest_address).collect(),
+                ..Driver::default()
+            };
+            let disk = HostDisk {
+                serial,
+                read_only: true,
+                backing: HostBacking::Whole(image.file),
+            };
+            (disk, driver)
+        });
+        let (disks, drivers) = both.unzip();
+        Ok((disks, Images::new(self.config.drivers.clone(), drivers)))
     }
 
     /// Opens the pod's devices, for the monitor.
@@ -99,14 +135,16 @@ mod tests {
 
     use nacre_protocol::channel::FdList;
     use nacre_protocol::vm::Iommu;
+    use oci_spec::runtime::Spec;
     use serde_json::json;
     use tempfile::TempDir;
 
     use crate::config::Config;
-    use crate::devices::Address;
     use crate::devices::testing::Tree;
+    use crate::devices::{Address, DriverImage};
     use crate::error::chain;
-    use crate::rundir::{RunDir, State};
+    use crate::machine::VmMachine;
+    use crate::rundir::{RunDir, State, Undying};
 
     /// A pod of a container that asks for the devices of a made-up host.
     struct Pod {
@@ -123,7 +161,17 @@ mod tests {
             run_dir.create().unwrap();
             let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
             run_dir.save(&state).unwrap();
-            let mut host = VmHost::new(Config::default(), run_dir.clone(), "web".into(), state);
+            let config = Config {
+                device_annotations: true,
+                ..Config::default()
+            };
+            let mut host = VmHost::new(
+                config,
+                run_dir.clone(),
+                "web".into(),
+                state,
+                crate::hooks::Runner::default(),
+            );
             host.system = tree.system();
             let spec = json!({
                 "ociVersion": "1.1.0",
@@ -148,6 +196,13 @@ mod tests {
             let address: Address = address.parse().unwrap();
             self.run_dir.claims().holder(address).unwrap()
         }
+    }
+
+    /// Of a pod that others join.
+    fn sandbox() -> Arc<Spec> {
+        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
+        Arc::new(serde_json::from_value(spec).unwrap())
     }
 
     #[tokio::test]
@@ -188,6 +243,44 @@ mod tests {
         assert_eq!(pod.holder("0000:02:00.0"), None);
     }
 
+    /// Killed, it may unpin memory for long, and has the devices open until it has.
+    #[tokio::test]
+    async fn a_monitor_that_is_not_gone_keeps_its_devices() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid);
+        crate::task::lock(&pod.host.parts).machine = Some(Arc::new(machine));
+        for _ in 0..2 {
+            pod.host.teardown().await;
+            assert_eq!(pod.holder("0000:01:00.0").as_deref(), Some("default/web"));
+        }
+        drop((monitor, channel));
+        pod.host.teardown().await;
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+    }
+
+    #[tokio::test]
+    async fn annotations_are_refused_by_default() {
+        let tree = Tree::new();
+        tree.add("0000:01:00.0", 0x01_0802)
+            .group(4)
+            .driver("vfio-pci");
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.config = Config::default();
+        let error = pod.host.claim_devices(&pod.config).await.err().unwrap();
+        let text = chain(&error);
+        let parts = ["container web", "io.nacre.devices", "device_annotations"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+    }
+
     #[tokio::test]
     async fn memory_of_a_pod_with_slots_is_there_from_the_start() {
         let tree = Tree::new();
@@ -195,13 +288,10 @@ mod tests {
         pod.host.config.pci_slots = 2;
         // Nobody joins a container of `ctr run`.
         pod.host.claim_devices(&pod.config).await.unwrap();
-        assert_eq!(pod.host.pci_slots(&pod.config.spec), 0);
         assert!(!pod.host.size_of(&pod.config.spec).is_pinned);
-        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
-        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
-        pod.config.spec = Arc::new(serde_json::from_value(spec).unwrap());
+        pod.config.spec = sandbox();
         pod.host.claim_devices(&pod.config).await.unwrap();
-        assert_eq!(pod.host.pci_slots(&pod.config.spec), 2);
+        assert_eq!(crate::task::lock(&pod.host.parts).pci_slots, 2);
         let size = pod.host.size_of(&pod.config.spec);
         assert_eq!((size.growth_mib, size.is_pinned), (0, true));
     }
@@ -219,6 +309,67 @@ mod tests {
         let text = chain(&error);
         assert!(text.contains("container web"), "{text}");
         assert!(text.contains("vfio/4: No such file"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn driver_images_are_disks_that_nobody_writes() {
+        let tree = Tree::new();
+        for (address, class) in [
+            ("0000:01:00.0", 0x01_0802),
+            ("0000:02:00.0", 0x03_0200),
+            ("0000:03:00.0", 0x01_0802),
+        ] {
+            let device = tree.add(address, class);
+            device.group(4).driver("vfio-pci");
+            device.file("vendor", "0x10de").file("device", "0x2330");
+        }
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.config.drivers = vec![DriverImage {
+            filter: "::0108".parse().unwrap(),
+            path: tree.path("nvme.erofs"),
+        }];
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
+        assert!(disks.is_empty() && images.in_use().is_empty());
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let error = pod.host.driver_disks("web").await.err().unwrap();
+        let text = chain(&error);
+        assert!(text.contains("container web"), "{text}");
+        assert!(text.contains("nvme.erofs of PCI device"), "{text}");
+
+        tree.write("nvme.erofs", &"-".repeat(4096));
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
+        let [disk] = disks.as_slice() else {
+            panic!("{disks:?}");
+        };
+        assert!(disk.read_only);
+        let drivers = images.in_use();
+        let [driver] = drivers.as_slice() else {
+            panic!("{drivers:?}");
+        };
+        assert_eq!(driver.serial, disk.serial);
+        assert_eq!(driver.path, tree.path("nvme.erofs").display().to_string());
+        // Where the guest has the first and the third device.
+        assert_eq!(driver.devices, ["0000:01:00.0", "0000:03:00.0"]);
+    }
+
+    #[tokio::test]
+    async fn a_pod_with_slots_has_all_driver_images() {
+        let tree = Tree::new();
+        tree.write("nvme.erofs", &"-".repeat(4096));
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.pci_slots = 1;
+        pod.host.config.drivers = vec![DriverImage {
+            filter: "::0108".parse().unwrap(),
+            path: tree.path("nvme.erofs"),
+        }];
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (disks, _) = pod.host.driver_disks("web").await.unwrap();
+        assert!(disks.is_empty(), "nobody joins it");
+        pod.config.spec = sandbox();
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
+        assert_eq!(disks.len(), 1);
+        assert!(images.in_use().is_empty(), "until a device comes");
     }
 
     /// Whatever step after it fails: here it is that the container has no network.

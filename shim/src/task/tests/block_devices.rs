@@ -1,8 +1,12 @@
 //! Block devices of containers, on a machine with two empty disks.
 
+use std::time::Duration;
+
+use containerd_shim_protos::api::CreateTaskRequest;
 use serde_json::json;
 
 use super::fixture::*;
+use crate::machine::fake::Disks;
 use crate::storage::devices::some_disk;
 use crate::task::lock;
 
@@ -54,4 +58,97 @@ async fn a_container_that_cannot_be_made_keeps_no_disk() {
     fixture.create("greedy", "sleep 60").await.unwrap_err();
     give(&mut fixture, numbers, 2);
     fixture.run("modest", "sleep 60").await;
+}
+
+#[tokio::test]
+async fn a_disk_that_is_refused_can_be_had_later() {
+    let Some(numbers) = some_disk() else { return };
+    let mut fixture = Fixture::new().await;
+    fixture.run("plain", "sleep 60").await;
+    give(&mut fixture, numbers, 1);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Refuse);
+    let refused = fixture.create("unlucky", "sleep 60").await.unwrap_err();
+    assert!(
+        refused.to_string().contains("slot0: not this one"),
+        "{refused}"
+    );
+    machine.disks(Disks::Exchange);
+    give(&mut fixture, numbers, 2);
+    fixture.run("lucky", "sleep 60").await;
+}
+
+/// Nobody knows what they have.
+#[tokio::test]
+async fn disks_that_stay_busy_are_not_used_again() {
+    let Some(numbers) = some_disk() else { return };
+    let mut fixture = Fixture::new().await;
+    fixture.run("plain", "sleep 60").await;
+    give(&mut fixture, numbers, 1);
+    fixture.run("one", "exit 0").await;
+    fixture.wait("one", "").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Busy);
+    fixture.delete("one", "").await.unwrap();
+    let busy = fixture.create("two", "sleep 60").await.unwrap_err();
+    assert!(busy.to_string().contains("disk slot1"), "{busy}");
+    machine.disks(Disks::Exchange);
+    let full = fixture.create("three", "sleep 60").await.unwrap_err();
+    assert!(full.to_string().contains("pod_disks"), "{full}");
+}
+
+/// Returns when this is in the journal.
+async fn until(fixture: &Fixture, what: &str) {
+    let is_there = async {
+        while !lock(&fixture.journal).iter().any(|line| line == what) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(10), is_there);
+    in_time.await.expect(what);
+}
+
+#[tokio::test]
+async fn no_disk_waits_for_another_to_be_taken_back() {
+    let Some(numbers) = some_disk() else { return };
+    let mut fixture = Fixture::new().await;
+    fixture.run("plain", "sleep 60").await;
+    give(&mut fixture, numbers, 2);
+    fixture.run("two", "exit 0").await;
+    fixture.wait("two", "").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Wait);
+    let both = async {
+        until(&fixture, "slot0 empty").await;
+        until(&fixture, "slot1 empty").await;
+        machine.disks(Disks::Exchange);
+    };
+    let (deleted, ()) = tokio::join!(fixture.delete("two", ""), both);
+    deleted.unwrap();
+}
+
+#[tokio::test]
+async fn a_container_that_waits_for_its_disk_keeps_no_other_waiting() {
+    let Some(numbers) = some_disk() else { return };
+    let mut fixture = Fixture::new().await;
+    fixture.run("plain", "exit 0").await;
+    fixture.wait("plain", "").await;
+    give(&mut fixture, numbers, 1);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Wait);
+    let request = CreateTaskRequest {
+        id: "waits".into(),
+        bundle: fixture.bundle("waits", "sleep 60"),
+        ..Default::default()
+    };
+    (fixture.devices, fixture.resources) = (json!([]), json!({}));
+    let others = async {
+        until(&fixture, "slot0 read-only").await;
+        fixture.delete("plain", "").await.unwrap();
+        fixture.run("other", "exit 0").await;
+        fixture.wait("other", "").await;
+        machine.disks(Disks::Exchange);
+    };
+    let (created, ()) = tokio::join!(fixture.client.create(context(), &request), others);
+    created.unwrap();
 }

@@ -5,7 +5,9 @@ use serde_json::json;
 use ttrpc::Code;
 
 use super::fixture::*;
+use crate::devices::DriverImage;
 use crate::devices::testing::Tree;
+use crate::machine::MachineError;
 use crate::machine::fake::FakeHost;
 use crate::rundir::RunDir;
 use crate::task::lock;
@@ -130,12 +132,12 @@ async fn what_is_not_plugged_in_is_not_kept() {
     let tree = Tree::new();
     let (fixture, run_dir) = with_slots(&tree).await;
     let machine = lock(&fixture.machine).clone().unwrap();
-    machine.refuses_devices(true);
+    machine.keeps_devices(Some(|| MachineError::Slots("too large".into())));
     let (code, text) = refusal(&fixture, "second").await;
     assert_eq!(code, Code::FAILED_PRECONDITION);
     assert!(text.contains("too large"), "{text}");
     assert_eq!(holder(&run_dir, "0000:05:00.0"), None);
-    machine.refuses_devices(false);
+    machine.keeps_devices(None);
     // Plugged in, but its container is none that can be made.
     let request = CreateTaskRequest {
         id: "second".into(),
@@ -153,6 +155,66 @@ async fn what_is_not_plugged_in_is_not_kept() {
     let (_, text) = refusal(&fixture, "second").await;
     assert!(text.contains("vfio5: No such file"), "{text}");
     assert_eq!(holder(&run_dir, "0000:05:00.0"), None);
+    assert_eq!(news(&fixture), [""; 0]);
+}
+
+fn no_answer() -> MachineError {
+    MachineError::io("wait for the control channel")(std::io::ErrorKind::BrokenPipe.into())
+}
+
+/// As long as the monitor may have it, nobody else gets it.
+#[tokio::test]
+async fn a_device_of_which_nobody_knows_stays_the_pod_s() {
+    let tree = Tree::new();
+    let (mut fixture, run_dir) = with_slots(&tree).await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    let is_kept = |address: &str| holder(&run_dir, address).as_deref() == Some("default/pod");
+    machine.keeps_devices(Some(no_answer));
+    assert_eq!(refusal(&fixture, "second").await.0, Code::INTERNAL);
+    assert!(is_kept("0000:05:00.0"));
+    machine.keeps_devices(None);
+    let (code, text) = refusal(&fixture, "second").await;
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(text.contains("0000:05:00.0 may be in the pod's"), "{text}");
+    assert!(is_kept("0000:05:00.0"));
+    assert_eq!(news(&fixture), [""; 0]);
+    // The other slot serves, until its device does not go either.
+    fixture.annotations = json!({DEVICES: "0000:01:00.0"});
+    fixture.run("third", "sleep 60").await;
+    let expected = ["plug 1 0000:01:00.0", "third has 0000:02:00.0"];
+    assert_eq!(news(&fixture), expected);
+    machine.keeps_devices(Some(no_answer));
+    delete(&fixture, "third").await;
+    machine.keeps_devices(None);
+    assert!(is_kept("0000:01:00.0"));
+    let (_, text) = refusal(&fixture, "fourth").await;
+    assert!(text.contains("0000:01:00.0 may be in the pod's"), "{text}");
+}
+
+#[tokio::test]
+async fn driver_images_are_told_with_the_devices_there_are() {
+    let tree = Tree::new();
+    let mut host = host(&tree);
+    host.pci_slots = 2;
+    host.drivers = vec![DriverImage {
+        filter: "::0108".parse().unwrap(),
+        path: "/images/nvme".into(),
+    }];
+    let mut fixture = Fixture::on(host).await;
+    fixture.run("first", "sleep 60").await;
+    for (id, device) in [("second", "0000:05:00.0"), ("third", "0000:01:00.0")] {
+        fixture.annotations = json!({DEVICES: device});
+        fixture.run(id, "sleep 60").await;
+    }
+    let both = r#"third has /images/nvme for ["0000:01:00.0", "0000:02:00.0"]"#;
+    assert_eq!(news(&fixture).last().map(String::as_str), Some(both));
+    delete(&fixture, "second").await;
+    news(&fixture);
+    fixture.run("fourth", "sleep 60").await;
+    let left = r#"fourth has /images/nvme for ["", "0000:02:00.0"]"#;
+    assert_eq!(news(&fixture), ["fourth has 0000:02:00.0", left]);
+    fixture.annotations = json!({});
+    fixture.run("fifth", "sleep 60").await;
     assert_eq!(news(&fixture), [""; 0]);
 }
 

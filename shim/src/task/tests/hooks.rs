@@ -1,10 +1,13 @@
-//! Hooks in a container's life: those that are refused, `poststart`, and those the
-//! guest runs.
+//! Hooks in a container's life: those that are refused, `poststart`, `poststop`, and those
+//! the guest runs.
 
 use std::path::Path;
+use std::time::Duration;
 
 use containerd_shim_protos::api::*;
+use futures::FutureExt;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use super::fixture::*;
@@ -92,6 +95,99 @@ async fn poststart_runs_before_the_start_returns() {
     assert!(file("stopped").exists());
     let topics = ["create", "start", "exec-added", "exec-started"];
     fixture.expect(&topics).await;
+}
+
+/// Whoever set something up on the host gets to take it down (runtime-spec 1.2,
+/// runtime.md, "Lifecycle", step 7).
+#[tokio::test]
+async fn poststop_runs_when_a_create_fails() {
+    let fixture = Fixture::new().await;
+    let failing = |name: &str, hooks: Value| {
+        let bundle = fixture.bundle(name, "true");
+        add_hooks(&bundle, hooks);
+        let stdout = "/no/such/fifo".into();
+        (
+            bundle.clone(),
+            CreateTaskRequest {
+                id: name.into(),
+                bundle,
+                stdout,
+                ..Default::default()
+            },
+        )
+    };
+    // The first makes the machine, the second joins it.
+    for name in ["first", "second"] {
+        let hooks = json!({
+            "createRuntime": script("echo > made; exit 3"), "poststop": script("rm made"),
+        });
+        let (bundle, request) = failing(name, hooks);
+        let (_, text) = message(fixture.client.create(context(), &request).await);
+        assert!(text.contains("exit status: 3"), "{text}");
+        assert!(!Path::new(&bundle).join("made").exists(), "{name}");
+        if name == "first" {
+            fixture.run("other", "sleep 60").await;
+        }
+    }
+    let hooks = json!({
+        "createRuntime": script("echo > made"), "poststop": script("rm made; echo >> stopped"),
+    });
+    let (bundle, request) = failing("third", hooks);
+    let (_, text) = message(fixture.client.create(context(), &request).await);
+    assert!(text.contains("/no/such/fifo"), "{text}");
+    let file = |name: &str| Path::new(&bundle).join(name);
+    assert!(!file("made").exists());
+    assert_eq!(std::fs::read(file("stopped")).unwrap(), b"\n");
+}
+
+/// A container that is being deleted: its hook has begun and waits for a line in `go`.
+async fn deleting(fixture: &Fixture, bundle: &str) -> JoinHandle<()> {
+    let hooks = json!({
+        "poststop": script("echo > began; read line < go; echo > ended"),
+    });
+    add_hooks(bundle, hooks);
+    let began = fixture.fifo("c/began");
+    fixture.fifo("c/go");
+    let began = reader(&began);
+    create(fixture, bundle.to_owned()).await.unwrap();
+    let pod = fixture.pod.clone();
+    let request = DeleteRequest {
+        id: "c".into(),
+        ..Default::default()
+    };
+    let deleted = tokio::spawn(async move { drop(pod.delete(&request).await.unwrap()) });
+    assert_eq!(began.await.unwrap(), "\n");
+    deleted
+}
+
+#[tokio::test]
+async fn the_pod_s_end_waits_for_hooks() {
+    let fixture = Fixture::new().await;
+    let bundle = fixture.bundle("c", "sleep 60");
+    let deleted = deleting(&fixture, &bundle).await;
+    let mut stop = std::pin::pin!(fixture.pod.stop());
+    assert!(stop.as_mut().now_or_never().is_none());
+    let go = Path::new(&bundle).join("go");
+    let told = tokio::task::spawn_blocking(move || std::fs::write(go, "\n"));
+    stop.await;
+    assert!(Path::new(&bundle).join("ended").exists());
+    told.await.unwrap().unwrap();
+    deleted.await.unwrap();
+}
+
+/// This test's end is that of the hook, too.
+#[tokio::test]
+async fn the_pod_s_end_does_not_wait_for_ever() {
+    let fixture = Fixture::new().await;
+    let bundle = fixture.bundle("c", "sleep 60");
+    let deleted = deleting(&fixture, &bundle).await;
+    tokio::time::pause();
+    let mut stop = std::pin::pin!(fixture.pod.stop());
+    assert!(stop.as_mut().now_or_never().is_none());
+    tokio::time::advance(Duration::from_secs(60)).await;
+    stop.await;
+    assert!(!deleted.is_finished());
+    assert!(!Path::new(&bundle).join("ended").exists());
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use super::fixture::*;
+use crate::machine::fake::FakeHost;
 use crate::task::lock;
 
 const MIB: u64 = 1 << 20;
@@ -101,12 +102,84 @@ async fn room_for_containers_that_come_and_go() {
     fixture.kill("second", "").await.unwrap();
     fixture.wait("second", "").await;
     fixture.delete("second", "").await.unwrap();
-    // Nobody waits for a guest to give back what it has.
+    assert_eq!(next_two(&fixture).await, ["machine +0", "host 256"]);
+}
+
+/// The next two things that happen: nobody waits for a guest to give back what it has.
+async fn next_two(fixture: &Fixture) -> Vec<String> {
     for _ in 0..500 {
-        if lock(&fixture.journal).len() == 2 {
+        if lock(&fixture.journal).len() >= 2 {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
-    assert_eq!(journal(&fixture), ["machine +0", "host 256"]);
+    journal(fixture)
+}
+
+#[tokio::test]
+async fn a_container_that_is_being_created_keeps_its_room() {
+    let mut fixture = fixture().await;
+    fixture.resources = memory(200);
+    fixture.run("gone", "exit 0").await;
+    fixture.wait("gone", "").await;
+    journal(&fixture);
+    fixture.resources = memory(300);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let meanwhile = async {
+        machine.held(1).await;
+        assert_eq!(journal(&fixture), ["host 756", "machine +500"]);
+        fixture.delete("gone", "").await.unwrap();
+        assert_eq!(next_two(&fixture).await, ["machine +300", "host 556"]);
+        machine.recover();
+    };
+    let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), meanwhile);
+    created.unwrap();
+    assert_eq!(journal(&fixture).len(), 0);
+}
+
+#[tokio::test]
+async fn the_container_that_a_machine_boots_with_has_its_room() {
+    let mut host = FakeHost::scripted();
+    host.hangs = true;
+    let mut fixture = Fixture::on(host).await;
+    fixture.resources = memory(256);
+    let both = async {
+        let machine = loop {
+            if let Some(machine) = lock(&fixture.machine).clone() {
+                break machine;
+            }
+            tokio::task::yield_now().await;
+        };
+        // The first ping and the first container.
+        machine.held(2).await;
+        let second = fixture.create("second", "sleep 60");
+        let meanwhile = async {
+            machine.held(3).await;
+            assert_eq!(journal(&fixture), ["host 512", "machine +256"]);
+            machine.recover();
+        };
+        let (second, ()) = tokio::join!(second, meanwhile);
+        second
+    };
+    let (first, second) = tokio::join!(fixture.create("first", "sleep 60"), both);
+    first.and(second).unwrap();
+}
+
+#[tokio::test]
+async fn a_container_that_the_guest_does_not_make_gives_its_room_back() {
+    let mut fixture = fixture().await;
+    fixture.resources = memory(200);
+    let request = CreateTaskRequest {
+        id: "bad".into(),
+        bundle: fixture.bundle_of("bad", json!(["/no/such/program"])),
+        ..Default::default()
+    };
+    let refused = fixture.client.create(context(), &request).await;
+    assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+    let mut all = journal(&fixture);
+    if all.len() < 4 {
+        all.extend(next_two(&fixture).await);
+    }
+    assert_eq!(all, ["host 456", "machine +200", "machine +0", "host 256"]);
 }

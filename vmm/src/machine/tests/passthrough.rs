@@ -1,14 +1,14 @@
 //! A real device behind a real IOMMU: QEMU's "edu", which the lab has when it is
-//! booted with `--iommu --qemu -device --qemu edu`. The guest is a few dozen
-//! instructions that drive it; it powers off when all went well and resets when not.
+//! booted with `--devices`. The guest is a few dozen instructions that drive it; it
+//! powers off when all went well and resets when not.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nacre_protocol::vm::Event;
 use nix::poll::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -33,10 +33,10 @@ const BUFFER: u32 = 0x4_0000;
 /// DMA command: begin; from the device to memory.
 const START: u32 = 1;
 const TO_MEMORY: u32 = 2;
-/// Within the guest's 32 MiB, and beyond them but within the device's 28 address bits.
+/// Within the guest's memory, whose size is this.
 const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
-const OUTSIDE: u32 = 0x800_0000;
+const GUEST_SIZE: u32 = 32 << 20;
 
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
@@ -49,6 +49,7 @@ const APIC_REQUESTED: u64 = 0x200;
 /// The edu device, in the hands of vfio-pci; `None` where there is none.
 fn edu() -> Option<String> {
     let skip = |why: &str| {
+        assert!(std::env::var_os("LAB_DEVICES").is_none(), "{why}");
         eprintln!("skipped: {why}");
         None
     };
@@ -62,7 +63,7 @@ fn edu() -> Option<String> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| (id(path, "vendor").trim(), id(path, "device").trim()) == EDU)
     else {
-        return skip("no edu device (lab run --iommu --qemu -device --qemu edu)");
+        return skip("no edu device (lab run --devices)");
     };
     if !device.join("iommu_group").exists() {
         return skip("no IOMMU");
@@ -101,10 +102,19 @@ impl Code {
 
     /// `cmp dword [address], value; jne fail`
     fn expect(self, address: u64, value: u32) -> Self {
+        self.compare(address, value, 0x85)
+    }
+
+    /// `cmp dword [address], value; je fail`
+    fn expect_not(self, address: u64, value: u32) -> Self {
+        self.compare(address, value, 0x84)
+    }
+
+    fn compare(self, address: u64, value: u32, jump: u8) -> Self {
         let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
         // Back over everything but the first jump.
         let distance = i32::try_from(code.0.len() + 6 - 2).unwrap();
-        code.bytes(&[0x0f, 0x85], &[(-distance).cast_unsigned()])
+        code.bytes(&[0x0f, jump], &[(-distance).cast_unsigned()])
     }
 
     /// Until the bits are clear: `test dword [address], bits; jnz` to itself.
@@ -179,33 +189,105 @@ fn dma_reaches_the_guest_s_memory() {
     run(&code);
 }
 
-/// Neither writes nor reads: the IOMMU says so, and goes on serving what is allowed.
+/// The host's kernel is written and read where it lies: the IOMMU says so, and goes on
+/// serving what is allowed. The kernel stays as it was, and nothing of it comes to the guest.
 #[test]
 fn dma_outside_the_guest_s_memory_faults() {
+    if edu().is_none() {
+        return;
+    }
+    let canary = Canary::find();
+    let before = canary.read();
+    let word = u32::from_le_bytes(*before.first_chunk().unwrap());
     let code = Code::new()
         .enable()
+        .store(INSIDE.into(), !word)
+        .dma(INSIDE, BUFFER, 0)
+        .dma(BUFFER, canary.address, TO_MEMORY)
+        .dma(canary.address, BUFFER, 0)
+        .dma(BUFFER, RESULT, TO_MEMORY)
+        .expect_not(RESULT.into(), word)
         .store(INSIDE.into(), 0xcafe_babe)
-        .dma(BUFFER, OUTSIDE, TO_MEMORY)
-        .dma(OUTSIDE, BUFFER, 0)
         .dma(INSIDE, BUFFER, 0)
         .dma(BUFFER, RESULT, TO_MEMORY)
         .expect(RESULT.into(), 0xcafe_babe)
         .power_off();
-    if run(&code).is_none() {
-        return;
-    }
     let mut log = KernelLog::open();
+    run(&code);
     for access in ["[DMA Write", "[DMA Read"] {
-        log.find(&[access, &format!("fault addr {OUTSIDE:#x}")]);
+        log.find(&[access, &format!("fault addr {:#x}", canary.address)]);
+    }
+    assert!(canary.read() == before, "the host's kernel was written");
+}
+
+/// A page of the host kernel's read-only data: nobody but a device would change it.
+/// `/proc/kcore` shows it, an ELF file whose segments say where in the machine's memory
+/// they are (proc(5), elf(5)).
+struct Canary {
+    /// In the host's memory.
+    address: u32,
+    kcore: File,
+    offset: u64,
+}
+
+impl Canary {
+    const PAGE: u32 = 4096;
+
+    /// The first page from the end, but for the last, that begins with a word which is
+    /// not zero.
+    fn find() -> Self {
+        let ranges = fs::read_to_string("/proc/iomem").unwrap();
+        let line = ranges.lines().find(|line| line.contains("Kernel rodata"));
+        let (range, _) = line.unwrap().trim().split_once(' ').unwrap();
+        let (first, last) = range.split_once('-').unwrap();
+        let number = |hex| u32::from_str_radix(hex, 16).unwrap();
+        let pages = number(first) / Self::PAGE..number(last) / Self::PAGE;
+        let kcore = File::open("/proc/kcore").unwrap();
+        let at = |page: u32| {
+            let address = page * Self::PAGE;
+            (address >= GUEST_SIZE).then_some(Self {
+                address,
+                offset: Self::offset(&kcore, address.into()),
+                kcore: kcore.try_clone().unwrap(),
+            })
+        };
+        let mut canaries = pages.rev().map_while(at);
+        let found = canaries.find(|canary| canary.read().first_chunk() != Some(&[0; 4]));
+        found.unwrap_or_else(|| panic!("no page of {range} is a canary"))
+    }
+
+    /// Where the file has a physical address.
+    fn offset(kcore: &File, address: u64) -> u64 {
+        let number = |at: u64| {
+            let mut bytes = [0; 8];
+            kcore.read_exact_at(&mut bytes, at).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        let (headers, count) = (number(0x20), number(0x38) & 0xffff);
+        let mut segments = (0..count).map(|index| headers + index * 56);
+        let found = segments.find_map(|header| {
+            let (physical, size) = (number(header + 0x18), number(header + 0x20));
+            let within = address.checked_sub(physical)?;
+            (within < size).then(|| number(header + 0x08) + within)
+        });
+        found.unwrap_or_else(|| panic!("/proc/kcore has no address {address:#x}"))
+    }
+
+    fn read(&self) -> Vec<u8> {
+        let mut page = vec![0; Self::PAGE as usize];
+        self.kcore.read_exact_at(&mut page, self.offset).unwrap();
+        page
     }
 }
 
-/// What the host's kernel has said since it booted, and what it says now.
+/// What the host's kernel says from now on.
 struct KernelLog(File);
 
 impl KernelLog {
     fn open() -> Self {
-        Self(File::open("/dev/kmsg").unwrap())
+        let mut log = File::open("/dev/kmsg").unwrap();
+        log.seek(SeekFrom::End(0)).unwrap();
+        Self(log)
     }
 
     /// Reads on until a message has all of `parts`.
@@ -303,15 +385,11 @@ fn hot_plugged(times: u32) -> Vec<u8> {
 }
 
 /// What became of a job.
-fn done(running: &Running, job: Job) -> Result<(), String> {
+fn done(running: &Running, job: Job) -> Result<u64, String> {
+    let (tell, told) = std::sync::mpsc::channel();
     let worker = running.hot_plug().unwrap();
-    worker.request(job);
-    mock::wait_for(worker.event());
-    let mut news = worker.news().unwrap();
-    match news.next().unwrap() {
-        Event::Plugged { result, .. } | Event::Unplugged { result, .. } => result,
-        other => panic!("{other:?}"),
-    }
+    worker.request(job, move |result| tell.send(result).unwrap());
+    told.recv_timeout(Duration::from_secs(20)).unwrap()
 }
 
 /// Until the guest has had its device write there.
@@ -335,9 +413,9 @@ fn device_comes_to_a_running_guest_and_goes_twice() {
     for round in 0..2 {
         let device = DeviceNodes::of(&address).unwrap();
         let opened = open::by_groups(Path::new("/dev"), &[device]).unwrap();
-        done(&running, Job::Plug(vec![0], opened)).unwrap();
+        assert_eq!(done(&running, Job::Plug(vec![0], opened)), Ok(1));
         wait_for_dma(&running, RESULT + 4 * round);
-        done(&running, Job::Unplug(vec![0])).unwrap();
+        assert_eq!(done(&running, Job::Unplug(vec![0])), Ok(1));
     }
     mock::wait_for(running.stop_handle().event());
     let stop = running.stop_handle().clone();

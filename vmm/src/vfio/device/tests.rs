@@ -14,15 +14,22 @@ const ADDRESSES: [u64; 3] = [BAR0, 64 * GIB, BAR0 + 0x10_0000];
 
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
+    let mock = Arc::new(Mock::default());
+    Some((function_in(&vm()?, &mock), mock))
+}
+
+fn vm() -> Option<Arc<Vm>> {
     let Ok(kvm) = Kvm::new() else {
         eprintln!("skipped: no /dev/kvm");
         return None;
     };
-    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
-    let mock = Arc::new(Mock::default());
+    let memory = memory::allocate(32, false).unwrap();
+    Some(Arc::new(Vm::new(&kvm, memory).unwrap()))
+}
+
+fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    let function = VfioPci::new(&vm, endpoint, &ADDRESSES, WINDOW64).unwrap();
-    Some((function, mock))
+    VfioPci::new(vm, endpoint, &ADDRESSES, WINDOW64).unwrap()
 }
 
 /// Where the mapped parts of BAR 0 are.
@@ -63,6 +70,28 @@ fn registers_are_in_the_guest_while_memory_space_is_on() {
     function.config_write(COMMAND, &[0, 0]);
     assert_eq!(function.bar_at(0x10_0000), None);
     assert_eq!(mock.state().resets, 1);
+}
+
+#[test]
+fn only_what_the_device_says_can_be_mapped_is_mapped() {
+    let Some(vm) = vm() else { return };
+    let mock = Arc::new(Mock::default());
+    // In front of the table, over it and its pending bits, and after them.
+    mock.state().mappable = vec![(0, 0x1000), (0x1000, 0x4000), (0x6000, 0x1000)];
+    let function = function_in(&vm, &mock);
+    let areas = [
+        (0, 0, 0x1000),
+        (0, 0x1000, 0x1000),
+        (0, 0x4000, 0x1000),
+        (0, 0x6000, 0x1000),
+    ];
+    assert_eq!(mock.state().mapped, areas);
+    function.config_write(COMMAND, &[6, 0]);
+    let addresses = areas.map(|(_, offset, _)| Some(BAR0 + offset));
+    assert_eq!(mapped(&function), addresses);
+    // The rest comes to us, and goes to the device.
+    function.bar_write(0, 0x5000, &[7]);
+    assert_eq!(mock.state().bar[0x5000], 7);
 }
 
 #[test]
@@ -170,6 +199,118 @@ fn msi_has_as_many_vectors_as_the_guest_enables() {
     );
     function.config_write(mock::MSI + 2, &[0, 0]);
     assert_eq!(mock.calls(), ["Msi off"]);
+}
+
+#[test]
+fn host_with_fewer_vectors_turns_on_those_it_has() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().free_vectors = 4;
+    set_vector(&function, 3, 0);
+    set_vector(&function, 5, 0);
+    let mut state = function.lock();
+    let State {
+        config, interrupts, ..
+    } = &mut *state;
+    config.write(&*mock, mock::MSIX + 3, &[0x80]).unwrap();
+    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    let text = "the host has only 4 of 16 interrupt vectors for it";
+    assert_eq!(error.to_string(), text);
+    assert_eq!(mock.calls(), ["Msix 0+16 has 4", "Msix 0+4 [3]"]);
+    // Vector 5 is asked for alone whenever there is a chance.
+    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    assert!(error.to_string().starts_with("Msix vector 5: "), "{error}");
+    mock.state().free_vectors = 16;
+    interrupts.config_changed(config, &*mock).unwrap();
+    assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
+    assert!(mock.signal(Irq::Msix, 3) && mock.signal(Irq::Msix, 5));
+}
+
+#[test]
+fn vector_that_is_not_armed_does_not_keep_the_others_from_it() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.config_write(mock::MSIX + 3, &[0xc0]);
+    mock.state().refused_vector = Some(5);
+    for vector in [5, 6] {
+        set_vector(&function, vector, 0);
+    }
+    assert_eq!(mock.calls(), ["Msix 0+16 []", "Msix 6+1 [6]"]);
+    mock.state().refused_vector = None;
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
+}
+
+#[test]
+fn what_failed_is_done_with_the_next_write() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let poke = || function.config_write(0x0c, &[8]);
+    mock.state().is_gone = true;
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    assert_eq!(mock.calls(), [""; 0]);
+    mock.state().is_gone = false;
+    poke();
+    assert_eq!(mock.calls(), ["Msi 0+1 [0]"]);
+    mock.state().stuck = Some(Irq::Msi);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    mock.state().stuck = None;
+    poke();
+    poke();
+    assert_eq!(mock.calls(), ["Msi off", "Msi off"]);
+}
+
+#[test]
+fn interrupts_that_stay_on_do_not_keep_the_others_on() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    mock.calls();
+    mock.state().stuck = Some(Irq::Msi);
+    assert!(function.lock().interrupts.stop(&*mock).is_err());
+    assert_eq!(mock.calls(), ["Msi off", "Msix off"]);
+}
+
+#[test]
+fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
+    let Some(vm) = vm() else { return };
+    // With 256 vectors of MSI-X each: far more than there are routes.
+    let functions: Vec<_> = (0..32)
+        .map(|_| {
+            let mock = Arc::new(Mock::default());
+            mock.state().config[mock::MSIX + 2] = 0xff;
+            (function_in(&vm, &mock), mock)
+        })
+        .collect();
+    for (function, mock) in &functions {
+        function.config_write(mock::MSIX + 3, &[0x80]);
+        set_vector(function, 255, 0);
+        assert_eq!(mock.calls(), ["Msix 0+256 []", "Msix 255+1 [255]"]);
+    }
+    assert_eq!(vm.new_gsi().unwrap(), 32);
+    // When a guest has used all up, what has a route keeps it and nothing else breaks.
+    while vm.new_gsi().is_ok() {}
+    let (function, mock) = &functions[0];
+    set_vector(function, 7, 0);
+    set_vector(function, 255, 1);
+    set_vector(function, 255, 0);
+    assert_eq!(mock.calls(), [""; 0]);
+    assert!(mock.signal(Irq::Msix, 255) && !mock.signal(Irq::Msix, 7));
+    let mut state = function.lock();
+    let State {
+        config, interrupts, ..
+    } = &mut *state;
+    let error = interrupts.config_changed(config, &**mock).unwrap_err();
+    let text = error.to_string();
+    let start = "Msix vector 7: KVM: find a free interrupt route: all ";
+    assert!(text.starts_with(start), "{text}");
+    interrupts.stop(&**mock).unwrap();
+    assert_eq!(mock.calls(), ["Msix off"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use crate::bus::BusDevice;
 use crate::layout::{GIB, WINDOW32_START};
 use crate::memory;
 use crate::pci::{Slot, Window};
+use crate::stop::Outcome;
 use crate::vfio::mock::{self, Mock};
 use crate::vfio::tests::{WINDOW64, attached, config, write};
 
@@ -87,25 +88,31 @@ fn a_device_comes_is_driven_and_goes() {
     assert_eq!(Arc::strong_count(&mock), 1, "nobody has it open");
 }
 
-/// What devices have of KVM's comes back: there are 4096 interrupt routes.
+/// What devices have of KVM's comes back: there are 4096 interrupt routes, and a slot
+/// has one only from when there is something to tell.
 #[test]
 fn devices_come_and_go_without_end() {
     let Some(mut slots) = slots(1) else { return };
-    let mut gsi = None;
+    assert_eq!(slots.vm.new_gsi().unwrap(), 0);
     for _ in 0..3 {
         let mock = Arc::new(Mock::default());
         slots
             .show(&[0], attached(std::slice::from_ref(&mock)))
             .unwrap();
-        configure(&slots, 1);
-        let taken = slots.vm.new_gsi();
-        assert_eq!(taken, *gsi.get_or_insert(taken));
-        slots.vm.free_gsi(taken);
+        let bar = configure(&slots, 1);
+        write(&slots.root, 1, 0, mock::MSIX as u64 + 3, &[0x80]);
+        let control = bar - WINDOW32_START + mock::TABLE + 12;
+        window(&slots).write(control, &[0; 4]);
+        let mut is_there = mock.calls();
+        assert_eq!(is_there.pop().as_deref(), Some("Msix 0+1 [0]"));
+        let taken = slots.vm.new_gsi().unwrap();
+        assert_eq!(taken, 2, "the device has one");
         slots.unplug(&[0]).unwrap();
-        // The last that was given back is the next to be taken.
-        let fresh: Vec<_> = (0..24).map(|_| slots.vm.new_gsi()).collect();
-        fresh.iter().rev().for_each(|gsi| slots.vm.free_gsi(*gsi));
-        assert!(fresh.iter().all(|gsi| *gsi <= 25), "{fresh:?}");
+        let again = slots.vm.new_gsi().unwrap();
+        assert_eq!(again, 1, "and not any more");
+        for gsi in [taken, again] {
+            slots.vm.free_gsi(gsi);
+        }
     }
 }
 
@@ -142,15 +149,18 @@ fn slots_are_one_device_s_and_only_those_there_are() {
 #[test]
 fn the_worker_tells_what_became_of_a_job() {
     let Some(slots) = slots(1) else { return };
-    let root = slots.root.clone();
+    let (root, stop) = (slots.root.clone(), slots.stop.clone());
     let worker = Worker::start(slots).unwrap();
-    worker.request(Job::Unplug(vec![0]));
-    mock::wait_for(worker.event());
-    let news: Vec<_> = worker.news().unwrap().collect();
-    let [Event::Unplugged { slots, result }] = &news[..] else {
-        panic!("{news:?}");
+    let (tell, told) = std::sync::mpsc::channel();
+    let answer = |job| {
+        let tell = tell.clone();
+        worker.request(job, move |result| tell.send(result).unwrap());
+        told.recv().unwrap().unwrap_err()
     };
-    assert_eq!((&slots[..], result.is_err()), (&[0][..], true));
+    let text = "slot 0 for PCI devices is not there, or not as it should be";
+    assert_eq!(answer(Job::Unplug(vec![0])), text);
+    stop.set(Outcome::Cancelled);
+    assert_eq!(answer(Job::Unplug(vec![0])), "the machine has ended");
     let finished = worker.stop().unwrap();
     root.reset();
     finished.close();

@@ -2,16 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::gpt::Gpt;
-use super::{BlockError, SECTOR_BYTES};
+use super::whole::Whole;
+use super::{BlockError, sector};
 use crate::virtio::buffers::Buffers;
 
-/// Zeroes are written in pieces of this size where the host has no other way.
+/// What is between the files of a disk, in pieces.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// What a disk is made of.
@@ -45,7 +45,7 @@ pub struct Disk {
 
 #[derive(Debug)]
 enum Content {
-    File(File),
+    File(Whole),
     /// In ascending order; all between them is zero.
     Pieces(Vec<Piece>),
 }
@@ -85,19 +85,29 @@ impl Disk {
     fn whole(read_only: bool, file: File) -> Result<Self, BlockError> {
         let what = "the disk's file";
         let size = length(&file, what)?;
-        if size == 0 || !size.is_multiple_of(SECTOR_BYTES) {
+        Self::of_whole(read_only, size, Whole::new(file, what)?, what)
+    }
+
+    pub(super) fn of_whole(
+        read_only: bool,
+        size: u64,
+        whole: Whole,
+        what: &str,
+    ) -> Result<Self, BlockError> {
+        if size == 0 || !size.is_multiple_of(whole.sector_bytes().into()) {
             return Err(BlockError::Size {
                 what: what.to_owned(),
                 bytes: size,
+                sector_bytes: whole.sector_bytes(),
             });
         }
-        if !read_only && !is_writable(&file, what)? {
+        if !read_only && !whole.is_writable() {
             return Err(BlockError::NotWritable(what.to_owned()));
         }
         Ok(Self {
             size,
             read_only,
-            content: Content::File(file),
+            content: Content::File(whole),
         })
     }
 
@@ -131,6 +141,14 @@ impl Disk {
         self.size
     }
 
+    /// Bytes of a logical sector, of which reads and writes are made.
+    pub fn sector_bytes(&self) -> u32 {
+        match &self.content {
+            Content::File(whole) => whole.sector_bytes(),
+            Content::Pieces(_) => sector::USUAL_BYTES,
+        }
+    }
+
     /// Whether nobody may write.
     pub fn read_only(&self) -> bool {
         self.read_only
@@ -143,7 +161,7 @@ impl Disk {
     /// Those of preadv(2); `UnexpectedEof` if a file has become shorter.
     pub fn read(&self, to: &mut Buffers<'_>, extent: Extent) -> io::Result<()> {
         match &self.content {
-            Content::File(file) => read_file(file, extent.start, to, 0, extent.len),
+            Content::File(whole) => whole.read(to, extent),
             Content::Pieces(pieces) => read_pieces(pieces, to, extent),
         }
     }
@@ -154,16 +172,7 @@ impl Disk {
     ///
     /// Those of pwritev(2), or `PermissionDenied` if nobody may write.
     pub fn write(&self, from: &mut Buffers<'_>, offset: usize, extent: Extent) -> io::Result<()> {
-        let file = self.writable()?;
-        let mut done = 0;
-        while done < extent.len {
-            let position = file_position(extent.start, done)?;
-            match from.write_at(file, position, offset + done, extent.len - done)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                count => done += count,
-            }
-        }
-        Ok(())
+        self.writable()?.write(from, offset, extent)
     }
 
     /// Makes what was written last.
@@ -173,7 +182,7 @@ impl Disk {
     /// Those of fdatasync(2).
     pub fn flush(&self) -> io::Result<()> {
         match &self.content {
-            Content::File(file) if !self.read_only => file.sync_data(),
+            Content::File(whole) if !self.read_only => whole.file().sync_data(),
             _ => Ok(()),
         }
     }
@@ -185,7 +194,7 @@ impl Disk {
     ///
     /// Those of fallocate(2).
     pub fn discard(&self, extent: Extent) -> io::Result<()> {
-        match punch(self.writable()?, extent) {
+        match punch(self.writable()?.file(), extent) {
             Err(Errno::EOPNOTSUPP) => Ok(()),
             result => Ok(result?),
         }
@@ -197,21 +206,21 @@ impl Disk {
     ///
     /// Those of fallocate(2) and pwrite(2).
     pub fn write_zeroes(&self, extent: Extent, unmap: bool) -> io::Result<()> {
-        let file = self.writable()?;
+        let whole = self.writable()?;
         let done = if unmap {
-            punch(file, extent)
+            punch(whole.file(), extent)
         } else {
-            allocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, extent)
+            allocate(whole.file(), FallocateFlags::FALLOC_FL_ZERO_RANGE, extent)
         };
         match done {
-            Err(Errno::EOPNOTSUPP) => write_zeroes(file, extent),
+            Err(Errno::EOPNOTSUPP) => whole.write_zeroes(extent),
             result => Ok(result?),
         }
     }
 
-    fn writable(&self) -> io::Result<&File> {
+    fn writable(&self) -> io::Result<&Whole> {
         match &self.content {
-            Content::File(file) if !self.read_only => Ok(file),
+            Content::File(whole) if !self.read_only => Ok(whole),
             _ => Err(io::ErrorKind::PermissionDenied.into()),
         }
     }
@@ -244,13 +253,6 @@ fn length(mut file: &File, what: &str) -> Result<u64, BlockError> {
     file.seek(SeekFrom::End(0)).map_err(failed(what))
 }
 
-fn is_writable(file: &File, what: &str) -> Result<bool, BlockError> {
-    let flags = fcntl(file, FcntlArg::F_GETFL)
-        .map_err(io::Error::from)
-        .map_err(failed(what))?;
-    Ok(OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDWR)
-}
-
 fn failed(what: &str) -> impl FnOnce(io::Error) -> BlockError {
     move |source| BlockError::File {
         what: what.to_owned(),
@@ -258,14 +260,14 @@ fn failed(what: &str) -> impl FnOnce(io::Error) -> BlockError {
     }
 }
 
-fn file_position(start: u64, done: usize) -> io::Result<libc::off_t> {
+pub(super) fn file_position(start: u64, done: usize) -> io::Result<libc::off_t> {
     let position = start.checked_add(done as u64);
     position
         .and_then(|position| position.try_into().ok())
         .ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
-fn read_file(
+pub(super) fn read_file(
     file: &File,
     start: u64,
     to: &mut Buffers<'_>,
@@ -313,7 +315,7 @@ fn at_most(len: usize, limit: u64) -> usize {
     usize::try_from(limit).map_or(len, |limit| len.min(limit))
 }
 
-fn fill(to: &Buffers<'_>, offset: usize, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn fill(to: &Buffers<'_>, offset: usize, bytes: &[u8]) -> io::Result<()> {
     if to.write(offset, bytes) == bytes.len() {
         Ok(())
     } else {
@@ -330,15 +332,4 @@ fn allocate(file: &File, flags: FallocateFlags, extent: Extent) -> Result<(), Er
     let start = extent.start.try_into().map_err(|_| Errno::EINVAL)?;
     let len = extent.len.try_into().map_err(|_| Errno::EINVAL)?;
     fallocate(file, flags, start, len)
-}
-
-fn write_zeroes(file: &File, extent: Extent) -> io::Result<()> {
-    let mut done = 0;
-    while done < extent.len {
-        let count = ZEROES.len().min(extent.len - done);
-        let part = ZEROES.get(..count).unwrap_or(&ZEROES);
-        file.write_all_at(part, extent.start + done as u64)?;
-        done += count;
-    }
-    Ok(())
 }

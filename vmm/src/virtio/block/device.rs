@@ -56,6 +56,7 @@ fn lock(interrupt: &ConfigInterrupt) -> MutexGuard<'_, Option<Arc<EventFd>>> {
 }
 
 /// Puts another file in the place of a disk's.
+#[derive(Clone)]
 pub struct Exchanger {
     service: Arc<Service>,
     interrupt: Arc<ConfigInterrupt>,
@@ -79,6 +80,13 @@ impl Exchanger {
             tracing::warn!(%error, "the guest is not told of another disk");
         }
         Ok(size)
+    }
+
+    /// Calls `then` while the disk has a request under way.
+    #[cfg(test)]
+    pub fn while_busy<T>(&self, then: impl FnOnce() -> T) -> T {
+        let _disk = self.service.disk();
+        then()
     }
 }
 
@@ -122,31 +130,6 @@ impl Block {
         }
     }
 
-    /// `struct virtio_blk_config`; fields of features not offered are zero.
-    fn config(&self) -> [u8; CONFIG_BYTES] {
-        let mut config = [0; CONFIG_BYTES];
-        let mut put = |offset: usize, field: &[u8]| {
-            if let Some(place) = config.get_mut(offset..offset + field.len()) {
-                place.copy_from_slice(field);
-            }
-        };
-        let sectors = self.service.disk().size() / SECTOR_BYTES;
-        let ranges = u32::from(MAX_RANGES);
-        put(0, &sectors.to_le_bytes());
-        put(12, &MAX_SEGMENTS.to_le_bytes());
-        put(20, &512u32.to_le_bytes());
-        put(34, &self.queues.to_le_bytes());
-        if !self.read_only {
-            put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-            put(40, &ranges.to_le_bytes());
-            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
-            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-            put(52, &ranges.to_le_bytes());
-            put(56, &[1]); // write_zeroes_may_unmap
-        }
-        config
-    }
-
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let write_through = activation.features & FLUSH == 0;
         // A driver that knows of one queue only leaves the others disabled.
@@ -183,6 +166,31 @@ impl Block {
     }
 }
 
+/// `struct virtio_blk_config`; fields of features not offered are zero.
+pub(super) fn config(disk: &Disk, read_only: bool, queues: u16) -> [u8; CONFIG_BYTES] {
+    let mut config = [0; CONFIG_BYTES];
+    let mut put = |offset: usize, field: &[u8]| {
+        if let Some(place) = config.get_mut(offset..offset + field.len()) {
+            place.copy_from_slice(field);
+        }
+    };
+    let sectors = disk.size() / SECTOR_BYTES;
+    let ranges = u32::from(MAX_RANGES);
+    put(0, &sectors.to_le_bytes());
+    put(12, &MAX_SEGMENTS.to_le_bytes());
+    put(20, &disk.sector_bytes().to_le_bytes());
+    put(34, &queues.to_le_bytes());
+    if !read_only {
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(40, &ranges.to_le_bytes());
+        put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+        put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+        put(52, &ranges.to_le_bytes());
+        put(56, &[1]); // write_zeroes_may_unmap
+    }
+    config
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> u16 {
         DEVICE_TYPE
@@ -207,7 +215,8 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let fields = self.config().into_iter().skip(start);
+        let config = config(&self.service.disk(), self.read_only, self.queues);
+        let fields = config.into_iter().skip(start);
         for (byte, value) in data.iter_mut().zip(fields.chain(std::iter::repeat(0))) {
             *byte = value;
         }

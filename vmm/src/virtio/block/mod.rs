@@ -21,8 +21,10 @@ mod backing;
 mod device;
 mod gpt;
 mod request;
+mod sector;
 #[cfg(test)]
 mod tests;
+mod whole;
 mod worker;
 
 pub use backing::Backing;
@@ -30,7 +32,7 @@ pub use device::{Block, Exchanger};
 
 use std::io;
 
-/// Bytes of a sector, whatever the host's disks have (virtio 1.2, 5.2.4).
+/// What positions and sizes count in, whatever sectors the disk has (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
 /// Why a disk cannot be made.
@@ -51,12 +53,22 @@ pub enum BlockError {
         source: io::Error,
     },
     /// No disk of whole sectors.
-    #[error("{what} has {bytes} bytes, not a positive multiple of {SECTOR_BYTES}")]
+    #[error("{what} has {bytes} bytes, not a positive multiple of {sector_bytes}")]
     Size {
         /// Which file of the disk.
         what: String,
         /// Its size.
         bytes: u64,
+        /// That of its sectors.
+        sector_bytes: u32,
+    },
+    /// Drivers know no such sectors.
+    #[error("{what} has sectors of {bytes} bytes, not 512, 1024, 2048 or 4096")]
+    Sectors {
+        /// Which file of the disk.
+        what: String,
+        /// The size.
+        bytes: u32,
     },
     /// A partition of nothing.
     #[error("{0} is empty")]

@@ -5,6 +5,8 @@ use super::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::ScopedJoinHandle;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as spec;
@@ -167,6 +169,137 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(capacity(&block), 0);
     assert_eq!(request(&mut driver, IN, 0, &sector).0, IOERR);
     assert_eq!(told.read().unwrap(), 2);
+}
+
+/// A file of this size that is read and written without the page cache; none, with the
+/// reason on stderr, where the file system of the build has no such thing.
+fn uncached(len: u64) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    file.as_file().set_len(len).unwrap();
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    let opened = options.open(file.path());
+    if let Err(error) = &opened {
+        eprintln!("skipped: no O_DIRECT here: {error}");
+    }
+    opened.ok()
+}
+
+/// The driver's buffers are anywhere; some devices want them aligned.
+#[test]
+fn without_the_page_cache_buffers_may_be_anywhere() {
+    let Some(file) = uncached(1 << 20) else {
+        return;
+    };
+    let memory = memory();
+    let mut block = whole(&file, false);
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let len = 72 << 10;
+    let pattern: Vec<u8> = (0..=250).cycle().take(len).collect();
+    let size = u32::try_from(len).unwrap();
+    for at in [0, 3] {
+        let (to, from) = (DATA + at, DATA + 0x8_0000 + at);
+        driver.store(to, &pattern);
+        let pieces = [(to, 101, false), (to + 101, size - 101, false)];
+        assert_eq!(request(&mut driver, OUT, 8, &pieces), (OK, 1));
+        let pieces = [(from, 4096, true), (from + 4096, size - 4096, true)];
+        assert_eq!(request(&mut driver, IN, 8, &pieces), (OK, size + 1));
+        assert!(driver.load(from, len) == pattern, "at {at}");
+        driver.store(DATA, &range(0, 256, 0));
+        let zeroes = [(DATA, 16, false)];
+        assert_eq!(request(&mut driver, WRITE_ZEROES, 0, &zeroes), (OK, 1));
+    }
+}
+
+#[test]
+fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
+    let told = |sector_bytes| {
+        let file = file_of(&[0; 8192]);
+        let flags = nix::fcntl::OFlag::O_RDWR;
+        let whole = whole::Whole::of(file, sector_bytes, flags)?;
+        let disk = Disk::of_whole(false, 8192, whole, "the disk").unwrap();
+        let config = device::config(&disk, false, 1);
+        let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        // Capacity stays in sectors of 512 bytes.
+        Some((field(0), field(20)))
+    };
+    assert_eq!(told(512), Some((16, 512)));
+    assert_eq!(told(4096), Some((16, 4096)));
+    for unknown in [0, 256, 520, 8192] {
+        assert_eq!(told(unknown), None);
+    }
+    let odd = whole::Whole::of(file_of(&[0; 8192]), 4096, nix::fcntl::OFlag::O_RDWR).unwrap();
+    let error = Disk::of_whole(false, 4096 + 512, odd, "the disk").unwrap_err();
+    assert!(error.to_string().contains("multiple of 4096"), "{error}");
+}
+
+/// A driver that writes the start of a disk, three requests at a time, so that there is
+/// one under way while it hears of the end of another.
+fn write_until(stop: &AtomicBool, driver: &mut Driver<'_>, done: &AtomicU32) {
+    for byte in (0..=u8::MAX).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        driver.store(HEADER, &header(OUT, 0));
+        for (place, more) in (1..=3_u64).zip(0..) {
+            let data = DATA + (place << 20);
+            driver.store(data, &vec![byte.wrapping_add(more); 1 << 20]);
+            let status = (HEADER + 16 + place, 1, true);
+            driver.add(&[(HEADER, 16, false), (data, 1 << 20, false), status]);
+        }
+        driver.kick();
+        for _ in 0..3 {
+            while driver.poll().is_none() {
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        assert_eq!(driver.load(HEADER + 17, 3), [OK; 3]);
+    }
+}
+
+/// Waits until `count` more requests are done.
+fn after(count: u32, done: &AtomicU32, traffic: &ScopedJoinHandle<'_, ()>) {
+    let before = done.load(Ordering::Relaxed);
+    while done.load(Ordering::Relaxed) < before + count && !traffic.is_finished() {
+        std::thread::yield_now();
+    }
+}
+
+/// Two files take turns while the driver writes without a pause.
+#[test]
+fn nothing_touches_the_bytes_a_disk_had() {
+    let memory = memory();
+    let files = [file_of(&[0; 1 << 20]), file_of(&[0; 1 << 20])];
+    let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
+    let exchanger = block.exchanger();
+    let give = |file: &File| {
+        let backing = Backing::Whole(file.try_clone().unwrap());
+        exchanger.exchange(false, backing).unwrap();
+    };
+    give(&files[1]);
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let (done, stop) = (AtomicU32::new(0), AtomicBool::new(false));
+    let touched = std::thread::scope(|scope| {
+        let traffic = scope.spawn(|| write_until(&stop, &mut driver, &done));
+        let touched = (0..50_usize).filter(|round| {
+            let [new, old] = [round % 2, (round + 1) % 2].map(|index| &files[index]);
+            after(1, &done, &traffic);
+            give(new);
+            let left = content(old, 0, 1 << 20);
+            // With those that were under way when it was exchanged.
+            after(4, &done, &traffic);
+            content(old, 0, 1 << 20) != left
+        });
+        let touched = touched.count();
+        stop.store(true, Ordering::Relaxed);
+        touched
+    });
+    assert_eq!(touched, 0, "of 50 times");
+    assert!(done.into_inner() >= 200, "the driver wrote meanwhile");
 }
 
 #[test]

@@ -150,7 +150,11 @@ impl Fs {
         // The ring may run from here on, whatever the next answer is.
         self.running.push(index);
         self.back_end.set_vring_kick(index, &active.kick)?;
-        self.back_end.set_vring_enable(index, true)
+        self.back_end.set_vring_enable(index, true)?;
+        // virtiofsd takes kicks from the moment it has the descriptor, and lets go of
+        // those that come before the ring is enabled: the guest would wait for ever. It
+        // may find an empty ring at any time, so one kick too many does no harm.
+        active.kick.write(1).map_err(vhost::Error::IOError)
     }
 
     /// Ends the connection, once.

@@ -138,7 +138,12 @@ impl VhostUserBackendReqHandlerMut for FakeBackEnd {
         Ok(VhostUserVringState::new(index, vring.base))
     }
 
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> UserResult<()> {
+    fn set_vring_kick(&mut self, index: u8, mut fd: Option<File>) -> UserResult<()> {
+        // As virtiofsd does: a kick of a ring that is not enabled is taken, and that
+        // is all. Without one the descriptor, which does not block, has nothing.
+        if let Some(kick) = &mut fd {
+            let _ = kick.read_exact(&mut [0; 8]);
+        }
         self.vring(index.into())?.kick = fd;
         Ok(())
     }
@@ -277,6 +282,25 @@ fn back_end_gets_memory_rings_and_events_each_time_the_device_is_activated() {
         let state = bench.state.lock().unwrap();
         assert!(state.vrings.iter().all(|vring| vring.stopped == round));
     }
+}
+
+#[test]
+fn a_kick_that_comes_before_its_ring_is_enabled_is_not_lost() {
+    let memory = allocate(32, false).unwrap();
+    let (bench, socket) = start(FakeBackEnd::new());
+    let mut fs = Fs::new("share", socket).unwrap();
+    let drivers = [1, 2].map(|index| Driver::new(&memory, index, 16));
+    for driver in &drivers {
+        driver.kick();
+    }
+    fs.activate(activation(&memory, VIRTIO_F_VERSION_1, &drivers))
+        .unwrap();
+    let looks = |vring: &Vring| {
+        let mut kick = vring.kick.as_ref().unwrap();
+        kick.read_exact(&mut [0; 8]).is_ok()
+    };
+    let looks = bench.state.lock().unwrap().vrings.each_ref().map(looks);
+    assert_eq!(looks, [true; 2], "whether the back end looks at the rings");
 }
 
 #[test]

@@ -158,6 +158,18 @@ fn queue_outside_memory_needs_reset() {
 }
 
 #[test]
+fn device_without_a_route_for_its_interrupt_needs_reset() {
+    let Some((function, log)) = function() else {
+        return;
+    };
+    let vm = function.lock().vm.clone();
+    while vm.new_gsi().is_ok() {}
+    drive(&function, 0x10_0000);
+    assert_eq!(status(&function), 0x4f);
+    assert!(log.activation.lock().unwrap().is_none());
+}
+
+#[test]
 fn notification_that_reaches_us_signals_the_queue() {
     let Some((function, log)) = function() else {
         return;
