@@ -45,9 +45,13 @@ impl BarMap {
         bars: &[(Bar, Region)],
         msix: Option<MsixLayout>,
     ) -> io::Result<Self> {
-        let mut all = Vec::new();
-        for (bar, region) in bars {
-            let mut areas = Vec::new();
+        // What is in it by then is unmapped with it when a step fails.
+        let mut map = Self {
+            vm: vm.clone(),
+            window64,
+            bars: bars.iter().map(|_| Vec::new()).collect(),
+        };
+        for (areas, (bar, region)) in map.bars.iter_mut().zip(bars) {
             for (start, end) in mapped_areas(*bar, region, msix) {
                 let mapping = device.map(region_of(*bar), start, end - start)?;
                 areas.push(Area {
@@ -55,13 +59,8 @@ impl BarMap {
                     memory: vm.add_device_memory(mapping),
                 });
             }
-            all.push(areas);
         }
-        Ok(Self {
-            vm: vm.clone(),
-            window64,
-            bars: all,
-        })
+        Ok(map)
     }
 
     /// Has a BAR of `size` bytes at `address`, or nowhere. Outside of the windows, where a
@@ -227,6 +226,31 @@ mod tests {
         let [_, second, third] = at(WINDOW32_PORTS);
         vm.add_read_only_page(WINDOW32_PORTS).unwrap();
         assert_eq!(go_to(WINDOW32_PORTS), (false, vec![None, second, third]));
+    }
+
+    #[test]
+    fn nothing_stays_mapped_of_a_device_that_goes_or_fails() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+        let mock = Mock::default();
+        mock.state().mappable = vec![(0, 0x1000), (0x3000, 0x1000)];
+        let config = GuestConfig::new(&mock::space(), mock.state().sizes).unwrap();
+        let bars = [(config.bars()[0], mock.region(0).unwrap())];
+        let map = || BarMap::new(&vm, None, &mock, &bars, None);
+        mock.state().unmappable = Some(0x3000);
+        assert!(map().is_err());
+        assert_eq!(vm.mappings(), 0);
+        mock.state().unmappable = None;
+        let mut mapped = map().unwrap();
+        mapped
+            .move_bar(0, mock::BAR0_SIZE, Some(WINDOW32_START))
+            .unwrap();
+        assert_eq!(vm.mappings(), 2);
+        drop(mapped);
+        assert_eq!(vm.mappings(), 0);
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct State {
     pub sizes: [u64; 6],
     /// Of BAR 0,
     pub mappable: Vec<(u64, u64)>,
+    /// the start of a part of which it is not true after all,
+    pub unmappable: Option<u64>,
     /// and what has been mapped: region, offset, length.
     pub mapped: Vec<(u32, u64, u64)>,
     pub no_events: bool,
@@ -64,6 +66,7 @@ impl Default for Mock {
             bar: vec![0; 0x8000],
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             mappable: vec![(0, BAR0_SIZE)],
+            unmappable: None,
             mapped: Vec::new(),
             no_events: false,
             is_gone: false,
@@ -150,7 +153,11 @@ impl Access for Mock {
     }
 
     fn map(&self, region: u32, offset: u64, len: u64) -> io::Result<Mapping> {
-        self.state().mapped.push((region, offset, len));
+        let mut state = self.state();
+        if state.unmappable == Some(offset) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.mapped.push((region, offset, len));
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
         Mapping::new(file.as_fd(), 0, len)

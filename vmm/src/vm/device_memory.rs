@@ -128,6 +128,13 @@ impl Vm {
         }
         Ok(())
     }
+
+    /// How many there are.
+    #[cfg(test)]
+    pub fn mappings(&self) -> usize {
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.len()
+    }
 }
 
 impl DeviceMemory {
