@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::{Backing, Disk};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SERIAL_BYTES};
-use super::worker::{Server, Service};
+use super::worker::{Geometry, Server, Service};
 use super::{BlockError, SECTOR_BYTES};
 use crate::virtio::ring;
 use crate::virtio::{
@@ -82,11 +82,10 @@ impl Exchanger {
         Ok(size)
     }
 
-    /// Calls `then` while the disk has a request under way.
+    /// See [`Service::while_busy`].
     #[cfg(test)]
     pub fn while_busy<T>(&self, then: impl FnOnce() -> T) -> T {
-        let _disk = self.service.disk();
-        then()
+        self.service.while_busy(then)
     }
 }
 
@@ -167,18 +166,18 @@ impl Block {
 }
 
 /// `struct virtio_blk_config`; fields of features not offered are zero.
-pub(super) fn config(disk: &Disk, read_only: bool, queues: u16) -> [u8; CONFIG_BYTES] {
+pub(super) fn config(geometry: Geometry, read_only: bool, queues: u16) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |offset: usize, field: &[u8]| {
         if let Some(place) = config.get_mut(offset..offset + field.len()) {
             place.copy_from_slice(field);
         }
     };
-    let sectors = disk.size() / SECTOR_BYTES;
+    let sectors = geometry.size / SECTOR_BYTES;
     let ranges = u32::from(MAX_RANGES);
     put(0, &sectors.to_le_bytes());
     put(12, &MAX_SEGMENTS.to_le_bytes());
-    put(20, &disk.sector_bytes().to_le_bytes());
+    put(20, &geometry.sector_bytes.to_le_bytes());
     put(34, &queues.to_le_bytes());
     if !read_only {
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
@@ -215,7 +214,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let config = config(&self.service.disk(), self.read_only, self.queues);
+        let config = config(self.service.geometry(), self.read_only, self.queues);
         let fields = config.into_iter().skip(start);
         for (byte, value) in data.iter_mut().zip(fields.chain(std::iter::repeat(0))) {
             *byte = value;
@@ -223,7 +222,7 @@ impl VirtioDevice for Block {
     }
 
     fn config_generation(&self) -> u8 {
-        self.service.generation()
+        self.service.geometry().generation
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as spec;
@@ -171,6 +172,32 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(told.read().unwrap(), 2);
 }
 
+/// While that waits for a device of the host.
+#[test]
+fn a_driver_asks_what_a_disk_is_while_that_is_exchanged() {
+    let memory = memory();
+    let file = file_of(&[7; 1024]);
+    let mut block = whole(&file, false);
+    let exchanger = block.exchanger();
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let (done, answered) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        exchanger.while_busy(|| {
+            let block = &block;
+            scope.spawn(move || {
+                let told = (capacity(block), block.config_generation());
+                let serial = request(&mut driver, GET_ID, 0, &[(DATA, 20, true)]);
+                done.send((told, serial, driver.load(DATA, 6))).unwrap();
+            });
+            let answer = answered.recv_timeout(Duration::from_secs(10));
+            let (told, serial, name) = answer.expect("they wait");
+            assert_eq!(told, (2, 0));
+            assert_eq!((serial, name.as_slice()), ((OK, 21), &b"disk-1"[..]));
+        });
+    });
+}
+
 /// A file of this size that is read and written without the page cache; none, with the
 /// reason on stderr, where the file system of the build has no such thing.
 fn uncached(len: u64) -> Option<File> {
@@ -220,7 +247,8 @@ fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
         let flags = nix::fcntl::OFlag::O_RDWR;
         let whole = whole::Whole::of(file, sector_bytes, flags)?;
         let disk = Disk::of_whole(false, 8192, whole, "the disk").unwrap();
-        let config = device::config(&disk, false, 1);
+        let service = Service::new(disk, [0; 20]);
+        let config = device::config(service.geometry(), false, 1);
         let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         // Capacity stays in sectors of 512 bytes.
         Some((field(0), field(20)))
