@@ -6,7 +6,10 @@ use virtio_bindings::virtio_blk as spec;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::{Backing, Disk};
-use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SERIAL_BYTES};
+use super::request::{
+    MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_SEGMENT_BYTES, MAX_ZEROES_RANGES,
+    MAX_ZEROES_SECTORS, SERIAL_BYTES,
+};
 use super::worker::{Geometry, Server, Service};
 use super::{BlockError, SECTOR_BYTES};
 use crate::virtio::ring;
@@ -22,7 +25,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Most queues, each with a thread of its own.
 pub const MAX_QUEUES: u16 = 64;
 /// Most data descriptors of a request: header and status are two more.
-const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+pub const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Discards the host can act on are pages: 8 sectors.
 const DISCARD_ALIGNMENT: u32 = 8;
 /// Bytes of `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `unused1`.
@@ -32,6 +35,7 @@ const CONFIG_BYTES: usize = 60;
 const FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_F_EVENT_IDX
     | VIRTIO_F_INDIRECT_DESC
+    | (1 << spec::VIRTIO_BLK_F_SIZE_MAX)
     | (1 << spec::VIRTIO_BLK_F_SEG_MAX)
     | (1 << spec::VIRTIO_BLK_F_BLK_SIZE);
 /// What a disk has that can be written.
@@ -174,17 +178,17 @@ pub(super) fn config(geometry: Geometry, read_only: bool, queues: u16) -> [u8; C
         }
     };
     let sectors = geometry.size / SECTOR_BYTES;
-    let ranges = u32::from(MAX_RANGES);
     put(0, &sectors.to_le_bytes());
+    put(8, &MAX_SEGMENT_BYTES.to_le_bytes());
     put(12, &MAX_SEGMENTS.to_le_bytes());
     put(20, &geometry.sector_bytes.to_le_bytes());
     put(34, &queues.to_le_bytes());
     if !read_only {
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-        put(40, &ranges.to_le_bytes());
+        put(40, &MAX_DISCARD_RANGES.to_le_bytes());
         put(44, &DISCARD_ALIGNMENT.to_le_bytes());
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-        put(52, &ranges.to_le_bytes());
+        put(52, &MAX_ZEROES_RANGES.to_le_bytes());
         put(56, &[1]); // write_zeroes_may_unmap
     }
     config

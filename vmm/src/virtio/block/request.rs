@@ -12,19 +12,29 @@ use virtio_bindings::virtio_blk as spec;
 
 use super::SECTOR_BYTES;
 use super::backing::{Disk, Extent};
+use super::device::MAX_SEGMENTS;
 use crate::virtio::buffers::Buffers;
 
 /// Bytes in front of the data.
 pub const HEADER_BYTES: usize = 16;
 /// Bytes of a serial number, filled up with zeroes.
 pub const SERIAL_BYTES: usize = spec::VIRTIO_BLK_ID_BYTES as usize;
-/// Most ranges of one discard or write-zeroes request.
-pub const MAX_RANGES: u16 = 32;
+/// Most bytes of a data buffer: Linux's default for devices that say nothing
+/// (`BLK_MAX_SEGMENT_SIZE`).
+pub const MAX_SEGMENT_BYTES: u32 = 64 << 10;
+/// Most bytes of a request; drivers that keep to the limits want no more. The host's device
+/// may do it one small piece after another, and until it has done all of it the disk cannot
+/// be taken from the guest.
+const MAX_DATA_BYTES: u64 = MAX_SEGMENTS as u64 * MAX_SEGMENT_BYTES as u64;
+/// Most ranges of a discard,
+pub const MAX_DISCARD_RANGES: u32 = 32;
+/// and of a write-zeroes request.
+pub const MAX_ZEROES_RANGES: u32 = 1;
 /// Most sectors of a discarded range: 1 GiB.
 pub const MAX_DISCARD_SECTORS: u32 = 2 << 20;
-/// Most sectors of a zeroed range: 64 MiB, because the host may have to write
+/// Most sectors of a zeroed range: 16 MiB, because the host may have to write
 /// them one by one.
-pub const MAX_ZEROES_SECTORS: u32 = 128 << 10;
+pub const MAX_ZEROES_SECTORS: u32 = 32 << 10;
 /// `struct virtio_blk_discard_write_zeroes`.
 const RANGE_BYTES: usize = 16;
 
@@ -155,23 +165,23 @@ impl<'b, 'm> Chain<'b, 'm> {
     pub fn request(&self, disk: &Disk) -> Result<Request, RequestError> {
         match self.kind {
             spec::VIRTIO_BLK_T_IN => {
-                self.check(self.from_len == 0 && is_sectors(self.to_len))?;
+                self.check(self.from_len == 0 && is_data(self.to_len))?;
                 Ok(Request::Read(place(disk, self.sector, self.to_len)?))
             }
             spec::VIRTIO_BLK_T_OUT => {
                 check_writable(disk)?;
-                self.check(self.to_len == 0 && is_sectors(self.from_len))?;
+                self.check(self.to_len == 0 && is_data(self.from_len))?;
                 Ok(Request::Write(place(disk, self.sector, self.from_len)?))
             }
             spec::VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
             spec::VIRTIO_BLK_T_DISCARD => {
-                let ranges = self.ranges(disk, MAX_DISCARD_SECTORS, 0)?;
+                let ranges = self.ranges(disk, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, 0)?;
                 let extents = ranges.into_iter().map(|(extent, _)| extent);
                 Ok(Request::Discard(extents.collect()))
             }
             spec::VIRTIO_BLK_T_WRITE_ZEROES => {
                 let unmap = spec::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-                let ranges = self.ranges(disk, MAX_ZEROES_SECTORS, unmap)?;
+                let ranges = self.ranges(disk, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, unmap)?;
                 Ok(Request::WriteZeroes(ranges))
             }
             kind => Err(RequestError::Unknown(kind)),
@@ -194,13 +204,14 @@ impl<'b, 'm> Chain<'b, 'm> {
     fn ranges(
         &self,
         disk: &Disk,
+        max_ranges: u32,
         max_sectors: u32,
         allowed: u32,
     ) -> Result<Vec<(Extent, bool)>, RequestError> {
         check_writable(disk)?;
         let count = self.from_len / RANGE_BYTES;
         let whole = self.from_len.is_multiple_of(RANGE_BYTES);
-        let fits = (1..=usize::from(MAX_RANGES)).contains(&count);
+        let fits = (1..=u64::from(max_ranges)).contains(&(count as u64));
         self.check(self.to_len == 0 && whole && fits)?;
         (0..count)
             .map(|index| {
@@ -262,6 +273,8 @@ fn fields(header: [u8; HEADER_BYTES]) -> (u32, u32, u64) {
     fields
 }
 
-fn is_sectors(len: usize) -> bool {
-    len > 0 && (len as u64).is_multiple_of(SECTOR_BYTES)
+/// Whether so many bytes can be read or written at once.
+fn is_data(len: usize) -> bool {
+    let len = len as u64;
+    (1..=MAX_DATA_BYTES).contains(&len) && len.is_multiple_of(SECTOR_BYTES)
 }
