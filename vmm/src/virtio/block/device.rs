@@ -67,17 +67,22 @@ pub struct Exchanger {
 }
 
 impl Exchanger {
-    /// Gives the disk other bytes. When this returns, nothing touches those it had.
-    /// Whether the guest may write them is theirs to say; to the driver the device
+    /// Gives the disk other bytes. When this returns, nothing touches those it had. Of two
+    /// exchanges the one with the higher number counts, whichever comes first. Whether the guest may write them is theirs to say; to the driver the device
     /// stays what it was. Returns the new size in bytes.
     ///
     /// # Errors
     ///
     /// When the file is not what it should be; the disk is as before then.
-    pub fn exchange(&self, read_only: bool, backing: Backing) -> Result<u64, BlockError> {
+    pub fn exchange(
+        &self,
+        number: u64,
+        read_only: bool,
+        backing: Backing,
+    ) -> Result<u64, BlockError> {
         let disk = Disk::open("", read_only, backing)?;
         let size = disk.size();
-        self.service.replace(disk);
+        self.service.replace(number, disk);
         if let Some(interrupt) = &*lock(&self.interrupt)
             && let Err(error) = interrupt.write(1)
         {

@@ -1,6 +1,7 @@
 //! A queue's thread: takes requests, has the disk carry them out, answers.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use virtio_queue::DescriptorChain;
@@ -38,6 +39,8 @@ pub struct Service {
     /// The disk. A request holds it until it is answered, so whoever puts another
     /// in its place knows that nothing touches the old one any more.
     disk: RwLock<Disk>,
+    /// The number of the exchange that put it there.
+    exchange: AtomicU64,
     /// What a vCPU reads, which waits for no request: that may take as long as a
     /// device of the host takes.
     geometry: Mutex<Geometry>,
@@ -72,6 +75,7 @@ impl Service {
         Self {
             geometry: Mutex::new(Geometry::of(&disk, 0)),
             disk: RwLock::new(disk),
+            exchange: AtomicU64::new(0),
             serial,
         }
     }
@@ -81,10 +85,14 @@ impl Service {
         self.disk.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts another disk in its place once no request is under way.
-    pub fn replace(&self, disk: Disk) {
+    /// Puts another disk in its place once no request is under way. Exchanges that have
+    /// waited for the same request get here in any order: the last one asked for counts.
+    pub fn replace(&self, exchange: u64, disk: Disk) {
         let old = {
             let mut place = self.disk.write().unwrap_or_else(PoisonError::into_inner);
+            if self.exchange.fetch_max(exchange, Ordering::Relaxed) > exchange {
+                return;
+            }
             let mut geometry = self.lock_geometry();
             *geometry = Geometry::of(&disk, geometry.generation.wrapping_add(1));
             std::mem::replace(&mut *place, disk)
