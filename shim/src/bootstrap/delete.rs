@@ -5,7 +5,8 @@
 //! with the daemon dead, any container's `delete` cleans the whole pod up; with
 //! the daemon alive, only the one of the pod itself does. Its `poststop` hooks each
 //! container's `delete` runs itself, as the bundle is there for just that long. containerd
-//! gives `delete` five seconds; a hook that takes longer goes on without it.
+//! gives `delete` five seconds; a hook that takes longer goes on without it, and after a
+//! monitor that does whoever comes next cleans up ([`crate::rundir`]).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use super::{Args, BootstrapError, group_of};
 use crate::config::Config;
 use crate::events::timestamp;
 use crate::hooks::Runner;
-use crate::rundir::{Proc, RunDir};
+use crate::rundir::{DEATH_WAIT, Proc, RunDir};
 use crate::sandbox::{Api, ContainerConfig};
 
 /// 128 + SIGKILL: the VM was shot.
@@ -43,7 +44,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     let daemon_alive = state.daemon.is_some_and(Proc::is_alive);
     if !daemon_alive || group == args.id {
         RunDir::kill_daemon(&state);
-        run_dir.cleanup();
+        run_dir.cleanup_within(DEATH_WAIT);
         run_hooks(args, bundle)?;
     }
     let response = DeleteResponse {

@@ -18,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
@@ -156,7 +157,7 @@ fn spawn(
 ) -> Result<(), BootstrapError> {
     let config = Config::load()?;
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, group)?;
-    run_dir.create()?;
+    run_dir.renew()?;
     run_dir.remember(bundle)?;
     let log = run_dir.open_log()?;
     let exe = std::env::current_exe().map_err(BootstrapError::io("find this program"))?;
@@ -204,7 +205,8 @@ fn undo(args: &Args, group: &str) {
     if let Ok(config) = Config::load()
         && let Ok(run_dir) = RunDir::new(&config.run_dir, &args.namespace, group)
     {
-        run_dir.cleanup();
+        // What is not gone by now is an earlier start's.
+        run_dir.cleanup_within(Duration::ZERO);
     }
 }
 
