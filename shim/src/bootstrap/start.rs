@@ -24,7 +24,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 use sha2::{Digest, Sha256};
 
-use super::{Args, BootstrapError, group_of};
+use super::{Args, BootstrapError, group_of, init_log};
 use crate::config::Config;
 use crate::rundir::{RunDir, State};
 
@@ -59,6 +59,7 @@ pub fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
             // Nobody serves it; a later `start` must not find it. containerd asks for
             // no `delete` of a shim that did not start.
             let _ = fs::remove_file(&socket);
+            init_log("warn");
             undo(args, &group);
             return Err(error);
         }
