@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use nacre_protocol::guest::huge_page_kib;
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Context, Error, Result};
@@ -126,7 +127,7 @@ fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
         let bytes = u64::try_from(limit.limit()).unwrap_or(0);
         // Version 1's word for it: the largest multiple of a page.
         let bytes = if bytes < 1 << 62 { bytes } else { 0 };
-        match page_kib(limit.page_size()) {
+        match huge_page_kib(limit.page_size()) {
             Some(page_kib) => {
                 wanted.insert(page_kib, bytes.div_ceil(page_kib << 10));
             }
@@ -139,18 +140,6 @@ fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
         }
     }
     Ok(wanted)
-}
-
-/// "2MB", as the specification writes it.
-fn page_kib(text: &str) -> Option<u64> {
-    let (number, unit) = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)]
-        .iter()
-        .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, unit)))?;
-    number
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(*unit)
-        .filter(|kib| kib.is_power_of_two() && *kib <= 1 << 24)
 }
 
 /// Has the pool hold `pages`.
