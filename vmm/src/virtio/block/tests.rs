@@ -14,6 +14,7 @@ use virtio_bindings::virtio_blk as spec;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::Disk;
+use super::whole::Whole;
 use super::worker::{Server, Service};
 use crate::virtio::driver::{Driver, memory};
 use crate::virtio::ring::Ring;
@@ -244,10 +245,8 @@ fn without_the_page_cache_buffers_may_be_anywhere() {
 #[test]
 fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
     let told = |sector_bytes| {
-        let file = file_of(&[0; 8192]);
-        let flags = nix::fcntl::OFlag::O_RDWR;
-        let whole = whole::Whole::of(file, sector_bytes, flags)?;
-        let disk = Disk::of_whole(false, 8192, whole, "the disk").unwrap();
+        let whole = Whole::new(file_of(&[0; 8192]), sector_bytes, "the disk");
+        let disk = Disk::whole(false, whole.ok()?, "the disk").unwrap();
         let service = Service::new(disk, [0; 20]);
         let config = device::config(service.geometry(), false, 1);
         let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
@@ -259,8 +258,8 @@ fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
     for unknown in [0, 256, 520, 8192] {
         assert_eq!(told(unknown), None);
     }
-    let odd = whole::Whole::of(file_of(&[0; 8192]), 4096, nix::fcntl::OFlag::O_RDWR).unwrap();
-    let error = Disk::of_whole(false, 4096 + 512, odd, "the disk").unwrap_err();
+    let odd = Whole::new(file_of(&[0; 4096 + 512]), 4096, "the disk").unwrap();
+    let error = Disk::whole(false, odd, "the disk").unwrap_err();
     assert!(error.to_string().contains("multiple of 4096"), "{error}");
 }
 
