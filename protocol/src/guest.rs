@@ -39,6 +39,10 @@ pub const DRIVERS_DIR: &str = "/run/nacre/drivers";
 /// Directories that containers of the guest share: `VOLUMES_DIR/<name>`.
 pub const VOLUMES_DIR: &str = "/run/nacre/volumes";
 
+/// Seconds that the start of a container may take beside its own `startContainer` hooks.
+/// Those of driver images, of which the host knows nothing, have no more.
+pub const START_SECONDS: u64 = 10;
+
 /// The size of a huge page, in KiB, from its name as resources have it: "2MB"
 /// (runtime-spec 1.2, config-linux.md, "Huge page limits").
 #[must_use]
