@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::api::{CreateTaskRequest, Status};
 use serde_json::json;
 
 use super::fixture::*;
@@ -85,22 +85,43 @@ async fn a_disk_that_is_refused_can_be_had_later() {
     fixture.run("lucky", "sleep 60").await;
 }
 
-/// Nobody knows what they have.
+/// The guest uses a device of the host as long as a disk is busy.
 #[tokio::test]
-async fn disks_that_stay_busy_are_not_used_again() {
-    let Some((fixture, _)) = booted(1).await else {
+async fn a_container_is_not_gone_before_its_disks_are() {
+    let Some((mut fixture, numbers)) = booted(1).await else {
         return;
     };
-    fixture.run("one", "exit 0").await;
+    fixture.run("one", "exit 3").await;
     fixture.wait("one", "").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.disks(Disks::Busy);
-    fixture.delete("one", "").await.unwrap();
-    let busy = fixture.create("two", "sleep 60").await.unwrap_err();
-    assert!(busy.to_string().contains("disk slot1"), "{busy}");
+    for _ in 0..2 {
+        let busy = fixture.delete("one", "").await.unwrap_err();
+        assert!(busy.to_string().contains("disk slot0"), "{busy}");
+        assert_eq!(fixture.status("one").await, Status::STOPPED);
+    }
     machine.disks(Disks::Exchange);
-    let full = fixture.create("three", "sleep 60").await.unwrap_err();
+    give(&mut fixture, numbers, 2);
+    let full = fixture.create("two", "sleep 60").await.unwrap_err();
     assert!(full.to_string().contains("pod_disks"), "{full}");
+    assert_eq!(fixture.delete("one", "").await.unwrap().exit_status, 3);
+    fixture.run("two", "sleep 60").await;
+    fixture.expect(&["create", "start"]).await;
+    fixture.expect(&["create", "start", "exit", "delete"]).await;
+    fixture.expect(&["create", "start"]).await;
+}
+
+/// Nobody deletes it.
+#[tokio::test]
+async fn a_machine_ends_with_a_container_that_was_not_made_and_keeps_a_disk() {
+    let Some((fixture, _)) = booted(1).await else {
+        return;
+    };
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Busy);
+    let busy = fixture.create("two", "sleep 60").await.unwrap_err();
+    assert!(busy.to_string().contains("disk slot0"), "{busy}");
+    assert_eq!(fixture.wait("plain", "").await, 137);
 }
 
 /// Returns when this is in the journal.

@@ -11,6 +11,7 @@ use virtio_bindings::virtio_blk as spec;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::Disk;
+use super::whole::Whole;
 use super::worker::{Server, Service};
 use crate::virtio::driver::{Driver, memory};
 use crate::virtio::ring::Ring;
@@ -161,11 +162,10 @@ fn without_the_page_cache_buffers_may_be_anywhere() {
 #[test]
 fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
     let told = |sector_bytes| {
-        let file = file_of(&[0; 8192]);
-        let flags = nix::fcntl::OFlag::O_RDWR;
-        let whole = whole::Whole::of(file, sector_bytes, flags)?;
-        let disk = Disk::of_whole(false, 8192, whole, "the disk").unwrap();
-        let config = device::config(&disk, false, 1);
+        let whole = Whole::new(file_of(&[0; 8192]), sector_bytes, "the disk");
+        let disk = Disk::whole(false, whole.ok()?, "the disk").unwrap();
+        let service = Service::new(disk, [0; 20]);
+        let config = device::config(service.geometry(), false, 1);
         let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         // Capacity stays in sectors of 512 bytes.
         Some((field(0), field(20)))
@@ -175,8 +175,8 @@ fn drivers_are_told_of_the_sectors_that_the_host_s_disk_has() {
     for unknown in [0, 256, 520, 8192] {
         assert_eq!(told(unknown), None);
     }
-    let odd = whole::Whole::of(file_of(&[0; 8192]), 4096, nix::fcntl::OFlag::O_RDWR).unwrap();
-    let error = Disk::of_whole(false, 4096 + 512, odd, "the disk").unwrap_err();
+    let odd = Whole::new(file_of(&[0; 4096 + 512]), 4096, "the disk").unwrap();
+    let error = Disk::whole(false, odd, "the disk").unwrap_err();
     assert!(error.to_string().contains("multiple of 4096"), "{error}");
 }
 
@@ -231,6 +231,35 @@ fn requests_that_make_no_sense_are_answered_and_change_nothing() {
     assert_eq!(request(&mut driver, 99, 0, &[]), (UNSUPP, 1));
     assert_eq!(request(&mut driver, IN, 7, &[(DATA, 512, true)]), (OK, 513));
     assert_eq!(content(&file, 0, 4096), [7; 4096]);
+}
+
+/// Its buffers may be the same memory again and again.
+#[test]
+fn what_is_done_at_once_is_bounded_however_large_the_disk_is() {
+    let memory = memory();
+    let file = file_of(&[7; 512]);
+    file.set_len(32 << 20).unwrap();
+    let mut block = whole(&file, false);
+    assert_ne!(block.features() & (1 << spec::VIRTIO_BLK_F_SIZE_MAX), 0);
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let most = 254 * (64 << 10);
+    let mut done = |kind, bytes: u32| {
+        let (address, len, is_in) = (0x40_0000, 2 << 20, kind == IN);
+        let mut pieces = vec![(address, len, is_in); 7];
+        pieces.push((address, bytes - 7 * len, is_in));
+        request(&mut driver, kind, 0, &pieces)
+    };
+    assert_eq!(done(IN, most), (OK, most + 1));
+    assert_eq!(done(OUT, most), (OK, 1));
+    assert_eq!(done(IN, most + 512), (IOERR, 0));
+    assert_eq!(done(OUT, most + 512), (IOERR, 1));
+    let zeroes = [(DATA, 16, false)];
+    for (sectors, status) in [(32 << 10, OK), ((32 << 10) + 1, IOERR)] {
+        driver.store(DATA, &range(0, sectors, 0));
+        let answer = request(&mut driver, WRITE_ZEROES, 0, &zeroes);
+        assert_eq!(answer, (status, 1), "{sectors} sectors");
+    }
 }
 
 #[test]
@@ -330,8 +359,13 @@ fn discarded_and_zeroed_ranges_read_as_zeroes() {
         let answer = request(&mut driver, kind, 0, &[(DATA, 16, false)]);
         assert_eq!(answer, (status, 1), "{bytes:?}");
     }
-    let many = [(DATA, 33 * 16, false)];
-    assert_eq!(request(&mut driver, DISCARD, 0, &many), (IOERR, 1));
+    for (kind, ranges) in [(DISCARD, 33), (WRITE_ZEROES, 2)] {
+        for index in 0..u64::from(ranges) {
+            driver.store(DATA + 16 * index, &range(0, 8, 0));
+        }
+        let many = [(DATA, ranges * 16, false)];
+        assert_eq!(request(&mut driver, kind, 0, &many), (IOERR, 1));
+    }
     assert_eq!(content(&file, 0, 1 << 16).len(), 1 << 16, "size is kept");
 }
 
@@ -387,10 +421,12 @@ fn configuration_space_says_what_the_disk_is() {
     let mut config = [0xff; 64];
     block.read_config(0, &mut config);
     assert_eq!(config[..8], 10u64.to_le_bytes());
+    assert_eq!(config[8..12], 65536u32.to_le_bytes());
     assert_eq!(config[12..16], 254u32.to_le_bytes());
     assert_eq!(config[20..24], 512u32.to_le_bytes());
     assert_eq!(config[34..36], 1u16.to_le_bytes());
     assert_eq!(config[40..44], 32u32.to_le_bytes());
+    assert_eq!(config[52..56], 1u32.to_le_bytes());
     assert_eq!(config[56..], [1, 0, 0, 0, 0, 0, 0, 0]);
     let mut beyond = [0xff; 4];
     block.read_config(u64::MAX, &mut beyond);

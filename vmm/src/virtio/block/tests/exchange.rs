@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 use super::*;
 
@@ -33,7 +34,7 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
 
     let file = file_of(&[7; 1024]);
     let whole = || Backing::Whole(file.try_clone().unwrap());
-    assert_eq!(exchanger.exchange(false, whole()).unwrap(), 1024);
+    assert_eq!(exchanger.exchange(1, false, whole()).unwrap(), 1024);
     assert_eq!(told.read().unwrap(), 1, "the driver is told");
     assert_eq!(block.config_generation(), 1);
     assert_eq!(capacity(&block), 2);
@@ -44,20 +45,47 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(request(&mut driver, OUT, 0, &from), (OK, 1));
     assert_eq!(content(&file, 0, 512), [8; 512]);
 
-    exchanger.exchange(true, whole()).unwrap();
+    exchanger.exchange(2, true, whole()).unwrap();
     assert_eq!(request(&mut driver, IN, 0, &sector).0, OK);
     assert_eq!(request(&mut driver, OUT, 0, &from).0, IOERR);
     let odd = Backing::Whole(file_of(&[0; 100]));
     assert!(matches!(
-        exchanger.exchange(false, odd),
+        exchanger.exchange(3, false, odd),
         Err(BlockError::Size { .. })
     ));
     assert_eq!(capacity(&block), 2, "as before");
 
-    exchanger.exchange(false, Backing::Empty).unwrap();
-    assert_eq!(capacity(&block), 0);
+    exchanger.exchange(5, false, Backing::Empty).unwrap();
+    exchanger.exchange(4, false, whole()).unwrap();
+    assert_eq!(capacity(&block), 0, "the later one counts");
     assert_eq!(request(&mut driver, IN, 0, &sector).0, IOERR);
-    assert_eq!(told.read().unwrap(), 2);
+    assert_eq!(told.read().unwrap(), 3);
+}
+
+/// While that waits for a device of the host.
+#[test]
+fn a_driver_asks_what_a_disk_is_while_that_is_exchanged() {
+    let memory = memory();
+    let file = file_of(&[7; 1024]);
+    let mut block = whole(&file, false);
+    let exchanger = block.exchanger();
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let (done, answered) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        exchanger.while_busy(|| {
+            let block = &block;
+            scope.spawn(move || {
+                let told = (capacity(block), block.config_generation());
+                let serial = request(&mut driver, GET_ID, 0, &[(DATA, 20, true)]);
+                done.send((told, serial, driver.load(DATA, 6))).unwrap();
+            });
+            let answer = answered.recv_timeout(Duration::from_secs(10));
+            let (told, serial, name) = answer.expect("they wait");
+            assert_eq!(told, (2, 0));
+            assert_eq!((serial, name.as_slice()), ((OK, 21), &b"disk-1"[..]));
+        });
+    });
 }
 
 /// A driver that writes the start of a disk, three requests at a time, so that there is
@@ -100,20 +128,20 @@ fn nothing_touches_the_bytes_a_disk_had() {
     let files = [file_of(&[0; 1 << 20]), file_of(&[0; 1 << 20])];
     let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
     let exchanger = block.exchanger();
-    let give = |file: &File| {
+    let give = |number, file: &File| {
         let backing = Backing::Whole(file.try_clone().unwrap());
-        exchanger.exchange(false, backing).unwrap();
+        exchanger.exchange(number, false, backing).unwrap();
     };
-    give(&files[1]);
+    give(1, &files[1]);
     let mut driver = Driver::new(&memory, 0, 16);
     activate(&mut block, &memory, &[&driver]);
     let (done, stop) = (AtomicU32::new(0), AtomicBool::new(false));
     let touched = std::thread::scope(|scope| {
         let traffic = scope.spawn(|| write_until(&stop, &mut driver, &done));
-        let touched = (0..50_usize).filter(|round| {
+        let touched = (2_u64..).zip(0..50_usize).filter(|(number, round)| {
             let [new, old] = [round % 2, (round + 1) % 2].map(|index| &files[index]);
             after(1, &done, &traffic);
-            give(new);
+            give(*number, new);
             let left = content(old, 0, 1 << 20);
             // With those that were under way when it was exchanged.
             after(4, &done, &traffic);
