@@ -131,7 +131,7 @@ fn huge_pages_of_sizes_that_an_update_does_not_name_stay() {
         limits.updated_by(&resources.unwrap())
     };
     let both =
-        json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 2 << 30}]);
+        json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 2_u64 << 30}]);
     let before = update(Limits::default(), both);
     let bytes = |limits: Limits| limits.huge_pages.bytes();
     assert_eq!(bytes(before), (4 << 20) + (2 << 30));
