@@ -61,7 +61,7 @@ pub async fn nodes(address: &str) -> Result<Vec<LinuxDevice>> {
 pub async fn arrived(address: &str) -> Result<()> {
     let uevents = &Uevents::listen().context("listen to the kernel")?;
     match Slot::of(Path::new("/sys"), address)? {
-        Some(slot) => slot.settled(|| uevents.happened()).await,
+        Some(slot) => slot.settled(|| uevents.next()).await,
         None => Ok(()),
     }
 }
@@ -123,13 +123,14 @@ impl Slot {
     }
 
     /// Returns when the device is there and a driver has taken it, if there is one for it.
-    async fn settled<F>(&self, happened: impl Fn() -> F) -> Result<()>
+    /// `next` returns when the kernel has told of something.
+    async fn settled<F>(&self, next: impl Fn() -> F) -> Result<()>
     where
-        F: Future<Output = io::Result<()>>,
+        F: Future<Output = io::Result<Option<PathBuf>>>,
     {
         let arrived = async {
             while !self.device.exists() {
-                happened().await.context("listen to the kernel")?;
+                next().await.context("listen to the kernel")?;
             }
             Ok(())
         };
@@ -516,15 +517,15 @@ mod tests {
         let link = sys.0.path().join("bus/pci/devices").join(ADDRESS);
         fs::remove_file(&link).unwrap();
         let events = Cell::new(0);
-        let happened = || {
+        let next = || {
             assert_eq!(fs::read_to_string(&slot.rescan).unwrap(), "", "too early");
             if events.get() == 1 {
                 symlink(sys.dir(), &link).unwrap();
             }
             events.set(events.get() + 1);
-            std::future::ready(Ok(()))
+            std::future::ready(Ok(None))
         };
-        slot.settled(happened).await.unwrap();
+        slot.settled(next).await.unwrap();
         assert_eq!(events.get(), 2);
         assert_eq!(fs::read_to_string(&slot.rescan).unwrap(), "1");
     }

@@ -33,8 +33,9 @@ pub enum Request {
     },
     /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered with its
     /// size in bytes. Nothing touches the bytes it had after that. The answer waits for
-    /// what the disk has under way, which others that come later need not: a disk gets
-    /// the next request after the answer to the last.
+    /// what the disk has under way; answers for other disks, and what the guest asks of
+    /// this one, do not wait for it. Of two requests for one disk the one with the higher
+    /// number counts.
     Exchange {
         /// See [`Request`].
         number: u64,

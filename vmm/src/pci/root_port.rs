@@ -245,8 +245,7 @@ fn put(body: &mut [u8], at: usize, bytes: &[u8]) {
 mod tests {
     use super::*;
     use crate::layout::GIB;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
 
     fn u32_at(port: &RootPort, register: usize) -> u32 {
         let mut bytes = [0; 4];
@@ -311,11 +310,9 @@ mod tests {
 
     #[test]
     fn a_slot_shows_the_link_of_what_is_in_it() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
         let port = RootPort::with_slot(&vm, 2, &Placed::default());
         let at = (u32_at(&port, 0x34) & 0xff) as usize;
         assert_eq!(u32_at(&port, at) >> 16, 0x0142, "a slot");

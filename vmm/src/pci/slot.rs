@@ -142,18 +142,13 @@ impl HotPlug {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
 
     const SLOT: usize = 0x54;
 
     /// A bridge with a slot, or `None` where there is no KVM.
     fn slot() -> Option<(ConfigSpace, HotPlug)> {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
-            return None;
-        };
-        let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+        let vm = test_vm()?;
         let mut config = ConfigSpace::bridge(1, 2, [0, 4, 6]);
         config.add_capability(0x10, &[0; 0x3a], &[]);
         let slot = HotPlug::new(&vm, &mut config, SLOT, 3);

@@ -149,17 +149,14 @@ impl DeviceMemory {
 mod tests {
     use super::*;
     use crate::layout::WINDOW32_START;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
     use std::os::fd::AsFd;
 
     #[test]
     fn registers_move_and_never_lie_over_memory() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(0x2000).unwrap();
         let mapping = Mapping::new(file.as_fd(), 0x1000, 0x1000).unwrap();
@@ -176,11 +173,9 @@ mod tests {
 
     #[test]
     fn what_is_removed_is_not_mapped_and_leaves_its_slot() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(0x1000).unwrap();
         let mut slots = Vec::new();

@@ -1,13 +1,11 @@
-use kvm_ioctls::Kvm;
-
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{GIB, WINDOW32_START};
-use crate::memory;
 use crate::pci::{Slot, Window};
 use crate::stop::Outcome;
 use crate::vfio::mock::{self, Mock};
 use crate::vfio::tests::{WINDOW64, attached, config, write};
+use crate::vm::test_vm;
 
 /// Registers of a root port: of its PCI Express capability, which is the first.
 const PORT_EXPRESS: u64 = 0x40;
@@ -18,11 +16,7 @@ const CHANGED: u32 = 1 << 3 | 1 << 8;
 
 /// A machine with so many empty slots, or `None` where there is no KVM.
 fn slots(count: u8) -> Option<Slots> {
-    let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
-        return None;
-    };
-    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+    let vm = test_vm()?;
     let mut placement = Placement::new(WINDOW64, 37);
     let ports = empty_ports(&vm, 1, count, &mut placement).unwrap();
     let ports = ports.into_iter().map(|port| Slot::Port(Box::new(port)));
