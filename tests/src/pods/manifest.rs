@@ -102,6 +102,13 @@ impl<'s> PodManifest<'s> {
         self
     }
 
+    /// With an annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.config.annotations.insert(key.into(), value.into());
+        self
+    }
+
     /// With a kernel parameter.
     #[must_use]
     pub fn sysctl(mut self, name: &str, value: &str) -> Self {

@@ -13,10 +13,12 @@
 mod ask;
 mod drivers;
 mod pass;
+mod pods;
 mod refusals;
 mod table;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use nacre_tests::{Said, eventually, run};
@@ -80,6 +82,14 @@ fn disk(address: &str) -> String {
         found.is_some()
     });
     found.unwrap()
+}
+
+/// What it begins with, up to the first byte that is not printed.
+fn begins(disk: &str) -> String {
+    let mut block = [0; 512];
+    File::open(disk).unwrap().read_exact(&mut block).unwrap();
+    let printed = block.iter().take_while(|byte| !byte.is_ascii_control());
+    printed.map(|byte| char::from(*byte)).collect()
 }
 
 /// Waits until no pod has a device: the shim of one that is gone may be ending still.
