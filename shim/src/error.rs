@@ -63,7 +63,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
-        SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
+        SandboxError::NotGrown { .. } | SandboxError::OutOfMemory { .. } => {
+            Code::RESOURCE_EXHAUSTED
+        }
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)

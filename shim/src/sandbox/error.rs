@@ -124,6 +124,21 @@ pub enum SandboxError {
         /// What it is.
         has_mib: u32,
     },
+    /// The host's kernel killed the machine while it booted.
+    #[error(
+        "the host's kernel killed the virtual machine of {memory_mib} MiB for want of memory: \
+         its cgroup, the one above (in Kubernetes the pod's: limits and the RuntimeClass's \
+         overhead) or the host has not that much{}",
+        filled_at_once(*is_pinned)
+    )]
+    OutOfMemory {
+        /// The guest's.
+        memory_mib: u32,
+        /// Whether it fills it at once.
+        is_pinned: bool,
+        /// What was seen of it.
+        source: Box<SandboxError>,
+    },
     /// The guest does not use the memory it was given.
     #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
     NotGrown {
@@ -181,4 +196,12 @@ pub enum SandboxError {
     /// A host hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+}
+
+fn filled_at_once(is_pinned: bool) -> &'static str {
+    if is_pinned {
+        "; PCI devices reach all of it, so it is filled at once"
+    } else {
+        ""
+    }
 }

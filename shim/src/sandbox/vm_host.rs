@@ -204,11 +204,29 @@ impl VmHost {
         prepared: &mut Prepared,
     ) -> Result<(), SandboxError> {
         let result = self.try_boot(sandbox, config, prepared).await;
+        let result = result.map_err(|error| self.with_cause(error, config));
         if let Err(error) = &result {
             warn!(error = chain(error), "sandbox not booted");
             self.teardown().await;
         }
         result
+    }
+
+    /// The error of a boot, and why the monitor had no words for it if that is known.
+    fn with_cause(&self, error: SandboxError, config: &ContainerConfig) -> SandboxError {
+        let parts = crate::task::lock(&self.parts);
+        let cgroup = parts.cgroup.as_ref();
+        let ran_out = cgroup.is_some_and(PodCgroup::ran_out_of_memory);
+        drop(parts);
+        if !ran_out {
+            return error;
+        }
+        let size = self.size_of(&config.spec);
+        SandboxError::OutOfMemory {
+            memory_mib: size.memory_mib,
+            is_pinned: size.is_pinned,
+            source: error.into(),
+        }
     }
 
     async fn try_boot(

@@ -61,6 +61,25 @@ fn why_a_pod_cannot_have_a_device_reaches_kubelet() {
     no_claims();
 }
 
+/// The overhead of its class is too small: either the kernel refuses to pin its 320 MiB
+/// or it kills the machine. Nothing is left of it.
+#[test]
+fn a_pod_whose_group_is_too_small_is_told_so() {
+    let nvme = behind(NVME_PORT);
+    let bound = Bound::new(&[&nvme]);
+    let scene = PodScene::new();
+    let pod = scene.pod("small").runtime(HANDLER).limits(256, 1);
+    let pod = pod.annotation(DEVICES, &nvme).cgroup_limit(200);
+    let refused = pod.try_run().err().unwrap();
+    let message = refused.message();
+    assert!(
+        message.contains("320 MiB") && message.contains("cgroup"),
+        "{refused}"
+    );
+    no_claims();
+    drop(bound);
+}
+
 /// The annotation of a pod whose runtime is not to have it.
 #[test]
 fn other_runtimes_do_not_hear_of_the_annotation() {
