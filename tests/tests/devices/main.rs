@@ -12,6 +12,7 @@
 
 mod ask;
 mod drivers;
+mod handover;
 mod pass;
 mod pods;
 mod refusals;

@@ -6,7 +6,7 @@ use std::process::Command;
 use nacre_tests::{Said, Scene, eventually, run};
 use serde_json::{Value, json};
 
-use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
+use crate::{Bound, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group, no_claims};
 
 const DEVICES: &str = "io.nacre.devices";
 /// Of the disk: all of it.
@@ -166,6 +166,29 @@ fn containers_of_a_pod_have_their_own_devices() {
         .complains(&["needs a device of the host", "built without"]);
 }
 
+/// Two disks that are one group, by its node: each is written with its serial number.
+#[test]
+fn all_devices_of_a_group_come_with_its_node() {
+    let bound = Bound::new(&PAIR);
+    let node = format!("/dev/vfio/{}", group(PAIR[0]));
+    let script = "cd /dev; for disk in nvme*n1; do \
+                  dd if=/sys/block/$disk/device/serial of=$disk conv=fsync 2>/dev/null; \
+                  cat /sys/block/$disk/device/serial; done";
+    let said = Scene::new().run_with(&["--device", &node], &["sh", "-c", script]);
+    let said = said.exits(0);
+    let mut serials: Vec<&str> = said.stdout.lines().map(str::trim).collect();
+    // The guest's driver looks at both at once: either may be its first.
+    serials.sort_unstable();
+    assert_eq!(serials, ["first", "second"], "{said:#?}");
+    no_claims();
+    drop(bound);
+    for (address, serial) in PAIR.iter().zip(serials) {
+        let path = disk(address);
+        assert_eq!(begins(&path).trim(), serial);
+        fs::write(path, [0; 512]).unwrap();
+    }
+}
+
 /// The guest has no driver for it, and shows it all the same.
 #[test]
 fn a_device_without_a_driver_is_in_sysfs() {
@@ -184,7 +207,7 @@ fn a_device_that_a_process_has_open_is_refused() {
     let nvme = behind(NVME_PORT);
     let _bound = Bound::new(&[&nvme]);
     let mut scene = Scene::new();
-    let node = format!("/dev/vfio/{}", crate::group(&nvme));
+    let node = format!("/dev/vfio/{}", group(&nvme));
     let open = fs::File::options().read(true).write(true).open(&node);
     let open = open.unwrap();
     run_to_end(&mut scene, &nvme, "true")

@@ -1,6 +1,6 @@
-//! A real device behind a real IOMMU: QEMU's "edu", which the lab has when it is
-//! booted with `--devices`. The guest is a few dozen instructions that drive it; it
-//! powers off when all went well and resets when not.
+//! Real devices behind a real IOMMU: QEMU's "edu", and "nvme" for what a reset clears, which
+//! the lab has when it is booted with `--devices`. The guest is a few dozen instructions
+//! that drive one; it powers off when all went well and resets when not.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
@@ -16,6 +16,8 @@ use crate::vfio::open::{self, DeviceNodes};
 
 /// "edu" of QEMU (`docs/specs/edu.rst`).
 const EDU: (&str, &str) = ("0x1234", "0x11e8");
+/// "nvme" of QEMU.
+const NVME: (&str, &str) = ("0x1b36", "0x0010");
 const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
 const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
 const BAR: u64 = WINDOW32_PORTS;
@@ -42,33 +44,43 @@ const VECTOR: u32 = 0x41;
 const APIC_SPURIOUS: u64 = 0xf0;
 const APIC_REQUESTED: u64 = 0x200;
 
-/// The edu device, in the hands of vfio-pci; `None` where there is none.
-fn edu() -> Option<String> {
+/// The address of a device, in the hands of vfio-pci and alone in its group; `None` where
+/// there is none.
+fn bound(id: (&str, &str)) -> Option<String> {
+    let in_lab = std::env::var_os("LAB_DEVICES").is_some();
     let skip = |why: &str| {
-        assert!(std::env::var_os("LAB_DEVICES").is_none(), "{why}");
+        assert!(!in_lab, "{why}");
         eprintln!("skipped: {why}");
         None
     };
     if !Path::new("/dev/vfio/vfio").exists() {
         return skip("no VFIO");
     }
-    let id = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let read = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let members = |path: &Path| fs::read_dir(path.join("iommu_group/devices")).ok();
     let Some(device) = fs::read_dir("/sys/bus/pci/devices")
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| (id(path, "vendor").trim(), id(path, "device").trim()) == EDU)
+        .filter(|path| (read(path, "vendor").trim(), read(path, "device").trim()) == id)
+        .find(|path| members(path).is_some_and(|members| members.count() == 1))
     else {
-        return skip("no edu device (lab run --devices)");
+        return skip("no such device with an IOMMU (lab run --devices)");
     };
-    if !device.join("iommu_group").exists() {
-        return skip("no IOMMU");
-    }
     let address = device.file_name().unwrap().to_str().unwrap().to_owned();
-    if !device.join("driver").exists() {
-        fs::write(device.join("driver_override"), "vfio-pci").unwrap();
-        fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
+    let driver = fs::read_link(device.join("driver")).ok();
+    if driver.as_ref().is_some_and(|driver| driver.ends_with("vfio-pci")) {
+        return Some(address);
     }
+    if driver.is_some() {
+        // Only the lab's may be taken from its driver.
+        if !in_lab {
+            return skip("the host drives it");
+        }
+        fs::write(device.join("driver/unbind"), &address).unwrap();
+    }
+    fs::write(device.join("driver_override"), "vfio-pci").unwrap();
+    fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
     Some(address)
 }
 
@@ -147,9 +159,13 @@ impl Code {
 
 /// Runs `code` in a guest that has the edu device; `None` where there is none.
 fn run(code: &[u8]) -> Option<Exits> {
-    let address = edu()?;
+    run_with(&bound(EDU)?, code)
+}
+
+/// Runs `code` in a guest with the device at `address`.
+fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
     let mut parts = parts(code, 1)?;
-    let device = DeviceNodes::of(&address).unwrap();
+    let device = DeviceNodes::of(address).unwrap();
     parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());
     let (outcome, exits) = end_of(Machine::new(parts).unwrap());
     assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
@@ -189,7 +205,7 @@ fn dma_reaches_the_guest_s_memory() {
 /// serving what is allowed. The kernel stays as it was, and nothing of it comes to the guest.
 #[test]
 fn dma_outside_the_guest_s_memory_faults() {
-    if edu().is_none() {
+    if bound(EDU).is_none() {
         return;
     }
     let canary = Canary::find();
@@ -325,7 +341,7 @@ fn msi_reaches_the_guest() {
     run(&code);
 }
 
-/// Every end gives the device back: the next guest finds it, reset.
+/// Every end gives the device back, and the next guest finds it.
 #[test]
 fn device_goes_from_one_guest_to_the_next() {
     let leave = Code::new()
@@ -335,6 +351,29 @@ fn device_goes_from_one_guest_to_the_next() {
     let look = Code::new().enable().expect(BAR, 0x0100_00ed).power_off();
     for code in [&leave, &look, &look] {
         if run(code).is_none() {
+            return;
+        }
+    }
+}
+
+/// Controller configuration (NVM Express base 2.0, 3.1.3.5): the entry sizes of queues, which
+/// a disabled controller keeps until it is reset.
+const CONFIGURATION: u64 = BAR + 0x14;
+const CANARY: u32 = 0x0046_0000;
+
+/// Of what a guest left in a device that can be reset the next one finds nothing.
+#[test]
+fn what_a_guest_left_in_a_device_is_gone() {
+    let Some(address) = bound(NVME) else { return };
+    let leave = Code::new()
+        .enable()
+        .expect(CONFIGURATION, 0)
+        .store(CONFIGURATION, CANARY)
+        .expect(CONFIGURATION, CANARY)
+        .power_off();
+    let look = Code::new().enable().expect(CONFIGURATION, 0).power_off();
+    for code in [&leave, &look] {
+        if run_with(&address, code).is_none() {
             return;
         }
     }
