@@ -6,7 +6,7 @@
 //! 00:11.0 root port -> switch -> nvme              a group with the switch's ports
 //! 00:12.0 nvme, 00:12.1 nvme                       one group
 //! 00:13.0 edu     00:14.0 pci-testdev, 4 GiB       no driver
-//! 00:15.0 virtio-net     00:16.0 VGA
+//! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 4 GiB of memory
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 

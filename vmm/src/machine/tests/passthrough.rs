@@ -1,5 +1,5 @@
-//! Real devices behind a real IOMMU: QEMU's "edu", and "nvme" for what a reset clears, which
-//! the lab has when it is booted with `--devices`. The guest is a few dozen instructions
+//! Real devices behind a real IOMMU: QEMU's "edu", "nvme" for what a reset clears, and
+//! "ivshmem-plain" for a large BAR, which the lab has when it is booted with `--devices`. The guest is a few dozen instructions
 //! that drive one; it powers off when all went well and resets when not.
 
 use std::fs;
@@ -18,6 +18,9 @@ use crate::vfio::open::{self, DeviceNodes};
 const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// "nvme" of QEMU.
 const NVME: (&str, &str) = ("0x1b36", "0x0010");
+/// "ivshmem-plain" of QEMU: memory in BAR 2.
+const MEMORY: (&str, &str) = ("0x1af4", "0x1110");
+const MEMORY_SIZE: u64 = 4 << 30;
 const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
 const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
 const BAR: u64 = WINDOW32_PORTS;
@@ -35,6 +38,12 @@ const TO_MEMORY: u32 = 2;
 const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
 const GUEST_SIZE: u32 = 32 << 20;
+
+/// Where the guest has its page tables, and behind its memory what they lead to elsewhere.
+const DIRECTORY: u32 = 0x22_0000;
+const POINTERS: u32 = 0x22_1000;
+const LARGE_PAGE: u32 = 2 << 20;
+const HIGH: u32 = GUEST_SIZE;
 
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
@@ -149,6 +158,27 @@ impl Code {
             .store(DMA_COUNT, 4)
             .store(DMA_COMMAND, START | command)
             .wait_clear(DMA_COMMAND, START)
+    }
+
+    /// Turns paging on, with 2 MiB pages and addresses above 4 GiB (Intel SDM volume 3, 4.4):
+    /// memory is where it was, and from [`HIGH`] on come pages at `addresses`.
+    fn paging(self, addresses: &[u64]) -> Self {
+        let memory = (0..GUEST_SIZE).step_by(LARGE_PAGE as usize).map(u64::from);
+        let pages = memory.chain(addresses.iter().copied());
+        let begin = self.store(POINTERS.into(), DIRECTORY | 1);
+        let code = (0u64..).zip(pages).fold(begin, |code, (index, page)| {
+            // Present, writable, large.
+            let [low, high] = [page | 0x83, page >> 32].map(|word| word & 0xffff_ffff);
+            let at = u64::from(DIRECTORY) + index * 8;
+            code.store(at, u32::try_from(low).unwrap())
+                .store(at + 4, u32::try_from(high).unwrap())
+        });
+        // cr3 = POINTERS; cr4 |= PAE; cr0 |= PG, each by way of eax.
+        code.bytes(&[0xb8], &[POINTERS])
+            .bytes(&[0x0f, 0x22, 0xd8], &[])
+            .bytes(&[0x0f, 0x20, 0xe0, 0x83, 0xc8, 0x20, 0x0f, 0x22, 0xe0], &[])
+            .bytes(&[0x0f, 0x20, 0xc0, 0x0d], &[1 << 31])
+            .bytes(&[0x0f, 0x22, 0xc0], &[])
     }
 
     fn power_off(mut self) -> Vec<u8> {
@@ -376,5 +406,34 @@ fn what_a_guest_left_in_a_device_is_gone() {
         if run_with(&address, code).is_none() {
             return;
         }
+    }
+}
+
+/// The first and the last word of a BAR of 4 GiB are memory, and two words: they are there
+/// for the next guest, since nothing resets this device.
+#[test]
+fn large_bar_is_reached_up_to_its_last_byte() {
+    let Some(address) = bound(MEMORY) else { return };
+    let (bar, _) = layout::window64(GUEST_SIZE.into(), 48).unwrap();
+    let pages = [bar, bar + MEMORY_SIZE - u64::from(LARGE_PAGE)];
+    let [first, last] = [HIGH, HIGH + 2 * LARGE_PAGE - 4].map(u64::from);
+    let write = Code::new()
+        .enable()
+        .paging(&pages)
+        .store(first, 0x1111_1111)
+        .store(last, 0x9999_9999)
+        .power_off();
+    let read = Code::new()
+        .enable()
+        .paging(&pages)
+        .expect(first, 0x1111_1111)
+        .expect(last, 0x9999_9999)
+        .power_off();
+    for code in [&write, &read] {
+        let Some(exits) = run_with(&address, code) else {
+            return;
+        };
+        let counts = (exits.mmio_reads, exits.mmio_writes);
+        assert_eq!(counts, (0, 2), "configuration only");
     }
 }
