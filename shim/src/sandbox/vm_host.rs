@@ -10,6 +10,7 @@
 
 mod boot;
 mod devices;
+mod progress;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -214,11 +215,12 @@ impl VmHost {
 
     /// The error of a boot, and why the monitor had no words for it if that is known.
     fn with_cause(&self, error: SandboxError, config: &ContainerConfig) -> SandboxError {
-        let parts = crate::task::lock(&self.parts);
-        let cgroup = parts.cgroup.as_ref();
-        let ran_out = cgroup.is_some_and(PodCgroup::ran_out_of_memory);
-        drop(parts);
-        if !ran_out {
+        let has_run_out = {
+            let parts = crate::task::lock(&self.parts);
+            let cgroup = parts.cgroup.as_ref();
+            cgroup.is_some_and(PodCgroup::ran_out_of_memory)
+        };
+        if !has_run_out {
             return error;
         }
         let size = self.size_of(&config.spec);
@@ -267,6 +269,7 @@ impl VmHost {
             uid,
         };
         fds.send(&machine, &boot).await?;
+        let pid = machine.pid();
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
         if let Some(loopback) = loopback {
@@ -292,7 +295,12 @@ impl VmHost {
             },
             disks: slots,
         };
-        sandbox.attach(timeout, &request, room).await
+        let attach = sandbox.attach(timeout, &request, room);
+        if size.is_pinned {
+            progress::logged(attach, pid, size.memory_mib).await
+        } else {
+            attach.await
+        }
     }
 
     async fn boot_fds(

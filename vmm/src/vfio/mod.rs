@@ -239,8 +239,6 @@ impl Attached {
             devices = names.join(","),
             map_calls = mapped.calls,
             bytes_mapped = mapped.bytes,
-            // Devices do not reach each other's registers.
-            bar_bytes_mapped = 0,
             resets,
             %milliseconds,
             "PCI devices attached"
