@@ -57,6 +57,18 @@ impl Container {
         }
     }
 
+    /// The groups, none with iommufd.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub fn groups(&self) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Groups { groups, .. } => groups.iter().map(OwnedFd::try_clone).collect(),
+            Self::Iommufd(_) => Ok(Vec::new()),
+        }
+    }
+
     /// Makes the address space, with the devices in it.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ use crate::worker::Worker;
 
 pub mod access;
 pub mod bars;
+pub mod bus_reset;
 pub mod capabilities;
 pub mod config;
 pub mod container;
@@ -78,6 +79,9 @@ pub enum VfioError {
     /// No address space.
     #[error("/dev/iommu: {0}")]
     Iommufd(#[source] io::Error),
+    /// No more descriptors.
+    #[error("duplicating descriptors of IOMMU groups: {0}")]
+    Groups(#[source] io::Error),
     /// The guest's memory cannot be reached by the devices.
     #[error("mapping {mib} MiB of the guest at {iova:#x} for its PCI devices: {source}{hint}")]
     Map {
@@ -189,12 +193,13 @@ impl Passthrough {
         let start = Instant::now();
         let Self { container, devices } = self;
         vm.attach_vfio(container.kvm_files(devices.iter().map(|(_, device)| device)))?;
+        let groups = container.groups().map_err(VfioError::Groups)?;
         let named = devices
             .iter()
             .map(|(address, device)| (address.as_str(), device));
         let space = container.attach(named)?;
         let mapped = space.map(vm.memory())?;
-        let endpoints = devices
+        let mut endpoints = devices
             .into_iter()
             .map(|(address, device)| {
                 let device =
@@ -202,6 +207,7 @@ impl Passthrough {
                 Endpoint::open(&address, Arc::new(device))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        bus_reset::reset_rest(&mut endpoints, &groups)?;
         let attached = Attached {
             space: Some(space),
             endpoints,
