@@ -6,6 +6,7 @@
 //! container created      request.rs: what its spec asks for (cdi.rs)           the shim, per container
 //!                        group.rs: each a whole IOMMU group, or a refusal
 //!                        claim.rs: for one pod at a time
+//! monitor started        numa.rs: near them
 //! machine booted         request.rs: opened, for the monitor
 //!                        drivers.rs: the driver images that the guest needs for them
 //! ```
@@ -19,6 +20,7 @@ pub mod claim;
 pub mod drivers;
 pub mod group;
 pub mod names;
+pub mod numa;
 pub mod pci;
 pub mod request;
 pub mod sysfs;

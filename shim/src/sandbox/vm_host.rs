@@ -1,7 +1,7 @@
 //! [`VmHost`]: everything a pod's virtual machine has on the host.
 //!
 //! ```text
-//! open: devices -> netns -> uid, cgroup -> monitor process -> host hooks -> taps
+//! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
@@ -10,6 +10,7 @@
 
 mod boot;
 mod devices;
+mod near;
 mod progress;
 
 use std::fs::{File, OpenOptions};
@@ -43,6 +44,7 @@ use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
 
 use boot::{BootConfig, BootFds};
+use near::Near;
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -169,7 +171,8 @@ impl VmHost {
         self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
-        let machine = self.start_monitor(&netns)?;
+        let near = self.near(&config.spec).await;
+        let machine = self.start_monitor(&netns, near.as_ref())?;
         self.hooks.create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
@@ -211,24 +214,6 @@ impl VmHost {
             self.teardown().await;
         }
         result
-    }
-
-    /// The error of a boot, and why the monitor had no words for it if that is known.
-    fn with_cause(&self, error: SandboxError, config: &ContainerConfig) -> SandboxError {
-        let has_run_out = {
-            let parts = crate::task::lock(&self.parts);
-            let cgroup = parts.cgroup.as_ref();
-            cgroup.is_some_and(PodCgroup::ran_out_of_memory)
-        };
-        if !has_run_out {
-            return error;
-        }
-        let size = self.size_of(&config.spec);
-        SandboxError::OutOfMemory {
-            memory_mib: size.memory_mib,
-            is_pinned: size.is_pinned,
-            source: error.into(),
-        }
     }
 
     async fn try_boot(
@@ -389,8 +374,13 @@ impl VmHost {
         Ok(())
     }
 
-    fn start_monitor(&self, netns: &NetNs) -> Result<Arc<VmMachine>, SandboxError> {
+    fn start_monitor(
+        &self,
+        netns: &NetNs,
+        near: Option<&Near>,
+    ) -> Result<Arc<VmMachine>, SandboxError> {
         let log = self.run_dir.open_log()?;
+        let _memory = near.and_then(Near::memory);
         let machine = {
             let parts = crate::task::lock(&self.parts);
             VmMachine::spawn(&Launch {
@@ -400,6 +390,9 @@ impl VmHost {
                 cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
             })?
         };
+        if let Some(near) = near {
+            near.run(machine.pid());
+        }
         let machine = Arc::new(machine);
         self.record(|parts| {
             parts.state.monitor = Proc::of(machine.pid());

@@ -1,5 +1,5 @@
-//! Progress of a boot that pins memory: for all of it the monitor is in one system call
-//! and says nothing, and its lines in the pod's log may be minutes apart.
+//! What the monitor cannot tell of a boot: how far it is while memory is pinned, which is one
+//! system call that may take minutes, and that it was killed for want of memory.
 
 use std::fs;
 use std::pin::pin;
@@ -8,7 +8,33 @@ use std::time::Duration;
 use tokio::time::{Instant, interval_at};
 use tracing::info;
 
+use super::{ContainerConfig, PodCgroup, SandboxError, VmHost};
+
 const INTERVAL: Duration = Duration::from_secs(10);
+
+impl VmHost {
+    /// The error of a boot, and why the monitor had no words for it if that is known.
+    pub(super) fn with_cause(
+        &self,
+        error: SandboxError,
+        config: &ContainerConfig,
+    ) -> SandboxError {
+        let has_run_out = {
+            let parts = crate::task::lock(&self.parts);
+            let cgroup = parts.cgroup.as_ref();
+            cgroup.is_some_and(PodCgroup::ran_out_of_memory)
+        };
+        if !has_run_out {
+            return error;
+        }
+        let size = self.size_of(&config.spec);
+        SandboxError::OutOfMemory {
+            memory_mib: size.memory_mib,
+            is_pinned: size.is_pinned,
+            source: error.into(),
+        }
+    }
+}
 
 /// Waits for `boot`; meanwhile the log tells how much of a guest of `memory_mib` is
 /// pinned for its monitor, process `pid`.
