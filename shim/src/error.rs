@@ -53,7 +53,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
-        SandboxError::Stopped => Code::UNAVAILABLE,
+        SandboxError::Stopped | SandboxError::Kubelet { .. } => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }

@@ -5,7 +5,7 @@ use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
-use crate::devices::{ClaimError, DriverError, RequestError};
+use crate::devices::{ClaimError, DriverError, KubeletError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
@@ -56,6 +56,14 @@ pub enum SandboxError {
         container_id: String,
         /// Why.
         source: RequestError,
+    },
+    /// It is not known what kubelet has given the pod.
+    #[error("pod {sandbox_id}: the devices kubelet has given it")]
+    Kubelet {
+        /// The pod.
+        sandbox_id: String,
+        /// Why.
+        source: KubeletError,
     },
     /// Another pod has a device.
     #[error("container {container_id}: the devices it asks for")]
