@@ -63,7 +63,10 @@ pub async fn allocated(
     let pods = list(socket).await?.pod_resources;
     let is_this =
         |pod: &PodResources| (pod.namespace.as_str(), pod.name.as_str()) == (namespace, name);
-    let containers = pods.into_iter().filter(is_this).flat_map(|pod| pod.containers);
+    let containers = pods
+        .into_iter()
+        .filter(is_this)
+        .flat_map(|pod| pod.containers);
     Ok(containers.flat_map(ContainerResources::names).collect())
 }
 
@@ -80,7 +83,9 @@ async fn list(socket: &Path) -> Result<ListResponse, KubeletError> {
     client.ready().await.map_err(connect)?;
     let codec = ProstCodec::<ListRequest, ListResponse>::default();
     let path = PathAndQuery::from_static(LIST);
-    let answer = client.unary(Request::new(ListRequest {}), path, codec).await;
+    let answer = client
+        .unary(Request::new(ListRequest {}), path, codec)
+        .await;
     let answer = answer.map_err(|status| KubeletError::List(status.into()))?;
     Ok(answer.into_inner())
 }

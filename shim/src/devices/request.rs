@@ -347,7 +347,10 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
     };
     match by_cdi(system, &cdi_name) {
         Err(RequestError::NoCdiDevice { .. } | RequestError::CdiWithoutVfio(_)) => {
-            tracing::info!(?name, "allocated to the pod, and no PCI device for a machine");
+            tracing::info!(
+                ?name,
+                "allocated to the pod, and no PCI device for a machine"
+            );
             Ok(Vec::new())
         }
         result => result,

@@ -61,10 +61,7 @@ fn a_device_that_the_host_takes_back_ends_the_pod() {
     scene.await_status(&id, "STOPPED");
     taken.join().unwrap().unwrap();
     assert_eq!(driver(&nvme), None);
-    log_has(
-        &id,
-        &format!("PCI device {nvme} is taken back by the host"),
-    );
+    log_has(&id, &format!("PCI device {nvme} is taken back by the host"));
     scene.ctr(&["task", "rm", &id]).exits(0);
     no_claims();
 

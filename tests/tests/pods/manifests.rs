@@ -127,7 +127,10 @@ fn documented_pod_with_a_device_is_one_and_names_its_class() {
     assert!(LAB.contains(runtime.trim()), "{runtime}");
     let handler = class["handler"].as_str().unwrap();
     let table = format!(".containerd.runtimes.{handler}]");
-    assert!(runtime.contains(&table) && runtime.contains(key), "{runtime}");
+    assert!(
+        runtime.contains(&table) && runtime.contains(key),
+        "{runtime}"
+    );
 }
 
 /// What "Memory" there says of the overhead.

@@ -413,7 +413,10 @@ fn hot_reset(groups: &[&OwnedFd]) -> Vec<u32> {
     #[allow(clippy::cast_possible_truncation)] // a pod has a few dozen at most
     let [words, count] = [HOT_RESET_WORDS + groups.len(), groups.len()].map(|count| count as u32);
     let descriptors = groups.iter().map(|group| group.as_raw_fd().cast_unsigned());
-    [words * 4, 0, count].into_iter().chain(descriptors).collect()
+    [words * 4, 0, count]
+        .into_iter()
+        .chain(descriptors)
+        .collect()
 }
 
 fn index_of(irq: Irq) -> u32 {

@@ -109,7 +109,10 @@ async fn serve(stream: UnixStream, status: &'static str, answer: Option<Vec<u8>>
         }
         let mut trailers = HeaderMap::new();
         trailers.insert("grpc-status", HeaderValue::from_static(status));
-        trailers.insert("grpc-message", HeaderValue::from_static("as the test wants"));
+        trailers.insert(
+            "grpc-message",
+            HeaderValue::from_static("as the test wants"),
+        );
         stream.send_trailers(trailers).unwrap();
     }
 }

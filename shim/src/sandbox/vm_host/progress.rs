@@ -14,11 +14,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 impl VmHost {
     /// The error of a boot, and why the monitor had no words for it if that is known.
-    pub(super) fn with_cause(
-        &self,
-        error: SandboxError,
-        config: &ContainerConfig,
-    ) -> SandboxError {
+    pub(super) fn with_cause(&self, error: SandboxError, config: &ContainerConfig) -> SandboxError {
         let has_run_out = {
             let parts = crate::task::lock(&self.parts);
             let cgroup = parts.cgroup.as_ref();

@@ -78,7 +78,10 @@ fn bound(id: (&str, &str)) -> Option<String> {
     };
     let address = device.file_name().unwrap().to_str().unwrap().to_owned();
     let driver = fs::read_link(device.join("driver")).ok();
-    if driver.as_ref().is_some_and(|driver| driver.ends_with("vfio-pci")) {
+    if driver
+        .as_ref()
+        .is_some_and(|driver| driver.ends_with("vfio-pci"))
+    {
         return Some(address);
     }
     if driver.is_some() {
