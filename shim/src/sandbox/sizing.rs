@@ -28,6 +28,8 @@ const PAGES_PER_TABLE: u64 = 512;
 const PINNED_TABLES: u64 = 3;
 /// What any host pins in a second, clearing the pages included.
 const PINNED_MIB_PER_SECOND: u32 = 512;
+/// The host's huge pages, of which a machine has whole ones.
+const HUGE_PAGE_MIB: u32 = 2;
 /// As the configuration's own limits.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MAX_VCPUS: u64 = 64;
@@ -63,6 +65,11 @@ pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
         .or_else(|| spec_memory(spec))
         .map_or(config.default_memory_mib, mib_for);
     let memory_mib = with_huge_pages(memory_mib, Limits::of(spec).huge_page_bytes);
+    let memory_mib = if config.hugepages {
+        memory_mib.next_multiple_of(HUGE_PAGE_MIB)
+    } else {
+        memory_mib
+    };
     let quota = annotated(annotations, CPU_QUOTA)
         .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
         .or_else(|| spec_cpu(spec));
@@ -230,6 +237,9 @@ mod tests {
         assert_eq!((pinned.growth_mib, pinned.is_pinned), (0, true));
         config.hugepages = true;
         assert_eq!(size_of(&spec, false, &config).growth_mib, 0);
+        // Only whole huge pages are a machine's.
+        config.default_memory_mib = 201;
+        assert_eq!(size_of(&spec, false, &config).memory_mib, 202);
     }
 
     #[test]

@@ -33,6 +33,9 @@ fn a_pod_has_the_disk_its_annotation_names() {
     let pods = run("nacre", &["ps"]).exits(0).stdout;
     let row = pods.lines().find(|row| row.contains(&pod.id));
     assert!(row.is_some_and(|row| row.contains(&nvme)), "{pods}");
+    // The monitor has the disk by the descriptor it was handed: its root is empty.
+    let root = fs::read_dir(format!("/proc/{}/root", pod.monitor())).unwrap();
+    assert_eq!(root.count(), 0);
     // The guest's 320 MiB are pinned, and counted against the pod.
     let used = fs::read_to_string(pod.cgroup().join("memory.current")).unwrap();
     let used: u64 = used.trim().parse().unwrap();
