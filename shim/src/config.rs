@@ -94,6 +94,8 @@ pub struct Config {
     pub uid_count: u32,
     /// Whether annotations may ask for PCI devices.
     pub device_annotations: bool,
+    /// Where kubelet tells which devices it has given to a pod; none: it is not asked.
+    pub pod_resources_socket: Option<PathBuf>,
     /// State of running pods.
     pub run_dir: PathBuf,
     /// Time until the agent must have answered.
@@ -172,6 +174,7 @@ impl Config {
             uid_base: 0,
             uid_count: 0,
             device_annotations: false,
+            pod_resources_socket: None,
             run_dir: PathBuf::new(),
             boot_timeout_seconds: 0,
             hang_timeout_seconds: 0,
@@ -265,6 +268,13 @@ macro_rules! key {
             set: |config, value| installed_path(value).map(|path| config.$field = path),
         }
     };
+    ($field:ident, optional_path) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::OptionalPath,
+            set: |config, value| optional_path(value).map(|path| config.$field = path),
+        }
+    };
     ($field:ident, bool) => {
         Key {
             name: stringify!($field),
@@ -288,7 +298,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 20] = [
+const KEYS: [Key; 21] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -302,6 +312,7 @@ const KEYS: [Key; 20] = [
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),
     key!(device_annotations, bool),
+    key!(pod_resources_socket, optional_path),
     key!(run_dir, path),
     key!(boot_timeout_seconds, 1..=600),
     key!(hang_timeout_seconds, 0..=3600),
@@ -311,11 +322,7 @@ const KEYS: [Key; 20] = [
         set: |config, value| log_level(value).map(|level| config.log_level = level),
     },
     key!(debug_console, bool),
-    Key {
-        name: "debug_shell",
-        kind: Kind::OptionalPath,
-        set: |config, value| optional_path(value).map(|path| config.debug_shell = path),
-    },
+    key!(debug_shell, optional_path),
     Key {
         name: "drivers",
         kind: Kind::Drivers,

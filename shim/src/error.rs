@@ -53,7 +53,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
-        SandboxError::Stopped => Code::UNAVAILABLE,
+        SandboxError::Stopped | SandboxError::Kubelet { .. } => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
@@ -65,7 +65,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
-        SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
+        SandboxError::NotGrown { .. } | SandboxError::OutOfMemory { .. } => {
+            Code::RESOURCE_EXHAUSTED
+        }
         SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)

@@ -5,7 +5,7 @@ use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
-use crate::devices::{Address, ClaimError, DriverError, RequestError};
+use crate::devices::{Address, ClaimError, DriverError, KubeletError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
@@ -56,6 +56,14 @@ pub enum SandboxError {
         container_id: String,
         /// Why.
         source: RequestError,
+    },
+    /// It is not known what kubelet has given the pod.
+    #[error("pod {sandbox_id}: the devices kubelet has given it")]
+    Kubelet {
+        /// The pod.
+        sandbox_id: String,
+        /// Why.
+        source: KubeletError,
     },
     /// Another pod has a device.
     #[error("container {container_id}: the devices it asks for")]
@@ -161,6 +169,21 @@ pub enum SandboxError {
         /// What it is.
         has_mib: u32,
     },
+    /// The host's kernel killed the machine while it booted.
+    #[error(
+        "the host's kernel killed the virtual machine of {memory_mib} MiB for want of memory: \
+         its cgroup, the one above (in Kubernetes the pod's: limits and the RuntimeClass's \
+         overhead) or the host has not that much{}",
+        filled_at_once(*is_pinned)
+    )]
+    OutOfMemory {
+        /// The guest's.
+        memory_mib: u32,
+        /// Whether it fills it at once.
+        is_pinned: bool,
+        /// What was seen of it.
+        source: Box<SandboxError>,
+    },
     /// The guest does not use the memory it was given.
     #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
     NotGrown {
@@ -218,4 +241,12 @@ pub enum SandboxError {
     /// A host hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+}
+
+fn filled_at_once(is_pinned: bool) -> &'static str {
+    if is_pinned {
+        "; PCI devices reach all of it, so it is filled at once"
+    } else {
+        ""
+    }
 }

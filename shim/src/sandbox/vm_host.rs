@@ -1,7 +1,7 @@
 //! [`VmHost`]: everything a pod's virtual machine has on the host.
 //!
 //! ```text
-//! open: devices -> netns -> uid, cgroup -> monitor process -> host hooks -> taps
+//! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
@@ -10,6 +10,9 @@
 
 mod boot;
 mod devices;
+mod near;
+mod netns;
+mod progress;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,8 +26,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
-use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::hotplug::HotPlug;
@@ -44,6 +46,8 @@ use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
 
 use boot::{BootConfig, BootFds};
+use near::Near;
+use netns::{NetNs, open_netns, refuse_host_namespaces};
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -81,21 +85,6 @@ pub struct VmHost {
     hot_plug: HotPlug,
     hooks: hooks::Runner,
     parts: Mutex<Parts>,
-}
-
-/// The machine's network namespace.
-struct NetNs {
-    file: File,
-    path: Option<PathBuf>,
-}
-
-impl NetNs {
-    /// A descriptor of its own for work elsewhere.
-    fn another(&self) -> Result<File, SandboxError> {
-        self.file
-            .try_clone()
-            .map_err(io_error("duplicate a descriptor"))
-    }
 }
 
 impl VmHost {
@@ -178,7 +167,8 @@ impl VmHost {
         self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
-        let machine = self.start_monitor(&netns)?;
+        let near = self.near(&config.spec).await;
+        let machine = self.start_monitor(&netns, near.as_ref())?;
         self.hooks.create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
@@ -214,6 +204,7 @@ impl VmHost {
         prepared: &mut Prepared,
     ) -> Result<(), SandboxError> {
         let result = self.try_boot(sandbox, config, prepared).await;
+        let result = result.map_err(|error| self.with_cause(error, config));
         if let Err(error) = &result {
             warn!(error = chain(error), "sandbox not booted");
             self.teardown().await;
@@ -270,6 +261,7 @@ impl VmHost {
             .await
             .map_err(io_error("duplicate a descriptor"))?;
         fds.send(&machine, &boot).await?;
+        let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
         if let Some(loopback) = loopback {
@@ -294,7 +286,12 @@ impl VmHost {
             },
             disks: slots,
         };
-        sandbox.attach(timeout, &request, room).await
+        let attach = sandbox.attach(timeout, &request, room);
+        if pins {
+            progress::logged(attach, pid, size.memory_mib).await
+        } else {
+            attach.await
+        }
     }
 
     async fn boot_fds(
@@ -382,8 +379,13 @@ impl VmHost {
         Ok(())
     }
 
-    fn start_monitor(&self, netns: &NetNs) -> Result<Arc<VmMachine>, SandboxError> {
+    fn start_monitor(
+        &self,
+        netns: &NetNs,
+        near: Option<&Near>,
+    ) -> Result<Arc<VmMachine>, SandboxError> {
         let log = self.run_dir.open_log()?;
+        let _memory = near.and_then(Near::memory);
         let machine = {
             let parts = crate::task::lock(&self.parts);
             VmMachine::spawn(&Launch {
@@ -393,6 +395,9 @@ impl VmHost {
                 cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
             })?
         };
+        if let Some(near) = near {
+            near.run(machine.pid());
+        }
         let machine = Arc::new(machine);
         self.record(|parts| {
             parts.state.monitor = Proc::of(machine.pid());
@@ -529,60 +534,6 @@ async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
         .ok())
 }
 
-/// CRI leaves out of the sandbox's spec which namespaces are to be the host's.
-fn refuse_host_namespaces(spec: &Spec, sandbox_id: &str) -> Result<(), SandboxError> {
-    if !kubernetes::is_sandbox(spec) {
-        return Ok(());
-    }
-    let has = |kind| {
-        let mut own = oci::namespaces(spec).iter();
-        own.any(|namespace| namespace.typ() == kind)
-    };
-    let what = if !has(LinuxNamespaceType::Network) {
-        "the host's network (hostNetwork: true)"
-    } else if !has(LinuxNamespaceType::Pid) {
-        "the host's processes (hostPID: true)"
-    } else if !has(LinuxNamespaceType::Ipc) {
-        "the host's IPC (hostIPC: true)"
-    } else {
-        return Ok(());
-    };
-    Err(SandboxError::HostNamespace {
-        sandbox_id: sandbox_id.to_owned(),
-        what,
-    })
-}
-
-fn open_netns(spec: &Spec, container_id: &str) -> Result<NetNs, SandboxError> {
-    let network = oci::namespaces(spec)
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
-        .ok_or_else(|| SandboxError::HostNetwork {
-            container_id: container_id.to_owned(),
-        })?;
-    match network.path() {
-        Some(path) => Ok(NetNs {
-            file: open(path, false)?,
-            path: Some(path.clone()),
-        }),
-        None => Ok(NetNs {
-            file: new_netns().map_err(io_error("make a network namespace"))?,
-            path: None,
-        }),
-    }
-}
-
-/// A network namespace that lives as long as something refers to it. A thread
-/// makes it, since the caller must stay where it is.
-fn new_netns() -> io::Result<File> {
-    std::thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET)?;
-        File::open("/proc/thread-self/ns/net")
-    })
-    .join()
-    .map_err(|_| io::Error::other("the thread that makes the namespace died"))?
-}
-
 fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
     OpenOptions::new()
         .read(true)
@@ -599,29 +550,10 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::pod::sandbox_spec;
-    use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
-    use nacre_protocol::cri::{NamespaceMode, PodSandboxConfig};
     use serde_json::json;
 
     fn spec(value: serde_json::Value) -> Spec {
         serde_json::from_value(value).unwrap()
-    }
-
-    #[test]
-    fn host_network_is_refused_by_name() {
-        let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "pid"}]}}));
-        let error = open_netns(&spec, "web").err().unwrap();
-        assert!(matches!(error, SandboxError::HostNetwork { .. }));
-        assert!(error.to_string().contains("container web"), "{error}");
-    }
-
-    #[test]
-    fn named_namespace_is_opened() {
-        let namespace = json!([{"type": "network", "path": "/proc/self/ns/net"}]);
-        let with_path = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespace}}));
-        let netns = open_netns(&with_path, "c").unwrap();
-        assert_eq!(netns.path, Some(PathBuf::from("/proc/self/ns/net")));
     }
 
     #[test]
@@ -640,53 +572,5 @@ mod tests {
         let pod = json!({"ociVersion": "1.0.2", "annotations": annotations});
         assert!(may_grow(&spec(pod)));
         assert!(!may_grow(&spec(json!({"ociVersion": "1.0.2"}))));
-    }
-
-    #[test]
-    fn pods_in_the_host_s_namespaces_are_refused_by_name() {
-        let pod = |kinds: &[&str]| {
-            let namespaces: Vec<_> = kinds.iter().map(|kind| json!({"type": kind})).collect();
-            spec(json!({
-                "ociVersion": "1.0.2",
-                "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
-                "linux": {"namespaces": namespaces},
-            }))
-        };
-        let refusal = |kinds: &[&str]| {
-            let refused = refuse_host_namespaces(&pod(kinds), "web");
-            refused.err().map(|error| error.to_string())
-        };
-        assert_eq!(refusal(&["network", "pid", "ipc"]), None);
-        assert_eq!(refusal(&["network", "pid", "ipc", "user"]), None);
-        for (has, word) in [
-            (&["pid", "ipc"][..], "hostNetwork"),
-            (&["network", "ipc"], "hostPID"),
-            (&["network", "pid"], "hostIPC"),
-        ] {
-            assert!(refusal(has).unwrap().contains(word), "{word}");
-        }
-        let alone = spec(json!({"ociVersion": "1.0.2"}));
-        assert!(refuse_host_namespaces(&alone, "web").is_ok());
-    }
-
-    #[test]
-    fn sandboxes_in_the_host_s_namespaces_are_refused_by_name() {
-        let request = CreateSandboxRequest::default();
-        let mut config = PodSandboxConfig::default();
-        let refused = |config: &PodSandboxConfig| {
-            refuse_host_namespaces(&sandbox_spec(&request, config, "k8s.io"), "web")
-                .err()
-                .map(|error| error.to_string())
-        };
-        assert_eq!(refused(&config), None);
-        let linux = config.linux.mut_or_insert_default();
-        let security = linux.security_context.mut_or_insert_default();
-        let options = security.namespace_options.mut_or_insert_default();
-        options.ipc = NamespaceMode::NODE.into();
-        assert!(
-            refused(&config)
-                .unwrap()
-                .contains("pod web asks for the host's IPC")
-        );
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use tonic::Status;
 
-use super::{Pod, PodScene, unique};
+use super::{CGROUP_ROOT, Pod, PodScene, unique};
 use crate::cri::messages::*;
 use crate::cri::owned;
 
@@ -102,6 +102,13 @@ impl<'s> PodManifest<'s> {
         self
     }
 
+    /// With an annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.config.annotations.insert(key.into(), value.into());
+        self
+    }
+
     /// With a kernel parameter.
     #[must_use]
     pub fn sysctl(mut self, name: &str, value: &str) -> Self {
@@ -118,6 +125,20 @@ impl<'s> PodManifest<'s> {
             memory_limit_in_bytes: memory_mib << 20,
             ..Default::default()
         });
+        self
+    }
+
+    /// With a limit of the pod's cgroup, which kubelet sets to its containers' limits and
+    /// the overhead of its class.
+    ///
+    /// # Panics
+    ///
+    /// When the group does not take it.
+    #[must_use]
+    pub fn cgroup_limit(mut self, memory_mib: u64) -> Self {
+        let file = format!("{CGROUP_ROOT}{}/memory.max", self.linux().cgroup_parent);
+        let bytes = memory_mib << 20;
+        fs::write(&file, bytes.to_string()).unwrap_or_else(|error| panic!("{file}: {error}"));
         self
     }
 

@@ -128,11 +128,7 @@ fn shares_and_processors() {
         });
         container.start()
     });
-    let linux = pod.config.linux.as_ref().unwrap();
-    let cpus = format!(
-        "/sys/fs/cgroup{}/{}/cpuset.cpus",
-        linux.cgroup_parent, pod.id
-    );
+    let cpus = pod.cgroup().join("cpuset.cpus");
     let on_host = || fs::read_to_string(&cpus).unwrap().trim().to_owned();
     assert_eq!(on_host(), "2");
     let monitor = fs::read_to_string(format!("/proc/{}/status", pod.monitor())).unwrap();

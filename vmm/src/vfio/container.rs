@@ -57,8 +57,20 @@ impl Container {
         devices: impl Iterator<Item = &'a OwnedFd>,
     ) -> io::Result<Vec<OwnedFd>> {
         match self {
-            Self::Groups { groups, .. } => groups.iter().map(OwnedFd::try_clone).collect(),
+            Self::Groups { .. } => self.groups(),
             Self::Iommufd(_) => devices.map(OwnedFd::try_clone).collect(),
+        }
+    }
+
+    /// The groups, none with iommufd.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub fn groups(&self) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Groups { groups, .. } => groups.iter().map(OwnedFd::try_clone).collect(),
+            Self::Iommufd(_) => Ok(Vec::new()),
         }
     }
 

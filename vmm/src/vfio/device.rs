@@ -87,6 +87,11 @@ impl Endpoint {
         self.was_reset
     }
 
+    /// Notes that it was, by its bus.
+    pub fn was_reset_with_others(&mut self) {
+        self.was_reset = true;
+    }
+
     /// What its root port is to show.
     #[must_use]
     pub fn link(&self) -> Link {

@@ -36,6 +36,7 @@ use crate::worker::Worker;
 
 pub mod access;
 pub mod bars;
+pub mod bus_reset;
 pub mod capabilities;
 pub mod config;
 pub mod container;
@@ -224,6 +225,7 @@ impl Passthrough {
     ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
+        let groups = container.groups().map_err(VfioError::Duplicate)?;
         let files = container.kvm_files(devices.iter().map(|(_, device)| device));
         let known = KnownToKvm::new(vm, files.map_err(VfioError::Duplicate)?)?;
         let named = devices
@@ -242,7 +244,7 @@ impl Passthrough {
                 mapped
             }
         };
-        let endpoints = devices
+        let mut endpoints = devices
             .into_iter()
             .map(|(address, device)| {
                 let device =
@@ -250,6 +252,7 @@ impl Passthrough {
                 Endpoint::open(&address, Arc::new(device))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        bus_reset::reset_rest(&mut endpoints, &groups)?;
         let attached = Attached {
             endpoints,
             known: Some(known),
@@ -310,8 +313,6 @@ impl Attached {
             devices = names.join(","),
             map_calls = mapped.calls,
             bytes_mapped = mapped.bytes,
-            // Devices do not reach each other's registers.
-            bar_bytes_mapped = 0,
             resets,
             %milliseconds,
             "PCI devices attached"

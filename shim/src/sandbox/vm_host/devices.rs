@@ -1,6 +1,6 @@
-//! The devices of the host that a pod's containers ask for ([`crate::devices`]): claimed
-//! when the machine is made, opened when it boots, and the monitor's alone from then on.
-//! The machine has the driver images for them as disks.
+//! The devices of the host that a pod's containers ask for, or kubelet has given them
+//! ([`crate::devices`]): claimed when the machine is made, opened when it boots, and the
+//! monitor's alone from then on. The machine has the driver images for them as disks.
 
 use nacre_protocol::agent::Driver;
 use nacre_protocol::vm::guest_address;
@@ -10,7 +10,8 @@ use super::super::hotplug::HotPlug;
 use super::super::images::Images;
 use super::super::{ContainerConfig, SandboxError};
 use super::{VmHost, blocking, may_grow};
-use crate::devices::{AssignedDevice, System, drivers, request};
+use crate::devices::{Allocated, AssignedDevice, System, drivers, kubelet, request};
+use crate::oci::kubernetes;
 use crate::storage::{HostBacking, HostDisk};
 
 impl VmHost {
@@ -48,10 +49,40 @@ impl VmHost {
         &self.hot_plug
     }
 
+    /// What a pod gets whose first container is this.
+    async fn devices_of_pod(
+        &self,
+        config: &ContainerConfig,
+    ) -> Result<Vec<AssignedDevice>, SandboxError> {
+        let allocated = self.allocated(config).await?;
+        let (system, spec) = (self.system.clone(), config.spec.clone());
+        let by_annotation = self.config.device_annotations;
+        blocking(move || request::assigned_to_pod(&system, &spec, by_annotation, &allocated))
+            .await
+            .map_err(|source| SandboxError::Devices {
+                container_id: config.id.clone(),
+                source,
+            })
+    }
+
+    /// What kubelet has given the pod, where it is asked.
+    async fn allocated(&self, config: &ContainerConfig) -> Result<Vec<Allocated>, SandboxError> {
+        let socket = self.config.pod_resources_socket.as_deref();
+        let pod = kubernetes::pod_of_sandbox(&config.spec);
+        let Some((socket, (namespace, name))) = socket.zip(pod) else {
+            return Ok(Vec::new());
+        };
+        let allocated = kubelet::allocated(socket, namespace, name).await;
+        allocated.map_err(|source| SandboxError::Kubelet {
+            sandbox_id: config.id.clone(),
+            source,
+        })
+    }
+
     /// Makes the devices the first container asks for this pod's, and if others may join
     /// it decides on slots for what they bring.
     pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
-        let devices = self.devices(config).await?;
+        let devices = self.devices_of_pod(config).await?;
         if may_grow(&config.spec) {
             crate::task::lock(&self.parts).pci_slots = self.config.pci_slots;
         }
@@ -140,6 +171,7 @@ mod tests {
     use tempfile::TempDir;
 
     use crate::config::Config;
+    use crate::devices::kubelet::testing::Kubelet;
     use crate::devices::testing::Tree;
     use crate::devices::{Address, DriverImage};
     use crate::error::chain;
@@ -192,6 +224,17 @@ mod tests {
             }
         }
 
+        /// In Kubernetes, as the first of the pod's containers or another one.
+        async fn claim_as(&mut self, kind: &str) -> Result<(), SandboxError> {
+            let spec = json!({"ociVersion": "1.1.0", "annotations": {
+                "io.kubernetes.cri.container-type": kind,
+                "io.kubernetes.cri.sandbox-namespace": "default",
+                "io.kubernetes.cri.sandbox-name": "trainer",
+            }});
+            self.config.spec = Arc::new(serde_json::from_value(spec).unwrap());
+            self.host.claim_devices(&self.config).await
+        }
+
         fn holder(&self, address: &str) -> Option<String> {
             let address: Address = address.parse().unwrap();
             self.run_dir.claims().holder(address).unwrap()
@@ -240,6 +283,35 @@ mod tests {
 
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
+        assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    /// What a device plugin gave to a container that is yet to come.
+    #[tokio::test]
+    async fn devices_that_kubelet_has_given_are_the_pod_s() {
+        let tree = Tree::new();
+        for (address, group) in [("0000:01:00.0", 4), ("0000:02:00.0", 5)] {
+            let device = tree.add(address, 0x03_0200);
+            device.group(group).driver("vfio-pci");
+        }
+        let kubelet = Kubelet::new(&[("vendor.com/gpu", &["0000:02:00.0"])], &[]);
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.device_annotations = false;
+        pod.host.config.pod_resources_socket = Some(kubelet.socket());
+        // Another container of the pod asks for its own.
+        pod.claim_as("container").await.unwrap();
+        assert_eq!(pod.holder("0000:02:00.0"), None);
+        pod.claim_as("sandbox").await.unwrap();
+        assert_eq!(pod.holder("0000:02:00.0").as_deref(), Some("default/web"));
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+        pod.host.teardown().await;
+
+        drop(kubelet);
+        let error = pod.claim_as("sandbox").await.unwrap_err();
+        let text = chain(&error);
+        assert!(text.contains("pod web: the devices kubelet"), "{text}");
+        pod.host.config.pod_resources_socket = None;
+        pod.claim_as("sandbox").await.unwrap();
         assert_eq!(pod.holder("0000:02:00.0"), None);
     }
 
