@@ -106,7 +106,7 @@ fn specs_of<'a>(images: &'a [Image], driver: &Driver) -> Result<(&'a Path, &'a [
     let image = images.iter().find(|image| image.serial == driver.serial);
     let image = image.ok_or_else(|| unusable(&driver.path, "it is not mounted"))?;
     match &image.specs {
-        Ok(specs) => Ok((&image.root, specs)),
+        Ok(specs) => Ok((image.root.as_path(), specs.as_slice())),
         Err(why) => Err(unusable(&driver.path, why)),
     }
 }

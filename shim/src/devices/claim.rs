@@ -111,15 +111,15 @@ impl Claims {
 
     /// Frees some of `pod`'s devices. Goes on after failures, which it logs.
     pub fn give_back(&self, pod: &RunDir, devices: &[Address]) {
-        let free = |_lock| {
+        let freed = lock(&self.dir()).and_then(|_lock| {
             for &address in devices {
                 if self.owner(address)? == Some(pod.owner()) {
                     self.free(address);
                 }
             }
             Ok(())
-        };
-        if let Err(error) = lock(&self.dir()).and_then(free) {
+        });
+        if let Err(error) = freed {
             warn!(error = crate::error::chain(&error), "claims stay");
         }
     }

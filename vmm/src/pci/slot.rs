@@ -64,7 +64,7 @@ impl HotPlug {
         config.put(at, &capabilities.to_le_bytes());
         let enables = PRESENCE_ENABLE | INTERRUPT_ENABLE | LINK_ENABLE;
         config.allow(at + CONTROL, &enables.to_le_bytes());
-        let body = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let body = [0u8; 12];
         let mut writable = body;
         // Enable; address, whose low bits are 0; data.
         (writable[0], writable[2]) = (1, 0xfc);
