@@ -170,13 +170,16 @@ fn shares_and_processors() {
         scene.cri().update(&container.id, resources).unwrap();
     };
     update(&few);
-    if first < last {
+    let differ = first < last;
+    if differ {
         assert_eq!(on_host(), format!("{first}-{last}"), "those of both");
     }
     update(&many);
     assert_eq!(on_host(), first.to_string());
     let free = pod.container("free", SLEEP).start();
-    assert_ne!(on_host(), first.to_string(), "one may run anywhere");
+    if differ {
+        assert_ne!(on_host(), first.to_string(), "one may run anywhere");
+    }
     free.exec(&["true"]).exits(0);
 }
 
