@@ -40,6 +40,9 @@ use crate::storage::Prepared;
 
 /// Time the agent has for a call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time the agent has to start one process among many, on a host that is busy with those
+/// who ask for them. A guest that hangs is found by `hang_timeout_seconds`.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time the agent has to mount a container's storage and make it.
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time output has to reach its readers after the exit.
@@ -434,7 +437,7 @@ impl Container {
         };
         let started = self
             .agent("exec in")?
-            .exec(deadline(CALL_TIMEOUT), &request)
+            .exec(deadline(EXEC_TIMEOUT), &request)
             .await
             .map_err(agent_error("run the command"))?;
         // Once: an exec is started once.
