@@ -37,8 +37,9 @@ const SANDBOXED: &str = "nacre-sandboxed";
 /// it sleeps.
 const PAUSE: &str = "docker.io/library/pause:lab";
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
-/// Parent of the pods' cgroups, as kubelet's.
-const CGROUP_PARENT: &str = "/kubepods";
+/// Parents of the pods' cgroups, as kubelet's: with its cgroupfs driver, and with that
+/// of systemd, for which a directory is enough here.
+const CGROUP_PARENTS: [&str; 2] = ["/kubepods", "/kubepods.slice"];
 
 /// One test's pods.
 pub struct PodScene {
@@ -120,7 +121,17 @@ impl PodScene {
 
     /// A cgroup for a pod, as kubelet makes one; its path below the root.
     fn cgroup(&self, uid: &str) -> String {
-        let group = format!("{CGROUP_PARENT}/pod{uid}");
+        self.make_cgroup(format!("{}/pod{uid}", CGROUP_PARENTS[0]))
+    }
+
+    /// The same as kubelet's systemd driver names it: in a slice's name a dash leads
+    /// down, so those of the uid become underscores.
+    fn slice(&self, uid: &str) -> String {
+        let uid = uid.replace('-', "_");
+        self.make_cgroup(format!("{}/kubepods-pod{uid}.slice", CGROUP_PARENTS[1]))
+    }
+
+    fn make_cgroup(&self, group: String) -> String {
         let path = PathBuf::from(format!("{CGROUP_ROOT}{group}"));
         fs::create_dir_all(&path).expect("a cgroup can be made");
         delegate(&path);
@@ -262,6 +273,20 @@ impl<'s> Pod<'s> {
         Stream::open(&format!("{url}?port={port}"))
     }
 
+    /// Directory of its cgroup on the host.
+    ///
+    /// # Panics
+    ///
+    /// When its monitor is gone.
+    #[must_use]
+    #[track_caller]
+    pub fn cgroup(&self) -> PathBuf {
+        let file = format!("/proc/{}/cgroup", self.monitor());
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let group = text.trim_end().strip_prefix("0::").expect("cgroup v2");
+        PathBuf::from(format!("{CGROUP_ROOT}{group}"))
+    }
+
     /// Host pid of its machine's monitor.
     ///
     /// # Panics
@@ -298,9 +323,11 @@ fn delegate(group: &Path) {
 fn prepare_machine(cri: &Cri) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let parent = PathBuf::from(format!("{CGROUP_ROOT}{CGROUP_PARENT}"));
-        fs::create_dir_all(&parent).expect("a cgroup can be made");
-        delegate(&parent);
+        for parent in CGROUP_PARENTS {
+            let parent = PathBuf::from(format!("{CGROUP_ROOT}{parent}"));
+            fs::create_dir_all(&parent).expect("a cgroup can be made");
+            delegate(&parent);
+        }
         let tree = "/run/pause-image";
         let archive = "/run/pause-image.tar";
         fs::create_dir_all(format!("{tree}/bin")).expect("a directory can be made");

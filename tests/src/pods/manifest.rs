@@ -57,6 +57,19 @@ impl<'s> PodManifest<'s> {
         self
     }
 
+    /// With a cgroup of kubelet's systemd driver.
+    #[must_use]
+    pub fn in_slice(mut self) -> Self {
+        let uid = self.uid();
+        self.linux().cgroup_parent = self.scene.slice(&uid);
+        self
+    }
+
+    fn uid(&self) -> String {
+        let metadata = self.config.metadata.as_ref();
+        metadata.map_or_else(String::new, |metadata| metadata.uid.clone())
+    }
+
     fn linux(&mut self) -> &mut LinuxPodSandboxConfig {
         self.config.linux.get_or_insert_default()
     }

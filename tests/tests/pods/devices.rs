@@ -8,6 +8,8 @@ use nacre_tests::run;
 
 use crate::SLEEP;
 
+in_both_modes![raw_volumes];
+
 const MIB: u64 = 1 << 20;
 
 /// A block device of the host, on a file.
@@ -55,10 +57,8 @@ impl Drop for Loop {
     }
 }
 
-#[test]
-fn raw_volumes() {
-    let scene = PodScene::new();
-    let (one, two) = (Loop::new(&scene, 8), Loop::new(&scene, 4));
+fn raw_volumes(scene: &PodScene) {
+    let (one, two) = (Loop::new(scene, 8), Loop::new(scene, 4));
     fs::write(&one.node, "from the host").unwrap();
     let pod = scene.pod("raw").run();
     let app = pod

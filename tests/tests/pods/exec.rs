@@ -9,6 +9,8 @@ use tonic::Code;
 
 use crate::SLEEP;
 
+in_both_modes![exec_and_attach_streams];
+
 #[test]
 fn exec_sync_output_code_and_time_limit() {
     let scene = PodScene::new();
@@ -38,9 +40,7 @@ fn exec_sync_output_code_and_time_limit() {
     });
 }
 
-#[test]
-fn exec_and_attach_streams() {
-    let scene = PodScene::new();
+fn exec_and_attach_streams(scene: &PodScene) {
     let pod = scene.pod("streams").run();
     let script = "while read line; do echo got $line; echo warned >&2; done";
     let app = pod.container("app", &["sh", "-c", script]).stdin().start();

@@ -27,6 +27,7 @@ macro_rules! in_both_modes {
     };
 }
 
+mod cgroup;
 mod devices;
 mod exec;
 mod failures;

@@ -6,6 +6,8 @@ use nacre_tests::pods::PodScene;
 
 use crate::SLEEP;
 
+in_both_modes![containers_share_the_pod_s_pids];
+
 #[test]
 fn containers_do_not_see_each_other() {
     let scene = PodScene::new();
@@ -19,9 +21,7 @@ fn containers_do_not_see_each_other() {
 
 /// `shareProcessNamespace`: PID 1 is pause, which collects orphans; one
 /// container's end leaves the others alone.
-#[test]
-fn containers_share_the_pod_s_pids() {
-    let scene = PodScene::new();
+fn containers_share_the_pod_s_pids(scene: &PodScene) {
     let pod = scene.pod("together").shared_pids().run();
     let one = pod.container("one", SLEEP).start();
     // A grandchild in the background: the container's end is its end, too.

@@ -10,7 +10,11 @@ use nacre_tests::{PodDir, eventually};
 
 use crate::SLEEP;
 
-in_both_modes![the_machine_is_as_large_as_the_pod];
+in_both_modes![
+    the_machine_is_as_large_as_the_pod,
+    one_container_runs_out_of_memory,
+    limits_change_while_a_container_runs
+];
 
 const MIB: i64 = 1 << 20;
 
@@ -48,9 +52,7 @@ fn the_machine_is_as_large_as_the_pod(scene: &PodScene) {
 }
 
 /// The kernel kills within the container that has no memory left.
-#[test]
-fn one_container_runs_out_of_memory() {
-    let scene = PodScene::new();
+fn one_container_runs_out_of_memory(scene: &PodScene) {
     let pod = scene.pod("hungry").run();
     let sibling = pod.container("sibling", SLEEP).start();
     let hungry = pod
@@ -252,9 +254,7 @@ fn processes_are_limited() {
 }
 
 /// In-place resize, up and down. The machine grows with its containers.
-#[test]
-fn limits_change_while_a_container_runs() {
-    let scene = PodScene::new();
+fn limits_change_while_a_container_runs(scene: &PodScene) {
     let pod = scene.pod("resized").limits(128, 1).run();
     let limits = |mib: i64, quota: i64| LinuxContainerResources {
         memory_limit_in_bytes: mib * MIB,

@@ -8,7 +8,11 @@ use nacre_tests::pods::PodScene;
 
 use crate::SLEEP;
 
-in_both_modes![sysctls];
+in_both_modes![
+    sysctls,
+    users_of_the_pod_s_own,
+    pids_and_ipc_of_the_host_are_refused
+];
 
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_RAW: u64 = 1 << 13;
@@ -175,9 +179,7 @@ fn host_namespaces_are_refused() {
 
 /// `hostUsers: false`: root in the container is nobody in its machine, and owns what
 /// the host's root owns of its volumes.
-#[test]
-fn users_of_the_pod_s_own() {
-    let scene = PodScene::new();
+fn users_of_the_pod_s_own(scene: &PodScene) {
     let volume = scene.directory("volume");
     fs::write(volume.join("theirs"), "x").unwrap();
     chown(volume.join("theirs"), Some(33), Some(44)).unwrap();

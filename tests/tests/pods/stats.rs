@@ -6,6 +6,8 @@ use nacre_tests::pods::{PodContainer, PodScene};
 
 use crate::SLEEP;
 
+in_both_modes![stats_agree_with_the_guest];
+
 fn value(counter: Option<UInt64Value>) -> u64 {
     counter.expect("a counter").value
 }
@@ -31,9 +33,7 @@ fn cpu_nanoseconds(container: &PodContainer) -> u64 {
     said.trim().parse::<u64>().unwrap() * 1000
 }
 
-#[test]
-fn stats_agree_with_the_guest() {
-    let scene = PodScene::new();
+fn stats_agree_with_the_guest(scene: &PodScene) {
     let pod = scene.pod("counted").run();
     // 24 MiB of memory and a good second of work, then nothing.
     let script = "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=24 2>/dev/null; \
