@@ -122,6 +122,17 @@ impl From<ConsoleError> for ttrpc::Error {
     }
 }
 
+impl TaskError {
+    /// The answer to a call on a pod; its text names the pod.
+    pub(crate) fn of_pod(&self, sandbox_id: &str) -> ttrpc::Error {
+        let mut text = chain(self);
+        if !text.contains(sandbox_id) {
+            text = format!("pod {sandbox_id}: {text}");
+        }
+        ttrpc::error::get_rpc_status(code(self), text)
+    }
+}
+
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
         ttrpc::error::get_rpc_status(code(&error), chain(&error))
@@ -152,6 +163,20 @@ mod tests {
         );
         assert_eq!(agent_error(get_rpc_status(Code::OK, "x")), Code::INTERNAL);
         assert_eq!(agent_error(ttrpc::Error::RemoteClosed), Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn errors_of_a_pod_name_it_once() {
+        let text = |error: TaskError| match error.of_pod("5a5a") {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+            other => panic!("{other}"),
+        };
+        let silent = TaskError::from(SandboxError::AgentSilent { seconds: 7 });
+        let (code, said) = text(silent);
+        assert_eq!(code, Code::DEADLINE_EXCEEDED);
+        assert!(said.starts_with("pod 5a5a: the guest's agent"), "{said}");
+        let (_, said) = text(TaskError::NoSandbox("5a5a".into()));
+        assert_eq!(said, "no sandbox 5a5a");
     }
 
     #[test]

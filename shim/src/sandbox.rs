@@ -91,6 +91,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// The pod's id.
+    pub fn sandbox_id(&self) -> &str {
+        match self {
+            Self::Vm(host) => host.sandbox_id(),
+            #[cfg(test)]
+            Self::Fake(_) => crate::machine::fake::SANDBOX_ID,
+        }
+    }
+
     /// What runs the containers' hooks.
     pub fn hooks(&self) -> &hooks::Runner {
         match self {

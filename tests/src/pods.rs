@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, Once};
 
+use tonic::Status;
+
 use crate::cri::Cri;
 use crate::cri::messages::{PodSandboxConfig, PodSandboxState, PodSandboxStatus};
 use crate::cri::stream::Stream;
@@ -105,6 +107,23 @@ impl PodScene {
     #[must_use]
     pub fn pod(&self, name: &str) -> PodManifest<'_> {
         PodManifest::new(self, name)
+    }
+
+    /// Fails the test unless a pod was refused in a sentence that has all of `parts`, and
+    /// an id: which one it was to have nobody else was told.
+    ///
+    /// # Panics
+    ///
+    /// See above.
+    #[track_caller]
+    pub fn refuses(&self, pod: PodManifest<'_>, parts: &[&str]) {
+        let error = pod.try_run().err().expect("a refusal");
+        let message = error.message();
+        let mut words = message.split(|c: char| !c.is_ascii_hexdigit());
+        assert!(words.any(|word| word.len() == 64), "no id in: {error}");
+        for part in parts {
+            assert!(message.contains(part), "no {part:?} in: {error}");
+        }
     }
 
     /// An empty directory on the host that is gone with the scene.
@@ -223,6 +242,20 @@ impl<'s> Pod<'s> {
         eventually(&format!("pod {} is not ready", self.id), || {
             !self.is_ready()
         });
+    }
+
+    /// Fails the test unless something was refused in a sentence that names this pod and
+    /// has all of `parts`.
+    ///
+    /// # Panics
+    ///
+    /// See above.
+    #[track_caller]
+    pub fn refuses<T>(&self, result: Result<T, Status>, parts: &[&str]) {
+        let error = result.err().expect("a refusal");
+        for part in [&[self.id.as_str()], parts].concat() {
+            assert!(error.message().contains(part), "no {part:?} in: {error}");
+        }
     }
 
     /// Its IPv4 address.

@@ -230,6 +230,9 @@ impl Drop for FakeMachine {
     }
 }
 
+/// Id of each pod on such a host.
+pub const SANDBOX_ID: &str = "fake-5a5a";
+
 /// Makes fake machines in place of `VmHost`.
 pub struct FakeHost {
     /// The machine it made, for tests to shoot.

@@ -250,8 +250,7 @@ fn mounts_of_the_host_below_a_volume() {
             mount.propagation = MountPropagation::Bidirectional.into();
         })
         .try_start();
-    let refused = refused.err().unwrap();
-    assert!(refused.message().contains("Bidirectional"), "{refused}");
+    pod.refuses(refused, &["Bidirectional", "/both"]);
 }
 
 /// The pod's shared memory, and System V's: all of its containers have the same.

@@ -49,7 +49,7 @@ async fn hooks_that_cannot_run_are_refused() {
     let (code, text) = message(create(&fixture, bundle).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(
-        text.starts_with("container c: createContainer hook /bin/sh "),
+        text.starts_with("pod fake-5a5a: container c: createContainer hook /bin/sh "),
         "{text}"
     );
 
@@ -59,7 +59,7 @@ async fn hooks_that_cannot_run_are_refused() {
     let (code, text) = message(create(&fixture, bundle).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(
-        text.starts_with("container c: startContainer hook /bin/sh "),
+        text.starts_with("pod fake-5a5a: container c: startContainer hook /bin/sh "),
         "{text}"
     );
 
@@ -202,7 +202,8 @@ async fn a_hook_in_the_guest_fails_the_start() {
     let (_, text) = message(fixture.start("c", "").await);
     assert_eq!(
         text,
-        "guest: start the container: startContainer: hook /bin/sh failed (exit status: 3): no gpu"
+        "pod fake-5a5a: guest: start the container: startContainer: hook /bin/sh failed (exit \
+         status: 3): no gpu"
     );
     assert_ne!(fixture.wait("c", "").await, 0);
     let state = std::fs::read(Path::new(&bundle).join("rootfs/state")).unwrap();
