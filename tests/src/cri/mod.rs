@@ -30,6 +30,8 @@ const ADDRESS: &str = "unix:///run/containerd/containerd.sock";
 pub struct Cri {
     runtime: Arc<Runtime>,
     channel: Channel,
+    /// Of each call, as kubelet has one.
+    limit: Duration,
 }
 
 impl Default for Cri {
@@ -51,7 +53,7 @@ impl Cri {
             .enable_all()
             .build()
             .expect("a runtime starts");
-        let endpoint = Endpoint::from_static(ADDRESS).timeout(PATIENCE);
+        let endpoint = Endpoint::from_static(ADDRESS);
         let channel = {
             let _inside = runtime.enter();
             endpoint.connect_lazy()
@@ -59,6 +61,17 @@ impl Cri {
         Self {
             runtime: Arc::new(runtime),
             channel,
+            limit: PATIENCE,
+        }
+    }
+
+    /// The same client with so much time for a call: containerd is told, and gives up as
+    /// soon as it is over.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        Self {
+            limit,
+            ..self.clone()
         }
     }
 
@@ -84,7 +97,9 @@ impl Cri {
                 .await
                 .map_err(|error| Status::new(Code::Unavailable, error.to_string()))?;
             let codec = ProstCodec::<Q, A>::default();
-            let answer = client.unary(Request::new(request), path, codec).await?;
+            let mut request = Request::new(request);
+            request.set_timeout(self.limit);
+            let answer = client.unary(request, path, codec).await?;
             Ok(answer.into_inner())
         })
     }
@@ -103,6 +118,19 @@ impl Cri {
     {
         let container_id = container_id.to_owned();
         self.call(method, ContainerRequest { container_id })
+    }
+
+    /// What a runtime handler can do, of `Status`.
+    ///
+    /// # Errors
+    ///
+    /// containerd's; `NotFound` when it has no such handler.
+    pub fn features(&self, handler: &str) -> Result<RuntimeHandlerFeatures, Status> {
+        let answer: StatusResponse = self.call("Status", StatusRequest {})?;
+        let mut handlers = answer.runtime_handlers.into_iter();
+        let found = handlers.find(|known| known.name == handler);
+        let found = found.ok_or_else(|| Status::not_found(handler.to_owned()))?;
+        Ok(found.features.unwrap_or_default())
     }
 
     /// Whether the image is there, as far as CRI knows.
@@ -285,6 +313,19 @@ impl Cri {
     pub fn stats(&self, id: &str) -> Result<ContainerStats, Status> {
         let answer: ContainerStatsResponse = self.on_container("ContainerStats", id)?;
         Ok(answer.stats.unwrap_or_default())
+    }
+
+    /// `ListContainerStats` of a pod.
+    ///
+    /// # Errors
+    ///
+    /// containerd's.
+    pub fn stats_of_pod(&self, pod_id: &str) -> Result<Vec<ContainerStats>, Status> {
+        let pod_sandbox_id = pod_id.to_owned();
+        let filter = Some(ContainerStatsFilter { pod_sandbox_id });
+        let request = ListContainerStatsRequest { filter };
+        let answer: ListContainerStatsResponse = self.call("ListContainerStats", request)?;
+        Ok(answer.stats)
     }
 
     /// `UpdateContainerResources`.
