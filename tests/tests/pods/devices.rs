@@ -1,9 +1,9 @@
 //! Block devices as kubelet hands them over: `volumeDevices` of a raw volume.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{HANDLER, PodScene};
 use nacre_tests::run;
 
 use crate::SLEEP;
@@ -141,7 +141,56 @@ fn other_devices_of_the_host_are_refused() {
     pod.refuses(refused, &["/dev/kvm", "does not have"]);
     let refused = pod
         .container("path", SLEEP)
-        .mount(std::path::Path::new("/dev/kvm"), "/dev/kvm")
+        .mount(Path::new("/dev/kvm"), "/dev/kvm")
         .try_start();
     pod.refuses(refused, &["/dev/kvm", "device node"]);
+}
+
+/// Names in /dev that would be a device of the host's, or a disk of the machine's.
+const OF_THE_HOST: &str = "ls /dev | grep -E '^(vd|sd|nvme|loop|kvm|vfio|vhost|mem|port)' | wc -l";
+
+/// A privileged container is so in its machine, also where containerd lists every node of
+/// the host for it: it gets those that any kernel has.
+#[test]
+fn privileged_containers_have_no_devices_of_the_host() {
+    let scene = PodScene::new();
+    for (handler, fuse) in [(HANDLER, "no"), ("nacre-host-devices", "a e5")] {
+        let pod = scene.pod("privileged").runtime(handler).privileged().run();
+        let script = format!("{OF_THE_HOST}; stat -c '%t %T' /dev/null /dev/fuse || echo no");
+        let said = pod
+            .container("all", &["sh", "-c", &script])
+            .security(|security| security.privileged = true)
+            .run();
+        said.exits(0).prints(&format!("0\n1 3\n{fuse}\n"));
+        pod.stop();
+        pod.remove();
+    }
+}
+
+/// A node of a device that every kernel has is the guest's, and device rules say who may
+/// open it, as under any runtime: privileged containers may.
+#[test]
+fn nodes_of_the_kernel_s_devices_by_host_path() {
+    let scene = PodScene::new();
+    let pod = scene.pod("nodes").privileged().run();
+    let [fuse, tun, null] = ["/dev/fuse", "/dev/net/tun", "/dev/null"].map(Path::new);
+    let script = "stat -c '%t %T' /dev/fuse /dev/net/tun && exec 3<>/dev/fuse 4<>/dev/net/tun \
+                  && echo opened";
+    pod.container("all", &["sh", "-c", script])
+        .security(|security| security.privileged = true)
+        .mount(fuse, "/dev/fuse")
+        .mount(tun, "/dev/net/tun")
+        .run()
+        .exits(0)
+        .prints("a e5\na c8\nopened\n");
+
+    let plain = pod
+        .container("plain", SLEEP)
+        .mount(fuse, "/dev/fuse")
+        .mount_read_only(null, "/etc/masked")
+        .start();
+    plain.sh("wc -c < /etc/masked").exits(0).prints("0\n");
+    plain
+        .sh("exec 3<>/dev/fuse")
+        .complains(&["Operation not permitted"]);
 }
