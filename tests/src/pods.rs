@@ -34,7 +34,7 @@ pub use manifest::PodManifest;
 /// The runtime handler under test, as in the lab's containerd configuration.
 pub const HANDLER: &str = "nacre";
 /// The same with `sandboxer = "shim"`.
-const SANDBOXED: &str = "nacre-sandboxed";
+pub const SANDBOXED: &str = "nacre-sandboxed";
 /// What containerd is configured to take for its sandbox containers. Under runc
 /// it sleeps.
 const PAUSE: &str = "docker.io/library/pause:lab";
