@@ -32,7 +32,7 @@ fn code(error: &TaskError) -> Code {
         TaskError::ContainerExists(_)
         | TaskError::ExecExists { .. }
         | TaskError::SandboxExists(_) => Code::ALREADY_EXISTS,
-        TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
+        TaskError::WrongPhase { .. } | TaskError::GivenUp(_) => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
         TaskError::Unsupported(_) | TaskError::Hook(_) => Code::UNIMPLEMENTED,
         TaskError::Agent { answer, .. } => agent_code(answer),

@@ -74,6 +74,9 @@ pub enum TaskError {
     /// The container exists.
     #[error("container {0} exists already")]
     ContainerExists(String),
+    /// The container was deleted before it was there.
+    #[error("container {0} was deleted while it was being created")]
+    GivenUp(String),
     /// The exec exists.
     #[error("exec {exec_id} exists already in container {container_id}")]
     ExecExists {

@@ -294,6 +294,55 @@ async fn a_slow_create_holds_up_nobody() {
     }
 }
 
+/// A caller that gives up has containerd delete what it does not have yet: when it is
+/// there it goes at once, and keeps no pod alive.
+#[tokio::test]
+async fn a_create_that_was_given_up_leaves_nothing() {
+    for mode in MODES {
+        let scene = Scene::run(mode).await;
+        let machine = scene.machine();
+        machine.hang();
+        let given_up = async {
+            machine.held(1).await;
+            let deleted = scene.fixture.delete("slow", "").await;
+            assert_eq!(code(deleted), Code::NOT_FOUND, "{mode:?}");
+            machine.recover();
+        };
+        let both = async { tokio::join!(scene.fixture.create("slow", "sleep 60"), given_up) };
+        let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+        assert_eq!(code(created), Code::FAILED_PRECONDITION, "{mode:?}");
+        assert_eq!(
+            code(scene.fixture.delete("slow", "").await),
+            Code::NOT_FOUND
+        );
+        scene.fixture.run("slow", "exit 4").await;
+        assert_eq!(scene.fixture.wait("slow", "").await, 4);
+        scene.fixture.delete("slow", "").await.unwrap();
+        scene.stop().await;
+        scene.remove().await;
+    }
+}
+
+/// The same before there is a pod: containerd then wants the shim to end.
+#[tokio::test]
+async fn a_pod_that_was_given_up_ends() {
+    let mut host = FakeHost::scripted();
+    host.hangs = true;
+    let mut fixture = Fixture::on(host).await;
+    fixture.annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let given_up = async {
+        while lock(&fixture.machine).is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(code(fixture.delete(POD, "").await), Code::NOT_FOUND);
+        task_shutdown(&fixture, POD).await;
+        fixture.pod.ended().await;
+    };
+    let both = async { tokio::join!(fixture.create(POD, "exit 1"), given_up) };
+    let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+    assert_eq!(code(created), Code::UNAVAILABLE);
+}
+
 #[tokio::test]
 async fn sandbox_tells_what_it_is() {
     let scene = Scene::run(Mode::Sandbox).await;
