@@ -1,5 +1,7 @@
 //! `ExecSync`, and exec and attach by containerd's streaming server.
 
+use std::fs;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nacre_tests::cri::stream::{STDERR, STDIN, STDOUT};
@@ -63,6 +65,44 @@ fn exec_and_attach_streams(scene: &PodScene) {
     attached.send(STDIN, b"two\n");
     attached.read_until(STDOUT, |text| text == "got two\n");
     app.await_logged("stdout", "got one\ngot two\n");
+
+    // Its input ends with the first client.
+    let once = pod.container("once", &["wc", "-c"]).stdin_once().start();
+    let mut attached = once.attach(false);
+    attached.send(STDIN, b"three\n");
+    drop(attached);
+    assert_eq!(once.await_exit().exit_code, 0);
+    assert_eq!(once.logged("stdout"), "6\n");
+}
+
+/// `postStart` and `preStop` are execs beside the container's process: the one as soon as
+/// it runs, the other before it is stopped. One that does not end goes with the
+/// container.
+#[test]
+fn hooks_run_beside_the_container() {
+    let scene = PodScene::new();
+    let notes = scene.directory("notes");
+    let pod = scene.pod("hooked").run();
+    let script = "trap 'echo stopped >> /notes/all; exit 0' TERM; touch /notes/ready; \
+                  while true; do sleep 0.1; done";
+    let app = pod
+        .container("app", &["sh", "-c", script])
+        .mount(&notes, "/notes")
+        .start();
+    let note = |text: &str| app.sh(&format!("echo {text} >> /notes/all"));
+    note("postStart").exits(0);
+    eventually("the trap is set", || notes.join("ready").exists());
+    note("preStop").exits(0);
+    thread::scope(|threads| {
+        let endless = threads.spawn(|| app.sh("touch /notes/hangs; sleep 7200"));
+        eventually("a hook hangs", || notes.join("hangs").exists());
+        app.stop(Duration::from_secs(60));
+        let said = endless.join().unwrap();
+        assert_ne!(said.code, Some(0), "{said:#?}");
+    });
+    assert_eq!(app.status().exit_code, 0);
+    let all = fs::read_to_string(notes.join("all")).unwrap();
+    assert_eq!(all, "postStart\npreStop\nstopped\n");
 }
 
 #[test]

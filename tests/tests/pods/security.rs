@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
 
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{HANDLER, PodScene, SANDBOXED};
 
 use crate::SLEEP;
 
@@ -105,7 +106,29 @@ fn users_groups_capabilities_and_protections() {
     );
 }
 
-/// The default profile refuses what it is there to refuse.
+/// A profile of the node's own, with an error that nothing else makes of it
+/// (EADDRNOTAVAIL).
+const NO_DIRECTORIES: &str = r#"{
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "architectures": ["SCMP_ARCH_X86_64"],
+    "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 99}
+    ]
+}"#;
+
+/// What kubelet reads before it makes a pod with `hostUsers: false` or a recursive
+/// read-only mount.
+#[test]
+fn kubelet_is_told_what_the_runtime_can() {
+    let scene = PodScene::new();
+    for handler in [HANDLER, SANDBOXED] {
+        let features = scene.cri().features(handler).unwrap();
+        assert!(features.user_namespaces, "{handler}");
+        assert!(features.recursive_read_only_mounts, "{handler}");
+    }
+}
+
+/// Profiles refuse what they are there to refuse.
 #[test]
 fn seccomp_profiles_and_privileged_containers() {
     let scene = PodScene::new();
@@ -128,6 +151,27 @@ fn seccomp_profiles_and_privileged_containers() {
         .security(|security| security.seccomp = profile(ProfileType::RuntimeDefault))
         .run();
     confined.exits(1).complains(&["Operation not permitted"]);
+
+    let local = scene.directory("seccomp").join("no-directories.json");
+    fs::write(&local, NO_DIRECTORIES).unwrap();
+    let localhost = |path: &Path| {
+        let localhost_ref = path.display().to_string();
+        pod.container("local", &["mkdir", "/made"])
+            .security(|security| {
+                security.seccomp = Some(SecurityProfile {
+                    profile_type: ProfileType::Localhost.into(),
+                    localhost_ref,
+                });
+            })
+    };
+    let refused = localhost(&local).run();
+    refused
+        .exits(1)
+        .complains(&["Cannot assign requested address"]);
+    let missing = local.with_extension("missing");
+    let refused = localhost(&missing).attempt(1).try_start().err().unwrap();
+    let path = missing.display().to_string();
+    assert!(refused.message().contains(&path), "{refused}");
 
     let script = "mount -t tmpfs none /mnt && echo mounted; echo 1 > /proc/sys/net/ipv4/ip_forward \
                   && cat /proc/sys/net/ipv4/ip_forward; grep CapEff /proc/self/status";
