@@ -142,6 +142,24 @@ pub const CONTAINERD_1_7: Containerd = Containerd {
     address: "/run/containerd17/containerd.sock",
 };
 
+/// [`CONTAINERD_1_7`] for as long as this lives.
+pub struct OlderContainerd(());
+
+impl OlderContainerd {
+    /// Starts it.
+    #[must_use]
+    pub fn start() -> Self {
+        run("lab-containerd", &["1.7", "start"]).exits(0);
+        Self(())
+    }
+}
+
+impl Drop for OlderContainerd {
+    fn drop(&mut self) {
+        run("lab-containerd", &["1.7", "stop"]);
+    }
+}
+
 impl Containerd {
     /// A call of its `ctr`.
     pub fn command(&self, arguments: &[&str]) -> Command {

@@ -26,7 +26,7 @@ use crate::cri::messages::{PodSandboxConfig, PodSandboxState, PodSandboxStatus};
 use crate::cri::stream::Stream;
 use crate::leftovers::Machine;
 use crate::watchdog::Watchdog;
-use crate::{BUSYBOX, ctr, eventually, run};
+use crate::{BUSYBOX, CONTAINERD_1_7, CONTAINERD_2, Containerd, eventually, run};
 
 pub use container::{ContainerManifest, LogLine, PodContainer};
 pub use manifest::PodManifest;
@@ -68,7 +68,7 @@ impl PodScene {
     /// When containerd, or the machine, is not as the lab's.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_handler(HANDLER)
+        Self::on(CONTAINERD_2, HANDLER)
     }
 
     /// The same with containerd's other mode: its pods have no sandbox container.
@@ -78,12 +78,23 @@ impl PodScene {
     /// As [`Self::new`].
     #[must_use]
     pub fn sandboxed() -> Self {
-        Self::with_handler(SANDBOXED)
+        Self::on(CONTAINERD_2, SANDBOXED)
     }
 
-    fn with_handler(handler: &'static str) -> Self {
-        let cri = Cri::new();
-        prepare_machine(&cri);
+    /// The same with pods of containerd 1.7, which runs.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn older() -> Self {
+        Self::on(CONTAINERD_1_7, HANDLER)
+    }
+
+    fn on(containerd: Containerd, handler: &'static str) -> Self {
+        let cri = Cri::of(containerd);
+        prepare_machine();
+        import_images(containerd, &cri);
         let scratch = PathBuf::from(format!("/run/pods-{}", unique()));
         fs::create_dir_all(&scratch).expect("a directory can be made");
         Self {
@@ -101,6 +112,16 @@ impl PodScene {
     #[must_use]
     pub fn cri(&self) -> &Cri {
         &self.cri
+    }
+
+    /// Imports an image for containerd 2's pods, unless it is there.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be imported.
+    pub fn import(&self, image: &str, archive: &Path) {
+        let archive = archive.to_str().expect("paths of tests are UTF-8");
+        import_image(CONTAINERD_2, &self.cri, image, archive);
     }
 
     /// A pod to be, under nacre.
@@ -352,8 +373,11 @@ fn delegate(group: &Path) {
     fs::write(group.join("cgroup.subtree_control"), all.join(" ")).expect("controllers");
 }
 
-/// Images in CRI's namespace, and the parent of all pods' cgroups.
-fn prepare_machine(cri: &Cri) {
+/// Where [`PAUSE`] is made.
+const PAUSE_ARCHIVE: &str = "/run/pause-image.tar";
+
+/// The pause image, and the parents of all pods' cgroups.
+fn prepare_machine() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         for parent in CGROUP_PARENTS {
@@ -362,7 +386,6 @@ fn prepare_machine(cri: &Cri) {
             delegate(&parent);
         }
         let tree = "/run/pause-image";
-        let archive = "/run/pause-image.tar";
         fs::create_dir_all(format!("{tree}/bin")).expect("a directory can be made");
         fs::copy("/bin/busybox", format!("{tree}/bin/busybox")).expect("busybox");
         let sleep = [
@@ -373,14 +396,27 @@ fn prepare_machine(cri: &Cri) {
             "--entrypoint",
             "infinity",
         ];
-        let make = [&["--name", PAUSE, "--out", archive][..], &sleep, &[tree]].concat();
-        run("mkimage", &make).exits(0);
-        for archive in ["/opt/lab/images/busybox.tar", archive] {
-            ctr(&["-n", "k8s.io", "image", "import", archive]).exits(0);
-        }
-        for image in [BUSYBOX, PAUSE] {
-            // containerd tells its CRI by an event.
-            eventually(&format!("CRI has {image}"), || cri.has_image(image));
-        }
+        let make = ["--name", PAUSE, "--out", PAUSE_ARCHIVE];
+        run("mkimage", &[&make[..], &sleep, &[tree]].concat()).exits(0);
     });
+}
+
+/// Images in CRI's namespace, unless they are there.
+fn import_images(containerd: Containerd, cri: &Cri) {
+    let archives = [
+        (BUSYBOX, "/opt/lab/images/busybox.tar"),
+        (PAUSE, PAUSE_ARCHIVE),
+    ];
+    for (image, archive) in archives {
+        import_image(containerd, cri, image, archive);
+    }
+}
+
+fn import_image(containerd: Containerd, cri: &Cri, image: &str, archive: &str) {
+    if !cri.has_image(image) {
+        let import = ["-n", "k8s.io", "image", "import", archive];
+        containerd.ctr(&import).exits(0);
+        // containerd tells its CRI by an event.
+        eventually(&format!("CRI has {image}"), || cri.has_image(image));
+    }
 }

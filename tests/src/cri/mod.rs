@@ -19,11 +19,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 
-use crate::PATIENCE;
+use crate::{Containerd, PATIENCE};
 use messages::*;
-
-/// containerd 2's CRI.
-const ADDRESS: &str = "unix:///run/containerd/containerd.sock";
 
 /// Several clones are one connection; they may be used by several threads.
 #[derive(Clone)]
@@ -34,26 +31,21 @@ pub struct Cri {
     limit: Duration,
 }
 
-impl Default for Cri {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Cri {
-    /// A client; it connects with the first call, and again when it has to.
+    /// A client of `containerd`; it connects with the first call, and again when it has to.
     ///
     /// # Panics
     ///
     /// Without threads or descriptors.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn of(containerd: Containerd) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .expect("a runtime starts");
-        let endpoint = Endpoint::from_static(ADDRESS);
+        let address = format!("unix://{}", containerd.address);
+        let endpoint = Endpoint::from_shared(address).expect("a socket's path makes a URI");
         let channel = {
             let _inside = runtime.enter();
             endpoint.connect_lazy()

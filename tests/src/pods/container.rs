@@ -59,6 +59,13 @@ impl<'p, 's> ContainerManifest<'p, 's> {
         self
     }
 
+    /// Of another image than busybox.
+    #[must_use]
+    pub fn image(mut self, name: &str) -> Self {
+        self.config.image = Some(ImageSpec { image: name.into() });
+        self
+    }
+
     /// The `attempt`th of its name.
     #[must_use]
     pub fn attempt(mut self, attempt: u32) -> Self {

@@ -29,6 +29,7 @@ macro_rules! in_both_modes {
 
 mod cgroup;
 mod devices;
+mod distribution;
 mod exec;
 mod failures;
 mod install;

@@ -15,7 +15,8 @@ in_both_modes![names_and_name_servers, ports_are_forwarded_to_the_pod];
 /// Answers each connection to port 8080 with the host name.
 const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
 
-fn fetch(address: &str) -> Option<String> {
+/// What is served at an address.
+pub fn fetch(address: &str) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream.write_all(b"\n").ok()?;
     let mut text = String::new();
