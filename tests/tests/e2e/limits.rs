@@ -3,9 +3,10 @@
 use std::fs;
 use std::time::Instant;
 
-use nacre_tests::{Scene, Shim};
+use nacre_tests::{Scene, Shim, eventually};
 use serde_json::json;
 
+use crate::failures::Changed;
 use crate::host::{Events, pid_of, status_of};
 
 #[test]
@@ -179,4 +180,60 @@ fn processor_time_and_processes_are_changed_while_running() {
     let many = "for i in $(seq 30); do sleep 60 & done; echo all";
     let said = scene.exec(&id, &[], &["sh", "-c", many]);
     said.complains(&["can't fork"]);
+}
+
+/// The host's pool of 2 MiB pages, as large as this says until it is dropped.
+struct HugePages;
+
+impl HugePages {
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn new(count: u32) -> Self {
+        fs::write(Self::COUNT, count.to_string()).unwrap();
+        let pool = Self;
+        assert_eq!(pool.left(), count, "the host has no room for them");
+        pool
+    }
+
+    /// Those that nobody has and nobody was promised.
+    fn left(&self) -> u32 {
+        let text = fs::read_to_string("/proc/meminfo").unwrap();
+        let number = |name: &str| -> u32 {
+            let mut lines = text.lines();
+            let line = lines.find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim().parse().unwrap()
+        };
+        number("HugePages_Free:") - number("HugePages_Rsvd:")
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        fs::write(Self::COUNT, "0").unwrap();
+    }
+}
+
+/// `hugepages = true`: a machine's memory is the pool's, all of it from the start, and
+/// without enough of them there is no pod.
+#[test]
+fn machines_of_the_host_s_huge_pages() {
+    const LIMIT: [&str; 2] = ["--memory-limit", "67108864"];
+    let _config = Changed::new("hugepages", "true");
+    let pool = HugePages::new(96);
+    let mut scene = Scene::new();
+    // 64 MiB and as much for the guest's kernel and agent.
+    let id = scene.start_sleeper(&LIMIT);
+    assert_eq!(pool.left(), 32);
+    scene
+        .exec(&id, &[], &["echo", "here"])
+        .exits(0)
+        .prints("here\n");
+    scene
+        .run_with(&LIMIT, &["true"])
+        .exits(1)
+        .complains(&["128 MiB", "vm.nr_hugepages"]);
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    scene.ctr(&["task", "rm", &id]).exits(0);
+    eventually("they are given back", || pool.left() == 96);
 }
