@@ -323,22 +323,27 @@ async fn a_create_that_was_given_up_leaves_nothing() {
     }
 }
 
-/// The same before there is a pod: containerd then wants the shim to end.
+/// The same of the pod's first container, for which the machine was made: containerd then
+/// wants the shim to end.
 #[tokio::test]
 async fn a_pod_that_was_given_up_ends() {
     let mut host = FakeHost::scripted();
     host.hangs = true;
-    let mut fixture = Fixture::on(host).await;
-    fixture.annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let fixture = Fixture::on(host).await;
     let given_up = async {
-        while lock(&fixture.machine).is_none() {
+        let machine = loop {
+            if let Some(machine) = lock(&fixture.machine).clone() {
+                break machine;
+            }
             tokio::task::yield_now().await;
-        }
-        assert_eq!(code(fixture.delete(POD, "").await), Code::NOT_FOUND);
-        task_shutdown(&fixture, POD).await;
+        };
+        // The first ping and the container.
+        machine.held(2).await;
+        assert_eq!(code(fixture.delete("slow", "").await), Code::NOT_FOUND);
+        task_shutdown(&fixture, "slow").await;
         fixture.pod.ended().await;
     };
-    let both = async { tokio::join!(fixture.create(POD, "exit 1"), given_up) };
+    let both = async { tokio::join!(fixture.create("slow", "sleep 60"), given_up) };
     let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
     assert_eq!(code(created), Code::UNAVAILABLE);
 }
