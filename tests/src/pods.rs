@@ -274,7 +274,7 @@ impl<'s> Pod<'s> {
     #[track_caller]
     pub fn refuses<T>(&self, result: Result<T, Status>, parts: &[&str]) {
         let error = result.err().expect("a refusal");
-        for part in [&[self.id.as_str()], parts].concat() {
+        for part in [&[self.id.as_str()][..], parts].concat() {
             assert!(error.message().contains(part), "no {part:?} in: {error}");
         }
     }

@@ -215,7 +215,7 @@ fn volumes_belong_to_the_group_of_the_pod() {
     let memory = kubelet.memory("memory", &format!("size=2m,mode=2775,gid={GROUP}"));
     let pod = scene.pod("grouped").run();
     let [member, stranger] =
-        [("member", vec![GROUP.into()]), ("stranger", vec![])].map(|(name, groups)| {
+        [("member", vec![i64::from(GROUP)]), ("stranger", vec![])].map(|(name, groups)| {
             let mut container = pod.container(name, SLEEP).run_as(1000, 1000);
             container = container.security(|security| security.supplemental_groups = groups);
             for (plugin, volume) in WRITTEN.iter().zip(&written) {
