@@ -186,30 +186,33 @@ fn processor_time_and_processes_are_changed_while_running() {
 struct HugePages;
 
 impl HugePages {
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
     fn new(count: u32) -> Self {
-        fs::write(Self::COUNT, count.to_string()).unwrap();
         let pool = Self;
+        pool.resize(count);
         assert_eq!(pool.left(), count, "the host has no room for them");
         pool
     }
 
+    fn resize(&self, count: u32) {
+        let path = format!("{}/nr_hugepages", Self::POOL);
+        fs::write(path, count.to_string()).unwrap();
+    }
+
     /// Those that nobody has and nobody was promised.
     fn left(&self) -> u32 {
-        let text = fs::read_to_string("/proc/meminfo").unwrap();
         let number = |name: &str| -> u32 {
-            let mut lines = text.lines();
-            let line = lines.find_map(|line| line.strip_prefix(name)).unwrap();
-            line.trim().parse().unwrap()
+            let path = format!("{}/{name}_hugepages", Self::POOL);
+            fs::read_to_string(path).unwrap().trim().parse().unwrap()
         };
-        number("HugePages_Free:") - number("HugePages_Rsvd:")
+        number("free") - number("resv")
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        fs::write(Self::COUNT, "0").unwrap();
+        self.resize(0);
     }
 }
 
