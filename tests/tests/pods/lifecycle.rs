@@ -163,14 +163,25 @@ fn pods_outlive_containerd(scene: &PodScene) {
         .prints("new\n");
 }
 
+/// How many containers containerd has bundles of: those that run, and those for which it
+/// waits.
+fn bundles() -> usize {
+    const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
+    std::fs::read_dir(BUNDLES).map_or(0, Iterator::count)
+}
+
 /// A pod may be stopped while a container of it is being made.
 fn a_pod_is_stopped_during_a_create(scene: &PodScene) {
     let pod = scene.pod("hurried").run();
+    let before = bundles();
     std::thread::scope(|threads| {
         let creating = threads.spawn(|| {
             pod.container("app", SLEEP)
                 .try_start()
                 .map(|container| container.id)
+        });
+        eventually("it is being made", || {
+            bundles() > before || creating.is_finished()
         });
         pod.stop();
         // Which of the two is first is chance; neither may hang or be left.
