@@ -108,14 +108,6 @@ pub enum TaskError {
     /// nacre does not do that.
     #[error("{0} is not supported by nacre")]
     Unsupported(&'static str),
-    /// The agent refused or failed.
-    #[error("guest: {what}: {}", agent_message(answer))]
-    Agent {
-        /// What was asked of it.
-        what: &'static str,
-        /// Its answer, already in the text.
-        answer: ttrpc::Error,
-    },
     /// Something did not happen in time.
     #[error("{what} took longer than {seconds} s")]
     Timeout {
