@@ -336,6 +336,10 @@ async fn a_created_container_can_be_killed_and_ids_are_unique() {
         .await
         .unwrap_err();
     assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    for (signal, all) in [(65, false), (65, true), (u32::MAX, false)] {
+        let error = agent.kill("c1", signal, all).await.unwrap_err();
+        assert_eq!(status(&error).0, Code::INVALID_ARGUMENT, "{signal} {all}");
+    }
     agent.kill("c1", 9, false).await.unwrap();
     assert_eq!(agent.wait("c1", "").await.exit_status, 137);
     let error = agent.start("c1").await.unwrap_err();

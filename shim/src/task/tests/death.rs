@@ -1,0 +1,161 @@
+//! Calls that are with a guest when its machine dies, and those a guest never answers.
+
+use std::time::Duration;
+
+use containerd_shim_protos::api::Status;
+use nacre_protocol::vm::StopReason;
+use serde_json::json;
+use ttrpc::Code;
+
+use super::fixture::*;
+use crate::machine::fake::FakeHost;
+use crate::machine::{Machine, Stop};
+use crate::task::container::CALL_TIMEOUT;
+use crate::task::lock;
+
+/// Time for what takes none.
+const SOON: Duration = Duration::from_secs(5);
+
+/// Every call that waits for a guest returns when the machine dies, and says of what.
+#[tokio::test]
+async fn calls_under_way_return_and_say_what_happened() {
+    let fixture = Fixture::new().await;
+    for id in ["c", "paused"] {
+        fixture.run(id, "sleep 60").await;
+    }
+    fixture.pause("paused").await.unwrap();
+    fixture.run("gone", "exit 3").await;
+    fixture.wait("gone", "").await;
+    fixture.create("created", "sleep 60").await.unwrap();
+    for (exec_id, script) in [("new", "true"), ("ended", "exit 4"), ("runs", "sleep 60")] {
+        fixture.exec("c", exec_id, script).await.unwrap();
+    }
+    fixture.start("c", "runs").await.unwrap();
+    fixture.start("c", "ended").await.unwrap();
+    fixture.wait("c", "ended").await;
+
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    machine.hang_deletes();
+    let pids = json!({"pids": {"limit": 5}});
+    let refused = async {
+        tokio::join!(
+            async { refusal(fixture.start("created", "").await) },
+            async { refusal(fixture.start("c", "new").await) },
+            async { refusal(fixture.kill("c", "").await) },
+            async { refusal(fixture.stats("c").await) },
+            async { refusal(fixture.pids("c").await) },
+            async { refusal(fixture.update("c", &pids).await) },
+            async { refusal(fixture.resize("c", "runs").await) },
+            async { refusal(fixture.pause("c").await) },
+            async { refusal(fixture.resume("paused").await) },
+        )
+    };
+    let answered = async {
+        tokio::join!(
+            async { fixture.delete("gone", "").await.unwrap().exit_status },
+            async { fixture.delete("c", "ended").await.unwrap().exit_status },
+            fixture.wait("c", ""),
+            fixture.wait("c", "runs"),
+        )
+    };
+    let death = async {
+        // All but the two that wait.
+        machine.held(11).await;
+        machine.end(Stop::Guest(StopReason::Panic));
+        machine.kill();
+    };
+    let all = async { tokio::join!(refused, answered, death) };
+    let all = tokio::time::timeout(SOON, all).await;
+    let (refused, answered, ()) = all.expect("they return");
+    let (start, exec, kill, stats, pids, update, resize, pause, resume) = refused;
+    let gone = "the virtual machine is gone: the guest kernel panicked";
+    for refusal in [
+        start, exec, kill, stats, pids, update, resize, pause, resume,
+    ] {
+        assert_eq!(refusal, (Code::UNAVAILABLE, gone.to_owned()));
+    }
+    assert_eq!(answered, (3, 4, 137, 137));
+    for (id, exec_id, status) in [("created", "", 137), ("paused", "", 137), ("c", "new", 255)] {
+        assert_eq!(fixture.wait(id, exec_id).await, status, "{id} {exec_id}");
+    }
+}
+
+/// The container that is being made when the machine dies, and the one after it.
+#[tokio::test]
+async fn a_create_says_what_happened() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let death = async {
+        machine.held(1).await;
+        machine.end(Stop::Guest(StopReason::Shutdown));
+        machine.kill();
+    };
+    let both = async { tokio::join!(fixture.create("new", "true"), death) };
+    let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+    let gone = "the virtual machine is gone: the guest powered off";
+    let expected = (Code::UNAVAILABLE, gone.to_owned());
+    assert_eq!(refusal(created), expected);
+    assert_eq!(refusal(fixture.create("late", "true").await), expected);
+    assert_eq!(fixture.wait("c", "").await, 137);
+    let exec = fixture.exec("c", "late", "true").await;
+    assert_eq!(code(exec), Code::FAILED_PRECONDITION);
+}
+
+/// A guest whose connection ends is about to end itself: who asked it is told why.
+#[tokio::test]
+async fn a_call_waits_for_the_guest_s_last_words() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    host.boot(&sandbox).await.unwrap();
+    let machine = lock(&host.machine).clone().unwrap();
+    let asked = sandbox.ask("test", SOON, |_| async {
+        Err::<(), _>(ttrpc::Error::RemoteClosed)
+    });
+    let mut asked = std::pin::pin!(asked);
+    assert!(futures::poll!(asked.as_mut()).is_pending());
+    machine.end(Stop::Guest(StopReason::Panic));
+    let error = asked.await.unwrap_err().to_string();
+    assert!(error.ends_with("the guest kernel panicked"), "{error}");
+}
+
+/// The guest lives, and the machine: nobody is told that they are gone.
+#[tokio::test]
+async fn a_guest_that_does_not_answer_is_not_waited_for() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    fixture.exec("c", "e", "sleep 60").await.unwrap();
+    fixture.start("c", "e").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let calls = async {
+        tokio::join!(
+            async { refusal(fixture.kill("c", "e").await) },
+            async { refusal(fixture.stats("c").await) },
+            async { refusal(fixture.pause("c").await) },
+        )
+    };
+    let time = async {
+        machine.held(3).await;
+        tokio::time::pause();
+        tokio::time::advance(CALL_TIMEOUT).await;
+        tokio::time::resume();
+    };
+    let ((kill, stats, pause), ()) = tokio::join!(calls, time);
+    for ((code, message), what) in [
+        (kill, "signal"),
+        (stats, "read the counters"),
+        (pause, "pause"),
+    ] {
+        assert_eq!(code, Code::DEADLINE_EXCEEDED, "{message}");
+        let seconds = CALL_TIMEOUT.as_secs();
+        let expected = format!("guest: {what}: no answer within {seconds} s");
+        assert_eq!(message, expected);
+    }
+    assert_eq!(fixture.status("c").await, Status::RUNNING);
+    machine.recover();
+    fixture.kill("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 137);
+}
