@@ -89,7 +89,8 @@ e2e: stage-boot driver-images
 	@cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(in-lab) bash -c "$$(cat tests/e2e.sh)" e2e $(E2E)
 
-# The tests' driver images, and one whose module is of another kernel.
+# The tests' driver images, and one whose module is of another kernel; a module that hangs
+# its guest.
 DRIVERS := target/drivers
 driver-images: stage
 	@rm -rf $(DRIVERS) && cp -r tests/tests/devices/drivers $(DRIVERS)
@@ -98,7 +99,7 @@ driver-images: stage
 	@mkdir $(DRIVERS)/edu/modules && cp $(DRIVERS)/module/edu.ko $(DRIVERS)/edu/modules/
 	@echo 'edu.ko level=3' >$(DRIVERS)/edu/modules/modules.load
 	@cp -r $(DRIVERS)/edu $(DRIVERS)/old && LC_ALL=C sed -i 's/vermagic=6/vermagic=5/' $(DRIVERS)/old/modules/edu.ko
-	@mkdir -p $(STAGE)/tests/drivers
+	@mkdir -p $(STAGE)/tests/drivers && cp $(DRIVERS)/module/hang.ko $(STAGE)/tests/
 	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
 test: lint unit e2e
