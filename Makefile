@@ -124,7 +124,7 @@ long: stage
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.
 SOAK_SECONDS ?= 600
-SOAK_PODS ?= 60
+SOAK_PODS ?= 300
 soak: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/

@@ -362,6 +362,15 @@ async fn requests_that_make_no_sense() {
         .await
         .unwrap_err();
     assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+    for missing in ["process", "root"] {
+        let mut spec = spec("c1", &["true"]);
+        spec.as_object_mut().unwrap().remove(missing);
+        let error = agent.create("c1", &spec, stdio.clone()).await.unwrap_err();
+        let (code, message) = status(&error);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        let expected = format!("the specification has no {missing}");
+        assert!(message.contains(&expected), "{message}");
+    }
     let error = agent
         .create("c1", &json!({"root": 1}), stdio)
         .await

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, eventually, run};
+use nacre_tests::{BUSYBOX, CONTAINERD_2, KILL_AGENT, Said, Scene, eventually, run};
 
 use crate::boot::initramfs;
 use crate::death::{LOST, in_time, process_of, spawn};
@@ -28,12 +28,9 @@ struct Way {
     told: &'static str,
 }
 
-/// No signal reaches PID 1: its code is overwritten.
 const AGENT: Way = Way {
     name: "the agent dies",
-    script: "set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' ')
-        dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 \
-            seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096))",
+    script: KILL_AGENT,
     logged: "the guest kernel panicked",
     last_words: "Attempted to kill init",
     told: "the guest kernel panicked",
@@ -77,11 +74,11 @@ impl Step {
                 "mkdir /cgroup && mount -t cgroup2 none /cgroup
                  until ls -d /cgroup/containers/*/; do sleep 0.02; done"
             }
-            Self::Start => "until pgrep -f 's[l]eep 3600'; do sleep 0.05; done",
-            Self::Exec => "until pgrep -f 's[l]eep 31415'; do sleep 0.05; done",
+            Self::Start => "until pidof sleep; do sleep 0.05; done",
+            Self::Exec => "until [ $(pidof sleep | wc -w) = 2 ]; do sleep 0.05; done",
             // Its init is gone, and the agent about to tell of it.
             Self::Delete => {
-                "until pid=$(pgrep -f 's[l]eep 3600'); do sleep 0.05; done
+                "until pid=$(pidof sleep); do sleep 0.05; done
                  while [ -d /proc/$pid ]; do :; done"
             }
         }
@@ -163,7 +160,7 @@ fn ends(step: Step, way: &Way) {
         .collect();
     let mut options = vec!["-d"];
     if step == Step::Create {
-        options.extend(mounts.iter().flat_map(|mount| ["--mount", mount]));
+        options.extend(mounts.iter().flat_map(|mount| ["--mount", mount.as_str()]));
     }
     let (id, command) = scene.command(BUSYBOX, &options, &["sleep", "3600"]);
     let client = spawn(command);
@@ -173,7 +170,7 @@ fn ends(step: Step, way: &Way) {
         Step::Create | Step::Start => client,
         Step::Exec => {
             Said::from(client.wait_with_output().unwrap()).exits(0);
-            spawn(scene.exec_command(&id, &[], &["sleep", "31415"]))
+            spawn(scene.exec_command(&id, &[], &["sleep", "3600"]))
         }
         Step::Delete => {
             Said::from(client.wait_with_output().unwrap()).exits(0);

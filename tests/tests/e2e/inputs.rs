@@ -92,15 +92,15 @@ fn unknown_fields_are_ignored() {
 
 #[test]
 fn specs_without_process_or_root_are_refused() {
-    for missing in ["process", "root"] {
+    for (missing, complaint) in [
+        ("process", "the specification has no process"),
+        ("root", "neither rootfs mounts nor a root path"),
+    ] {
         let mut scene = Scene::new();
         let said = scene.run_spec(|spec| {
             spec.as_object_mut().unwrap().remove(missing);
         });
-        assert!(
-            said.code != Some(0) && said.stderr.contains(missing),
-            "{missing}: {said:#?}"
-        );
+        said.exits(1).complains(&[complaint]);
     }
 }
 

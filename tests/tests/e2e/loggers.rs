@@ -3,10 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::thread;
 
-use nacre_tests::{Scene, eventually};
+use nacre_tests::{Scene, Shim, eventually};
 
-const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000; exit 7";
+/// A write that fails, or a signal for it, is told apart.
+const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000 || exit 9; exit 7";
 
 /// Runs [`SCRIPT`] with its output going to `uri`.
 fn run_to(scene: &mut Scene, uri: &str) {
@@ -74,8 +76,48 @@ fn program_gets_the_outputs_apart() {
 fn program_that_dies_takes_no_container_with_it() {
     let mut scene = Scene::new();
     let path = "/tmp/e2e-logger-dies";
-    let program = logger(path, "exec 5>&-; read line <&3; exit 1");
-    run_to(&mut scene, &program);
+    let program = logger(path, "exec 5>&-; read line <&3; touch $0.dead; exit 1");
+    let go_on =
+        "n=0; while :; do echo $n || exit 8; n=$((n + 1)); echo $n > /written; sleep 0.1; done";
+    let script = SCRIPT.replace("exit 7", go_on);
+    let id = scene.start(&["--log-uri", &program], &["sh", "-c", &script]);
+    let dead = format!("{path}.dead");
+    eventually("the logger has died", || Path::new(&dead).exists());
+    // It writes on, to nobody.
+    let written = || -> u64 {
+        let said = scene.exec(&id, &[], &["cat", "/written"]);
+        said.stdout.trim().parse().unwrap_or_default()
+    };
+    eventually("what was lost is behind it", || written() > 0);
+    let before = written();
+    eventually("it writes on", || written() > before + 3);
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    for file in [path, &dead] {
+        fs::remove_file(file).unwrap();
+    }
+}
+
+/// A file is complete at the moment the exit is known: nobody has asked for more than that.
+#[test]
+fn file_is_complete_with_the_exit() {
+    let mut scene = Scene::new();
+    let path = "/tmp/e2e-log-exit";
+    let _ = fs::remove_file(path);
+    let script = "trap 'seq 1 300000; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let uri = format!("file://{path}");
+    let id = scene.start(&["--log-uri", &uri], &["sh", "-c", script]);
+    eventually("it takes the signal", || {
+        fs::read_to_string(path).is_ok_and(|text| text == "ready\n")
+    });
+    let shim = Shim::of(&id);
+    let end = thread::spawn(move || (shim.wait(""), fs::read_to_string(path)));
+    scene.ctr(&["task", "kill", "-s", "TERM", &id]).exits(0);
+    let (status, text) = end.join().unwrap();
+    assert_eq!(status.unwrap(), 7);
+    let text = text.unwrap();
+    assert!(text.ends_with("\n300000\n"), "{}", text.len());
     fs::remove_file(path).unwrap();
 }
 
