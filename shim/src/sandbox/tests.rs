@@ -135,7 +135,8 @@ async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
     let attached = sandbox.attach(boot_timeout, &request, room).await;
     let seconds = begin.elapsed().as_secs();
     assert!((490..=510).contains(&seconds), "{seconds} s");
-    match TaskError::from(attached.unwrap_err()).into() {
+    let error = TaskError::from(attached.unwrap_err());
+    match ttrpc::Error::from(error) {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other}"),
     }

@@ -363,7 +363,7 @@ impl Container {
                 agent.start_container(context, &request)
             });
             answer.await?;
-            Ok(())
+            Ok::<(), TaskError>(())
         };
         let started = start.await;
         process.advance("start", |_| match started {

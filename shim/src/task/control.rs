@@ -9,7 +9,7 @@ use oci_spec::runtime::LinuxResources;
 use tracing::info;
 
 use super::TaskError;
-use super::container::{CALL_TIMEOUT, Container, deadline};
+use super::container::{CALL_TIMEOUT, Container};
 use super::process::{Exit, Phase, Process, lock};
 use crate::cgroup::Limits;
 use crate::error::chain;
@@ -107,7 +107,8 @@ impl Container {
             _ => None,
         });
         paused?;
-        moved.map(drop)
+        moved?;
+        Ok(())
     }
 
     /// Thaws the container.

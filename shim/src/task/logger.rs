@@ -170,7 +170,7 @@ mod tests {
         path
     }
 
-    const OWNER: Owner<'_> = Owner {
+    const OWNER: Owner<'static> = Owner {
         namespace: "ns",
         id: "c",
     };

@@ -1,6 +1,8 @@
 //! Output and the exit: the one is complete before the other is told, but for a reader
 //! that does not read.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use containerd_shim_protos::api::*;
@@ -79,4 +81,24 @@ async fn a_file_is_complete_with_the_exit() {
     fixture.start("c", "").await.unwrap();
     assert_eq!(fixture.wait("c", "").await, 0);
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 3_000_000);
+}
+
+/// An exec's as a container's, by the exec's own id.
+#[tokio::test]
+async fn a_logger_takes_the_output_of_an_exec() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    let log = fixture.fifo("log");
+    let read = reader(&log);
+    let program = fixture.path("logger");
+    let script = "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID; cat <&3; cat <&4; } > $2\n";
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let mut request = exec_request("c", "e", "echo out; echo err >&2; exit 3");
+    request.stdout = format!("binary://{}?log={log}", program.display());
+    request.stderr.clone_from(&request.stdout);
+    fixture.client.exec(context(), &request).await.unwrap();
+    fixture.start("c", "e").await.unwrap();
+    assert_eq!(fixture.wait("c", "e").await, 3);
+    assert_eq!(read.await.unwrap(), "e\nout\nerr\n");
 }
