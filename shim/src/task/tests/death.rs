@@ -1,5 +1,6 @@
 //! Calls that are with a guest when its machine dies, and those a guest never answers.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::Status;
@@ -8,7 +9,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use super::fixture::*;
-use crate::machine::fake::FakeHost;
+use crate::machine::fake::{FakeHost, FakeMachine};
 use crate::machine::{Machine, Stop};
 use crate::task::container::CALL_TIMEOUT;
 use crate::task::lock;
@@ -16,9 +17,8 @@ use crate::task::lock;
 /// Time for what takes none.
 const SOON: Duration = Duration::from_secs(5);
 
-/// Every call that waits for a guest returns when the machine dies, and says of what.
-#[tokio::test]
-async fn calls_under_way_return_and_say_what_happened() {
+/// Containers and execs in all that they may be doing, in a guest that hangs from now on.
+async fn hung() -> (Fixture, Arc<FakeMachine>) {
     let fixture = Fixture::new().await;
     for id in ["c", "paused"] {
         fixture.run(id, "sleep 60").await;
@@ -33,10 +33,16 @@ async fn calls_under_way_return_and_say_what_happened() {
     fixture.start("c", "runs").await.unwrap();
     fixture.start("c", "ended").await.unwrap();
     fixture.wait("c", "ended").await;
-
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.hang();
     machine.hang_deletes();
+    (fixture, machine)
+}
+
+/// Every call that waits for a guest returns when the machine dies, and says of what.
+#[tokio::test]
+async fn calls_under_way_return_and_say_what_happened() {
+    let (fixture, machine) = hung().await;
     let pids = json!({"pids": {"limit": 5}});
     let refused = async {
         tokio::join!(
