@@ -379,13 +379,17 @@ impl Pod {
 
     /// Ends the pod if it has no containers any more; else does nothing, as
     /// containerd asks after each container. Its sandbox by the Sandbox API is none
-    /// if it is asked for: containerd does so when it does not know that sandbox.
+    /// if it is asked for: containerd does so when it does not know that sandbox. Nor is
+    /// a container that is being made: whoever asked for it has given up, or was restarted
+    /// and found no task.
     pub async fn shutdown(&self, id: &str) {
-        let sandbox = self.find(id, Api::Sandbox);
-        let is_alone = {
-            let containers = lock(&self.containers);
-            containers.len() == usize::from(sandbox.is_some())
-        };
+        let is_alone = lock(&self.containers).iter().all(|(other, entry)| {
+            let is_none = match entry {
+                Entry::Creating(_) => true,
+                Entry::Made(container) => container.config().api == Api::Sandbox,
+            };
+            other == id && is_none
+        });
         if is_alone {
             self.stop().await;
         }

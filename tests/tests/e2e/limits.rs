@@ -174,6 +174,17 @@ fn processor_time_and_processes_are_changed_while_running() {
         assert_eq!(said.stdout, format!("{quota} 100000\n{pids}\n"));
         assert_eq!(on_host(&id, "cpu.max"), format!("{quota} 100000"));
     }
+    // For 0.3 s of processor time.
+    let spin = "of() { grep $1 /sys/fs/cgroup/cpu.stat | cut -d' ' -f2; }; \
+                before=$(of nr_throttled); end=$(($(of usage_usec) + 300000)); \
+                while [ $(of usage_usec) -lt $end ]; do :; done; \
+                [ $(of nr_throttled) -gt $before ] && echo throttled || echo free";
+    for (quota, how) in [(50_000, "throttled\n"), (200_000, "free\n")] {
+        let cpu = json!({"cpu": {"quota": quota, "period": 100_000}});
+        shim.update(&cpu).unwrap();
+        let said = scene.exec(&id, &[], &["sh", "-c", spin]);
+        said.exits(0).prints(how);
+    }
     let many = "for i in $(seq 30); do sleep 3600 >/dev/null 2>&1 & done; echo all";
     let fork = || scene.exec(&id, &[], &["sh", "-c", many]);
     fork().complains(&["can't fork"]);

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_protos::api::Status;
+use containerd_shim_protos::api::{ShutdownRequest, Status};
+use futures::FutureExt;
 use nacre_protocol::vm::StopReason;
 use serde_json::json;
 use ttrpc::Code;
@@ -108,6 +109,35 @@ async fn a_create_says_what_happened() {
     assert_eq!(fixture.wait("c", "").await, 137);
     let exec = fixture.exec("c", "late", "true").await;
     assert_eq!(code(exec), Code::FAILED_PRECONDITION);
+}
+
+/// As by a containerd that was restarted meanwhile, and found a shim without a task.
+#[tokio::test]
+async fn a_create_that_nobody_waits_for_is_given_up() {
+    let mut host = FakeHost::scripted();
+    host.hangs = true;
+    let fixture = Fixture::on(host).await;
+    let shutdown = async {
+        let machine = loop {
+            if let Some(machine) = lock(&fixture.machine).clone() {
+                break machine;
+            }
+            tokio::task::yield_now().await;
+        };
+        // The first ping and the container.
+        machine.held(2).await;
+        for (id, ends) in [("another", false), ("c", true)] {
+            let request = ShutdownRequest {
+                id: id.into(),
+                ..Default::default()
+            };
+            fixture.client.shutdown(context(), &request).await.unwrap();
+            assert_eq!(fixture.pod.ended().now_or_never().is_some(), ends, "{id}");
+        }
+    };
+    let both = async { tokio::join!(fixture.create("c", "true"), shutdown) };
+    let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+    assert_eq!(code(created), Code::UNAVAILABLE);
 }
 
 /// A guest whose connection ends is about to end itself: who asked it is told why.
