@@ -10,7 +10,7 @@
 //! from there on it is a container like another, except that only the API it came
 //! by knows it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -47,6 +47,8 @@ pub struct Pod {
     pub(super) publisher: Publisher,
     pub(super) sandbox: OnceCell<Arc<Sandbox>>,
     pub(super) containers: Mutex<HashMap<String, Entry>>,
+    /// Those that are being created, and that nobody waits for any more.
+    unwanted: Mutex<HashSet<String>>,
     /// Those the shim had to make.
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
@@ -89,6 +91,7 @@ impl Pod {
             publisher,
             sandbox: OnceCell::new(),
             containers: Mutex::new(HashMap::new()),
+            unwanted: Mutex::default(),
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
             busy: RwLock::default(),
@@ -145,7 +148,20 @@ impl Pod {
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        Ok(self.make(config, stdio).await?.pid())
+        let id = config.id.clone();
+        let made = self.make(config, stdio).await;
+        let is_unwanted = lock(&self.unwanted).remove(&id);
+        let pid = made?.pid();
+        if !is_unwanted {
+            return Ok(pid);
+        }
+        info!(id, "created for nobody: deleted");
+        let request = DeleteRequest {
+            id: id.clone(),
+            ..Default::default()
+        };
+        self.delete(&request).await?;
+        Err(TaskError::NoContainer(id))
     }
 
     /// Makes a container, whichever way it came.
@@ -381,15 +397,21 @@ impl Pod {
     /// containerd asks after each container. Its sandbox by the Sandbox API is none
     /// if it is asked for: containerd does so when it does not know that sandbox. Nor is
     /// a container that is being made: whoever asked for it has given up, or was restarted
-    /// and found no task.
+    /// and found no task. Among others it is deleted as soon as it is made.
     pub async fn shutdown(&self, id: &str) {
-        let is_alone = lock(&self.containers).iter().all(|(other, entry)| {
-            let is_none = match entry {
+        let is_alone = {
+            let containers = lock(&self.containers);
+            let is_none = |entry: &Entry| match entry {
                 Entry::Creating(_) => true,
                 Entry::Made(container) => container.config().api == Api::Sandbox,
             };
-            other == id && is_none
-        });
+            let mut all = containers.iter();
+            let is_alone = all.all(|(other, entry)| other == id && is_none(entry));
+            if !is_alone && matches!(containers.get(id), Some(Entry::Creating(_))) {
+                lock(&self.unwanted).insert(id.to_owned());
+            }
+            is_alone
+        };
         if is_alone {
             self.stop().await;
         }

@@ -273,7 +273,7 @@ fn interfaces() -> Result<u64> {
     for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
         if seen.insert(entry.metadata()?.ino()) {
             let namespace = format!("--net={}", entry.path().display());
-            count += rows(&run("nsenter", &[&namespace, "cat", "/proc/net/dev"]).stdout);
+            count += rows(&run("nsenter", &[namespace.as_str(), "cat", "/proc/net/dev"]).stdout);
         }
     }
     Ok(u64::try_from(count)?)

@@ -140,6 +140,33 @@ async fn a_create_that_nobody_waits_for_is_given_up() {
     assert_eq!(code(created), Code::UNAVAILABLE);
 }
 
+/// The same in a pod with other containers, which are none of its business.
+#[tokio::test]
+async fn a_container_that_nobody_waits_for_is_deleted_when_it_is_made() {
+    let mut fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let shutdown = async {
+        machine.held(1).await;
+        let request = ShutdownRequest {
+            id: "new".into(),
+            ..Default::default()
+        };
+        fixture.client.shutdown(context(), &request).await.unwrap();
+        machine.recover();
+    };
+    let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), shutdown);
+    assert_eq!(code(created), Code::NOT_FOUND);
+    assert_eq!(code(fixture.start("new", "").await), Code::NOT_FOUND);
+    assert_eq!(fixture.status("c").await, Status::RUNNING);
+    fixture.run("new", "exit 4").await;
+    assert_eq!(fixture.wait("new", "").await, 4);
+    let first = ["create", "start", "create", "exit", "delete"];
+    fixture.expect(&first).await;
+    fixture.expect(&["create", "start", "exit"]).await;
+}
+
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
