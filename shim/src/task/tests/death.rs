@@ -222,3 +222,24 @@ async fn a_guest_that_does_not_answer_is_not_waited_for() {
     fixture.kill("c", "").await.unwrap();
     assert_eq!(fixture.wait("c", "").await, 137);
 }
+
+/// It has to be killed first, and the guest does not do that.
+#[tokio::test]
+async fn a_created_container_that_does_not_die_stays() {
+    let fixture = Fixture::new().await;
+    fixture.create("c", "sleep 60").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let time = async {
+        machine.held(1).await;
+        // From here on it passes as soon as all wait.
+        tokio::time::pause();
+    };
+    let (deleted, ()) = tokio::join!(fixture.delete("c", ""), time);
+    let expected = "killing the container took longer than 5 s";
+    assert_eq!(
+        refusal(deleted),
+        (Code::DEADLINE_EXCEEDED, expected.to_owned())
+    );
+    assert_eq!(fixture.status("c").await, Status::CREATED);
+}
