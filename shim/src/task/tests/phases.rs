@@ -7,9 +7,9 @@ use ttrpc::Code;
 use super::fixture::*;
 
 /// The codes of these calls, in this order: start, exec, pause, resume, update, stats,
-/// the size of the terminal, the end of the input. None of them changes what the
-/// container is doing where the next is to find it.
-async fn codes(fixture: &Fixture, id: &str, first: &str) -> Vec<Option<Code>> {
+/// the size of the terminal, the end of the input; without `allowed`, which would change
+/// what the container is doing.
+async fn codes(fixture: &Fixture, id: &str, allowed: &str) -> Vec<Option<Code>> {
     fn code_of<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Option<Code> {
         answer.is_err().then(|| code(answer))
     }
@@ -19,7 +19,7 @@ async fn codes(fixture: &Fixture, id: &str, first: &str) -> Vec<Option<Code>> {
         "start", "exec", "pause", "resume", "update", "stats", "size", "input",
     ] {
         codes.push(match call {
-            _ if call == first => continue,
+            _ if call == allowed => continue,
             "start" => code_of(fixture.start(id, "").await),
             "exec" => code_of(fixture.exec(id, "e", "true").await),
             "pause" => code_of(fixture.pause(id).await),
@@ -45,7 +45,7 @@ async fn each_phase_allows_what_it_allows() {
     fixture.wait("stopped", "").await;
     let wrong = Some(Code::FAILED_PRECONDITION);
     let none = Some(Code::NOT_FOUND);
-    for (id, status, moves, expected) in [
+    for (id, status, allowed, expected) in [
         (
             "created",
             Some(Status::CREATED),
@@ -74,7 +74,7 @@ async fn each_phase_allows_what_it_allows() {
         ),
         ("missing", None, "start", [none; 7]),
     ] {
-        assert_eq!(codes(&fixture, id, moves).await, expected, "{id}");
+        assert_eq!(codes(&fixture, id, allowed).await, expected, "{id}");
         if let Some(status) = status {
             assert_eq!(fixture.status(id).await, status, "{id}");
         }
@@ -92,7 +92,7 @@ async fn each_phase_allows_what_it_allows() {
 async fn execs_that_are_missing_or_have_ended() {
     let fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
-    let calls = async |exec_id| {
+    let calls = async |exec_id: &'static str| {
         [
             fixture.start("c", exec_id).await.map(drop),
             fixture.kill("c", exec_id).await.map(drop),
@@ -163,12 +163,12 @@ async fn ids_as_long_as_they_may_be_and_longer() {
         fixture.client.create(context(), &request).await
     };
     let invalid = Code::INVALID_ARGUMENT;
-    for id in [&too_long, "", ".", "..", "a/b", "a\0b"] {
+    for id in [too_long.as_str(), "", ".", "..", "a/b", "a\0b"] {
         assert_eq!(code(create(id).await), invalid, "{id:?}");
     }
     create(&longest).await.unwrap();
     fixture.start(&longest, "").await.unwrap();
-    for exec_id in [&too_long, "", "../e"] {
+    for exec_id in [too_long.as_str(), "", "../e"] {
         let exec = fixture.exec(&longest, exec_id, "true").await;
         assert_eq!(code(exec), invalid, "{exec_id:?}");
     }
