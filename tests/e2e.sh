@@ -1,24 +1,48 @@
-# The programs of `make e2e`, in the lab or on a host like it; arguments select tests.
-# One that fails does not keep the others from running.
+# The test programs of one lab: e2e.sh containers|pods|all [FILTER...]. `all` is a host's,
+# which has none of the lab's devices. One program that fails does not keep the others from
+# running.
 set -uo pipefail
+lab=$1
+shift
 failed=()
+
+# What runs in the lab that has less to do otherwise.
+readonly MOVED='^(devices|interfaces|limits|loggers|network|rootfs|run|volumes)::'
 
 run_tests() {
   echo "== $1"
   "$@" || failed+=("$1")
 }
 
+# run_those_of GREP_OPTION FILTER...
+run_those_of() {
+  local names option=$1
+  shift
+  names=$(nacre-e2e --list "$@" | sed -n 's/: test$//p' | grep "$option" "$MOVED")
+  # shellcheck disable=SC2086 # names of tests have no spaces
+  [[ ! $names ]] || run_tests nacre-e2e --test-threads=1 --exact $names
+}
+
 may_annotations_ask_for_devices() {
   sed -i "s/^device_annotations = .*/device_annotations = $1/" /etc/nacre/nacre.toml
 }
 
-# The lab's devices come first: the monitor's own tests leave them with vfio-pci.
-if [[ ${LAB_DEVICES-} ]]; then
-  may_annotations_ask_for_devices true
-  run_tests nacre-devices --test-threads=1 "$@"
-  may_annotations_ask_for_devices false
-fi
-for program in nacre-vmm-tests nacre-e2e nacre-pods; do
-  run_tests "$program" --test-threads=1 "$@"
-done
+case $lab in
+  containers) run_those_of -vE "$@" ;;
+  pods)
+    export LAB_DEVICES=1
+    # The lab's devices come first: the monitor's own tests leave them with vfio-pci.
+    may_annotations_ask_for_devices true
+    run_tests nacre-devices --test-threads=1 "$@"
+    may_annotations_ask_for_devices false
+    run_tests nacre-vmm-tests --test-threads=1 "$@"
+    run_tests nacre-pods --test-threads=1 "$@"
+    run_those_of -E "$@"
+    ;;
+  all)
+    for program in nacre-vmm-tests nacre-e2e nacre-pods; do
+      run_tests "$program" --test-threads=1 "$@"
+    done
+    ;;
+esac
 ((!${#failed[@]})) || { echo "failed: ${failed[*]}" >&2; exit 1; }

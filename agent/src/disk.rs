@@ -1,25 +1,26 @@
 //! virtio-blk disks by serial number.
 //!
-//! /sys/block/vdX/serial asks the device (virtio 1.2, 5.2.6.1). Disks that are
-//! there at boot are found at once; one that was just attached shows up in
+//! /sys/block/vdX/serial asks the device (virtio 1.2, 5.2.6.1), which may have requests
+//! under way for as long as a device of the host takes. So each disk is asked once, by a
+//! thread that may wait, and its answer kept: who looks for a disk waits for that one alone.
+//! Disks that are there at boot are found at once; one that was just attached shows up in
 //! /dev, which is watched. One that was made empty gets its bytes later, of which the
 //! kernel tells nobody.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::sys::inotify::AddWatchFlags;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::error::{Context, Error, Result};
-use crate::uevent::Uevents;
 use crate::watch::Watch;
 
-/// Where the kernel describes the disks,
-const SYS: &str = "/sys/block";
-/// and where they are.
-const DEV: &str = "/dev";
 /// How long a disk may take to appear.
 const LIMIT: Duration = Duration::from_secs(10);
 /// What /sys/block/vdX/size counts in, whatever the disk has.
@@ -28,6 +29,9 @@ const SECTOR_BYTES: u64 = 512;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// and at most.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Those of this kernel.
+static HERE: LazyLock<Disks> = LazyLock::new(|| Disks::new("/sys", "/dev"));
 
 /// A disk or one of its partitions, as a `Storage` source names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,50 +70,7 @@ impl DiskRef {
     ///
     /// `NotFound` if it does not appear in time.
     pub async fn wait(&self) -> Result<PathBuf> {
-        self.wait_in(Path::new(SYS), Path::new(DEV)).await
-    }
-
-    async fn wait_in(&self, sys: &Path, dev: &Path) -> Result<PathBuf> {
-        if let Some(path) = self.find(sys, dev).context("look for a disk")? {
-            return Ok(path);
-        }
-        let watch = Watch::new(dev, AddWatchFlags::IN_CREATE).context("watch /dev")?;
-        let appear = async {
-            loop {
-                if let Some(path) = self.find(sys, dev).context("look for a disk")? {
-                    return Ok(path);
-                }
-                watch.changed().await.context("watch /dev")?;
-            }
-        };
-        tokio::time::timeout(LIMIT, appear)
-            .await
-            .unwrap_or_else(|_| {
-                Err(Error::NotFound(format!(
-                    "disk with serial {:?}",
-                    self.serial
-                )))
-            })
-    }
-
-    fn find(&self, sys: &Path, dev: &Path) -> io::Result<Option<PathBuf>> {
-        for entry in fs::read_dir(sys)? {
-            let entry = entry?;
-            // Disks of other kinds have no such file.
-            let Ok(serial) = fs::read_to_string(entry.path().join("serial")) else {
-                continue;
-            };
-            if serial.trim_end_matches(['\n', '\0']) != self.serial {
-                continue;
-            }
-            let disk = entry.file_name().to_string_lossy().into_owned();
-            let name = match self.partition {
-                None => disk,
-                Some(number) => format!("{disk}{number}"),
-            };
-            return Ok(Some(dev.join(name)).filter(|path| path.exists()));
-        }
-        Ok(None)
+        HERE.wait(self).await
     }
 }
 
@@ -120,247 +81,365 @@ impl DiskRef {
 ///
 /// `NotFound` if there is no such disk, or not in time, else `Io`.
 pub async fn wait_for(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<PathBuf> {
-    let path = wait_for_size(serial, size_bytes).await?;
-    let has_sectors = |path: &Path| -> Result<bool> {
-        let bytes = sector_bytes_of(Path::new("/sys"), path);
-        Ok(bytes.context("look at a disk's sectors")? == sector_bytes)
-    };
-    if has_sectors(&path)? {
-        return Ok(path);
-    }
-    // Of another size its driver takes notice at once, of other sectors only when it
-    // takes the device (virtio 1.2, 5.2.5). Nobody has the disk yet.
-    let what = format!("have {} taken anew", path.display());
-    tokio::task::spawn_blocking(move || rebind(Path::new("/sys"), &path))
-        .await
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
-        .context(what)?;
-    let path = wait_for_size(serial, size_bytes).await?;
-    if has_sectors(&path)? {
-        return Ok(path);
-    }
-    let text = format!("disk with serial {serial:?} and sectors of {sector_bytes} bytes");
-    Err(Error::NotFound(text))
-}
-
-/// Has its driver let a virtio-blk disk go and take it again.
-fn rebind(sys: &Path, disk: &Path) -> io::Result<()> {
-    let device = fs::read_link(block(sys, disk).join("device"))?;
-    let name = device.file_name().unwrap_or_default().as_encoded_bytes();
-    let driver = sys.join("bus/virtio/drivers/virtio_blk");
-    fs::write(driver.join("unbind"), name)?;
-    fs::write(driver.join("bind"), name)
-}
-
-fn sector_bytes_of(sys: &Path, disk: &Path) -> io::Result<u32> {
-    let text = fs::read_to_string(block(sys, disk).join("queue/logical_block_size"))?;
-    text.trim().parse().map_err(io::Error::other)
-}
-
-fn block(sys: &Path, disk: &Path) -> PathBuf {
-    let name = disk.file_name().unwrap_or_default();
-    sys.join("block").join(name)
-}
-
-/// Waits until the disk with this serial number has a size.
-async fn wait_for_size(serial: &str, size_bytes: u64) -> Result<PathBuf> {
-    let uevents = &Uevents::listen().context("listen to the kernel")?;
     let disk = DiskRef {
         serial: serial.into(),
         partition: None,
     };
-    let (sys, dev) = (Path::new(SYS), Path::new(DEV));
-    sized(&disk, size_bytes, (sys, dev), || uevents.happened()).await
+    HERE.wait_for(&disk, size_bytes, sector_bytes.into()).await
 }
 
-/// The disk, once it has a size. `happened` returns when the kernel has told of
-/// something. Of a size that was 0 or becomes 0 it does not tell
-/// (`set_capacity_and_notify` in block/genhd.c), so that is looked for without a word.
-async fn sized<F>(
-    disk: &DiskRef,
-    size_bytes: u64,
-    (sys, dev): (&Path, &Path),
-    happened: impl Fn() -> F,
-) -> Result<PathBuf>
-where
-    F: Future<Output = io::Result<()>>,
-{
-    let path = disk.wait_in(sys, dev).await?;
-    let is_sized = || -> Result<bool> {
-        Ok(size_of(&path, sys).context("look at a disk's size")? == size_bytes)
-    };
-    let grow = async {
-        let mut pause = FIRST_PAUSE;
-        while !is_sized()? {
-            if let Ok(told) = tokio::time::timeout(pause, happened()).await {
-                told.context("listen to the kernel")?;
+/// A kernel's disks.
+struct Disks {
+    /// Where it describes them,
+    sys: PathBuf,
+    /// and where they are.
+    dev: PathBuf,
+    serials: watch::Sender<Serials>,
+}
+
+/// Serial numbers of disks by `diskseq`, which no two disks have
+/// (Documentation/ABI/stable/sysfs-block); none of one that has not answered.
+type Serials = HashMap<u64, Option<String>>;
+
+impl Disks {
+    fn new(sys: impl Into<PathBuf>, dev: impl Into<PathBuf>) -> Self {
+        Self {
+            sys: sys.into(),
+            dev: dev.into(),
+            serials: watch::Sender::default(),
+        }
+    }
+
+    async fn wait(&self, disk: &DiskRef) -> Result<PathBuf> {
+        let mut answers = self.serials.subscribe();
+        let nodes = Watch::new(&self.dev, AddWatchFlags::IN_CREATE).context("watch /dev")?;
+        let appear = async {
+            loop {
+                if let Some(path) = self.find(disk).context("look for a disk")? {
+                    return Ok(path);
+                }
+                tokio::select! {
+                    node = nodes.changed() => node.context("watch /dev")?,
+                    // Fails only without the sender, which `self` holds.
+                    _ = answers.changed() => (),
+                }
             }
+        };
+        tokio::time::timeout(LIMIT, appear)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Error::NotFound(format!(
+                    "disk with serial {:?}",
+                    disk.serial
+                )))
+            })
+    }
+
+    /// The disk, if it is there and has told its number.
+    fn find(&self, disk: &DiskRef) -> io::Result<Option<PathBuf>> {
+        for entry in fs::read_dir(self.sys.join("block"))? {
+            let name = PathBuf::from(entry?.file_name());
+            if self.serial(&name).as_ref() != Some(&disk.serial) {
+                continue;
+            }
+            let name = name.display();
+            let name = match disk.partition {
+                None => name.to_string(),
+                Some(number) => format!("{name}{number}"),
+            };
+            return Ok(Some(self.dev.join(name)).filter(|path| path.exists()));
+        }
+        Ok(None)
+    }
+
+    /// The serial number of the disk with this name. One that was not asked yet is asked.
+    fn serial(&self, name: &Path) -> Option<String> {
+        let file = self.block(name).join("serial");
+        // Disks of other kinds have no such file, nor has one that is just being added.
+        if !file.exists() {
+            return None;
+        }
+        let number = self.number(name, "diskseq").ok()?;
+        let known = self.serials.borrow().get(&number).cloned();
+        known.unwrap_or_else(|| {
+            self.ask(number, file);
+            None
+        })
+    }
+
+    fn ask(&self, number: u64, file: PathBuf) {
+        self.serials.send_if_modified(|serials| {
+            serials.insert(number, None);
+            false
+        });
+        let serials = self.serials.clone();
+        tokio::task::spawn_blocking(move || {
+            let answer = fs::read_to_string(&file);
+            serials.send_if_modified(|serials| match &answer {
+                Ok(text) => {
+                    let serial = text.trim_end_matches(['\n', '\0']).to_owned();
+                    serials.insert(number, Some(serial));
+                    true
+                }
+                Err(error) => {
+                    tracing::warn!("read {}: {error}", file.display());
+                    serials.remove(&number);
+                    false
+                }
+            });
+        });
+    }
+
+    async fn wait_for(
+        &self,
+        disk: &DiskRef,
+        size_bytes: u64,
+        sector_bytes: u64,
+    ) -> Result<PathBuf> {
+        let path = self.sized(disk, size_bytes).await?;
+        if self.sector_bytes(&path)? == sector_bytes {
+            return Ok(path);
+        }
+        // Of another size its driver takes notice at once, of other sectors only when it
+        // takes the device (virtio 1.2, 5.2.5). Nobody has the disk yet.
+        let what = format!("have {} taken anew", path.display());
+        let block = self.block(&path);
+        let driver = self.sys.join("bus/virtio/drivers/virtio_blk");
+        tokio::task::spawn_blocking(move || rebind(&driver, &block))
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .context(what)?;
+        let path = self.sized(disk, size_bytes).await?;
+        if self.sector_bytes(&path)? == sector_bytes {
+            return Ok(path);
+        }
+        let serial = &disk.serial;
+        let text = format!("disk with serial {serial:?} and sectors of {sector_bytes} bytes");
+        Err(Error::NotFound(text))
+    }
+
+    /// The disk, once it has a size. Of one that was 0 the kernel tells nobody
+    /// (`set_capacity_and_notify` in block/genhd.c).
+    async fn sized(&self, disk: &DiskRef, size_bytes: u64) -> Result<PathBuf> {
+        let path = self.wait(disk).await?;
+        let (begin, mut pause) = (Instant::now(), FIRST_PAUSE);
+        loop {
+            let sectors = self
+                .number(&path, "size")
+                .context("look at a disk's size")?;
+            if sectors.saturating_mul(SECTOR_BYTES) == size_bytes {
+                return Ok(path);
+            }
+            if begin.elapsed() >= LIMIT {
+                let text = format!("disk with serial {:?} and {size_bytes} bytes", disk.serial);
+                return Err(Error::NotFound(text));
+            }
+            tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
-        Ok(true)
-    };
-    let in_time = tokio::time::timeout(LIMIT, grow).await;
-    if in_time.unwrap_or_else(|_| is_sized())? {
-        return Ok(path);
     }
-    let text = format!("disk with serial {:?} and {size_bytes} bytes", disk.serial);
-    Err(Error::NotFound(text))
+
+    fn sector_bytes(&self, disk: &Path) -> Result<u64> {
+        self.number(disk, "queue/logical_block_size")
+            .context("look at a disk's sectors")
+    }
+
+    /// A number that the kernel tells of a disk, without asking it.
+    fn number(&self, disk: &Path, attribute: &str) -> io::Result<u64> {
+        let text = fs::read_to_string(self.block(disk).join(attribute))?;
+        text.trim().parse().map_err(io::Error::other)
+    }
+
+    /// Where a disk is described.
+    fn block(&self, disk: &Path) -> PathBuf {
+        let name = disk.file_name().unwrap_or_default();
+        self.sys.join("block").join(name)
+    }
 }
 
-fn size_of(disk: &Path, sys: &Path) -> io::Result<u64> {
-    let name = disk.file_name().unwrap_or_default();
-    let text = fs::read_to_string(sys.join(name).join("size"))?;
-    let sectors: u64 = text.trim().parse().map_err(io::Error::other)?;
-    Ok(sectors.saturating_mul(SECTOR_BYTES))
+/// Has its driver let a virtio-blk disk go and take it again.
+fn rebind(driver: &Path, block: &Path) -> io::Result<()> {
+    let device = fs::read_link(block.join("device"))?;
+    let name = device.file_name().unwrap_or_default().as_encoded_bytes();
+    fs::write(driver.join("unbind"), name)?;
+    fs::write(driver.join("bind"), name)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::os::unix::fs::symlink;
+    use std::sync::mpsc::channel;
 
-    use tokio::time::{Instant, sleep};
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+    use tokio::time::sleep;
 
     use super::*;
 
+    fn parse(source: &str) -> DiskRef {
+        DiskRef::parse(source).unwrap().unwrap()
+    }
+
     #[test]
     fn sources() {
-        let parse = |source| DiskRef::parse(source).unwrap();
-        assert_eq!(parse("tmpfs"), None);
-        let whole = parse("serial:layers").unwrap();
+        assert_eq!(DiskRef::parse("tmpfs").unwrap(), None);
+        let whole = parse("serial:layers");
         assert_eq!((whole.serial.as_str(), whole.partition), ("layers", None));
-        let part = parse("serial:layers:12").unwrap();
-        assert_eq!(part.partition, Some(12));
+        assert_eq!(parse("serial:layers:12").partition, Some(12));
         for bad in ["serial:", "serial:x:0", "serial:x:y", "serial::1"] {
             assert!(DiskRef::parse(bad).is_err(), "{bad}");
         }
     }
 
-    /// A machine with one disk, "slot0", that is empty.
-    struct EmptyDisk {
-        sys: tempfile::TempDir,
-        dev: tempfile::TempDir,
-        begin: Instant,
+    /// A made-up kernel.
+    struct Kernel {
+        disks: Disks,
+        _root: tempfile::TempDir,
     }
 
-    impl EmptyDisk {
+    impl Kernel {
         fn new() -> Self {
-            let (sys, dev) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-            fs::create_dir(sys.path().join("vda")).unwrap();
-            fs::write(sys.path().join("vda/serial"), "slot0").unwrap();
-            fs::write(dev.path().join("vda"), "").unwrap();
-            let begin = Instant::now();
-            let disk = Self { sys, dev, begin };
-            disk.has_sectors(0);
-            disk
+            let root = tempfile::tempdir().unwrap();
+            let disks = Disks::new(root.path().join("sys"), root.path().join("dev"));
+            fs::create_dir_all(disks.sys.join("block")).unwrap();
+            fs::create_dir(&disks.dev).unwrap();
+            Self { disks, _root: root }
         }
 
-        fn has_sectors(&self, sectors: u32) {
-            fs::write(self.sys.path().join("vda/size"), format!("{sectors}\n")).unwrap();
+        /// Adds a disk of no bytes.
+        fn add(&self, name: &str, number: u64, serial: &str) {
+            self.write(name, "diskseq", &format!("{number}\n"));
+            self.write(name, "serial", serial);
+            self.write(name, "size", "0\n");
+            self.node(name);
         }
 
-        /// Waits for 8 sectors.
-        async fn sized<F>(&self, happened: impl Fn() -> F) -> Result<PathBuf>
-        where
-            F: Future<Output = io::Result<()>>,
-        {
-            let disk = DiskRef::parse("serial:slot0").unwrap().unwrap();
-            let places = (self.sys.path(), self.dev.path());
-            sized(&disk, 4096, places, happened).await
+        fn write(&self, name: &str, attribute: &str, text: &str) {
+            let file = self.disks.sys.join("block").join(name).join(attribute);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+
+        fn node(&self, name: &str) {
+            fs::write(self.disks.dev.join(name), "").unwrap();
         }
     }
 
-    /// As when a disk's size was 0 or becomes 0.
-    async fn nothing() -> io::Result<()> {
-        std::future::pending().await
+    #[tokio::test(start_paused = true)]
+    async fn disks_are_found_by_serial() {
+        let kernel = Kernel::new();
+        kernel.add("vda", 1, "one\n");
+        kernel.add("vdb", 2, "two");
+        kernel.node("vdb2");
+        fs::remove_file(kernel.disks.dev.join("vda")).unwrap();
+        // Not one of ours.
+        kernel.write("loop0", "diskseq", "3");
+        let path = |name| kernel.disks.dev.join(name);
+        let find = async |source| kernel.disks.wait(&parse(source)).await.ok();
+        assert_eq!(find("serial:two").await, Some(path("vdb")));
+        assert_eq!(find("serial:two:2").await, Some(path("vdb2")));
+        assert_eq!(find("serial:two:3").await, None, "no such partition");
+        assert_eq!(find("serial:one").await, None, "no node");
+        assert_eq!(find("serial:three").await, None);
+        // Another disk with the same name.
+        kernel.add("vdb", 4, "three");
+        assert_eq!(find("serial:three").await, Some(path("vdb")));
+        assert_eq!(find("serial:two").await, None);
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_found_when_it_comes() {
+        let kernel = Kernel::new();
+        kernel.add("vda", 1, "one");
+        let disk = parse("serial:two");
+        let come = async {
+            kernel.disks.wait(&parse("serial:one")).await.unwrap();
+            kernel.add("vdb", 2, "two");
+        };
+        let (path, ()) = tokio::join!(kernel.disks.wait(&disk), come);
+        assert_eq!(path.unwrap(), kernel.disks.dev.join("vdb"));
+    }
+
+    /// Its device of the host hangs, or a request is under way that takes long.
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_keeps_nobody_waiting() {
+        let kernel = Kernel::new();
+        let names = ["vda", "vdb", "vdc"];
+        for (number, name) in (1..).zip(names) {
+            kernel.add(name, number, name);
+        }
+        let silent = kernel.disks.sys.join("block/vdb/serial");
+        fs::remove_file(&silent).unwrap();
+        mkfifo(&silent, Mode::S_IRWXU).unwrap();
+        let (found, others) = channel();
+        // Answers in the end, so that a test that waits for it fails.
+        let device = std::thread::spawn(move || {
+            let in_time = others.recv_timeout(LIMIT / 2).is_ok();
+            fs::write(silent, "vdb").unwrap();
+            in_time
+        });
+        for _ in 0..2 {
+            for name in ["vda", "vdc"] {
+                let disk = parse(&format!("serial:{name}"));
+                kernel.disks.wait(&disk).await.unwrap();
+            }
+        }
+        assert!(found.send(()).is_ok(), "they waited");
+        kernel.disks.wait(&parse("serial:vdb")).await.unwrap();
+        // A second reader of it would have found no writer.
+        assert!(device.join().unwrap());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_size_is_seen_of_which_the_kernel_does_not_tell() {
-        let disk = EmptyDisk::new();
+        let kernel = Kernel::new();
+        kernel.add("vda", 1, "slot0");
+        let disk = parse("serial:slot0");
+        let begin = Instant::now();
         let grow = async {
             sleep(Duration::from_secs(3)).await;
-            disk.has_sectors(8);
+            kernel.write("vda", "size", "8\n");
         };
-        let (path, ()) = tokio::join!(disk.sized(nothing), grow);
-        assert_eq!(path.unwrap(), disk.dev.path().join("vda"));
-        let took = disk.begin.elapsed();
+        let (path, ()) = tokio::join!(kernel.disks.sized(&disk, 4096), grow);
+        assert_eq!(path.unwrap(), kernel.disks.dev.join("vda"));
+        let took = begin.elapsed();
         assert!(took <= Duration::from_secs(3) + LONGEST_PAUSE, "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_size_is_looked_for_a_last_time_and_then_given_up() {
-        let disk = EmptyDisk::new();
-        let looks = Cell::new(0);
-        let count = || {
-            looks.set(looks.get() + 1);
-            nothing()
-        };
-        let error = disk.sized(count).await.unwrap_err();
+        let kernel = Kernel::new();
+        kernel.add("vda", 1, "slot0");
+        let disk = parse("serial:slot0");
+        let begin = Instant::now();
+        let error = kernel.disks.sized(&disk, 4096).await.unwrap_err();
         assert!(error.to_string().contains("4096 bytes"), "{error}");
-        assert_eq!(disk.begin.elapsed(), LIMIT);
-        assert!((50..150).contains(&looks.get()), "{} looks", looks.get());
+        let took = begin.elapsed();
+        assert!((LIMIT..=LIMIT + LONGEST_PAUSE).contains(&took), "{took:?}");
 
-        let disk = EmptyDisk::new();
-        let grow_last = || {
-            // The last pause ends after the limit.
-            if disk.begin.elapsed() + LONGEST_PAUSE > LIMIT {
-                disk.has_sectors(8);
-            }
-            nothing()
+        let grow_last = async {
+            sleep(LIMIT).await;
+            kernel.write("vda", "size", "8\n");
         };
-        disk.sized(grow_last).await.unwrap();
-        assert_eq!(disk.begin.elapsed(), LIMIT);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_size_is_looked_for_when_the_kernel_tells_of_something() {
-        let disk = EmptyDisk::new();
-        let told = async || {
-            disk.has_sectors(8);
-            Ok(())
-        };
-        disk.sized(told).await.unwrap();
-        assert_eq!(disk.begin.elapsed(), Duration::ZERO);
+        let (path, ()) = tokio::join!(kernel.disks.sized(&disk, 4096), grow_last);
+        path.unwrap();
     }
 
     #[test]
     fn a_disk_is_taken_anew_by_its_device() {
-        let sys = tempfile::tempdir().unwrap();
-        let disk = sys.path().join("block/vdc");
-        fs::create_dir_all(disk.join("queue")).unwrap();
-        fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
-        symlink("../../../virtio5", disk.join("device")).unwrap();
-        let driver = sys.path().join("bus/virtio/drivers/virtio_blk");
-        fs::create_dir_all(&driver).unwrap();
+        let kernel = Kernel::new();
+        kernel.write("vdc", "queue/logical_block_size", "4096\n");
         let node = Path::new("/dev/vdc");
-        assert_eq!(sector_bytes_of(sys.path(), node).unwrap(), 4096);
-        rebind(sys.path(), node).unwrap();
+        assert_eq!(kernel.disks.sector_bytes(node).unwrap(), 4096);
+        let block = kernel.disks.block(node);
+        let driver = kernel.disks.sys.join("driver");
+        fs::create_dir(&driver).unwrap();
+        rebind(&driver, &block).unwrap_err();
+        symlink("../../../virtio5", block.join("device")).unwrap();
+        rebind(&driver, &block).unwrap();
         for step in ["unbind", "bind"] {
             let written = fs::read_to_string(driver.join(step)).unwrap();
             assert_eq!(written, "virtio5", "{step}");
         }
-        assert!(rebind(sys.path(), Path::new("/dev/vdd")).is_err());
-    }
-
-    #[test]
-    fn disks_are_found_by_serial() {
-        let (sys, dev) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for (disk, serial) in [("vda", "one\n"), ("vdb", "two")] {
-            fs::create_dir(sys.path().join(disk)).unwrap();
-            fs::write(sys.path().join(disk).join("serial"), serial).unwrap();
-        }
-        fs::create_dir(sys.path().join("loop0")).unwrap();
-        fs::write(dev.path().join("vdb"), "").unwrap();
-        fs::write(dev.path().join("vdb2"), "").unwrap();
-        let find = |source: &str| {
-            let disk = DiskRef::parse(source).unwrap().unwrap();
-            disk.find(sys.path(), dev.path()).unwrap()
-        };
-        assert_eq!(find("serial:two"), Some(dev.path().join("vdb")));
-        assert_eq!(find("serial:two:2"), Some(dev.path().join("vdb2")));
-        assert_eq!(find("serial:two:3"), None, "partition not there yet");
-        assert_eq!(find("serial:one"), None, "node not there yet");
-        assert_eq!(find("serial:three"), None);
     }
 }

@@ -8,8 +8,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use nacre_protocol::guest::huge_page_kib;
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Context, Error, Result};
@@ -20,13 +21,15 @@ pub const POOLS: &str = "/sys/kernel/mm/hugepages";
 /// Pages, by the KiB of one.
 type Pages = BTreeMap<u64, u64>;
 
+/// What each container may use.
+type Reserved = HashMap<String, Pages>;
+
 /// The guest's pools. Its methods block.
 #[derive(Debug)]
 pub struct HugePages {
     /// None: the machine is not ours.
     pools: Option<PathBuf>,
-    /// What each container may use.
-    reserved: Mutex<HashMap<String, Pages>>,
+    reserved: Mutex<Reserved>,
 }
 
 impl HugePages {
@@ -50,7 +53,8 @@ impl HugePages {
         self.update(container_id, resources, || Ok(()))
     }
 
-    /// The same for a container whose limits `apply` changes.
+    /// The same for a container whose limits `apply` changes. Who deletes it meanwhile
+    /// waits, or its pages would come back after that.
     ///
     /// # Errors
     ///
@@ -64,14 +68,15 @@ impl HugePages {
         let Some(pools) = &self.pools else {
             return apply();
         };
-        let before = self.lock().get(container_id).cloned().unwrap_or_default();
+        let mut reserved = self.lock();
+        let before = reserved.get(container_id).cloned().unwrap_or_default();
         let mut after = before.clone();
         after.extend(wanted(resources)?);
         after.retain(|_, pages| *pages > 0);
-        let change = self.change(pools, container_id, &after);
+        let change = change(pools, &mut reserved, container_id, &after);
         let result = change.and_then(|()| apply());
         if result.is_err() {
-            self.take_back(pools, container_id, &before);
+            take_back(pools, &mut reserved, container_id, &before);
         }
         result
     }
@@ -79,41 +84,40 @@ impl HugePages {
     /// Takes a container's share out of the pools.
     pub fn release(&self, container_id: &str) {
         if let Some(pools) = &self.pools {
-            self.take_back(pools, container_id, &Pages::new());
+            take_back(pools, &mut self.lock(), container_id, &Pages::new());
         }
     }
 
-    /// What goes wrong is logged.
-    fn take_back(&self, pools: &Path, container_id: &str, pages: &Pages) {
-        if let Err(error) = self.change(pools, container_id, pages) {
-            tracing::warn!("huge pages of {container_id}: {}", error.full());
-        }
-    }
-
-    /// Has the container's share be `pages`; the pools of all sizes that this changes
-    /// are gone through even when one fails.
-    fn change(&self, pools: &Path, container_id: &str, pages: &Pages) -> Result<()> {
-        let mut reserved = self.lock();
-        let before = reserved.remove(container_id).unwrap_or_default();
-        if !pages.is_empty() {
-            reserved.insert(container_id.to_owned(), pages.clone());
-        }
-        let mut result = Ok(());
-        for page_kib in before.keys().chain(pages.keys()) {
-            if before.get(page_kib) != pages.get(page_kib) {
-                let resized = resize(pools, *page_kib, total(&reserved, *page_kib));
-                result = result.and(resized);
-            }
-        }
-        result
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Pages>> {
+    fn lock(&self) -> MutexGuard<'_, Reserved> {
         self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn total(reserved: &HashMap<String, Pages>, page_kib: u64) -> u64 {
+/// What goes wrong is logged.
+fn take_back(pools: &Path, reserved: &mut Reserved, container_id: &str, pages: &Pages) {
+    if let Err(error) = change(pools, reserved, container_id, pages) {
+        tracing::warn!("huge pages of {container_id}: {}", error.full());
+    }
+}
+
+/// Has the container's share be `pages`; the pools of all sizes that this changes
+/// are gone through even when one fails.
+fn change(pools: &Path, reserved: &mut Reserved, container_id: &str, pages: &Pages) -> Result<()> {
+    let before = reserved.remove(container_id).unwrap_or_default();
+    if !pages.is_empty() {
+        reserved.insert(container_id.to_owned(), pages.clone());
+    }
+    let mut result = Ok(());
+    for page_kib in before.keys().chain(pages.keys()) {
+        if before.get(page_kib) != pages.get(page_kib) {
+            let resized = resize(pools, *page_kib, total(reserved, *page_kib));
+            result = result.and(resized);
+        }
+    }
+    result
+}
+
+fn total(reserved: &Reserved, page_kib: u64) -> u64 {
     let all = reserved.values();
     all.filter_map(|pages| pages.get(&page_kib)).sum()
 }
@@ -126,7 +130,7 @@ fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
         let bytes = u64::try_from(limit.limit()).unwrap_or(0);
         // Version 1's word for it: the largest multiple of a page.
         let bytes = if bytes < 1 << 62 { bytes } else { 0 };
-        match page_kib(limit.page_size()) {
+        match huge_page_kib(limit.page_size()) {
             Some(page_kib) => {
                 wanted.insert(page_kib, bytes.div_ceil(page_kib << 10));
             }
@@ -139,18 +143,6 @@ fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
         }
     }
     Ok(wanted)
-}
-
-/// "2MB", as the specification writes it.
-fn page_kib(text: &str) -> Option<u64> {
-    let (number, unit) = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)]
-        .iter()
-        .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, unit)))?;
-    number
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(*unit)
-        .filter(|kib| kib.is_power_of_two() && *kib <= 1 << 24)
 }
 
 /// Has the pool hold `pages`.
@@ -178,6 +170,8 @@ fn resize(pools: &Path, page_kib: u64, pages: u64) -> Result<()> {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
 
     fn limits(value: &serde_json::Value) -> LinuxResources {
         serde_json::from_value(json!({"hugepageLimits": value})).unwrap()
@@ -285,6 +279,29 @@ mod tests {
             (pages(&dir, 64), pages(&dir, 2048)),
             ("0".into(), "1".into())
         );
+    }
+
+    #[test]
+    fn a_container_that_is_deleted_during_an_update_keeps_nothing() {
+        let dir = pools();
+        let huge = &HugePages::new(Some(dir.path().into()));
+        huge.reserve("a", Some(&two_mib(4))).unwrap();
+        std::thread::scope(|scope| {
+            let (done, deleted) = channel();
+            let refused = huge.update("a", Some(&two_mib(2)), || {
+                scope.spawn(move || {
+                    huge.release("a");
+                    done.send(()).unwrap();
+                });
+                let in_between = deleted.recv_timeout(Duration::from_millis(200));
+                assert!(in_between.is_err(), "what it has may come back yet");
+                Err(Error::NotFound("its cgroup".into()))
+            });
+            refused.unwrap_err();
+            deleted.recv().unwrap();
+        });
+        assert_eq!(pages(&dir, 2048), "0");
+        assert!(huge.lock().is_empty());
     }
 
     #[test]

@@ -269,7 +269,10 @@ impl Sandbox {
             Ok(cgroup) => cgroup.remove().await,
             Err(error) => Err(error),
         };
-        let unmounted = storage::container_dir(id).and_then(|dir| storage::remove(&dir));
+        let unmounted = match storage::container_dir(id) {
+            Ok(dir) => blocking(move || storage::remove(&dir)).await,
+            Err(error) => Err(error),
+        };
         self.release_pages(id).await;
         for error in [removed, unmounted].into_iter().filter_map(Result::err) {
             tracing::warn!("container {id}: {}", error.full());

@@ -38,15 +38,6 @@ impl Uevents {
         Ok(Self(register(socket)?))
     }
 
-    /// Returns when something happened to a device since the last call.
-    ///
-    /// # Errors
-    ///
-    /// Those of read(2).
-    pub async fn happened(&self) -> io::Result<()> {
-        self.next().await.map(drop)
-    }
-
     /// The device of the next message, by its path below /sys; none if messages were
     /// lost.
     ///

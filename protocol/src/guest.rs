@@ -38,3 +38,45 @@ pub const DRIVERS_DIR: &str = "/run/nacre/drivers";
 
 /// Directories that containers of the guest share: `VOLUMES_DIR/<name>`.
 pub const VOLUMES_DIR: &str = "/run/nacre/volumes";
+
+/// Seconds that the start of a container may take beside its own `startContainer` hooks.
+/// Those of driver images, of which the host knows nothing, have no more.
+pub const START_SECONDS: u64 = 10;
+
+/// The size of a huge page, in KiB, from its name as resources have it: "2MB"
+/// (runtime-spec 1.2, config-linux.md, "Huge page limits").
+#[must_use]
+pub fn huge_page_kib(name: &str) -> Option<u64> {
+    let (number, unit) = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)]
+        .iter()
+        .find_map(|(suffix, unit)| Some((name.strip_suffix(suffix)?, unit)))?;
+    number
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(*unit)
+        .filter(|kib| kib.is_power_of_two() && *kib <= 1 << 24)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_huge_pages() {
+        let named = ["64KB", "2MB", "1GB", "16GB"].map(huge_page_kib);
+        assert_eq!(named, [64, 2 << 10, 1 << 20, 16 << 20].map(Some));
+        for bad in [
+            "",
+            "2",
+            "2M",
+            "2 MB",
+            "-2MB",
+            "3MB",
+            "0KB",
+            "32GB",
+            "99999999999999GB",
+        ] {
+            assert_eq!(huge_page_kib(bad), None, "{bad}");
+        }
+    }
+}

@@ -30,10 +30,10 @@ pub enum Request {
     },
     /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
     /// [`Event::Exchanged`]. Nothing touches the bytes it had after that. The answer
-    /// waits for what the disk has under way, which others that come later need not: a
-    /// disk gets the next request after the answer to the last.
+    /// waits for what the disk has under way; answers for other disks, and what the guest
+    /// asks of this one, do not wait for it. Of two requests for one disk the later counts.
     Exchange {
-        /// Another one for each exchange; its answer has it, too.
+        /// A higher one for each exchange; its answer has it, too.
         number: u64,
         /// The disk's serial number.
         serial: String,

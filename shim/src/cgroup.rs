@@ -20,7 +20,6 @@
 //! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`)
 //! or are moved by [`PodCgroup::add_process`].
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -32,8 +31,10 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 mod cpus;
+mod huge_pages;
 
 pub use cpus::NumberList;
+pub use huge_pages::HugePages;
 
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -87,7 +88,7 @@ pub struct Limits {
     /// Memory nodes of the host its memory may be on.
     pub mems: Option<NumberList>,
     /// Memory in huge pages of the guest, beside the other.
-    pub huge_page_bytes: u64,
+    pub huge_pages: HugePages,
 }
 
 impl Limits {
@@ -118,7 +119,7 @@ impl Limits {
             },
             cpus: listed(cpu.and_then(|cpu| cpu.cpus().as_deref())).or(self.cpus),
             mems: listed(cpu.and_then(|cpu| cpu.mems().as_deref())).or(self.mems),
-            huge_page_bytes: huge_page_bytes(resources).unwrap_or(self.huge_page_bytes),
+            huge_pages: self.huge_pages.updated_by(resources),
         }
     }
 
@@ -137,7 +138,7 @@ impl Limits {
                 .map(|(a, b)| if share(a) > share(b) { a } else { b }),
             cpus: self.cpus.zip(other.cpus).map(|(a, b)| a.or(b)),
             mems: self.mems.zip(other.mems).map(|(a, b)| a.or(b)),
-            huge_page_bytes: self.huge_page_bytes.max(other.huge_page_bytes),
+            huge_pages: self.huge_pages.with(other.huge_pages, u64::max),
         }
     }
 
@@ -157,9 +158,12 @@ impl Limits {
                     .map(|quota| (quota, DEFAULT_PERIOD_USEC)),
                 cpus: union(many.iter().map(|limits| limits.cpus)),
                 mems: union(many.iter().map(|limits| limits.mems)),
-                huge_page_bytes: many
+                huge_pages: many
                     .iter()
-                    .fold(0, |sum, limits| sum.saturating_add(limits.huge_page_bytes)),
+                    .map(|limits| limits.huge_pages)
+                    .fold(HugePages::default(), |sum, pages| {
+                        sum.with(pages, u64::saturating_add)
+                    }),
             },
         }
     }
@@ -180,20 +184,6 @@ fn listed(text: Option<&str>) -> Option<NumberList> {
         tracing::warn!(text, "no list of processors or memory nodes: left out");
     }
     list
-}
-
-/// What the limits of all page sizes are together; `None` if there are none. Where
-/// there is no limit nothing is kept ready. The last one of a size counts: CRI adds what
-/// it updates to the list.
-fn huge_page_bytes(resources: &LinuxResources) -> Option<u64> {
-    let limits = resources.hugepage_limits().as_ref()?;
-    let limits = limits.iter();
-    let sizes: HashMap<&str, i64> = limits
-        .map(|limit| (limit.page_size().as_str(), limit.limit()))
-        .collect();
-    let bytes = sizes.into_values();
-    let bytes = bytes.filter(|bytes| (0..1 << 62).contains(bytes));
-    Some(bytes.fold(0, |sum, bytes| sum.saturating_add(bytes.unsigned_abs())))
 }
 
 fn union(mut lists: impl Iterator<Item = Option<NumberList>>) -> Option<NumberList> {

@@ -157,9 +157,12 @@ impl Runner {
     /// Runs `poststop` if that is due.
     pub async fn stopped(&self, config: &ContainerConfig) {
         match fs::remove_file(config.bundle.join(DUE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(error) => warn!(container_id = config.id, %error, "poststop hooks stay due"),
             Ok(()) => (),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => {
+                warn!(container_id = config.id, %error, "poststop hooks stay due");
+                return;
+            }
         }
         let state = state(config, ContainerState::Stopped, None);
         self.run_all(Hooks::poststop, config, &state).await;
@@ -341,6 +344,20 @@ mod tests {
             runner.stopped(&config).await;
         }
         assert_eq!(fs::read(bundle.path().join("stopped")).unwrap(), b"\n");
+    }
+
+    /// Whoever removes the file runs them.
+    #[tokio::test]
+    async fn poststop_that_stays_due_does_not_run() {
+        let bundle = tempfile::tempdir().unwrap();
+        let config = config(
+            bundle.path(),
+            &json!({"poststop": [hook("echo > stopped")]}),
+        );
+        // No file, so it cannot be removed as one.
+        fs::create_dir(bundle.path().join(DUE)).unwrap();
+        Runner::default().stopped(&config).await;
+        assert!(!bundle.path().join("stopped").exists());
     }
 
     /// As the shim's runtime does with what is left of its tasks at its end.

@@ -12,7 +12,10 @@
 //!
 //! The daemon writes `state.json` before each thing it describes can be left
 //! behind; [`RunDir::cleanup`] undoes everything from it, and may be called any
-//! number of times, by the daemon or by `delete`.
+//! number of times, by the daemon or by `delete`. A monitor that is killed may have memory
+//! to unpin for longer than `delete` is given: then the next who finds that nothing of the
+//! pod runs cleans up after it ([`RunDir::bury`]). The root's lock keeps those apart from a
+//! start under the same id.
 
 mod process;
 
@@ -20,17 +23,18 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::devices::Claims;
 
 #[cfg(test)]
 pub(crate) use process::undying::Undying;
-pub use process::{Proc, pidfd_kill, pidfd_open};
+pub use process::{DEATH_WAIT, Proc, pidfd_kill, pidfd_open};
 
 /// Longest id taken as a directory name; containerd's own limit is 76.
 const MAX_ID_BYTES: usize = 255;
@@ -61,6 +65,19 @@ pub enum RunDirError {
         /// Number of uids.
         count: u32,
     },
+    /// The monitor of a pod with the same id is there yet.
+    #[error(
+        "pod {pod}: its earlier monitor, process {pid}, is killed and not gone, and has the pod's \
+         devices; with memory to unpin that may take {seconds} s: try again then"
+    )]
+    NotGone {
+        /// Namespace and id.
+        pod: String,
+        /// The monitor's.
+        pid: u32,
+        /// What it may take.
+        seconds: u64,
+    },
     /// state.json is not what this version writes.
     #[error("malformed {}", path.display())]
     Malformed {
@@ -90,6 +107,9 @@ pub struct State {
     pub netns: Option<PathBuf>,
     /// The daemon's socket.
     pub socket: Option<PathBuf>,
+    /// What the monitor may take, once killed, to unpin the guest's memory.
+    #[serde(default)]
+    pub pin_time: Duration,
 }
 
 impl State {
@@ -174,14 +194,29 @@ impl RunDir {
     ///
     /// When a directory cannot be made.
     pub fn create(&self) -> Result<(), RunDirError> {
-        for path in [self.uids_dir(), self.shared_root()] {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&path)
-                .map_err(io_error("make", &path))?;
+        make_dir(&self.uids_dir())?;
+        make_dir(&self.shared_root())
+    }
+
+    /// Makes the directory for a start. What is left of an earlier one under the same id
+    /// is cleaned up before, but for the socket, which is this one's already.
+    ///
+    /// # Errors
+    ///
+    /// `NotGone` as long as its monitor is not; when a directory cannot be made.
+    pub fn renew(&self) -> Result<(), RunDirError> {
+        make_dir(&self.root)?;
+        let _lock = lock(&self.root)?;
+        let state = self.load_usable();
+        Self::kill_daemon(&state);
+        if !self.undo(&state, DEATH_WAIT) {
+            return Err(RunDirError::NotGone {
+                pod: self.owner().display().to_string(),
+                pid: state.monitor.map_or(0, |monitor| monitor.pid),
+                seconds: state.pin_time.as_secs(),
+            });
         }
-        Ok(())
+        self.create()
     }
 
     /// Opens the log for appending.
@@ -252,7 +287,11 @@ impl RunDir {
             match fs::read_link(&link) {
                 Ok(other) if other == owner => return Ok(uid),
                 Ok(other) if Self::owner_lives(&self.root, &other) => continue,
-                Ok(_) => fs::remove_file(&link).map_err(io_error("remove", &link))?,
+                Ok(other) => {
+                    Self::bury(&self.root, &other)?;
+                    // It may have forgotten that it had this one.
+                    remove(&link, fs::remove_file(&link));
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => (),
                 Err(error) => return Err(io_error("read", &link)(error)),
             }
@@ -268,21 +307,36 @@ impl RunDir {
     /// A monitor that is killed and not gone yet has the uid, the cgroup and the devices
     /// still: they stay the pod's, by its directory, until nothing of it runs.
     pub fn cleanup(&self) {
+        self.cleanup_within(Duration::MAX);
+    }
+
+    /// The same, waiting for the monitor's end no longer than that.
+    pub fn cleanup_within(&self, at_most: Duration) {
+        let state = self.load_usable();
+        self.undo(&state, at_most);
+        if let Some(socket) = &state.socket {
+            remove(socket, fs::remove_file(socket));
+        }
+    }
+
+    fn load_usable(&self) -> State {
         let state = self.load().unwrap_or_else(|error| {
             warn!(error = crate::error::chain(&error), "state unusable");
             None
         });
-        let state = state.unwrap_or_default();
-        let monitor_is_gone = state.monitor.is_none_or(Proc::kill);
+        state.unwrap_or_default()
+    }
+
+    /// Undoes all but the socket; returns whether the monitor is gone.
+    fn undo(&self, state: &State, at_most: Duration) -> bool {
+        let wait = at_most.min(DEATH_WAIT.saturating_add(state.pin_time));
+        let monitor_is_gone = state.monitor.is_none_or(|monitor| monitor.kill(wait));
         if let Some(virtiofsd) = state.virtiofsd
-            && !virtiofsd.kill()
+            && !virtiofsd.kill(at_most.min(DEATH_WAIT))
         {
             warn!(pid = virtiofsd.pid, "virtiofsd does not die");
         }
         let unmounted = unmount_below(&self.path());
-        if let Some(socket) = &state.socket {
-            remove(socket, fs::remove_file(socket));
-        }
         if !monitor_is_gone {
             warn!(
                 pid = state.monitor.map(|monitor| monitor.pid),
@@ -290,7 +344,7 @@ impl RunDir {
                 "the monitor is killed and not gone; until it is, its devices and its uid are the \
                  pod's"
             );
-            return;
+            return false;
         }
         if let Some(cgroup) = &state.cgroup {
             remove_cgroup(cgroup);
@@ -304,6 +358,7 @@ impl RunDir {
         if unmounted {
             remove(&path, fs::remove_dir_all(&path));
         }
+        true
     }
 
     /// Whether something of the pod runs that has its uid and its devices: its shim or
@@ -321,10 +376,33 @@ impl RunDir {
 
     /// Whether the pod lives that a link below `root` names.
     pub(crate) fn owner_lives(root: &Path, owner: &Path) -> bool {
-        let names = owner.parent().zip(owner.file_name());
-        let pod = names
-            .and_then(|(namespace, id)| Self::new(root, namespace.to_str()?, id.to_str()?).ok());
-        pod.is_some_and(|pod| pod.lives())
+        Self::of_owner(root, owner).is_some_and(|pod| pod.lives())
+    }
+
+    /// Cleans up after the pod that a link below `root` names, if nothing of it runs. Its
+    /// socket may be that of a start under the same id, which replaces a dead one.
+    ///
+    /// # Errors
+    ///
+    /// When the root cannot be locked.
+    pub(crate) fn bury(root: &Path, owner: &Path) -> Result<(), RunDirError> {
+        let Some(pod) = Self::of_owner(root, owner) else {
+            return Ok(());
+        };
+        if pod.lives() {
+            return Ok(());
+        }
+        let _lock = lock(root)?;
+        if !pod.lives() {
+            info!(pod = %owner.display(), "nothing of it runs: cleaned up");
+            pod.undo(&pod.load_usable(), Duration::ZERO);
+        }
+        Ok(())
+    }
+
+    fn of_owner(root: &Path, owner: &Path) -> Option<Self> {
+        let (namespace, id) = owner.parent().zip(owner.file_name())?;
+        Self::new(root, namespace.to_str()?, id.to_str()?).ok()
     }
 
     /// Kills the daemon of this run directory, if it still runs.
@@ -332,7 +410,7 @@ impl RunDir {
         if let Some(daemon) = state.daemon
             && daemon.pid != std::process::id()
         {
-            daemon.kill();
+            daemon.kill(DEATH_WAIT);
         }
     }
 
@@ -375,6 +453,14 @@ pub fn check_id(id: &str) -> Result<(), RunDirError> {
     } else {
         Err(RunDirError::BadId(id.to_owned()))
     }
+}
+
+fn make_dir(path: &Path) -> Result<(), RunDirError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(io_error("make", path))
 }
 
 /// Locks a directory until the lock is dropped (flock(2)).
@@ -490,6 +576,7 @@ mod tests {
         b.save(&dead).unwrap();
         let d = run_dir(root.path(), "d");
         assert_eq!(d.allocate_uid(1000, 2).unwrap(), 1001);
+        assert!(!b.path().exists(), "nobody else would clean up after it");
     }
 
     #[test]
@@ -516,11 +603,75 @@ mod tests {
 
         drop(monitor);
         other.claims().claim(&other, &device).unwrap();
+        assert!(!dir.path().exists(), "whoever comes next cleans up");
         assert_eq!(other.allocate_uid(1000, 1).unwrap(), 1000);
         dir.cleanup();
-        assert!(!dir.path().exists());
         let holder = dir.claims().holder(device[0]).unwrap();
         assert_eq!(holder.as_deref(), Some("default/other"), "not another's");
+    }
+
+    #[test]
+    fn a_start_waits_for_what_is_left_of_an_earlier_one() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(root.path(), "pod");
+        let socket = root.path().join("socket");
+        fs::write(&socket, "").unwrap();
+        let state = State {
+            monitor: Some(monitor.process),
+            socket: Some(socket.clone()),
+            pin_time: Duration::from_secs(77),
+            ..State::default()
+        };
+        dir.save(&state).unwrap();
+        let refused = dir.renew().unwrap_err().to_string();
+        let pid = format!("process {},", monitor.process.pid);
+        for part in ["default/pod", pid.as_str(), "77 s"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        assert_eq!(dir.load().unwrap(), Some(state), "not forgotten");
+        drop(monitor);
+        dir.renew().unwrap();
+        assert_eq!(dir.load().unwrap(), None);
+        assert!(dir.shared_root().exists());
+        assert!(socket.exists(), "it is the new one's");
+    }
+
+    #[test]
+    fn memory_to_unpin_has_its_time() {
+        let Some(monitor) = Undying::new() else {
+            return;
+        };
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(root.path(), "pod");
+        let state = State {
+            monitor: Some(monitor.process),
+            pin_time: Duration::from_secs(1),
+            ..State::default()
+        };
+        dir.save(&state).unwrap();
+        let took = |cleanup: &dyn Fn()| {
+            let begin = std::time::Instant::now();
+            cleanup();
+            begin.elapsed()
+        };
+        assert!(took(&|| dir.cleanup_within(Duration::ZERO)) < DEATH_WAIT);
+        assert!(took(&|| dir.cleanup()) >= DEATH_WAIT + state.pin_time);
+    }
+
+    #[test]
+    fn nothing_is_cleaned_up_after_the_living() {
+        let root = tempfile::tempdir().unwrap();
+        let owner = Path::new("default/pod");
+        let dir = run_dir(root.path(), "pod");
+        RunDir::bury(root.path(), owner).unwrap();
+        assert!(dir.path().exists(), "it is being started");
+        let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
+        dir.save(&state).unwrap();
+        RunDir::bury(root.path(), owner).unwrap();
+        assert!(dir.path().exists());
     }
 
     #[test]

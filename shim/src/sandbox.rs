@@ -38,7 +38,7 @@ use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::{info, warn};
+use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -428,31 +428,38 @@ impl Sandbox {
         Ok(has_mib)
     }
 
-    /// Gives the guest a block device; returns the serial number of its disk.
+    /// An empty disk of the guest's, a container's from now on; its serial number.
     ///
     /// # Errors
     ///
-    /// `Stopped` before the boot, those of [`Slots::fill`].
-    pub async fn attach_disk(
-        &self,
-        container_id: &str,
-        device: &BlockDevice,
-    ) -> Result<String, SandboxError> {
+    /// `Stopped` before the boot, `NoSlot`.
+    pub fn take_disk(&self, container_id: &str) -> Result<String, SandboxError> {
         let guest = self.guest.get().ok_or(SandboxError::Stopped)?;
-        let fill = guest
-            .slots
-            .fill(&self.machine, container_id, &device.file, device.read_only);
-        fill.await
+        guest.slots.take(container_id)
     }
 
-    /// Takes it back; what goes wrong is logged, and such a disk not used again.
-    pub async fn detach_disk(&self, serial: &str) {
-        let Some(guest) = self.guest.get() else {
-            return;
-        };
-        match guest.slots.empty(&self.machine, serial).await {
-            Ok(()) | Err(MachineError::Stopped(_)) => (),
-            Err(error) => warn!(serial, %error, "a disk is not taken back"),
+    /// Makes a block device the bytes of a disk that was taken. After an error it may
+    /// have them all the same, or get them yet, until it is emptied.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Machine::exchange`].
+    pub async fn fill_disk(&self, serial: &str, device: &BlockDevice) -> Result<(), MachineError> {
+        let (file, read_only) = (Some(&device.file), device.read_only);
+        let filled = self.machine.exchange(serial, file, read_only).await;
+        filled.map(drop)
+    }
+
+    /// Takes the device from the guest, and gives the disk back.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Machine::exchange`]: the guest may have the device then. Not once the
+    /// machine is dead.
+    pub async fn empty_disk(&self, serial: &str) -> Result<(), MachineError> {
+        match self.guest.get() {
+            Some(guest) => guest.slots.empty(&*self.machine, serial).await,
+            None => Ok(()),
         }
     }
 
@@ -533,8 +540,13 @@ impl Sandbox {
             .await
             .is_err()
         {
-            self.machine.kill();
-            self.stopped().await;
+            self.kill().await;
         }
+    }
+
+    /// Ends the machine. When this returns it has nothing of the host's any more.
+    pub async fn kill(&self) {
+        self.machine.kill();
+        self.stopped().await;
     }
 }

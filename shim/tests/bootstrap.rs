@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
@@ -86,6 +86,12 @@ impl Host {
     }
 
     fn run(&self, id: &str, action: &str, input: &[u8]) -> Vec<u8> {
+        let output = self.output(id, action, input);
+        assert!(output.status.success(), "{action}: {output:?}");
+        output.stdout
+    }
+
+    fn output(&self, id: &str, action: &str, input: &[u8]) -> Output {
         let mut child = Command::new(env!("CARGO_BIN_EXE_containerd-shim-nacre-v2"))
             .args(["-namespace", "test", "-address", "/no/containerd.sock"])
             .args(["-publish-binary", "containerd", "-id", id, "-bundle"])
@@ -96,12 +102,11 @@ impl Host {
             .env_remove("TTRPC_ADDRESS")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         child.stdin.take().unwrap().write_all(input).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{action}: {output:?}");
-        output.stdout
+        child.wait_with_output().unwrap()
     }
 
     fn start(&self, id: &str) -> String {
@@ -269,6 +274,37 @@ async fn delete_after_a_crash_runs_poststop_once() {
         (&json!("pod"), &json!("stopped"))
     );
     assert!(!host.run_dir("pod").exists());
+}
+
+/// containerd logs it.
+#[tokio::test]
+async fn delete_says_on_stderr_what_went_wrong() {
+    let Some(host) = Host::new() else { return };
+    let failing = hook("echo no bridge >&2; exit 3");
+    host.describe(&own_network(), &json!({"poststop": failing}));
+    let address = host.start("pod");
+    host.create(&address).await.unwrap();
+    let witness = connect(&address);
+    kill(host.daemon(&address).await, Signal::SIGKILL).unwrap();
+    wait_for_end(witness);
+    let output = host.output("pod", "delete", b"");
+    assert!(output.status.success(), "{output:?}");
+    DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("no bridge"), "{said:?}");
+
+    std::fs::write(host.path("bundle/config.json"), "{").unwrap();
+    let output = host.output("pod", "delete", b"");
+    assert!(
+        !output.status.success(),
+        "hooks nobody knows of: {output:?}"
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("bundle/config.json"), "{said:?}");
+    std::fs::remove_file(host.path("bundle/config.json")).unwrap();
+    let output = host.output("pod", "delete", b"");
+    assert!(output.stderr.is_empty(), "{output:?}");
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[tokio::test]

@@ -155,12 +155,49 @@ fn directories_that_make_no_driver_image_are_refused() {
             &[("modules/modules.load", "a.ko\n")],
             "names a.ko",
         ),
+        (
+            "cut",
+            &[
+                ("modules/modules.load", "a.ko\nb.ko"),
+                ("modules/a.ko", "a"),
+            ],
+            "names b.ko",
+        ),
+        (
+            "elsewhere",
+            &[("modules/modules.load", "../a.ko\n"), ("a.ko", "a")],
+            "names ../a.ko: no .ko file",
+        ),
+        (
+            "unnamed",
+            &[("modules/modules.load", "nvme x=1\n"), ("modules/nvme", "")],
+            "names nvme: no .ko file",
+        ),
         ("yaml", &[("cdi/gpu.yaml", "x: 1")], "gpu.yaml is not JSON"),
     ] {
         let (said, image) = driver_image(name, files);
         said.exits(1).complains(&[part]);
         assert!(!image.exists(), "{name}");
     }
+}
+
+/// Only said, not done: without a directory it would write to the host's own.
+#[test]
+fn modules_for_an_image_need_a_directory() {
+    let make = |directory: &[&str]| {
+        let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel");
+        let mut make = Command::new("make");
+        make.args(["--dry-run", "nvme", "-C"]).arg(kernel);
+        // That of a make which runs this test is not for this one.
+        said(
+            make.args(directory)
+                .env_remove("MAKEFLAGS")
+                .env_remove("DIR"),
+        )
+    };
+    make(&[]).exits(2).complains(&["DIR=... is needed"]);
+    make(&["DIR="]).exits(2).complains(&["DIR=... is needed"]);
+    make(&["DIR=/some/where"]).exits(0);
 }
 
 /// The archive this host's apt uses is trusted as far as Debian's keys go.

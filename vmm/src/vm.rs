@@ -334,18 +334,27 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
     entry
 }
 
+/// A machine of 32 MiB with nothing in it; none, with the reason on stderr, where there is
+/// no KVM.
+#[cfg(test)]
+pub fn test_vm() -> Option<Arc<Vm>> {
+    let Ok(kvm) = Kvm::new() else {
+        eprintln!("skipped: no /dev/kvm");
+        return None;
+    };
+    let memory = crate::memory::allocate(32, false).unwrap();
+    Some(Arc::new(Vm::new(&kvm, memory).unwrap()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
 
     #[test]
     fn route_that_is_refused_does_not_spoil_the_others() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
         let route = |data| MsiRoute {
             address: 0xfee0_0000,
             data,

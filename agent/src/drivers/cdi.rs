@@ -16,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nacre_protocol::guest::START_SECONDS;
 use oci_spec::runtime::{
     Hook, HookBuilder, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, Spec,
 };
@@ -112,7 +113,7 @@ struct CdiHook {
     args: Vec<String>,
     #[serde(default)]
     env: Vec<String>,
-    timeout: Option<i64>,
+    timeout: Option<u64>,
 }
 
 /// The specs of an image, in the order of their names.
@@ -143,6 +144,13 @@ impl CdiSpec {
                     let name = &hook.hook_name;
                     return Err(format!(
                         "hook {} is of kind {name}; in guests {START} is run",
+                        hook.path.display()
+                    ));
+                }
+                if let Some(seconds) = hook.timeout.filter(|seconds| *seconds > START_SECONDS) {
+                    return Err(format!(
+                        "hook {} may take {seconds} s; the start of a container ends after \
+                         {START_SECONDS} s",
                         hook.path.display()
                     ));
                 }
@@ -301,10 +309,11 @@ impl CdiHook {
         if !self.env.is_empty() {
             hook = hook.env(self.env.clone());
         }
-        if let Some(timeout) = self.timeout {
-            hook = hook.timeout(timeout);
-        }
-        hook.build().map_err(|error| invalid(&error))
+        // It ends when nobody waits for the start any more.
+        let limit = self.timeout.filter(|seconds| *seconds > 0);
+        let limit =
+            i64::try_from(limit.unwrap_or(START_SECONDS)).map_err(|error| invalid(&error))?;
+        hook.timeout(limit).build().map_err(|error| invalid(&error))
     }
 }
 
@@ -342,6 +351,8 @@ mod tests {
             &with(&json!({"hooks": [hook]})),
             "/bin/hook is of kind createContainer",
         );
+        let slow = json!({"hookName": "startContainer", "path": "/bin/slow", "timeout": 11});
+        refused(&with(&json!({"hooks": [slow]})), "/bin/slow may take 11 s");
         let mount = json!({"hostPath": "tmpfs", "containerPath": "/x", "type": "tmpfs"});
         refused(&with(&json!({"mounts": [mount]})), "/x is not of type bind");
         refused(&with(&json!({"env": ["PATH"]})), "\"PATH\"");
@@ -384,6 +395,17 @@ mod tests {
         assert_eq!(devices.unwrap().len(), 1);
         let error = edits(1).apply(&mut spec, Path::new("/")).unwrap_err();
         assert!(error.full().contains("/dev/gpu0"), "{}", error.full());
+    }
+
+    #[test]
+    fn no_hook_outlives_the_start_that_waits_for_it() {
+        let limit = |timeout: Value| {
+            let hook = json!({"hookName": "startContainer", "path": "/a", "timeout": timeout});
+            let hook: CdiHook = serde_json::from_value(hook).unwrap();
+            hook.resolve().unwrap().timeout()
+        };
+        let limits = [json!(null), json!(0), json!(3), json!(10)].map(limit);
+        assert_eq!(limits, [10, 10, 3, 10].map(Some));
     }
 
     #[test]

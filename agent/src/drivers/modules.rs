@@ -92,7 +92,7 @@ fn modules(list: &str) -> Result<Vec<Module>> {
 fn refusal(errno: Errno, messages: &io::Result<Messages>) -> io::Error {
     let said = match messages {
         Ok(messages) => messages.read(),
-        Err(error) => format!("its messages cannot be read: {error}"),
+        Err(error) => unreadable(error),
     };
     let remedy = match errno {
         // "version magic" or "Unknown symbol": of another kernel's build.
@@ -132,11 +132,19 @@ impl Messages {
                 }
                 // Some were overwritten before they were read.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                Err(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    lines.push(unreadable(&error));
+                    break;
+                }
             }
         }
         last(&lines)
     }
+}
+
+fn unreadable(error: &io::Error) -> String {
+    format!("its messages cannot be read: {error}")
 }
 
 /// The text of a record: `6,1234,5678,-;text`, and lines with keys after it.
@@ -236,5 +244,9 @@ mod tests {
         let lines = ["a", "b", "c", "d"].map(str::to_owned);
         assert_eq!(last(&lines), "b; c; d");
         assert_eq!(last(&[]), "nothing");
+        // Not one that can be read.
+        let directory = Messages(File::open("/").unwrap());
+        let said = directory.read();
+        assert!(said.contains("cannot be read"), "{said}");
     }
 }

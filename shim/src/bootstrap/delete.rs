@@ -5,21 +5,24 @@
 //! with the daemon dead, any container's `delete` cleans the whole pod up; with
 //! the daemon alive, only the one of the pod itself does. Its `poststop` hooks each
 //! container's `delete` runs itself, as the bundle is there for just that long. containerd
-//! gives `delete` five seconds; a hook that takes longer goes on without it.
+//! gives `delete` five seconds; a hook that takes longer goes on without it, and after a
+//! monitor that does whoever comes next cleans up ([`crate::rundir`]).
 
+use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::DeleteResponse;
-use oci_spec::runtime::Spec;
 use protobuf::Message;
+use tracing::warn;
 
-use super::{Args, BootstrapError, group_of};
+use super::{Args, BootstrapError, group_of, init_log};
 use crate::config::Config;
 use crate::events::timestamp;
 use crate::hooks::Runner;
-use crate::rundir::{Proc, RunDir};
+use crate::rundir::{DEATH_WAIT, Proc, RunDir};
 use crate::sandbox::{Api, ContainerConfig};
 
 /// 128 + SIGKILL: the VM was shot.
@@ -27,8 +30,12 @@ const KILLED_STATUS: u32 = 137;
 
 /// Runs the action; returns what to print.
 pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
+    init_log("warn");
     // A mistake made in the configuration since must not keep a pod alive.
-    let config = Config::load().unwrap_or_default();
+    let config = Config::load().unwrap_or_else(|error| {
+        warn!(error = crate::error::chain(&error), "defaults are used");
+        Config::default()
+    });
     // A bundle without a readable config.json must not keep a pod alive.
     let bundle = args.bundle()?;
     let group = group_of(&bundle, &args.id).unwrap_or_else(|_| args.id.clone());
@@ -43,7 +50,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     let daemon_alive = state.daemon.is_some_and(Proc::is_alive);
     if !daemon_alive || group == args.id {
         RunDir::kill_daemon(&state);
-        run_dir.cleanup();
+        run_dir.cleanup_within(DEATH_WAIT);
         run_hooks(args, bundle)?;
     }
     let response = DeleteResponse {
@@ -57,10 +64,14 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
 
 /// Runs the container's `poststop` hooks, unless the daemon has.
 fn run_hooks(args: &Args, bundle: PathBuf) -> Result<(), BootstrapError> {
-    // Without a config.json there are none.
-    let Ok(spec) = Spec::load(bundle.join("config.json")) else {
-        return Ok(());
+    let path = bundle.join("config.json");
+    let text = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        text => text.map_err(BootstrapError::io(format!("read {}", path.display())))?,
     };
+    let spec = serde_json::from_slice(&text)
+        .map_err(io::Error::from)
+        .map_err(BootstrapError::io(format!("parse {}", path.display())))?;
     let config = ContainerConfig {
         api: Api::Task,
         id: args.id.clone(),

@@ -8,8 +8,8 @@
 //!                          monitor         the VM; only the daemon runs it          nacre_vmm::monitor
 //! ```
 //!
-//! containerd reads stdout and stderr of `start` and `delete` together as the
-//! answer, so neither prints anything else.
+//! containerd reads stdout and stderr of `start` together as the answer, so it prints
+//! nothing else unless it fails. What `delete` says on stderr containerd logs.
 
 mod args;
 mod delete;
@@ -59,6 +59,18 @@ impl BootstrapError {
         let what = what.into();
         move |source| Self::Io { what, source }
     }
+}
+
+/// Has what is logged written to stderr. `start` sets the daemon's level in `RUST_LOG`,
+/// for the monitor's sake.
+fn init_log(level: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(filter)
+        .init();
 }
 
 /// Longest runtime options taken from stdin.

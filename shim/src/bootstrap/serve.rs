@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use super::{Args, BootstrapError};
+use super::{Args, BootstrapError, init_log};
 use crate::config::Config;
 use crate::events::Publisher;
 use crate::hooks::Runner;
@@ -39,17 +39,6 @@ pub fn serve(args: &Args) -> Result<(), BootstrapError> {
         .build()
         .map_err(BootstrapError::io("start the runtime"))?
         .block_on(run(args, config, hooks))
-}
-
-/// `start` sets the level in `RUST_LOG`, for the monitor's sake.
-fn init_log(level: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_env_filter(filter)
-        .init();
 }
 
 /// Leaves containerd's session and mount namespace. Mounts made from here on

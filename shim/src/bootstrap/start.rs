@@ -18,12 +18,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 use sha2::{Digest, Sha256};
 
-use super::{Args, BootstrapError, group_of};
+use super::{Args, BootstrapError, group_of, init_log};
 use crate::config::Config;
 use crate::rundir::{RunDir, State};
 
@@ -58,6 +59,7 @@ pub fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
             // Nobody serves it; a later `start` must not find it. containerd asks for
             // no `delete` of a shim that did not start.
             let _ = fs::remove_file(&socket);
+            init_log("warn");
             undo(args, &group);
             return Err(error);
         }
@@ -156,7 +158,7 @@ fn spawn(
 ) -> Result<(), BootstrapError> {
     let config = Config::load()?;
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, group)?;
-    run_dir.create()?;
+    run_dir.renew()?;
     run_dir.remember(bundle)?;
     let log = run_dir.open_log()?;
     let exe = std::env::current_exe().map_err(BootstrapError::io("find this program"))?;
@@ -204,7 +206,8 @@ fn undo(args: &Args, group: &str) {
     if let Ok(config) = Config::load()
         && let Ok(run_dir) = RunDir::new(&config.run_dir, &args.namespace, group)
     {
-        run_dir.cleanup();
+        // What is not gone by now is an earlier start's.
+        run_dir.cleanup_within(Duration::ZERO);
     }
 }
 

@@ -109,18 +109,40 @@ fn huge_pages_of_all_sizes_count() {
     let some = json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 0}]);
     let none = json!([{"pageSize": "2MB", "limit": -1}]);
     let (some, none) = (limits(some), limits(none));
-    assert_eq!(some.huge_page_bytes, 4 << 20);
-    assert_eq!(none.huge_page_bytes, 0);
+    assert_eq!(some.huge_pages.bytes(), 4 << 20);
+    assert_eq!(none.huge_pages.bytes(), 0);
     let updated =
         json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "2MB", "limit": 6 << 20}]);
     assert_eq!(
-        limits(updated).huge_page_bytes,
+        limits(updated).huge_pages.bytes(),
         6 << 20,
         "as CRI updates it"
     );
-    assert_eq!(Limits::together(&[some, some]).huge_page_bytes, 8 << 20);
+    assert_eq!(Limits::together(&[some, some]).huge_pages.bytes(), 8 << 20);
     let cpu = serde_json::from_value(json!({"cpu": {"quota": 5}})).unwrap();
-    assert_eq!(some.updated_by(&cpu).huge_page_bytes, 4 << 20);
+    assert_eq!(some.updated_by(&cpu).huge_pages.bytes(), 4 << 20);
+}
+
+/// As the guest's pools do.
+#[test]
+fn huge_pages_of_sizes_that_an_update_does_not_name_stay() {
+    let update = |limits: Limits, value| {
+        let resources = serde_json::from_value(json!({"hugepageLimits": value}));
+        limits.updated_by(&resources.unwrap())
+    };
+    let both =
+        json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 2_u64 << 30}]);
+    let before = update(Limits::default(), both);
+    let bytes = |limits: Limits| limits.huge_pages.bytes();
+    assert_eq!(bytes(before), (4 << 20) + (2 << 30));
+    let after = update(before, json!([{"pageSize": "2MB", "limit": 6 << 20}]));
+    assert_eq!(bytes(after), (6 << 20) + (2 << 30));
+    let less = update(after, json!([{"pageSize": "1GB", "limit": -1}]));
+    assert_eq!(bytes(less), 6 << 20);
+    // Between two limits there is room for either.
+    let large = json!([{"pageSize": "2MB", "limit": 0}, {"pageSize": "1GB", "limit": 1 << 30}]);
+    let large = update(less, large);
+    assert_eq!(bytes(less.or_more(large)), (6 << 20) + (1 << 30));
 }
 
 /// Plain files in the place of a cgroup's.

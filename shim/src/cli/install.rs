@@ -217,8 +217,10 @@ fn remove_files(record: &Record) -> Result<Vec<String>, InstallError> {
 
 fn refuse_with_pods(place: &Place) -> Result<(), CliError> {
     let config = Config::load_from(&below(&place.root, Path::new(CONFIG_PATH)))?;
+    let run_dir = below(&place.root, &config.run_dir);
+    pods::sweep(&run_dir)?;
     // Whatever their state says, or if it cannot be read: something is left of them.
-    let pods = pods::places(&below(&place.root, &config.run_dir))?;
+    let pods = pods::places(&run_dir)?;
     if pods.is_empty() {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::{CliError, table};
 use crate::devices::{Address, Claims, DeviceError};
-use crate::rundir::{Proc, State, check_id};
+use crate::rundir::{Proc, RunDir, State, check_id};
 
 const STATE_FILE: &str = "state.json";
 const LOG_FILE: &str = "log";
@@ -32,6 +32,7 @@ pub(super) struct Pod {
 
 /// Prints a table of the pods.
 pub(super) fn list(run_dir: &Path, out: &mut impl Write) -> Result<(), CliError> {
+    sweep(run_dir)?;
     let uptime = uptime_ticks();
     let claims = Claims::of(run_dir).by_pod().map_err(DeviceError::from)?;
     let mut rows = vec![
@@ -148,6 +149,15 @@ pub(super) fn places(run_dir: &Path) -> Result<Vec<PodPlace>, CliError> {
     }
     places.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
     Ok(places)
+}
+
+/// Cleans up after those of which nothing runs any more.
+pub(super) fn sweep(run_dir: &Path) -> Result<(), CliError> {
+    for PodPlace { namespace, id, .. } in places(run_dir)? {
+        let owner = Path::new(&namespace).join(id);
+        RunDir::bury(run_dir, &owner).map_err(DeviceError::from)?;
+    }
+    Ok(())
 }
 
 /// The pods with a readable state, by namespace and id.
@@ -278,7 +288,6 @@ fn duration(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rundir::RunDir;
     use std::fs::File;
     use std::io::Read;
 
@@ -340,6 +349,22 @@ mod tests {
         let column = |line: usize| text.lines().nth(line).unwrap().split("  ").last().unwrap();
         let columns = [0, 1, 2].map(|line| column(line).trim());
         assert_eq!(columns, ["DEVICES", "0000:01:00.0,0000:02:00.0", "-"]);
+    }
+
+    #[test]
+    fn what_is_left_of_dead_pods_is_cleaned_up() {
+        let dir = run_dir(&["abc", "xyz"]);
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = State {
+            monitor: Proc::of(child.id()),
+            ..State::default()
+        };
+        child.wait().unwrap();
+        let pod = RunDir::new(dir.path(), "k8s.io", "xyz").unwrap();
+        pod.save(&dead).unwrap();
+        let text = list_text(dir.path());
+        assert!(text.contains("abc") && !text.contains("xyz"), "{text}");
+        assert!(!pod.path().exists());
     }
 
     #[test]

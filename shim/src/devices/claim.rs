@@ -6,8 +6,8 @@
 //! ```
 //! A link is made whole or not at all, and all of one pod's under the directory's
 //! lock. It counts as long as the pod lives: its shim or its monitor, which may be killed
-//! long before it is gone. So a claim that nobody came to release, after a power cut of
-//! the shim, holds nobody up.
+//! long before it is gone. So a claim that nobody came to release, after the shim was
+//! killed, holds nobody up: whoever wants the device cleans up after the dead pod.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -67,8 +67,14 @@ impl Claims {
             .mode(0o700)
             .create(&dir)
             .map_err(io_error("make", &dir))?;
-        let _lock = lock(&dir)?;
         let owner = pod.owner();
+        // Before the lock, which that takes as well.
+        for &address in devices {
+            if let Some(other) = self.owner(address)?.filter(|other| *other != owner) {
+                RunDir::bury(&self.root, &other)?;
+            }
+        }
+        let _lock = lock(&dir)?;
         for &address in devices {
             match self.owner(address)? {
                 Some(other) if other != owner && self.lives(&other) => {
@@ -256,6 +262,7 @@ pub(super) mod tests {
             claims.holder(device).unwrap().as_deref(),
             Some("default/heir")
         );
+        assert!(!root.path().join("default/dead").exists());
 
         // One that left nothing else.
         claims.release(&heir);

@@ -10,11 +10,10 @@ use std::str::FromStr;
 
 use super::pci::Function;
 use super::{Address, DeviceError, System};
+use crate::storage::devices::check_size;
 
 /// Digits of an id and of a class in a [`Filter`].
 const DIGITS: usize = 4;
-/// Bytes of a sector (virtio 1.2, 5.2.4).
-const SECTOR_BYTES: u64 = 512;
 
 /// Which PCI functions are meant, as `lspci -d` takes it: `vendor:device:class`, each of
 /// four hexadecimal digits, `x` for any digit, or nothing.
@@ -169,10 +168,7 @@ fn check(path: &Path, file: &File) -> Result<(), DriverError> {
     if !metadata.is_file() {
         return Err(no_image("it is no file".into()));
     }
-    if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
-        return Err(no_image(format!("it has {bytes} bytes")));
-    }
-    Ok(())
+    check_size(bytes).map_err(no_image)
 }
 
 #[cfg(test)]

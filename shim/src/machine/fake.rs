@@ -69,7 +69,7 @@ pub struct FakeMachine {
 pub enum Disks {
     /// Do so.
     Exchange,
-    /// Refuse.
+    /// Refuse files.
     Refuse,
     /// Say that it takes too long.
     Busy,
@@ -123,12 +123,12 @@ impl Machine for FakeMachine {
         let disks = *disks.wait_for(|disks| *disks != Disks::Wait).await.unwrap();
         let serial = serial.to_owned();
         match disks {
-            Disks::Refuse => {
+            Disks::Refuse if file.is_some() => {
                 let reason = "not this one".into();
                 return Err(MachineError::Disk { serial, reason });
             }
             Disks::Busy => return Err(MachineError::DiskBusy { serial, seconds: 0 }),
-            Disks::Exchange | Disks::Wait => (),
+            Disks::Exchange | Disks::Refuse | Disks::Wait => (),
         }
         let size = file
             .as_mut()

@@ -55,7 +55,10 @@ pub enum MachineError {
         reason: String,
     },
     /// A disk has not got other bytes in time. It may still get them.
-    #[error("disk {serial}: what it has under way takes longer than {seconds} s")]
+    #[error(
+        "disk {serial}: a device of the host has not answered a request for {seconds} s; it is \
+         the guest's until it has"
+    )]
     DiskBusy {
         /// Its serial number.
         serial: String,
@@ -118,7 +121,8 @@ pub trait Machine: Send + Sync {
 
     /// Gives a disk that was made empty the bytes of `file`, or none again. Nothing
     /// touches those it had when this returns. The size in bytes. After an error other
-    /// than [`MachineError::Disk`] nobody knows what the disk has.
+    /// than [`MachineError::Disk`] nobody knows what the disk has; it may be asked for
+    /// again, and the last call counts.
     async fn exchange(
         &self,
         serial: &str,

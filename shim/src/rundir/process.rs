@@ -10,8 +10,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-/// How long a killed process may take to die before cleanup goes on.
-const DEATH_WAIT: Duration = Duration::from_secs(2);
+/// How long a killed process may take to be gone, if it has no memory to unpin.
+pub const DEATH_WAIT: Duration = Duration::from_secs(2);
 
 /// A process, told apart from later ones with the same pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,9 +48,8 @@ impl Proc {
             .is_some_and(|pidfd| !has_died(pidfd.as_fd(), Duration::ZERO))
     }
 
-    /// Kills this very process and waits for its end, at most [`DEATH_WAIT`]. Returns
-    /// whether it is gone: one with much memory to unpin takes longer.
-    pub(super) fn kill(self) -> bool {
+    /// Kills this very process and waits for its end. Returns whether it is gone.
+    pub(super) fn kill(self, wait: Duration) -> bool {
         let Some(pidfd) = self.open() else {
             return true;
         };
@@ -59,7 +58,7 @@ impl Proc {
         {
             warn!(pid = self.pid, %error, "cannot kill");
         }
-        has_died(pidfd.as_fd(), DEATH_WAIT)
+        has_died(pidfd.as_fd(), wait)
     }
 }
 
@@ -99,7 +98,7 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn has_died(pidfd: BorrowedFd<'_>, wait: Duration) -> bool {
-    let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO);
+    let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, timeout), Ok(ready) if ready > 0)
 }

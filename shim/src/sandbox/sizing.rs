@@ -59,7 +59,7 @@ pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
     let memory_mib = annotated(annotations, MEMORY)
         .or_else(|| spec_memory(spec))
         .map_or(config.default_memory_mib, mib_for);
-    let memory_mib = with_huge_pages(memory_mib, Limits::of(spec).huge_page_bytes);
+    let memory_mib = with_huge_pages(memory_mib, Limits::of(spec).huge_pages.bytes());
     let quota = annotated(annotations, CPU_QUOTA)
         .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
         .or_else(|| spec_cpu(spec));
@@ -112,7 +112,7 @@ pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
     } else {
         mib.max(config.default_memory_mib)
     };
-    with_huge_pages(mib, Limits::together(containers).huge_page_bytes)
+    with_huge_pages(mib, Limits::together(containers).huge_pages.bytes())
 }
 
 /// Huge pages are beside the memory that has a limit, as in Kubernetes.
@@ -280,11 +280,8 @@ mod tests {
             "memory": {"limit": 256 << 20}, "hugepageLimits": huge,
         }}});
         assert_eq!(size(&spec).1, 256 + 64 + 64);
-        let limits = Limits {
-            memory_bytes: Some(256 << 20),
-            huge_page_bytes: 64 << 20,
-            ..Limits::default()
-        };
+        let resources = serde_json::from_value(spec["linux"]["resources"].clone());
+        let limits = Limits::default().updated_by(&resources.unwrap());
         assert_eq!(memory_of(&[limits, limits], &config), 512 + 64 + 128);
     }
 

@@ -1,9 +1,8 @@
 //! Disks that are made empty with the machine, for the block devices of containers
-//! that come later: a slot is given a container's device, and is empty again when
-//! the container is gone.
+//! that come later: a slot is given a container's device, and is empty again before
+//! the container is said to be gone.
 
-use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use nacre_protocol::vm::{Disk, DiskBacking};
 
@@ -41,49 +40,12 @@ impl Slots {
         }
     }
 
-    /// Gives a device to an empty slot; returns its disk's serial number. A slot that
-    /// may get the device yet, or has it, is not used again.
+    /// Takes an empty slot; returns its disk's serial number.
     ///
     /// # Errors
     ///
-    /// `NoSlot`; the monitor's refusal.
-    pub async fn fill(
-        &self,
-        machine: &Arc<dyn Machine>,
-        container_id: &str,
-        file: &File,
-        read_only: bool,
-    ) -> Result<String, SandboxError> {
-        let index = self.take(container_id)?;
-        let serial = serial(index);
-        match machine.exchange(&serial, Some(file), read_only).await {
-            Ok(_) => Ok(serial),
-            Err(error) => {
-                if let MachineError::Disk { .. } = error {
-                    self.give_back(index);
-                }
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Empties the slot with this disk. One that cannot be emptied is not used again.
-    ///
-    /// # Errors
-    ///
-    /// Those of the machine.
-    pub async fn empty(
-        &self,
-        machine: &Arc<dyn Machine>,
-        serial: &str,
-    ) -> Result<(), MachineError> {
-        machine.exchange(serial, None, false).await?;
-        let index = serial.strip_prefix("slot").and_then(|n| n.parse().ok());
-        self.give_back(index.unwrap_or(usize::MAX));
-        Ok(())
-    }
-
-    fn take(&self, container_id: &str) -> Result<usize, SandboxError> {
+    /// `NoSlot`.
+    pub fn take(&self, container_id: &str) -> Result<String, SandboxError> {
         let mut taken = lock(&self.taken);
         let count = taken.len();
         let free = taken.iter_mut().enumerate().find(|(_, taken)| !**taken);
@@ -92,12 +54,24 @@ impl Slots {
             count,
         })?;
         *slot = true;
-        Ok(index)
+        Ok(serial(index))
     }
 
-    fn give_back(&self, index: usize) {
-        if let Some(taken) = lock(&self.taken).get_mut(index) {
+    /// Empties the slot with this disk and gives it back. One that cannot be emptied stays
+    /// taken: its device is in use, and this may be tried again.
+    ///
+    /// # Errors
+    ///
+    /// Those of the machine, as long as there is one.
+    pub async fn empty(&self, machine: &dyn Machine, serial: &str) -> Result<(), MachineError> {
+        match machine.exchange(serial, None, false).await {
+            Ok(_) | Err(MachineError::Stopped(_)) => (),
+            Err(error) => return Err(error),
+        }
+        let index = serial.strip_prefix("slot").and_then(|n| n.parse().ok());
+        if let Some(taken) = lock(&self.taken).get_mut(index.unwrap_or(usize::MAX)) {
             *taken = false;
         }
+        Ok(())
     }
 }

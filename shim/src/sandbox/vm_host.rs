@@ -21,6 +21,7 @@ use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -37,7 +38,7 @@ use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
 use crate::network::loopback::{self, Loopback};
 use crate::network::{self, PodNetwork};
 use crate::oci::{self, kubernetes};
-use crate::rundir::{Proc, RunDir, State};
+use crate::rundir::{DEATH_WAIT, Proc, RunDir, RunDirError, State};
 use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
 
@@ -45,8 +46,6 @@ use boot::{BootConfig, BootFds};
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
-/// How long a killed monitor may take to be gone.
-const DEATH_WAIT: Duration = Duration::from_secs(2);
 const GROUP: &str = "io.containerd.runc.v2.group";
 
 /// What lives on the host for the pod.
@@ -60,8 +59,6 @@ struct Parts {
     network: Option<PodNetwork>,
     /// The host's devices that are the pod's, in the order of the machine's.
     devices: Vec<AssignedDevice>,
-    /// What the memory of a pod with devices takes to be pinned, and to be given back.
-    pin_time: Duration,
     state: State,
 }
 
@@ -155,6 +152,7 @@ impl VmHost {
 
     /// See [`super::Host::open`].
     pub async fn open(&self, config: &ContainerConfig) -> Result<Sandbox, SandboxError> {
+        self.refuse_undead().await?;
         let result = self.try_open(config).await;
         if let Err(error) = &result {
             warn!(error = chain(error), "sandbox not made");
@@ -224,7 +222,8 @@ impl VmHost {
             let mut parts = crate::task::lock(&self.parts);
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
-            parts.pin_time = pin_time;
+            parts.state.pin_time = pin_time;
+            self.run_dir.save(&parts.state)?;
             (machine, parts.netns.take(), parts.network.take(), uid)
         };
         let loopback = match &netns {
@@ -411,6 +410,27 @@ impl VmHost {
             .map_err(io_error(format!("open {}", path.display())))
     }
 
+    /// A machine that a teardown has killed and that is not gone has what the next one
+    /// would get. If it is gone by now, the teardown can be finished.
+    async fn refuse_undead(&self) -> Result<(), SandboxError> {
+        let (machine, pin_time) = {
+            let parts = crate::task::lock(&self.parts);
+            (parts.machine.clone(), parts.state.pin_time)
+        };
+        let Some(machine) = machine else {
+            return Ok(());
+        };
+        if machine.stopped().now_or_never().is_none() {
+            return Err(SandboxError::RunDir(RunDirError::NotGone {
+                pod: self.run_dir.owner().display().to_string(),
+                pid: machine.pid(),
+                seconds: pin_time.as_secs(),
+            }));
+        }
+        self.teardown().await;
+        Ok(())
+    }
+
     /// Notes a change of what is there, in memory and on disk.
     fn record(&self, change: impl FnOnce(&mut Parts)) -> Result<(), SandboxError> {
         let mut parts = crate::task::lock(&self.parts);
@@ -420,15 +440,11 @@ impl VmHost {
 
     /// See [`super::Host::teardown`].
     pub async fn teardown(&self) {
-        let (machine, virtiofsd, cgroup, pin_time) = {
+        let (machine, virtiofsd, pin_time) = {
             let mut parts = crate::task::lock(&self.parts);
             (parts.network, parts.netns) = (None, None);
-            (
-                parts.machine.take(),
-                parts.virtiofsd.take(),
-                parts.cgroup.take(),
-                parts.pin_time,
-            )
+            let pin_time = parts.state.pin_time;
+            (parts.machine.take(), parts.virtiofsd.take(), pin_time)
         };
         let mut is_gone = true;
         if let Some(machine) = machine {
@@ -440,6 +456,11 @@ impl VmHost {
                 crate::task::lock(&self.parts).machine = Some(machine);
             }
         }
+        let cgroup = if is_gone {
+            crate::task::lock(&self.parts).cgroup.take()
+        } else {
+            None
+        };
         let run_dir = self.run_dir.clone();
         let result = blocking(move || {
             if is_gone {

@@ -18,12 +18,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use rustix::fs::ioctl_blksszget;
 
 use super::StorageError;
 use crate::devices::request::is_passthrough_node;
 use crate::oci::device_rules;
 
-/// Bytes of a sector (virtio 1.2, 5.2.4).
+/// What sizes of disks count in (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 /// Permission bits of a node where the spec has none.
 const DEFAULT_MODE: u32 = 0o660;
@@ -151,14 +152,11 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
         return Err(io::Error::other(text));
     }
     let size_bytes = file.seek(SeekFrom::End(0))?;
-    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
-        let text = format!("{} has {size_bytes} bytes", path.display());
-        return Err(io::Error::other(text));
-    }
+    check_size(size_bytes).map_err(|why| io::Error::other(format!("{}: {why}", path.display())))?;
     Ok(BlockDevice {
+        sector_bytes: ioctl_blksszget(&file)?,
         file,
         size_bytes,
-        sector_bytes: sector_bytes(device.major(), device.minor())?,
         read_only,
         path: device.path().clone(),
         access,
@@ -166,6 +164,20 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
         uid: device.uid().unwrap_or(0),
         gid: device.gid().unwrap_or(0),
     })
+}
+
+/// Whether something of this size can be a disk.
+///
+/// # Errors
+///
+/// Why not.
+pub fn check_size(bytes: u64) -> Result<(), String> {
+    if bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES) {
+        return Ok(());
+    }
+    Err(format!(
+        "it has {bytes} bytes, not a positive multiple of {SECTOR_BYTES}"
+    ))
 }
 
 /// Opens a device for I/O past the host's page cache, which would not know what another
@@ -179,30 +191,9 @@ fn open_uncached(path: &Path, read_only: bool) -> io::Result<File> {
     options.open(path)
 }
 
-fn sysfs(major: i64, minor: i64) -> PathBuf {
-    format!("/sys/dev/block/{major}:{minor}").into()
-}
-
-/// Size of a block device's logical sectors
-/// (Documentation/ABI/stable/sysfs-block); a partition has its disk's.
-fn sector_bytes(major: i64, minor: i64) -> io::Result<u32> {
-    sector_bytes_at(&sysfs(major, minor))
-}
-
-fn sector_bytes_at(device: &Path) -> io::Result<u32> {
-    let own = device.join("queue");
-    let queue = if own.exists() {
-        own
-    } else {
-        device.join("../queue")
-    };
-    let text = std::fs::read_to_string(queue.join("logical_block_size"))?;
-    text.trim().parse().map_err(io::Error::other)
-}
-
 /// Where the host has a block device: a spec tells its numbers only.
 fn host_node(major: i64, minor: i64) -> io::Result<PathBuf> {
-    let text = std::fs::read_to_string(sysfs(major, minor).join("uevent"))?;
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
     let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
     let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
     Ok(Path::new("/dev").join(name))
@@ -260,7 +251,13 @@ mod tests {
         let flags = fcntl(&device.file, FcntlArg::F_GETFL).unwrap();
         let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
         assert_eq!(access, OFlag::O_RDONLY);
-        assert!(device.sector_bytes >= 512);
+        let of = |place: &str| {
+            let file = format!("/sys/dev/block/{major}:{minor}/{place}logical_block_size");
+            std::fs::read_to_string(file).ok()
+        };
+        // A partition has its disk's.
+        let sysfs = of("queue/").or_else(|| of("../queue/")).unwrap();
+        assert_eq!(device.sector_bytes.to_string(), sysfs.trim());
 
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let privileged = open(&spec(&node, &everything), "c1").unwrap();
@@ -270,27 +267,26 @@ mod tests {
     #[test]
     fn nothing_is_between_a_container_and_its_device() {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let opened = match open_uncached(file.path(), true) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                eprintln!("skipped: this file system has no O_DIRECT");
-                return;
-            }
-            opened => opened.unwrap(),
-        };
+        let mut probe = File::options();
+        let probe = probe.read(true).custom_flags(libc::O_DIRECT);
+        if let Err(error) = probe.open(file.path()) {
+            eprintln!("skipped: no O_DIRECT here: {error}");
+            return;
+        }
+        let opened = open_uncached(file.path(), true).unwrap();
         let flags = OFlag::from_bits_retain(fcntl(&opened, FcntlArg::F_GETFL).unwrap());
         assert!(flags.contains(OFlag::O_DIRECT), "{flags:?}");
     }
 
     #[test]
-    fn sectors_of_a_disk_and_of_its_partition() {
-        let sys = tempfile::tempdir().unwrap();
-        let disk = sys.path().join("sda");
-        std::fs::create_dir_all(disk.join("queue")).unwrap();
-        std::fs::create_dir(disk.join("sda1")).unwrap();
-        std::fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
-        assert_eq!(sector_bytes_at(&disk).unwrap(), 4096);
-        assert_eq!(sector_bytes_at(&disk.join("sda1")).unwrap(), 4096);
-        assert!(sector_bytes_at(sys.path()).is_err());
+    fn a_disk_has_whole_sectors() {
+        for good in [512, 4096] {
+            check_size(good).unwrap();
+        }
+        for bad in [0, 511, 513] {
+            let why = check_size(bad).unwrap_err();
+            assert!(why.contains(&format!("{bad} bytes")), "{why}");
+        }
     }
 
     #[test]

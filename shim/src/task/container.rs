@@ -21,6 +21,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
+use nacre_protocol::guest::START_SECONDS;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info, warn};
@@ -356,7 +357,8 @@ impl Container {
                 return Ok(());
             }
             process.start_input()?;
-            let limit = CALL_TIMEOUT + hooks::time_in_guest(&self.config.spec);
+            let own_hooks = hooks::time_in_guest(&self.config.spec);
+            let limit = Duration::from_secs(START_SECONDS) + own_hooks;
             let request = self.container_request();
             let agent = self.agent("start")?;
             let answer = self.sandbox.ask("start the container", limit, |context| {

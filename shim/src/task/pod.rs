@@ -26,7 +26,7 @@ use tracing::{info, warn};
 use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
-use super::process::lock;
+use super::process::{Phase, lock};
 use super::resize::take_room;
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
@@ -229,7 +229,17 @@ impl Pod {
             if (booted || self.host.knows_network())
                 && let Err(error) = self.enter_guest(&container).await
             {
-                container.detach_devices().await;
+                if let Err(busy) = container.detach_devices().await {
+                    // containerd does not delete what it has not created: nobody would
+                    // come again to take the devices back.
+                    let busy = crate::error::chain(&busy);
+                    warn!(
+                        container_id = config.id,
+                        error = busy,
+                        "the machine is ended"
+                    );
+                    container.sandbox().kill().await;
+                }
                 return Err(error);
             }
             Ok(Arc::new(container))
@@ -345,11 +355,15 @@ impl Pod {
         Ok(prepared)
     }
 
-    /// Deletes an exec, or a container and all that belongs to it.
+    /// Deletes an exec, or a container and all that belongs to it. A container whose disk
+    /// has a request under way that the host does not answer is still there: what is told
+    /// to be gone uses no device of the host. Whoever asked asks again, as containerd's CRI
+    /// plugin does. To kill the machine would take the pod's other containers along, and end
+    /// no sooner: a process with such a request is not gone before it is answered.
     ///
     /// # Errors
     ///
-    /// `WrongPhase` while it runs.
+    /// `WrongPhase` while it runs; those of [`Container::detach_devices`].
     pub async fn delete(
         self: &Arc<Self>,
         request: &DeleteRequest,
@@ -357,7 +371,7 @@ impl Pod {
         let container = self.container(&request.id)?;
         let (pid, exit) = if request.exec_id.is_empty() {
             let exit = container.delete().await?;
-            self.forget(&container).await;
+            self.forget(&container).await?;
             (container.pid(), exit)
         } else {
             (
@@ -383,14 +397,19 @@ impl Pod {
     }
 
     /// What the host keeps of a container that is gone from the guest.
-    async fn forget(self: &Arc<Self>, container: &Container) {
+    async fn forget(self: &Arc<Self>, container: &Container) -> Result<(), TaskError> {
         let _busy = self.busy.read().await;
         let config = container.config();
-        container.detach_devices().await;
+        if let Err(error) = container.detach_devices().await {
+            let stopped = |phase: Phase| phase.exit().map(Phase::Stopped);
+            container.init().advance("keep", stopped)?;
+            return Err(error);
+        }
         self.host.release(&config.id).await;
         self.host.hooks().stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));
+        Ok(())
     }
 
     /// Ends the pod if it has no containers any more; else does nothing, as

@@ -7,7 +7,7 @@
 //!     |                  |              |  ^                |           |
 //!     |                  |exec failed   |  +----------------+--resume---+
 //!     +------exit--------+------exit----+-----------exit----------------+
-//!                                v
+//!                                v  <---failed: init--+
 //!                             Stopped --delete--> Deleting --> forgotten
 //! ```
 //!

@@ -11,6 +11,8 @@ use tracing::warn;
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container, deadline};
 use super::process::lock;
+#[cfg(doc)]
+use crate::sandbox::Sandbox;
 use crate::storage::{BlockDevice, Follower, GuestVolumes, MAX_LOG_BYTES, StorageError, WriteBack};
 
 /// Time a guest has to hand back what a container wrote, before the exit is
@@ -63,15 +65,16 @@ impl Container {
     }
 
     /// Gives the machine the container's block devices; returns what the agent makes
-    /// of them. Those that have come so far are the container's even when one fails.
+    /// of them. Those that may have come are the container's even when one fails.
     pub(super) async fn attach_devices(
         &self,
         devices: &[BlockDevice],
     ) -> Result<Vec<agent::BlockDevice>, TaskError> {
         let mut attached = Vec::new();
         for device in devices {
-            let serial = self.sandbox.attach_disk(&self.config.id, device).await?;
+            let serial = self.sandbox.take_disk(&self.config.id)?;
             lock(&self.disks.0).push(serial.clone());
+            self.sandbox.fill_disk(&serial, device).await?;
             attached.push(agent::BlockDevice {
                 serial,
                 size_bytes: device.size_bytes,
@@ -87,14 +90,24 @@ impl Container {
         Ok(attached)
     }
 
-    /// Takes the block devices back, when the guest has no such container any more.
-    pub async fn detach_devices(&self) {
-        let serials = std::mem::take(&mut *lock(&self.disks.0));
+    /// Takes the block devices back, when the guest has no such container any more. One
+    /// that cannot be taken back stays the container's, and this may be tried again.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sandbox::empty_disk`].
+    pub async fn detach_devices(&self) -> Result<(), TaskError> {
+        let serials = lock(&self.disks.0).clone();
         // Each may take its time.
-        let detached = serials
-            .iter()
-            .map(|serial| self.sandbox.detach_disk(serial));
-        futures::future::join_all(detached).await;
+        let emptied = serials.iter().map(|serial| async move {
+            self.sandbox.empty_disk(serial).await?;
+            lock(&self.disks.0).retain(|other| other != serial);
+            Ok::<_, TaskError>(())
+        });
+        futures::future::join_all(emptied)
+            .await
+            .into_iter()
+            .collect()
     }
 
     /// When the init process has ended: brings back what is to be, and lets the

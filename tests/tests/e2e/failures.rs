@@ -135,7 +135,7 @@ fn check_finds_a_fit_host_fit() {
     let said = check_after("true").exits(0);
     assert!(said.stdout.contains("a small VM ran"), "{said:#?}");
     let rows: Vec<&str> = said.stdout.lines().collect();
-    assert_eq!(rows.len(), 11, "{said:#?}");
+    assert_eq!(rows.len(), 12, "{said:#?}");
     assert!(rows.iter().all(|row| row.starts_with("ok ")), "{said:#?}");
 }
 

@@ -171,7 +171,8 @@ fn empty_dirs_of_disk_and_memory() {
 
     let fill = |path: &str, kib: u32| {
         one.sh(&format!(
-            "dd if=/dev/urandom of={path} bs=1k count={kib} 2>/dev/null"
+            "dd if=/dev/urandom of={path} bs=64k count={} 2>/dev/null",
+            kib / 64
         ))
     };
     fill("/memory/half", 1024).exits(0);

@@ -2,8 +2,8 @@
 //! no request under way, and a device of the host may keep one for long. The main thread
 //! hears of the answers through an event.
 //!
-//! There are as many threads as exchanges that the shim has not got an answer to: one
-//! for each disk at most.
+//! There are as many threads as exchanges that the shim has not got an answer to: one for
+//! each disk, and one more each time that the shim asks again for a disk that is busy.
 
 use std::collections::HashMap;
 use std::io;
@@ -61,7 +61,7 @@ impl Exchanges {
         };
         let answerer = self.answerer.clone();
         let exchange = move || {
-            let result = slot.exchange(read_only, backing);
+            let result = slot.exchange(number, read_only, backing);
             answerer.answer(number, result.map_err(|error| error.to_string()));
         };
         let thread = std::thread::Builder::new().name("exchange".into());

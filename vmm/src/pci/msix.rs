@@ -269,17 +269,11 @@ fn vector_of(offset: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
 
     /// Two vectors of a VM, or `None` where there is no KVM.
     fn msix() -> Option<Msix> {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
-            return None;
-        };
-        let memory = memory::allocate(32, false).unwrap();
-        let vm = Arc::new(Vm::new(&kvm, memory).unwrap());
+        let vm = test_vm()?;
         Some(Msix::new(&vm, 2))
     }
 

@@ -146,10 +146,9 @@ fn mapped_areas(bar: Bar, region: &Region, msix: Option<MsixLayout>) -> Vec<(u64
 mod tests {
     use super::*;
     use crate::layout::{WINDOW32_PORTS, WINDOW32_START};
-    use crate::memory;
     use crate::vfio::config::GuestConfig;
     use crate::vfio::mock::{self, Mock};
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
 
     fn areas(size: u64, mappable: &[(u64, u64)], msix: Option<MsixLayout>) -> Vec<(u64, u64)> {
         let config = GuestConfig::new(&mock::space(), [size, 0, 0, 0, 0, 0]).unwrap();
@@ -198,11 +197,9 @@ mod tests {
 
     #[test]
     fn part_that_has_no_place_does_not_keep_the_others_from_theirs() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
         let mock = Mock::default();
         mock.state().mappable = vec![(0, 0x1000), (0x3000, 0x2000), (0x6000, 0x1000)];
         let config = GuestConfig::new(&mock::space(), mock.state().sizes).unwrap();

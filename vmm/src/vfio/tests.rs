@@ -1,21 +1,16 @@
-use kvm_ioctls::Kvm;
+use crate::vm::test_vm;
 
 use super::mock::Mock;
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{self, GIB};
-use crate::memory;
 use crate::pci::{Ecam, PciRoot, Window};
 
 const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 
 /// A bus with the mocks behind root ports, or `None` where there is no KVM.
 fn bus(mocks: &[Arc<Mock>]) -> Option<(Arc<PciRoot>, Session)> {
-    let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
-        return None;
-    };
-    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+    let vm = test_vm()?;
     let (slots, session) = attached(mocks).place(&vm, WINDOW64, 37).unwrap();
     let root = Arc::new(PciRoot::new(slots));
     root.map_config(&vm).unwrap();
@@ -102,11 +97,9 @@ fn bars_are_where_the_port_passes_them_on() {
 
 #[test]
 fn windows_that_are_too_small_are_an_error() {
-    let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
+    let Some(vm) = test_vm() else {
         return;
     };
-    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
     let mock = Arc::new(Mock::default());
     mock.state().sizes[2] = 128 * GIB;
     let error = attached(&[mock]).place(&vm, WINDOW64, 37).err().unwrap();

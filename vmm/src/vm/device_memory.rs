@@ -125,17 +125,14 @@ impl DeviceMemory {
 mod tests {
     use super::*;
     use crate::layout::WINDOW32_START;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
     use std::os::fd::AsFd;
 
     #[test]
     fn registers_move_and_never_lie_over_memory() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(0x2000).unwrap();
         let mapping = Mapping::new(file.as_fd(), 0x1000, 0x1000).unwrap();

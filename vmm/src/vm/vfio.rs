@@ -50,19 +50,15 @@ impl Vm {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::memory;
-    use kvm_ioctls::Kvm;
+    use crate::vm::test_vm;
     use std::fs::File;
     use std::os::fd::AsFd;
 
     #[test]
     fn descriptor_that_is_no_vfio_file_is_refused() {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+        let Some(vm) = test_vm() else {
             return;
         };
-        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
         let null = File::open("/dev/null").unwrap();
         let error = vm.attach_vfio([null.as_fd()]).unwrap_err();
         // A host without VFIO has not even the device.

@@ -123,7 +123,7 @@ mod tests {
     use crate::devices::testing::Tree;
     use crate::devices::{Address, DriverImage};
     use crate::error::chain;
-    use crate::machine::VmMachine;
+    use crate::machine::{Machine, VmMachine};
     use crate::rundir::{RunDir, State, Undying};
 
     /// A pod of a container that asks for the devices of a made-up host.
@@ -229,13 +229,19 @@ mod tests {
         let pod = Pod::asks(&tree, "0000:01:00.0");
         pod.host.claim_devices(&pod.config).await.unwrap();
         let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid);
-        crate::task::lock(&pod.host.parts).machine = Some(Arc::new(machine));
+        let machine = Arc::new(machine);
+        crate::task::lock(&pod.host.parts).machine = Some(machine.clone());
         for _ in 0..2 {
             pod.host.teardown().await;
             assert_eq!(pod.holder("0000:01:00.0").as_deref(), Some("default/web"));
         }
+        let open = async || chain(&pod.host.open(&pod.config).await.err().unwrap());
+        let text = open().await;
+        assert!(text.contains("killed and not gone"), "{text}");
         drop((monitor, channel));
-        pod.host.teardown().await;
+        machine.stopped().await;
+        let text = open().await;
+        assert!(text.contains("host's network"), "its spec has none: {text}");
         assert_eq!(pod.holder("0000:01:00.0"), None);
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::api::{CreateTaskRequest, Status};
 use serde_json::json;
 
 use super::fixture::*;
@@ -22,12 +22,21 @@ fn give(fixture: &mut Fixture, numbers: (i64, i64), count: usize) {
     ]});
 }
 
-#[tokio::test]
-async fn disks_come_with_containers_and_go_with_them() {
-    let Some(numbers) = some_disk() else { return };
+/// A machine that runs a container without disks, and the numbers of the next one's
+/// `count` disks; none on a host without a disk.
+async fn booted(count: usize) -> Option<(Fixture, (i64, i64))> {
+    let numbers = some_disk()?;
     let mut fixture = Fixture::new().await;
     fixture.run("plain", "sleep 60").await;
-    give(&mut fixture, numbers, 1);
+    give(&mut fixture, numbers, count);
+    Some((fixture, numbers))
+}
+
+#[tokio::test]
+async fn disks_come_with_containers_and_go_with_them() {
+    let Some((fixture, _)) = booted(1).await else {
+        return;
+    };
     fixture.run("one", "exit 0").await;
     fixture.wait("one", "").await;
     fixture.run("two", "sleep 60").await;
@@ -51,10 +60,9 @@ async fn disks_come_with_containers_and_go_with_them() {
 
 #[tokio::test]
 async fn a_container_that_cannot_be_made_keeps_no_disk() {
-    let Some(numbers) = some_disk() else { return };
-    let mut fixture = Fixture::new().await;
-    fixture.run("plain", "sleep 60").await;
-    give(&mut fixture, numbers, 3);
+    let Some((mut fixture, numbers)) = booted(3).await else {
+        return;
+    };
     fixture.create("greedy", "sleep 60").await.unwrap_err();
     give(&mut fixture, numbers, 2);
     fixture.run("modest", "sleep 60").await;
@@ -62,10 +70,9 @@ async fn a_container_that_cannot_be_made_keeps_no_disk() {
 
 #[tokio::test]
 async fn a_disk_that_is_refused_can_be_had_later() {
-    let Some(numbers) = some_disk() else { return };
-    let mut fixture = Fixture::new().await;
-    fixture.run("plain", "sleep 60").await;
-    give(&mut fixture, numbers, 1);
+    let Some((mut fixture, numbers)) = booted(1).await else {
+        return;
+    };
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.disks(Disks::Refuse);
     let refused = fixture.create("unlucky", "sleep 60").await.unwrap_err();
@@ -78,23 +85,43 @@ async fn a_disk_that_is_refused_can_be_had_later() {
     fixture.run("lucky", "sleep 60").await;
 }
 
-/// Nobody knows what they have.
+/// The guest uses a device of the host as long as a disk is busy.
 #[tokio::test]
-async fn disks_that_stay_busy_are_not_used_again() {
-    let Some(numbers) = some_disk() else { return };
-    let mut fixture = Fixture::new().await;
-    fixture.run("plain", "sleep 60").await;
-    give(&mut fixture, numbers, 1);
-    fixture.run("one", "exit 0").await;
+async fn a_container_is_not_gone_before_its_disks_are() {
+    let Some((mut fixture, numbers)) = booted(1).await else {
+        return;
+    };
+    fixture.run("one", "exit 3").await;
     fixture.wait("one", "").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.disks(Disks::Busy);
-    fixture.delete("one", "").await.unwrap();
-    let busy = fixture.create("two", "sleep 60").await.unwrap_err();
-    assert!(busy.to_string().contains("disk slot1"), "{busy}");
+    for _ in 0..2 {
+        let busy = fixture.delete("one", "").await.unwrap_err();
+        assert!(busy.to_string().contains("disk slot0"), "{busy}");
+        assert_eq!(fixture.status("one").await, Status::STOPPED);
+    }
     machine.disks(Disks::Exchange);
-    let full = fixture.create("three", "sleep 60").await.unwrap_err();
+    give(&mut fixture, numbers, 2);
+    let full = fixture.create("two", "sleep 60").await.unwrap_err();
     assert!(full.to_string().contains("pod_disks"), "{full}");
+    assert_eq!(fixture.delete("one", "").await.unwrap().exit_status, 3);
+    fixture.run("two", "sleep 60").await;
+    fixture.expect(&["create", "start"]).await;
+    fixture.expect(&["create", "start", "exit", "delete"]).await;
+    fixture.expect(&["create", "start"]).await;
+}
+
+/// Nobody deletes it.
+#[tokio::test]
+async fn a_machine_ends_with_a_container_that_was_not_made_and_keeps_a_disk() {
+    let Some((fixture, _)) = booted(1).await else {
+        return;
+    };
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Busy);
+    let busy = fixture.create("two", "sleep 60").await.unwrap_err();
+    assert!(busy.to_string().contains("disk slot0"), "{busy}");
+    assert_eq!(fixture.wait("plain", "").await, 137);
 }
 
 /// Returns when this is in the journal.
@@ -110,10 +137,9 @@ async fn until(fixture: &Fixture, what: &str) {
 
 #[tokio::test]
 async fn no_disk_waits_for_another_to_be_taken_back() {
-    let Some(numbers) = some_disk() else { return };
-    let mut fixture = Fixture::new().await;
-    fixture.run("plain", "sleep 60").await;
-    give(&mut fixture, numbers, 2);
+    let Some((fixture, _)) = booted(2).await else {
+        return;
+    };
     fixture.run("two", "exit 0").await;
     fixture.wait("two", "").await;
     let machine = lock(&fixture.machine).clone().unwrap();

@@ -1,6 +1,8 @@
 //! Limits that change, and the machine with them. It boots with 256 MiB and can
 //! have 1280; the host counts a container's limit alone (`FakeHost`).
 
+use std::time::Duration;
+
 use containerd_shim_protos::api::*;
 use serde_json::json;
 use ttrpc::Code;
@@ -92,18 +94,20 @@ async fn room_for_containers_that_come_and_go() {
     fixture.kill("second", "").await.unwrap();
     fixture.wait("second", "").await;
     fixture.delete("second", "").await.unwrap();
-    assert_eq!(next_two(&fixture).await, ["machine +0", "host 256"]);
+    assert_eq!(next(&fixture, 2).await, ["machine +0", "host 256"]);
 }
 
-/// The next two things that happen: nobody waits for a guest to give back what it has.
-async fn next_two(fixture: &Fixture) -> Vec<String> {
-    for _ in 0..500 {
-        if lock(&fixture.journal).len() >= 2 {
-            break;
+/// The next things that happen: nobody waits for a guest to give back what it has.
+async fn next(fixture: &Fixture, count: usize) -> Vec<String> {
+    let happened = async {
+        while lock(&fixture.journal).len() < count {
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    journal(fixture)
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(10), happened).await;
+    let happened = journal(fixture);
+    assert!(in_time.is_ok(), "nothing after {happened:?}");
+    happened
 }
 
 #[tokio::test]
@@ -120,7 +124,7 @@ async fn a_container_that_is_being_created_keeps_its_room() {
         machine.held(1).await;
         assert_eq!(journal(&fixture), ["host 756", "machine +500"]);
         fixture.delete("gone", "").await.unwrap();
-        assert_eq!(next_two(&fixture).await, ["machine +300", "host 556"]);
+        assert_eq!(next(&fixture, 2).await, ["machine +300", "host 556"]);
         machine.recover();
     };
     let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), meanwhile);
@@ -167,9 +171,6 @@ async fn a_container_that_the_guest_does_not_make_gives_its_room_back() {
     };
     let refused = fixture.client.create(context(), &request).await;
     assert_eq!(code(refused), Code::INVALID_ARGUMENT);
-    let mut all = journal(&fixture);
-    if all.len() < 4 {
-        all.extend(next_two(&fixture).await);
-    }
+    let all = next(&fixture, 4).await;
     assert_eq!(all, ["host 456", "machine +200", "machine +0", "host 256"]);
 }

@@ -1,8 +1,7 @@
-use kvm_ioctls::Kvm;
+use crate::vm::test_vm;
 
 use super::*;
 use crate::layout::{GIB, WINDOW32_PORTS};
-use crate::memory;
 use crate::vfio::access::Irq;
 use crate::vfio::mock::{self, Mock};
 
@@ -15,16 +14,7 @@ const ADDRESSES: [u64; 3] = [BAR0, 64 * GIB, BAR0 + 0x10_0000];
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
     let mock = Arc::new(Mock::default());
-    Some((function_in(&vm()?, &mock), mock))
-}
-
-fn vm() -> Option<Arc<Vm>> {
-    let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
-        return None;
-    };
-    let memory = memory::allocate(32, false).unwrap();
-    Some(Arc::new(Vm::new(&kvm, memory).unwrap()))
+    Some((function_in(&test_vm()?, &mock), mock))
 }
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
@@ -74,7 +64,7 @@ fn registers_are_in_the_guest_while_memory_space_is_on() {
 
 #[test]
 fn only_what_the_device_says_can_be_mapped_is_mapped() {
-    let Some(vm) = vm() else { return };
+    let Some(vm) = test_vm() else { return };
     let mock = Arc::new(Mock::default());
     // In front of the table, over it and its pending bits, and after them.
     mock.state().mappable = vec![(0, 0x1000), (0x1000, 0x4000), (0x6000, 0x1000)];
@@ -278,7 +268,7 @@ fn interrupts_that_stay_on_do_not_keep_the_others_on() {
 
 #[test]
 fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
-    let Some(vm) = vm() else { return };
+    let Some(vm) = test_vm() else { return };
     // With 256 vectors of MSI-X each: far more than there are routes.
     let functions: Vec<_> = (0..32)
         .map(|_| {

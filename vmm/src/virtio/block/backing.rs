@@ -6,13 +6,10 @@ use std::io::{self, Seek, SeekFrom};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::BlockError;
 use super::gpt::Gpt;
-use super::whole::Whole;
-use super::{BlockError, sector};
+use super::whole::{USUAL_SECTOR_BYTES, Whole, ZEROES};
 use crate::virtio::buffers::Buffers;
-
-/// What is between the files of a disk, in pieces.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// What a disk is made of.
 #[derive(Debug)]
@@ -71,7 +68,10 @@ impl Disk {
     /// A [`BlockError`] that says which file cannot be used.
     pub fn open(serial: &str, read_only: bool, backing: Backing) -> Result<Self, BlockError> {
         match backing {
-            Backing::Whole(file) => Self::whole(read_only, file),
+            Backing::Whole(file) => {
+                let what = "the disk's file";
+                Self::whole(read_only, Whole::open(file, what)?, what)
+            }
             Backing::Partitions(_) if !read_only => Err(BlockError::WritablePartitions),
             Backing::Partitions(files) => Self::partitions(serial, files),
             Backing::Empty => Ok(Self {
@@ -82,18 +82,8 @@ impl Disk {
         }
     }
 
-    fn whole(read_only: bool, file: File) -> Result<Self, BlockError> {
-        let what = "the disk's file";
-        let size = length(&file, what)?;
-        Self::of_whole(read_only, size, Whole::new(file, what)?, what)
-    }
-
-    pub(super) fn of_whole(
-        read_only: bool,
-        size: u64,
-        whole: Whole,
-        what: &str,
-    ) -> Result<Self, BlockError> {
+    pub(super) fn whole(read_only: bool, whole: Whole, what: &str) -> Result<Self, BlockError> {
+        let size = length(whole.file(), what)?;
         if size == 0 || !size.is_multiple_of(whole.sector_bytes().into()) {
             return Err(BlockError::Size {
                 what: what.to_owned(),
@@ -145,7 +135,7 @@ impl Disk {
     pub fn sector_bytes(&self) -> u32 {
         match &self.content {
             Content::File(whole) => whole.sector_bytes(),
-            Content::Pieces(_) => sector::USUAL_BYTES,
+            Content::Pieces(_) => USUAL_SECTOR_BYTES,
         }
     }
 
@@ -253,7 +243,7 @@ fn length(mut file: &File, what: &str) -> Result<u64, BlockError> {
     file.seek(SeekFrom::End(0)).map_err(failed(what))
 }
 
-fn failed(what: &str) -> impl FnOnce(io::Error) -> BlockError {
+pub(super) fn failed(what: &str) -> impl FnOnce(io::Error) -> BlockError {
     move |source| BlockError::File {
         what: what.to_owned(),
         source,
@@ -301,8 +291,8 @@ fn read_pieces(pieces: &[Piece], to: &mut Buffers<'_>, extent: Extent) -> io::Re
             }
             _ => {
                 let next = pieces.get(after).map_or(u64::MAX, |piece| piece.start);
-                let count = at_most(left, next - position).min(ZEROES.len());
-                fill(to, done, ZEROES.get(..count).unwrap_or(&ZEROES))?;
+                let count = at_most(left, next - position).min(ZEROES.0.len());
+                fill(to, done, ZEROES.0.get(..count).unwrap_or(&ZEROES.0))?;
                 count
             }
         };

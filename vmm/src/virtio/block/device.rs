@@ -6,8 +6,11 @@ use virtio_bindings::virtio_blk as spec;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backing::{Backing, Disk};
-use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS, SERIAL_BYTES};
-use super::worker::{Server, Service};
+use super::request::{
+    MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_SEGMENT_BYTES, MAX_ZEROES_RANGES,
+    MAX_ZEROES_SECTORS, SERIAL_BYTES,
+};
+use super::worker::{Geometry, Server, Service};
 use super::{BlockError, SECTOR_BYTES};
 use crate::virtio::ring;
 use crate::virtio::{
@@ -22,7 +25,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Most queues, each with a thread of its own.
 pub const MAX_QUEUES: u16 = 64;
 /// Most data descriptors of a request: header and status are two more.
-const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+pub const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Discards the host can act on are pages: 8 sectors.
 const DISCARD_ALIGNMENT: u32 = 8;
 /// Bytes of `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `unused1`.
@@ -32,6 +35,7 @@ const CONFIG_BYTES: usize = 60;
 const FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_F_EVENT_IDX
     | VIRTIO_F_INDIRECT_DESC
+    | (1 << spec::VIRTIO_BLK_F_SIZE_MAX)
     | (1 << spec::VIRTIO_BLK_F_SEG_MAX)
     | (1 << spec::VIRTIO_BLK_F_BLK_SIZE);
 /// What a disk has that can be written.
@@ -63,17 +67,22 @@ pub struct Exchanger {
 }
 
 impl Exchanger {
-    /// Gives the disk other bytes. When this returns, nothing touches those it had.
-    /// Whether the guest may write them is theirs to say; to the driver the device
+    /// Gives the disk other bytes. When this returns, nothing touches those it had. Of two
+    /// exchanges the one with the higher number counts, whichever comes first. Whether the guest may write them is theirs to say; to the driver the device
     /// stays what it was. Returns the new size in bytes.
     ///
     /// # Errors
     ///
     /// When the file is not what it should be; the disk is as before then.
-    pub fn exchange(&self, read_only: bool, backing: Backing) -> Result<u64, BlockError> {
+    pub fn exchange(
+        &self,
+        number: u64,
+        read_only: bool,
+        backing: Backing,
+    ) -> Result<u64, BlockError> {
         let disk = Disk::open("", read_only, backing)?;
         let size = disk.size();
-        self.service.replace(disk);
+        self.service.replace(number, disk);
         if let Some(interrupt) = &*lock(&self.interrupt)
             && let Err(error) = interrupt.write(1)
         {
@@ -82,11 +91,10 @@ impl Exchanger {
         Ok(size)
     }
 
-    /// Calls `then` while the disk has a request under way.
+    /// See [`Service::while_busy`].
     #[cfg(test)]
     pub fn while_busy<T>(&self, then: impl FnOnce() -> T) -> T {
-        let _disk = self.service.disk();
-        then()
+        self.service.while_busy(then)
     }
 }
 
@@ -167,25 +175,25 @@ impl Block {
 }
 
 /// `struct virtio_blk_config`; fields of features not offered are zero.
-pub(super) fn config(disk: &Disk, read_only: bool, queues: u16) -> [u8; CONFIG_BYTES] {
+pub(super) fn config(geometry: Geometry, read_only: bool, queues: u16) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |offset: usize, field: &[u8]| {
         if let Some(place) = config.get_mut(offset..offset + field.len()) {
             place.copy_from_slice(field);
         }
     };
-    let sectors = disk.size() / SECTOR_BYTES;
-    let ranges = u32::from(MAX_RANGES);
+    let sectors = geometry.size / SECTOR_BYTES;
     put(0, &sectors.to_le_bytes());
+    put(8, &MAX_SEGMENT_BYTES.to_le_bytes());
     put(12, &MAX_SEGMENTS.to_le_bytes());
-    put(20, &disk.sector_bytes().to_le_bytes());
+    put(20, &geometry.sector_bytes.to_le_bytes());
     put(34, &queues.to_le_bytes());
     if !read_only {
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-        put(40, &ranges.to_le_bytes());
+        put(40, &MAX_DISCARD_RANGES.to_le_bytes());
         put(44, &DISCARD_ALIGNMENT.to_le_bytes());
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-        put(52, &ranges.to_le_bytes());
+        put(52, &MAX_ZEROES_RANGES.to_le_bytes());
         put(56, &[1]); // write_zeroes_may_unmap
     }
     config
@@ -215,7 +223,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let config = config(&self.service.disk(), self.read_only, self.queues);
+        let config = config(self.service.geometry(), self.read_only, self.queues);
         let fields = config.into_iter().skip(start);
         for (byte, value) in data.iter_mut().zip(fields.chain(std::iter::repeat(0))) {
             *byte = value;
@@ -223,7 +231,7 @@ impl VirtioDevice for Block {
     }
 
     fn config_generation(&self) -> u8 {
-        self.service.generation()
+        self.service.geometry().generation
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -21,7 +21,6 @@ mod backing;
 mod device;
 mod gpt;
 mod request;
-mod sector;
 #[cfg(test)]
 mod tests;
 mod whole;

@@ -5,26 +5,36 @@
 //!   written by the device: data or serial number | status (1)
 //! ```
 //!
-//! [`Request::parse`] looks at the whole chain once, copies what it must believe
-//! twice, and only returns what lies on the disk; acting on it comes after.
+//! A [`Chain`] is looked at once, what must be believed twice is copied, and a
+//! [`Request`] only has what lies on the disk; acting on it comes after.
 
 use virtio_bindings::virtio_blk as spec;
 
 use super::SECTOR_BYTES;
 use super::backing::{Disk, Extent};
+use super::device::MAX_SEGMENTS;
 use crate::virtio::buffers::Buffers;
 
 /// Bytes in front of the data.
 pub const HEADER_BYTES: usize = 16;
 /// Bytes of a serial number, filled up with zeroes.
 pub const SERIAL_BYTES: usize = spec::VIRTIO_BLK_ID_BYTES as usize;
-/// Most ranges of one discard or write-zeroes request.
-pub const MAX_RANGES: u16 = 32;
+/// Most bytes of a data buffer: Linux's default for devices that say nothing
+/// (`BLK_MAX_SEGMENT_SIZE`).
+pub const MAX_SEGMENT_BYTES: u32 = 64 << 10;
+/// Most bytes of a request; drivers that keep to the limits want no more. The host's device
+/// may do it one small piece after another, and until it has done all of it the disk cannot
+/// be taken from the guest.
+const MAX_DATA_BYTES: u64 = MAX_SEGMENTS as u64 * MAX_SEGMENT_BYTES as u64;
+/// Most ranges of a discard,
+pub const MAX_DISCARD_RANGES: u32 = 32;
+/// and of a write-zeroes request.
+pub const MAX_ZEROES_RANGES: u32 = 1;
 /// Most sectors of a discarded range: 1 GiB.
 pub const MAX_DISCARD_SECTORS: u32 = 2 << 20;
-/// Most sectors of a zeroed range: 64 MiB, because the host may have to write
+/// Most sectors of a zeroed range: 16 MiB, because the host may have to write
 /// them one by one.
-pub const MAX_ZEROES_SECTORS: u32 = 128 << 10;
+pub const MAX_ZEROES_SECTORS: u32 = 32 << 10;
 /// `struct virtio_blk_discard_write_zeroes`.
 const RANGE_BYTES: usize = 16;
 
@@ -97,74 +107,81 @@ pub enum Request {
     Write(Extent),
     /// Make writes last.
     Flush,
-    /// The serial number.
-    Serial,
     /// These bytes are not needed any more.
     Discard(Vec<Extent>),
     /// These bytes become zero; true: their space may go.
     WriteZeroes(Vec<(Extent, bool)>),
 }
 
-impl Request {
-    /// Reads a request for `disk`. `to` has room for the status at least.
+/// A request as the driver wrote it. Its header has been read.
+pub struct Chain<'b, 'm> {
+    kind: u32,
+    sector: u64,
+    from: &'b Buffers<'m>,
+    from_len: usize,
+    to_len: usize,
+}
+
+impl<'b, 'm> Chain<'b, 'm> {
+    /// Reads the header. `to` has room for the status at least.
     ///
     /// # Errors
     ///
-    /// A [`RequestError`], for which the disk was not touched.
-    pub fn parse(from: &Buffers<'_>, to: &Buffers<'_>, disk: &Disk) -> Result<Self, RequestError> {
+    /// `Header`.
+    pub fn read(from: &'b Buffers<'m>, to: &Buffers<'_>) -> Result<Self, RequestError> {
         let mut header = [0; HEADER_BYTES];
         let have = from.read(0, &mut header);
         if have < HEADER_BYTES {
             return Err(RequestError::Header(have));
         }
         let (kind, _reserved, sector) = fields(header);
-        let chain = Chain {
+        Ok(Self {
             kind,
             sector,
             from,
             from_len: from.len() - HEADER_BYTES,
             to_len: to.len().saturating_sub(1),
-            disk,
-        };
-        chain.request()
+        })
     }
-}
 
-/// A chain whose header has been read.
-struct Chain<'b, 'm> {
-    kind: u32,
-    sector: u64,
-    from: &'b Buffers<'m>,
-    from_len: usize,
-    to_len: usize,
-    disk: &'b Disk,
-}
+    /// Whether the serial number is asked for, which takes no disk.
+    ///
+    /// # Errors
+    ///
+    /// `Shape`.
+    pub fn asks_for_serial(&self) -> Result<bool, RequestError> {
+        if self.kind != spec::VIRTIO_BLK_T_GET_ID {
+            return Ok(false);
+        }
+        self.check(self.from_len == 0 && self.to_len >= SERIAL_BYTES)?;
+        Ok(true)
+    }
 
-impl Chain<'_, '_> {
-    fn request(&self) -> Result<Request, RequestError> {
+    /// What is asked of `disk`.
+    ///
+    /// # Errors
+    ///
+    /// A [`RequestError`], for which the disk was not touched.
+    pub fn request(&self, disk: &Disk) -> Result<Request, RequestError> {
         match self.kind {
             spec::VIRTIO_BLK_T_IN => {
-                self.check(self.from_len == 0 && is_sectors(self.to_len))?;
-                Ok(Request::Read(self.place(self.sector, self.to_len)?))
+                self.check(self.from_len == 0 && is_data(self.to_len))?;
+                Ok(Request::Read(place(disk, self.sector, self.to_len)?))
             }
             spec::VIRTIO_BLK_T_OUT => {
-                self.check_writable()?;
-                self.check(self.to_len == 0 && is_sectors(self.from_len))?;
-                Ok(Request::Write(self.place(self.sector, self.from_len)?))
+                check_writable(disk)?;
+                self.check(self.to_len == 0 && is_data(self.from_len))?;
+                Ok(Request::Write(place(disk, self.sector, self.from_len)?))
             }
             spec::VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
-            spec::VIRTIO_BLK_T_GET_ID => {
-                self.check(self.from_len == 0 && self.to_len >= SERIAL_BYTES)?;
-                Ok(Request::Serial)
-            }
             spec::VIRTIO_BLK_T_DISCARD => {
-                let ranges = self.ranges(MAX_DISCARD_SECTORS, 0)?;
+                let ranges = self.ranges(disk, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, 0)?;
                 let extents = ranges.into_iter().map(|(extent, _)| extent);
                 Ok(Request::Discard(extents.collect()))
             }
             spec::VIRTIO_BLK_T_WRITE_ZEROES => {
                 let unmap = spec::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-                let ranges = self.ranges(MAX_ZEROES_SECTORS, unmap)?;
+                let ranges = self.ranges(disk, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS, unmap)?;
                 Ok(Request::WriteZeroes(ranges))
             }
             kind => Err(RequestError::Unknown(kind)),
@@ -182,60 +199,69 @@ impl Chain<'_, '_> {
         })
     }
 
-    fn check_writable(&self) -> Result<(), RequestError> {
-        if self.disk.read_only() {
-            return Err(RequestError::ReadOnly);
-        }
-        Ok(())
-    }
-
-    fn place(&self, sector: u64, len: usize) -> Result<Extent, RequestError> {
-        let start = sector.checked_mul(SECTOR_BYTES);
-        let end = start.and_then(|start| start.checked_add(len as u64));
-        match (start, end) {
-            (Some(start), Some(end)) if end <= self.disk.size() => Ok(Extent { start, len }),
-            _ => Err(RequestError::Place {
-                sector,
-                len: len as u64,
-            }),
-        }
-    }
-
     /// The ranges of a discard or write-zeroes request, and whether a flag of
     /// those allowed is set.
-    fn ranges(&self, max_sectors: u32, allowed: u32) -> Result<Vec<(Extent, bool)>, RequestError> {
-        self.check_writable()?;
-        let count = self.from_len / RANGE_BYTES;
-        let whole = self.from_len.is_multiple_of(RANGE_BYTES);
-        let fits = (1..=usize::from(MAX_RANGES)).contains(&count);
-        self.check(self.to_len == 0 && whole && fits)?;
-        (0..count)
-            .map(|index| self.range(HEADER_BYTES + index * RANGE_BYTES, max_sectors, allowed))
-            .collect()
-    }
-
-    fn range(
+    fn ranges(
         &self,
-        offset: usize,
+        disk: &Disk,
+        max_ranges: u32,
         max_sectors: u32,
         allowed: u32,
-    ) -> Result<(Extent, bool), RequestError> {
-        let mut bytes = [0; RANGE_BYTES];
-        self.from.read(offset, &mut bytes);
-        let value = u128::from_le_bytes(bytes);
-        // Sector (8), number of sectors (4), flags (4); the casts cut them out.
-        #[allow(clippy::cast_possible_truncation)]
-        let (sector, sectors, flags) = (value as u64, (value >> 64) as u32, (value >> 96) as u32);
-        if flags & !allowed != 0 {
-            return Err(RequestError::Flags(flags));
-        }
-        if !(1..=max_sectors).contains(&sectors) {
-            return Err(RequestError::RangeSize(sectors));
-        }
-        let len = u64::from(sectors) * SECTOR_BYTES;
-        let len = usize::try_from(len).map_err(|_| RequestError::RangeSize(sectors))?;
-        Ok((self.place(sector, len)?, flags != 0))
+    ) -> Result<Vec<(Extent, bool)>, RequestError> {
+        check_writable(disk)?;
+        let count = self.from_len / RANGE_BYTES;
+        let whole = self.from_len.is_multiple_of(RANGE_BYTES);
+        let fits = (1..=u64::from(max_ranges)).contains(&(count as u64));
+        self.check(self.to_len == 0 && whole && fits)?;
+        (0..count)
+            .map(|index| {
+                let mut bytes = [0; RANGE_BYTES];
+                self.from
+                    .read(HEADER_BYTES + index * RANGE_BYTES, &mut bytes);
+                range(disk, bytes, max_sectors, allowed)
+            })
+            .collect()
     }
+}
+
+fn check_writable(disk: &Disk) -> Result<(), RequestError> {
+    if disk.read_only() {
+        return Err(RequestError::ReadOnly);
+    }
+    Ok(())
+}
+
+fn place(disk: &Disk, sector: u64, len: usize) -> Result<Extent, RequestError> {
+    let start = sector.checked_mul(SECTOR_BYTES);
+    let end = start.and_then(|start| start.checked_add(len as u64));
+    match (start, end) {
+        (Some(start), Some(end)) if end <= disk.size() => Ok(Extent { start, len }),
+        _ => Err(RequestError::Place {
+            sector,
+            len: len as u64,
+        }),
+    }
+}
+
+fn range(
+    disk: &Disk,
+    bytes: [u8; RANGE_BYTES],
+    max_sectors: u32,
+    allowed: u32,
+) -> Result<(Extent, bool), RequestError> {
+    let value = u128::from_le_bytes(bytes);
+    // Sector (8), number of sectors (4), flags (4); the casts cut them out.
+    #[allow(clippy::cast_possible_truncation)]
+    let (sector, sectors, flags) = (value as u64, (value >> 64) as u32, (value >> 96) as u32);
+    if flags & !allowed != 0 {
+        return Err(RequestError::Flags(flags));
+    }
+    if !(1..=max_sectors).contains(&sectors) {
+        return Err(RequestError::RangeSize(sectors));
+    }
+    let len = u64::from(sectors) * SECTOR_BYTES;
+    let len = usize::try_from(len).map_err(|_| RequestError::RangeSize(sectors))?;
+    Ok((place(disk, sector, len)?, flags != 0))
 }
 
 /// Type, reserved, sector.
@@ -247,6 +273,8 @@ fn fields(header: [u8; HEADER_BYTES]) -> (u32, u32, u64) {
     fields
 }
 
-fn is_sectors(len: usize) -> bool {
-    len > 0 && (len as u64).is_multiple_of(SECTOR_BYTES)
+/// Whether so many bytes can be read or written at once.
+fn is_data(len: usize) -> bool {
+    let len = len as u64;
+    (1..=MAX_DATA_BYTES).contains(&len) && len.is_multiple_of(SECTOR_BYTES)
 }

@@ -7,15 +7,19 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use rustix::fs::ioctl_blksszget;
 
-use super::backing::{Extent, file_position, fill, read_file};
-use super::{BlockError, SECTOR_BYTES, sector};
+use super::backing::{Extent, failed, file_position, fill, read_file};
+use super::{BlockError, SECTOR_BYTES};
 use crate::virtio::buffers::Buffers;
 
+/// Sectors of nearly all disks, and of files that are none: the host reads and writes
+/// those anywhere.
+pub const USUAL_SECTOR_BYTES: u32 = 512;
 /// Largest sectors there are, and how all memory of ours is aligned.
 const MAX_SECTOR_BYTES: u32 = 4096;
 const PIECE_BYTES: usize = 64 << 10;
@@ -23,10 +27,10 @@ const PIECE_BYTES: usize = 64 << 10;
 /// Memory for reading and writing without the page cache.
 #[derive(Clone)]
 #[repr(align(4096))]
-struct Piece([u8; PIECE_BYTES]);
+pub(super) struct Piece(pub(super) [u8; PIECE_BYTES]);
 
-/// What is written where the host has no other way to make zeroes.
-static ZEROES: Piece = Piece([0; PIECE_BYTES]);
+/// Zeroes in pieces, for the host that has no other way to make them, and for the guest.
+pub(super) static ZEROES: Piece = Piece([0; PIECE_BYTES]);
 
 /// See the module.
 #[derive(Debug)]
@@ -42,28 +46,29 @@ impl Whole {
     /// # Errors
     ///
     /// `File`; sectors of a size that no driver knows.
-    pub fn new(file: File, what: &str) -> Result<Self, BlockError> {
-        let failed = |source| BlockError::File {
-            what: what.to_owned(),
-            source,
-        };
-        let sector_bytes = sector::bytes_of(&file).map_err(failed)?;
-        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(|errno| failed(errno.into()))?;
-        Self::of(file, sector_bytes, OFlag::from_bits_retain(flags)).ok_or_else(|| {
-            BlockError::Sectors {
-                what: what.to_owned(),
-                bytes: sector_bytes,
-            }
-        })
+    pub fn open(file: File, what: &str) -> Result<Self, BlockError> {
+        let sector_bytes = sector_bytes_of(&file).map_err(failed(what))?;
+        Self::new(file, sector_bytes, what)
     }
 
-    /// A file with sectors of a size, if drivers know such.
-    pub fn of(file: File, sector_bytes: u32, flags: OFlag) -> Option<Self> {
+    /// A file with sectors of a size.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn new(file: File, sector_bytes: u32, what: &str) -> Result<Self, BlockError> {
         let known = u64::from(sector_bytes) >= SECTOR_BYTES && sector_bytes <= MAX_SECTOR_BYTES;
-        (known && sector_bytes.is_power_of_two()).then_some(Self {
+        if !known || !sector_bytes.is_power_of_two() {
+            return Err(BlockError::Sectors {
+                what: what.to_owned(),
+                bytes: sector_bytes,
+            });
+        }
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(|errno| failed(what)(errno.into()))?;
+        Ok(Self {
             file,
             sector_bytes,
-            flags,
+            flags: OFlag::from_bits_retain(flags),
         })
     }
 
@@ -161,6 +166,13 @@ impl Whole {
             self.file.write_all_at(bytes, position)
         })
     }
+}
+
+fn sector_bytes_of(file: &File) -> io::Result<u32> {
+    if file.metadata()?.file_type().is_block_device() {
+        return Ok(ioctl_blksszget(file)?);
+    }
+    Ok(USUAL_SECTOR_BYTES)
 }
 
 /// Calls with the position on the disk, how many bytes are done, and how many to do.

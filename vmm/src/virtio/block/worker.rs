@@ -1,13 +1,13 @@
 //! A queue's thread: takes requests, has the disk carry them out, answers.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use virtio_queue::DescriptorChain;
 
 use super::backing::Disk;
-use super::request::{HEADER_BYTES, Request, RequestError, SERIAL_BYTES, Status};
+use super::request::{Chain, HEADER_BYTES, Request, RequestError, SERIAL_BYTES, Status};
 use crate::virtio::GuestMemory;
 use crate::virtio::buffers::{BufferError, Buffers, Direction};
 use crate::virtio::complaints::Complaints;
@@ -39,18 +39,43 @@ pub struct Service {
     /// The disk. A request holds it until it is answered, so whoever puts another
     /// in its place knows that nothing touches the old one any more.
     disk: RwLock<Disk>,
-    /// How many it has had, the last byte of it.
-    generation: AtomicU8,
+    /// The number of the exchange that put it there.
+    exchange: AtomicU64,
+    /// What a vCPU reads, which waits for no request: that may take as long as a
+    /// device of the host takes.
+    geometry: Mutex<Geometry>,
     /// Its serial number.
     serial: [u8; SERIAL_BYTES],
+}
+
+/// What the driver is told of a disk.
+#[derive(Debug, Clone, Copy)]
+pub struct Geometry {
+    /// In bytes, a multiple of the sector's.
+    pub size: u64,
+    /// Of a logical sector.
+    pub sector_bytes: u32,
+    /// How many disks there have been before it, the last byte of that.
+    pub generation: u8,
+}
+
+impl Geometry {
+    fn of(disk: &Disk, generation: u8) -> Self {
+        Self {
+            size: disk.size(),
+            sector_bytes: disk.sector_bytes(),
+            generation,
+        }
+    }
 }
 
 impl Service {
     /// For a disk.
     pub fn new(disk: Disk, serial: [u8; SERIAL_BYTES]) -> Self {
         Self {
+            geometry: Mutex::new(Geometry::of(&disk, 0)),
             disk: RwLock::new(disk),
-            generation: AtomicU8::new(0),
+            exchange: AtomicU64::new(0),
             serial,
         }
     }
@@ -60,18 +85,37 @@ impl Service {
         self.disk.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts another disk in its place once no request is under way.
-    pub fn replace(&self, disk: Disk) {
-        let mut place = self.disk.write().unwrap_or_else(PoisonError::into_inner);
-        *place = disk;
-        self.generation.fetch_add(1, Ordering::Relaxed);
+    /// Puts another disk in its place once no request is under way. Exchanges that have
+    /// waited for the same request get here in any order: the last one asked for counts.
+    pub fn replace(&self, exchange: u64, disk: Disk) {
+        let old = {
+            let mut place = self.disk.write().unwrap_or_else(PoisonError::into_inner);
+            if self.exchange.fetch_max(exchange, Ordering::Relaxed) > exchange {
+                return;
+            }
+            let mut geometry = self.lock_geometry();
+            *geometry = Geometry::of(&disk, geometry.generation.wrapping_add(1));
+            std::mem::replace(&mut *place, disk)
+        };
+        // To close a device of the host may take long, too.
+        drop(old);
     }
 
-    /// Another one for another disk.
-    pub fn generation(&self) -> u8 {
-        // Not between the two steps of a replacement.
-        let _disk = self.disk();
-        self.generation.load(Ordering::Relaxed)
+    /// What the driver is told of the disk.
+    pub fn geometry(&self) -> Geometry {
+        *self.lock_geometry()
+    }
+
+    fn lock_geometry(&self) -> MutexGuard<'_, Geometry> {
+        self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `then` while nobody else gets at the disk, as when it has a request under
+    /// way and an exchange waits for that.
+    #[cfg(test)]
+    pub fn while_busy<T>(&self, then: impl FnOnce() -> T) -> T {
+        let _disk = self.disk.write().unwrap_or_else(PoisonError::into_inner);
+        then()
     }
 }
 
@@ -115,17 +159,19 @@ impl<'m, 's> Server<'m, 's> {
     }
 
     fn carry_out(&mut self) -> Result<(), Failure> {
+        let chain = Chain::read(&self.from, &self.to)?;
+        if chain.asks_for_serial()? {
+            self.to.write(0, &self.service.serial);
+            return Ok(());
+        }
         let disk = self.service.disk();
-        match Request::parse(&self.from, &self.to, &disk)? {
+        match chain.request(&disk)? {
             Request::Read(extent) => disk.read(&mut self.to, extent)?,
             Request::Write(extent) => {
                 disk.write(&mut self.from, HEADER_BYTES, extent)?;
                 self.settle(&disk)?;
             }
             Request::Flush => disk.flush()?,
-            Request::Serial => {
-                self.to.write(0, &self.service.serial);
-            }
             Request::Discard(extents) => {
                 extents
                     .into_iter()

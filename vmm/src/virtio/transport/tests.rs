@@ -1,9 +1,8 @@
 use std::sync::atomic::AtomicUsize;
 
-use kvm_ioctls::Kvm;
+use crate::vm::test_vm;
 
 use super::*;
-use crate::memory;
 use crate::pci::config::{BAR0, COMMAND};
 use crate::virtio::{VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1};
 
@@ -46,11 +45,7 @@ impl VirtioDevice for Fake {
 
 /// A function with the fake device, or `None` where there is no KVM.
 fn function() -> Option<(VirtioPci, Arc<Log>)> {
-    let Ok(kvm) = Kvm::new() else {
-        eprintln!("skipped: no /dev/kvm");
-        return None;
-    };
-    let vm = Arc::new(Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap());
+    let vm = test_vm()?;
     let log = Arc::new(Log::default());
     let device = Box::new(Fake(log.clone()));
     Some((VirtioPci::new(&vm, device, BAR).unwrap(), log))
