@@ -136,8 +136,9 @@ bench: stage
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, many machines and pods at once, and what they take and cost beside runc.
-long: stage
+# layers, many machines and pods at once, and what they take and cost beside runc;
+# guests that end in every way at every step.
+long: stage driver-images
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@$(IN_LAB) run --timeout 3600 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'

@@ -517,7 +517,8 @@ impl Sandbox {
         let answer = tokio::select! {
             biased;
             () = late => {
-                let seconds = limit.as_secs();
+                // What is left of a boot's time is a little less than whole seconds.
+                let seconds = limit.saturating_add(Duration::from_millis(500)).as_secs();
                 return Err(SandboxError::Late { what, seconds });
             }
             answer = call => match answer {

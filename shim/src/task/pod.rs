@@ -150,7 +150,9 @@ impl Pod {
         };
         let id = config.id.clone();
         let made = self.make(config, stdio).await;
-        let is_unwanted = lock(&self.unwanted).remove(&id);
+        // One that finds its id taken is not the one that nobody waits for.
+        let is_unwanted =
+            !matches!(made, Err(TaskError::ContainerExists(_))) && lock(&self.unwanted).remove(&id);
         let pid = made?.pid();
         if !is_unwanted {
             return Ok(pid);

@@ -3,9 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::thread;
 
-use nacre_tests::{Scene, Shim, eventually};
+use nacre_tests::{Scene, eventually};
 
 /// A write that fails, or a signal for it, is told apart.
 const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000 || exit 9; exit 7";
@@ -97,28 +96,6 @@ fn program_that_dies_takes_no_container_with_it() {
     for file in [path, &dead] {
         fs::remove_file(file).unwrap();
     }
-}
-
-/// A file is complete at the moment the exit is known: nobody has asked for more than that.
-#[test]
-fn file_is_complete_with_the_exit() {
-    let mut scene = Scene::new();
-    let path = "/tmp/e2e-log-exit";
-    let _ = fs::remove_file(path);
-    let script = "trap 'seq 1 300000; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
-    let uri = format!("file://{path}");
-    let id = scene.start(&["--log-uri", &uri], &["sh", "-c", script]);
-    eventually("it takes the signal", || {
-        fs::read_to_string(path).is_ok_and(|text| text == "ready\n")
-    });
-    let shim = Shim::of(&id);
-    let end = thread::spawn(move || (shim.wait(""), fs::read_to_string(path)));
-    scene.ctr(&["task", "kill", "-s", "TERM", &id]).exits(0);
-    let (status, text) = end.join().unwrap();
-    assert_eq!(status.unwrap(), 7);
-    let text = text.unwrap();
-    assert!(text.ends_with("\n300000\n"), "{}", text.len());
-    fs::remove_file(path).unwrap();
 }
 
 #[test]

@@ -43,6 +43,17 @@ async fn hung() -> (Fixture, Arc<FakeMachine>) {
 /// Every call that waits for a guest returns when the machine dies, and says of what.
 #[tokio::test]
 async fn calls_under_way_return_and_say_what_happened() {
+    for (stop, what) in [
+        (Stop::Guest(StopReason::Panic), "the guest kernel panicked"),
+        (Stop::Guest(StopReason::Shutdown), "the guest powered off"),
+        // One that hangs, too: the shim kills the monitor.
+        (Stop::Died, "the monitor process ended"),
+    ] {
+        calls_under_way_return(stop, what).await;
+    }
+}
+
+async fn calls_under_way_return(stop: Stop, what: &str) {
     let (fixture, machine) = hung().await;
     let pids = json!({"pids": {"limit": 5}});
     let refused = async {
@@ -69,18 +80,18 @@ async fn calls_under_way_return_and_say_what_happened() {
     let death = async {
         // All but the two that wait.
         machine.held(11).await;
-        machine.end(Stop::Guest(StopReason::Panic));
+        machine.end(stop);
         machine.kill();
     };
     let all = async { tokio::join!(refused, answered, death) };
     let all = tokio::time::timeout(SOON, all).await;
     let (refused, answered, ()) = all.expect("they return");
     let (start, exec, kill, stats, pids, update, resize, pause, resume) = refused;
-    let gone = "the virtual machine is gone: the guest kernel panicked";
+    let gone = format!("the virtual machine is gone: {what}");
     for refusal in [
         start, exec, kill, stats, pids, update, resize, pause, resume,
     ] {
-        assert_eq!(refusal, (Code::UNAVAILABLE, gone.to_owned()));
+        assert_eq!(refusal, (Code::UNAVAILABLE, gone.clone()));
     }
     assert_eq!(answered, (3, 4, 137, 137));
     for (id, exec_id, status) in [("created", "", 137), ("paused", "", 137), ("c", "new", 255)] {
@@ -154,6 +165,8 @@ async fn a_container_that_nobody_waits_for_is_deleted_when_it_is_made() {
             ..Default::default()
         };
         fixture.client.shutdown(context(), &request).await.unwrap();
+        let again = fixture.create("new", "sleep 60").await;
+        assert_eq!(code(again), Code::ALREADY_EXISTS);
         machine.recover();
     };
     let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), shutdown);

@@ -172,6 +172,26 @@ async fn execs_with_their_streams_and_a_terminal() {
     assert_eq!(fixture.delete("c", "").await.unwrap().exit_status, 137);
 }
 
+/// A file has it all at the moment the exit is known, whoever has asked for that.
+#[tokio::test]
+async fn a_file_is_complete_with_the_exit() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    let path = fixture.path("log");
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle(&fixture, "c", json!(["seq", "1", "300000"])),
+        stdout: format!("file://{}", path.display()),
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 0);
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.ends_with("\n300000\n"), "{}", text.len());
+}
+
 /// What a file has no room for is lost; that stops neither the process nor the exit.
 #[tokio::test]
 async fn a_full_file_system_does_not_stop_the_container() {
