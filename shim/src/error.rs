@@ -35,7 +35,6 @@ fn code(error: &TaskError) -> Code {
         TaskError::WrongPhase { .. } | TaskError::GivenUp(_) => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
         TaskError::Unsupported(_) | TaskError::Hook(_) => Code::UNIMPLEMENTED,
-        TaskError::Agent { answer, .. } => agent_code(answer),
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
@@ -52,7 +51,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
-        SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
+        SandboxError::AgentSilent { .. } | SandboxError::Late { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
@@ -145,7 +144,7 @@ mod tests {
     use ttrpc::error::get_rpc_status;
 
     fn agent_error(answer: ttrpc::Error) -> Code {
-        code(&TaskError::Agent {
+        sandbox_code(&SandboxError::Agent {
             what: "test",
             answer,
         })

@@ -69,7 +69,7 @@ pub(super) enum Entry {
 pub(super) struct Creation {
     /// Its limits, from when there is room for it in the machine.
     pub(super) limits: Option<Box<Limits>>,
-    /// Whether it was deleted meanwhile: who asked for it waits for it no longer.
+    /// Whether who asked for it waits for it no longer.
     given_up: bool,
 }
 
@@ -415,7 +415,8 @@ impl Pod {
         })
     }
 
-    /// containerd deletes a task whose creation took longer than its caller waited.
+    /// Has a container that is being created be deleted as soon as it is there. containerd
+    /// deletes a task whose creation took longer than its caller waited.
     fn give_up(&self, id: &str) {
         if let Some(Entry::Creating(creation)) = lock(&self.containers).get_mut(id) {
             creation.given_up = true;
@@ -439,9 +440,12 @@ impl Pod {
     }
 
     /// Ends the pod if it has no containers any more but those that were given up; else
-    /// does nothing, as containerd asks after each container. Its sandbox by the Sandbox API is none
-    /// if it is asked for: containerd does so when it does not know that sandbox.
+    /// does nothing, as containerd asks after each container. Its sandbox by the Sandbox
+    /// API is none if it is asked for: containerd does so when it does not know that
+    /// sandbox. One that is being created is given up by this: whoever asked for it was
+    /// restarted meanwhile, and found no task.
     pub async fn shutdown(&self, id: &str) {
+        self.give_up(id);
         let sandbox = self.find(id, Api::Sandbox);
         let is_alone = {
             let containers = lock(&self.containers);

@@ -17,11 +17,9 @@ fn memory_kills_with_an_event() {
     // `tail` keeps what it reads without a newline.
     let said = scene.exec(&id, &[], &["tail", "/dev/zero"]);
     said.exits(137);
-    // The two after create, start, exec-added and exec-started; the kill and the
-    // exit are told in either order.
-    let mut last = events.topics(&id, 6).split_off(4);
-    last.sort();
-    assert_eq!(last, ["/tasks/exit", "/tasks/oom"]);
+    // After create, start, exec-added and exec-started: the cause before the exit.
+    let last = events.topics(&id, 6).split_off(4);
+    assert_eq!(last, ["/tasks/oom", "/tasks/exit"]);
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 
@@ -177,9 +175,22 @@ fn processor_time_and_processes_are_changed_while_running() {
         assert_eq!(said.stdout, format!("{quota} 100000\n{pids}\n"));
         assert_eq!(on_host(&id, "cpu.max"), format!("{quota} 100000"));
     }
-    let many = "for i in $(seq 30); do sleep 60 & done; echo all";
-    let said = scene.exec(&id, &[], &["sh", "-c", many]);
-    said.complains(&["can't fork"]);
+    // For 0.3 s of processor time.
+    let spin = "of() { grep $1 /sys/fs/cgroup/cpu.stat | cut -d' ' -f2; }; \
+                before=$(of nr_throttled); end=$(($(of usage_usec) + 300000)); \
+                while [ $(of usage_usec) -lt $end ]; do :; done; \
+                [ $(of nr_throttled) -gt $before ] && echo throttled || echo free";
+    for (quota, how) in [(50_000, "throttled\n"), (200_000, "free\n")] {
+        let cpu = json!({"cpu": {"quota": quota, "period": 100_000}});
+        shim.update(&cpu).unwrap();
+        let said = scene.exec(&id, &[], &["sh", "-c", spin]);
+        said.exits(0).prints(how);
+    }
+    let many = "for i in $(seq 30); do sleep 3600 >/dev/null 2>&1 & done; echo all";
+    let fork = || scene.exec(&id, &[], &["sh", "-c", many]);
+    fork().complains(&["can't fork"]);
+    shim.update(&json!({"pids": {"limit": 100}})).unwrap();
+    fork().exits(0).prints("all\n");
 }
 
 /// The host's pool of 2 MiB pages, as large as this says until it is dropped.
