@@ -6,12 +6,10 @@ use std::time::{Duration, Instant};
 
 use nacre_tests::cri::stream::{STDERR, STDIN, STDOUT};
 use nacre_tests::eventually;
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodScene};
 use tonic::Code;
 
 use crate::SLEEP;
-
-in_both_modes![exec_and_attach_streams];
 
 #[test]
 fn exec_sync_output_code_and_time_limit() {
@@ -40,10 +38,17 @@ fn exec_sync_output_code_and_time_limit() {
     eventually("the late command is gone", || {
         !app.exec(&["ps", "-o", "args"]).stdout.contains("7200")
     });
+    hooks_run_beside_the_container(&scene, &pod);
 }
 
-fn exec_and_attach_streams(scene: &PodScene) {
-    let pod = scene.pod("streams").run();
+#[test]
+fn exec_and_attach_streams() {
+    let scene = PodScene::new();
+    exec_and_attach_in(&scene.pod("streams").run());
+}
+
+/// Streams without terminals, of a container of this pod.
+pub fn exec_and_attach_in(pod: &Pod) {
     let script = "while read line; do echo got $line; echo warned >&2; done";
     let app = pod.container("app", &["sh", "-c", script]).stdin().start();
 
@@ -78,15 +83,13 @@ fn exec_and_attach_streams(scene: &PodScene) {
 /// `postStart` and `preStop` are execs beside the container's process: the one as soon as
 /// it runs, the other before it is stopped. One that does not end goes with the
 /// container.
-#[test]
-fn hooks_run_beside_the_container() {
-    let scene = PodScene::new();
+fn hooks_run_beside_the_container(scene: &PodScene, pod: &Pod) {
+    const HANG: &[&str] = &["sh", "-c", "touch /notes/hangs; sleep 7200"];
     let notes = scene.directory("notes");
-    let pod = scene.pod("hooked").run();
     let script = "trap 'echo stopped >> /notes/all; exit 0' TERM; touch /notes/ready; \
                   while true; do sleep 0.1; done";
     let app = pod
-        .container("app", &["sh", "-c", script])
+        .container("hooked", &["sh", "-c", script])
         .mount(&notes, "/notes")
         .start();
     let note = |text: &str| app.sh(&format!("echo {text} >> /notes/all"));
@@ -94,8 +97,7 @@ fn hooks_run_beside_the_container() {
     eventually("the trap is set", || notes.join("ready").exists());
     note("preStop").exits(0);
     thread::scope(|threads| {
-        let hang = &["sh", "-c", "touch /notes/hangs; sleep 7200"];
-        let endless = threads.spawn(|| app.try_exec(hang, Duration::ZERO));
+        let endless = threads.spawn(|| app.try_exec(HANG, Duration::ZERO));
         eventually("a hook hangs", || notes.join("hangs").exists());
         app.stop(Duration::from_secs(60));
         let ended = endless.join().unwrap();

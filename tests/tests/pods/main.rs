@@ -41,6 +41,7 @@ mod numbers;
 mod pids;
 mod resources;
 mod retries;
+mod sandboxed;
 mod security;
 mod snapshotter;
 mod stats;

@@ -10,7 +10,7 @@ use nacre_tests::{eventually, md5};
 
 use crate::SLEEP;
 
-in_both_modes![names_and_name_servers, ports_are_forwarded_to_the_pod];
+in_both_modes![names_and_name_servers];
 
 /// Answers each connection to port 8080 with the host name.
 const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
@@ -107,19 +107,20 @@ fn servers(pod: &Pod) -> [PodContainer; 2] {
     })
 }
 
-/// containerd dials 127.0.0.1 in the pod's network namespace on the host.
-fn ports_are_forwarded_to_the_pod(scene: &PodScene) {
-    let pod = scene.pod("forwarded").run();
-    let _servers = servers(&pod);
+/// containerd dials 127.0.0.1 in the pod's network namespace on the host. Returns the
+/// server of port 7070.
+pub fn ports_are_forwarded_to(pod: &Pod) -> PodContainer {
+    let [local, _own] = servers(pod);
     assert_eq!(get(pod.port_forward(7070), 7070, "name"), b"local\n");
     assert_eq!(get(pod.port_forward(7071), 7071, "name"), b"own\n");
+    local
 }
 
 #[test]
-fn forwarded_ports_carry_much_at_once() {
+fn ports_are_forwarded_to_the_pod() {
     let scene = PodScene::new();
-    let pod = scene.pod("busy").run();
-    let [local, _own] = servers(&pod);
+    let pod = scene.pod("forwarded").run();
+    let local = ports_are_forwarded_to(&pod);
     let streams: Vec<_> = (0..20).map(|_| pod.port_forward(7070)).collect();
     thread::scope(|threads| {
         let asking: Vec<_> = streams

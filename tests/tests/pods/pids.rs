@@ -2,11 +2,9 @@
 
 use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::eventually;
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodScene};
 
 use crate::SLEEP;
-
-in_both_modes![containers_share_the_pod_s_pids];
 
 #[test]
 fn containers_do_not_see_each_other() {
@@ -19,10 +17,15 @@ fn containers_do_not_see_each_other() {
     assert!(!seen.contains("7200"), "{seen}");
 }
 
+#[test]
+fn containers_share_the_pod_s_pids() {
+    let scene = PodScene::new();
+    pids_are_shared_in(&scene.pod("together").shared_pids().run());
+}
+
 /// `shareProcessNamespace`: PID 1 is pause, which collects orphans; one
 /// container's end leaves the others alone.
-fn containers_share_the_pod_s_pids(scene: &PodScene) {
-    let pod = scene.pod("together").shared_pids().run();
+pub fn pids_are_shared_in(pod: &Pod) {
     let one = pod.container("one", SLEEP).start();
     // A grandchild in the background: the container's end is its end, too.
     let script = "sleep 7201 & exec sleep 7200";

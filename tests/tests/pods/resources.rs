@@ -5,16 +5,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
-use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{PodDir, eventually};
 
 use crate::SLEEP;
 
-in_both_modes![
-    the_machine_is_as_large_as_the_pod,
-    one_container_runs_out_of_memory,
-    limits_change_while_a_container_runs
-];
+in_both_modes![the_machine_is_as_large_as_the_pod];
 
 const MIB: i64 = 1 << 20;
 
@@ -51,9 +47,14 @@ fn the_machine_is_as_large_as_the_pod(scene: &PodScene) {
     }
 }
 
+#[test]
+fn one_container_runs_out_of_memory() {
+    let scene = PodScene::new();
+    one_runs_out_of_memory_in(&scene.pod("hungry").run());
+}
+
 /// The kernel kills within the container that has no memory left.
-fn one_container_runs_out_of_memory(scene: &PodScene) {
-    let pod = scene.pod("hungry").run();
+pub fn one_runs_out_of_memory_in(pod: &Pod) {
     let sibling = pod.container("sibling", SLEEP).start();
     let hungry = pod
         .container("hungry", &["sh", "-c", "exec tail /dev/zero"])
@@ -239,11 +240,16 @@ fn huge_pages() {
 }
 
 #[test]
-fn processes_are_limited() {
+fn requests_and_a_limit_of_processes() {
     let scene = PodScene::new();
-    let pod = scene.pod("forking").run();
+    let pod = scene.pod("burstable").run();
+    requests_without_limits(&pod);
+    processes_are_limited(&pod);
+}
+
+fn processes_are_limited(pod: &Pod) {
     let app = pod
-        .container("app", SLEEP)
+        .container("forks", SLEEP)
         .resources(|resources| {
             resources.unified.insert("pids.max".into(), "8".into());
         })
@@ -255,12 +261,9 @@ fn processes_are_limited() {
 
 /// Kubernetes' requests are shares and a score; without limits nothing else is said of a
 /// pod's size, and its machine is as large as nacre.toml has it.
-#[test]
-fn requests_without_limits() {
-    let scene = PodScene::new();
-    let pod = scene.pod("burstable").run();
+fn requests_without_limits(pod: &Pod) {
     let app = pod
-        .container("app", SLEEP)
+        .container("requests", SLEEP)
         .resources(|resources| (resources.cpu_shares, resources.oom_score_adj) = (512, 900))
         .start();
     let group = "cd /sys/fs/cgroup && cat cpu.weight cpu.max memory.max";
@@ -278,7 +281,9 @@ const LOAD: &str = "while dd if=/dev/zero of=/dev/null bs=32M count=1 2>/dev/nul
                     echo >> /dev/shm/rounds; done; exit 1";
 
 /// In-place resize, up and down, under load. The machine grows with its containers.
-fn limits_change_while_a_container_runs(scene: &PodScene) {
+#[test]
+fn limits_change_while_a_container_runs() {
+    let scene = PodScene::new();
     let pod = scene.pod("resized").limits(128, 1).run();
     let limits = |mib: i64, quota: i64| LinuxContainerResources {
         memory_limit_in_bytes: mib * MIB,

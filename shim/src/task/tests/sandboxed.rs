@@ -269,6 +269,21 @@ async fn start_boots_what_create_could_not() {
     }
 }
 
+/// Limits are the Task API's, whichever way the sandbox came.
+#[tokio::test]
+async fn the_machine_grows_with_a_container() {
+    let memory = |mib: u64| json!({"memory": {"limit": mib << 20}});
+    for mode in MODES {
+        let mut scene = Scene::run(mode).await;
+        scene.fixture.resources = memory(64);
+        scene.fixture.run("app", "sleep 60").await;
+        scene.fixture.update("app", &memory(512)).await.unwrap();
+        let journal = lock(&scene.fixture.journal).clone();
+        let grown = "machine +256".to_owned();
+        assert!(journal.contains(&grown), "{mode:?}: {journal:?}");
+    }
+}
+
 /// Nobody waits for a container that is being made, and stopping the pod ends that.
 #[tokio::test]
 async fn a_slow_create_holds_up_nobody() {
