@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nacre_protocol::guest::huge_page_kib;
+use nacre_protocol::guest::{huge_page_bytes, huge_page_kib};
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Context, Error, Result};
@@ -127,9 +127,7 @@ fn wanted(resources: Option<&LinuxResources>) -> Result<Pages> {
     let limits = resources.and_then(|resources| resources.hugepage_limits().as_deref());
     let mut wanted = Pages::new();
     for limit in limits.unwrap_or_default() {
-        let bytes = u64::try_from(limit.limit()).unwrap_or(0);
-        // Version 1's word for it: the largest multiple of a page.
-        let bytes = if bytes < 1 << 62 { bytes } else { 0 };
+        let bytes = huge_page_bytes(limit.limit());
         match huge_page_kib(limit.page_size()) {
             Some(page_kib) => {
                 wanted.insert(page_kib, bytes.div_ceil(page_kib << 10));

@@ -57,9 +57,27 @@ pub fn huge_page_kib(name: &str) -> Option<u64> {
         .filter(|kib| kib.is_power_of_two() && *kib <= 1 << 24)
 }
 
+/// Bytes that a limit of huge pages lets a container have for certain: without a limit
+/// none. cgroup v1's word for "no limit" is the largest multiple of a page.
+#[must_use]
+pub fn huge_page_bytes(limit: i64) -> u64 {
+    u64::try_from(limit)
+        .ok()
+        .filter(|bytes| *bytes < 1 << 62)
+        .unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_pages_without_a_limit() {
+        assert_eq!(huge_page_bytes(2 << 20), 2 << 20);
+        for none in [-1, 0, i64::MAX, i64::MAX & !0xfff] {
+            assert_eq!(huge_page_bytes(none), 0, "{none}");
+        }
+    }
 
     #[test]
     fn names_of_huge_pages() {

@@ -579,13 +579,19 @@ mod tests {
         assert!(!b.path().exists(), "nobody else would clean up after it");
     }
 
-    #[test]
-    fn a_monitor_that_is_not_gone_keeps_uid_and_devices() {
-        let Some(monitor) = Undying::new() else {
-            return;
-        };
+    /// A monitor that is not gone, and its pod's directory, in which nothing says so yet.
+    fn undying() -> Option<(Undying, tempfile::TempDir, RunDir)> {
+        let monitor = Undying::new()?;
         let root = tempfile::tempdir().unwrap();
         let dir = run_dir(root.path(), "pod");
+        Some((monitor, root, dir))
+    }
+
+    #[test]
+    fn a_monitor_that_is_not_gone_keeps_uid_and_devices() {
+        let Some((monitor, root, dir)) = undying() else {
+            return;
+        };
         let state = State {
             monitor: Some(monitor.process),
             uid: Some(dir.allocate_uid(1000, 1).unwrap()),
@@ -612,11 +618,9 @@ mod tests {
 
     #[test]
     fn a_start_waits_for_what_is_left_of_an_earlier_one() {
-        let Some(monitor) = Undying::new() else {
+        let Some((monitor, root, dir)) = undying() else {
             return;
         };
-        let root = tempfile::tempdir().unwrap();
-        let dir = run_dir(root.path(), "pod");
         let socket = root.path().join("socket");
         fs::write(&socket, "").unwrap();
         let state = State {
@@ -641,11 +645,9 @@ mod tests {
 
     #[test]
     fn memory_to_unpin_has_its_time() {
-        let Some(monitor) = Undying::new() else {
+        let Some((monitor, _root, dir)) = undying() else {
             return;
         };
-        let root = tempfile::tempdir().unwrap();
-        let dir = run_dir(root.path(), "pod");
         let state = State {
             monitor: Some(monitor.process),
             pin_time: Duration::from_secs(1),

@@ -8,8 +8,6 @@
 //! gives `delete` five seconds; a hook that takes longer goes on without it, and after a
 //! monitor that does whoever comes next cleans up ([`crate::rundir`]).
 
-use std::fs;
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -18,7 +16,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 use tracing::warn;
 
-use super::{Args, BootstrapError, group_of, init_log};
+use super::{Args, BootstrapError, group_of, init_log, read_spec};
 use crate::config::Config;
 use crate::events::timestamp;
 use crate::hooks::Runner;
@@ -64,14 +62,9 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
 
 /// Runs the container's `poststop` hooks, unless the daemon has.
 fn run_hooks(args: &Args, bundle: PathBuf) -> Result<(), BootstrapError> {
-    let path = bundle.join("config.json");
-    let text = match fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        text => text.map_err(BootstrapError::io(format!("read {}", path.display())))?,
+    let Some(spec) = read_spec(&bundle)? else {
+        return Ok(());
     };
-    let spec = serde_json::from_slice(&text)
-        .map_err(io::Error::from)
-        .map_err(BootstrapError::io(format!("parse {}", path.display())))?;
     let config = ContainerConfig {
         api: Api::Task,
         id: args.id.clone(),

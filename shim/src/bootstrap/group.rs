@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::BootstrapError;
+use super::{BootstrapError, read_spec};
 
 /// Annotations that name the pod, strongest first: CRI's, and the one runc's
 /// shim invented for everybody else.
@@ -29,18 +29,9 @@ struct Annotated {
 ///
 /// When config.json is unreadable or malformed, or names an impossible pod.
 pub fn group_of(bundle: &Path, id: &str) -> Result<String, BootstrapError> {
-    let path = bundle.join("config.json");
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(id.to_owned()),
-        Err(error) => {
-            return Err(BootstrapError::io(format!("read {}", path.display()))(
-                error,
-            ));
-        }
+    let Some(spec) = read_spec::<Annotated>(bundle)? else {
+        return Ok(id.to_owned());
     };
-    let spec: Annotated = serde_json::from_slice(&text)
-        .map_err(|error| BootstrapError::io(format!("parse {}", path.display()))(error.into()))?;
     let group = GROUP_ANNOTATIONS
         .iter()
         .find_map(|name| spec.annotations.get(*name))

@@ -18,9 +18,13 @@ mod info;
 mod serve;
 mod start;
 
-use std::io::{Read, Write};
+use std::fs;
+use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
+
+use serde::de::DeserializeOwned;
 
 pub use args::{Action, Args};
 pub use group::group_of;
@@ -71,6 +75,19 @@ fn init_log(level: &str) {
         .with_ansi(false)
         .with_env_filter(filter)
         .init();
+}
+
+/// What `T` takes of a bundle's config.json, if there is one.
+fn read_spec<T: DeserializeOwned>(bundle: &Path) -> Result<Option<T>, BootstrapError> {
+    let path = bundle.join("config.json");
+    let text = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(BootstrapError::io(format!("read {}", path.display())))?,
+    };
+    let spec = serde_json::from_slice(&text)
+        .map_err(io::Error::from)
+        .map_err(BootstrapError::io(format!("parse {}", path.display())))?;
+    Ok(Some(spec))
 }
 
 /// Longest runtime options taken from stdin.

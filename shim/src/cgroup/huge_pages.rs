@@ -1,6 +1,6 @@
 //! Memory in huge pages of the guest, by page size.
 
-use nacre_protocol::guest::huge_page_kib;
+use nacre_protocol::guest::{huge_page_bytes, huge_page_kib};
 use oci_spec::runtime::LinuxResources;
 
 /// Sizes that a guest's kernel has (x86-64), in KiB. It refuses pages of others.
@@ -25,9 +25,7 @@ impl HugePages {
             let kib = huge_page_kib(limit.page_size());
             for (size, bytes) in SIZES_KIB.into_iter().zip(&mut self.0) {
                 if kib == Some(size) {
-                    let limit = u64::try_from(limit.limit()).unwrap_or(0);
-                    // Version 1's word for no limit: the largest multiple of a page.
-                    *bytes = if limit < 1 << 62 { limit } else { 0 };
+                    *bytes = huge_page_bytes(limit.limit());
                 }
             }
         }

@@ -40,6 +40,9 @@ use crate::storage::Prepared;
 
 /// Time the agent has for a call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time the agent has to start one process among many, on a host that is busy with those
+/// who ask for them. A guest that hangs is found by `hang_timeout_seconds`.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time the agent has to mount a container's storage and make it.
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time output has to reach its readers after the exit.
@@ -433,7 +436,7 @@ impl Container {
         let agent = self.agent("exec in")?;
         let answer = self
             .sandbox
-            .ask("run the command", CALL_TIMEOUT, |context| {
+            .ask("run the command", EXEC_TIMEOUT, |context| {
                 agent.exec(context, &request)
             });
         let started = answer.await?;

@@ -88,7 +88,7 @@ fn way(pods: usize, random: u64) -> &'static Way {
         ways.get(index).unwrap_or(&RESTART)
     };
     match pods % 3 {
-        _ if pods < WARM_UP && pods % PODS_PER_ROW == 0 => &RESTART,
+        _ if pods < WARM_UP && pods.is_multiple_of(PODS_PER_ROW) => &RESTART,
         2 => among(&FAILURES),
         _ => among(&ENDS),
     }

@@ -203,7 +203,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 fn metrics_are_those_of_the_guest_s_files() {
     let mut scene = Scene::new();
     let burn = "head -c 20m /dev/zero | tail -c 20m | sleep 3600 & \
-                cat /bin/busybox > /tmp/x; i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done; \
+                cat /bin/busybox > /tmp/x; i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done; \
                 echo burnt > /tmp/done; sleep 3600";
     let id = scene.start_spec(|spec| {
         with_cgroup(spec);

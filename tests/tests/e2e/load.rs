@@ -9,7 +9,7 @@ use nacre_tests::{BUSYBOX, Said, Scene, Shim, eventually, run};
 use crate::failures::Changed;
 
 #[test]
-#[ignore = "twenty machines share two emulated processors for 90 s: make long"]
+#[ignore = "twenty machines take the lab's one emulated processor for minutes: make long"]
 fn twenty_machines_at_once() {
     // Two processors that are slow take their time for twenty kernels.
     let _boot = Changed::new("boot_timeout_seconds", "500");

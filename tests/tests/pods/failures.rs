@@ -71,7 +71,7 @@ fn a_container_that_cannot_be_made() {
 }
 
 #[test]
-#[ignore = "eight pods share two emulated processors for 2 minutes: make long"]
+#[ignore = "eight pods take the lab's one emulated processor for minutes: make long"]
 fn eight_pods_at_once() {
     let scene = PodScene::new();
     thread::scope(|threads| {

@@ -57,7 +57,7 @@ fn print_starts(at_once: &[usize]) {
 }
 
 #[test]
-#[ignore = "dozens of pods share two emulated processors for minutes: make long"]
+#[ignore = "dozens of pods take the lab's one emulated processor for minutes: make long"]
 fn many_pods_start_beside_runc() {
     let _patience = LongBoots::new();
     print_starts(&[1, 5, 20]);
@@ -163,7 +163,7 @@ fn what_an_idle_pod_costs_the_host() {
 }
 
 #[test]
-#[ignore = "dozens of pods share two emulated processors for minutes: make long"]
+#[ignore = "dozens of pods take the lab's one emulated processor for minutes: make long"]
 fn what_many_idle_pods_cost_the_host() {
     const COUNTS: [u64; 3] = [1, 10, 30];
     let _pages = SmallPages::new();

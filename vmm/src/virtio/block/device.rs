@@ -67,9 +67,10 @@ pub struct Exchanger {
 }
 
 impl Exchanger {
-    /// Gives the disk other bytes. When this returns, nothing touches those it had. Of two
-    /// exchanges the one with the higher number counts, whichever comes first. Whether the guest may write them is theirs to say; to the driver the device
-    /// stays what it was. Returns the new size in bytes.
+    /// Gives the disk other bytes; returns their number. When this returns, nothing touches
+    /// those it had. Of two exchanges the one with the higher number counts, whichever comes
+    /// first. Whether the guest may write them is theirs to say; to the driver the device
+    /// stays what it was.
     ///
     /// # Errors
     ///
