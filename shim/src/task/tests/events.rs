@@ -17,7 +17,8 @@ async fn events_of_a_container_and_an_exec() {
     let [stdin, stdout, stderr] = ["stdin", "stdout", "stderr"].map(|name| fixture.fifo(name));
     let request = CreateTaskRequest {
         id: "c".into(),
-        bundle: fixture.bundle("c", "sleep 60"),
+        // A child of the shell's would keep the output open.
+        bundle: fixture.bundle("c", "exec sleep 60"),
         stdin: stdin.clone(),
         stdout: stdout.clone(),
         stderr: stderr.clone(),
