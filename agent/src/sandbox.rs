@@ -332,6 +332,8 @@ impl Sandbox {
         exit.wait().await;
         drained.await;
         container.oom.check();
+        // Whoever waits for that on this one thread answers first.
+        tokio::task::yield_now().await;
         exit.get()
             .ok_or_else(|| Error::Internal("the reaper is gone".into()))
     }

@@ -32,10 +32,9 @@ fn code(error: &TaskError) -> Code {
         TaskError::ContainerExists(_)
         | TaskError::ExecExists { .. }
         | TaskError::SandboxExists(_) => Code::ALREADY_EXISTS,
-        TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
+        TaskError::WrongPhase { .. } | TaskError::GivenUp(_) => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
         TaskError::Unsupported(_) | TaskError::Hook(_) => Code::UNIMPLEMENTED,
-        TaskError::Agent { answer, .. } => agent_code(answer),
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
@@ -52,7 +51,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
-        SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
+        SandboxError::AgentSilent { .. } | SandboxError::Late { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped | SandboxError::Kubelet { .. } => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
@@ -128,6 +127,17 @@ impl From<ConsoleError> for ttrpc::Error {
     }
 }
 
+impl TaskError {
+    /// The answer to a call on a pod; its text names the pod.
+    pub(crate) fn of_pod(&self, sandbox_id: &str) -> ttrpc::Error {
+        let mut text = chain(self);
+        if !text.contains(sandbox_id) {
+            text = format!("pod {sandbox_id}: {text}");
+        }
+        ttrpc::error::get_rpc_status(code(self), text)
+    }
+}
+
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
         ttrpc::error::get_rpc_status(code(&error), chain(&error))
@@ -140,7 +150,7 @@ mod tests {
     use ttrpc::error::get_rpc_status;
 
     fn agent_error(answer: ttrpc::Error) -> Code {
-        code(&TaskError::Agent {
+        sandbox_code(&SandboxError::Agent {
             what: "test",
             answer,
         })
@@ -158,6 +168,20 @@ mod tests {
         );
         assert_eq!(agent_error(get_rpc_status(Code::OK, "x")), Code::INTERNAL);
         assert_eq!(agent_error(ttrpc::Error::RemoteClosed), Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn errors_of_a_pod_name_it_once() {
+        let text = |error: TaskError| match error.of_pod("5a5a") {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+            other => panic!("{other}"),
+        };
+        let silent = TaskError::from(SandboxError::AgentSilent { seconds: 7 });
+        let (code, said) = text(silent);
+        assert_eq!(code, Code::DEADLINE_EXCEEDED);
+        assert!(said.starts_with("pod 5a5a: the guest's agent"), "{said}");
+        let (_, said) = text(TaskError::NoSandbox("5a5a".into()));
+        assert_eq!(said, "no sandbox 5a5a");
     }
 
     #[test]

@@ -43,6 +43,7 @@ use tokio::net::UnixStream;
 use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
 
 use crate::cgroup::Limits;
 use crate::devices::request;
@@ -97,6 +98,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// The pod's id.
+    pub fn sandbox_id(&self) -> &str {
+        match self {
+            Self::Vm(host) => host.sandbox_id(),
+            #[cfg(test)]
+            Self::Fake(_) => crate::machine::fake::SANDBOX_ID,
+        }
+    }
+
     /// What runs the containers' hooks.
     pub fn hooks(&self) -> &hooks::Runner {
         match self {
@@ -382,14 +392,10 @@ impl Sandbox {
         let agent = AgentClient::new(Client::new(Socket::new(connection)));
         // What slows the boot down slows this down, too.
         let rest = boot_timeout.saturating_sub(begin.elapsed());
-        let context = ttrpc::context::with_duration(rest);
-        agent
-            .configure_sandbox(context, request)
-            .await
-            .map_err(|answer| SandboxError::Agent {
-                what: "configure the sandbox",
-                answer,
-            })?;
+        self.ask("configure the sandbox", rest, |context| {
+            agent.configure_sandbox(context, request)
+        })
+        .await?;
         let shares_directory = request.shared_dir;
         // Attached once: the one caller is the one boot.
         self.guest.get_or_init(|| Guest {
@@ -557,6 +563,41 @@ impl Sandbox {
             _ = self.stopped() => Err(ttrpc::Error::RemoteClosed),
             answer = call => answer,
         }
+    }
+
+    /// What the agent answers to a call within `limit`. One that is lost with the machine
+    /// fails with what became of that.
+    ///
+    /// # Errors
+    ///
+    /// `Agent`, `Late`; `Machine` when the machine is dead.
+    pub async fn ask<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        call: impl FnOnce(Context) -> F,
+    ) -> Result<T, SandboxError> {
+        // The agent gives up then, too. Ours ends first: ttrpc has no code for its own.
+        let late = tokio::time::sleep(limit);
+        let call = self.unless_stopped(call(with_duration(limit)));
+        let answer = tokio::select! {
+            biased;
+            () = late => {
+                // What is left of a boot's time is a little less than whole seconds.
+                let seconds = limit.saturating_add(Duration::from_millis(500)).as_secs();
+                return Err(SandboxError::Late { what, seconds });
+            }
+            answer = call => match answer {
+                Ok(answer) => return Ok(answer),
+                Err(answer) => answer,
+            },
+        };
+        let is_lost = !matches!(answer, ttrpc::Error::RpcStatus(_) | ttrpc::Error::Others(_));
+        // As in `give_up`: the guest may be about to say why.
+        if is_lost && let Ok(stop) = tokio::time::timeout(LAST_WORDS, self.stopped()).await {
+            return Err(MachineError::Stopped(stop).into());
+        }
+        Err(SandboxError::Agent { what, answer })
     }
 
     /// Ends a machine whose agent is gone. Most likely the guest is about to end

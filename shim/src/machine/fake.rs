@@ -230,6 +230,21 @@ impl FakeMachine {
         }
     }
 
+    /// From now on it deletes nothing, and does not say so.
+    pub fn hang_deletes(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.deletes_hang.send_replace(true);
+        }
+    }
+
+    /// Resolves when a container's process has ended and all its output was sent.
+    pub async fn ended(&self, container_id: &str) {
+        match &self.streams {
+            Streams::Scripted(agent) => agent.ended(container_id).await,
+            Streams::Real(_) => std::future::pending().await,
+        }
+    }
+
     /// Resolves when a guest that hangs has been asked `calls` times.
     pub async fn held(&self, calls: u32) {
         let Streams::Scripted(agent) = &self.streams else {
@@ -261,6 +276,9 @@ impl Drop for FakeMachine {
         self.kill();
     }
 }
+
+/// Id of each pod on such a host.
+pub const SANDBOX_ID: &str = "fake-5a5a";
 
 /// Makes fake machines in place of `VmHost`.
 pub struct FakeHost {

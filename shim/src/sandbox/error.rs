@@ -195,13 +195,21 @@ pub enum SandboxError {
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The agent refused.
+    /// The agent refused or failed.
     #[error("guest: {what}: {}", agent_message(answer))]
     Agent {
         /// What was asked of it.
         what: &'static str,
-        /// Its answer.
+        /// Its answer, already in the text.
         answer: ttrpc::Error,
+    },
+    /// The agent did not answer a call in time.
+    #[error("guest: {what}: no answer within {seconds} s")]
+    Late {
+        /// What was asked of it.
+        what: &'static str,
+        /// The limit.
+        seconds: u64,
     },
     /// The agent did not connect.
     #[error(

@@ -110,6 +110,11 @@ impl VmHost {
         }
     }
 
+    /// See [`super::Host::sandbox_id`].
+    pub fn sandbox_id(&self) -> &str {
+        &self.sandbox_id
+    }
+
     /// See [`super::Host::hooks`].
     pub fn hooks(&self) -> &hooks::Runner {
         &self.hooks

@@ -98,11 +98,6 @@ async fn drain(process: &Process) {
     }
 }
 
-/// For `map_err` on the agent's answers.
-pub fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> TaskError {
-    move |answer| TaskError::Agent { what, answer }
-}
-
 impl Container {
     /// A container the guest does not have yet.
     pub fn new(
@@ -207,10 +202,12 @@ impl Container {
             drivers: prepared.pci_devices.drivers,
             ..Default::default()
         };
-        agent
-            .create_container(deadline(CREATE_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("create the container"))?;
+        let answer = self
+            .sandbox
+            .ask("create the container", CREATE_TIMEOUT, |context| {
+                agent.create_container(context, &request)
+            });
+        answer.await?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
         self.in_guest.set(()).map_err(|_| TaskError::Cancelled)?;
@@ -366,11 +363,13 @@ impl Container {
             process.start_input()?;
             let own_hooks = hooks::time_in_guest(&self.config.spec);
             let limit = Duration::from_secs(START_SECONDS) + own_hooks;
-            self.agent("start")?
-                .start_container(deadline(limit), &self.container_request())
-                .await
-                .map(drop)
-                .map_err(agent_error("start the container"))
+            let request = self.container_request();
+            let agent = self.agent("start")?;
+            let answer = self.sandbox.ask("start the container", limit, |context| {
+                agent.start_container(context, &request)
+            });
+            answer.await?;
+            Ok::<(), TaskError>(())
         };
         let started = start.await;
         process.advance("start", |_| match started {
@@ -435,11 +434,13 @@ impl Container {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let started = self
-            .agent("exec in")?
-            .exec(deadline(EXEC_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("run the command"))?;
+        let agent = self.agent("exec in")?;
+        let answer = self
+            .sandbox
+            .ask("run the command", EXEC_TIMEOUT, |context| {
+                agent.exec(context, &request)
+            });
+        let started = answer.await?;
         // Once: an exec is started once.
         process.guest_pid.get_or_init(|| started.pid);
         streams.start_input()?;
