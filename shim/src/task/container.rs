@@ -149,6 +149,11 @@ impl Container {
         !self.in_guest.initialized()
     }
 
+    /// Resolves once the guest has it.
+    pub(super) async fn entered_guest(&self) {
+        self.in_guest.wait().await;
+    }
+
     /// The agent, if the guest has the container.
     ///
     /// # Errors
@@ -284,7 +289,7 @@ impl Container {
         let request = self.process_request(process);
         let context = ttrpc::context::Context::default();
         let in_guest = async {
-            self.in_guest.wait().await;
+            self.entered_guest().await;
             match self.agent("wait for") {
                 Ok(agent) => agent.wait(context, &request).await,
                 Err(_) => Err(ttrpc::Error::RemoteClosed),

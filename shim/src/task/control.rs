@@ -50,7 +50,8 @@ impl Container {
     }
 
     /// Sends a signal to a process, whatever its phase. Any signal ends a
-    /// container the guest does not have yet, and the sandbox's.
+    /// container the guest does not have yet, and the sandbox's. One that the guest is
+    /// being booted for gets it as soon as it is there.
     pub(super) async fn signal(
         &self,
         process: &Process,
@@ -63,6 +64,15 @@ impl Container {
                 .finish(exit, |exit| self.report_exit(process, exit))
                 .await;
             return Ok(());
+        }
+        if process.exec_id.is_empty() && process.phase() == Phase::Starting {
+            tokio::select! {
+                () = self.entered_guest() => (),
+                _ = process.exited() => {
+                    let process = process.name();
+                    return Err(TaskError::Finished { process });
+                }
+            }
         }
         let request = agent::SignalRequest {
             container_id: self.config.id.clone(),
