@@ -292,17 +292,6 @@ impl<'s> Pod<'s> {
         network.ip
     }
 
-    /// The group of its sandbox, in which its machine is.
-    ///
-    /// # Panics
-    ///
-    /// When it was made without kubelet's group for it.
-    #[must_use]
-    pub fn cgroup(&self) -> PathBuf {
-        let linux = self.config.linux.as_ref().expect("a pod's cgroup");
-        PathBuf::from(format!("{CGROUP_ROOT}{}/{}", linux.cgroup_parent, self.id))
-    }
-
     /// `StopPodSandbox`.
     ///
     /// # Panics
