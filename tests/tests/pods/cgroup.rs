@@ -40,7 +40,9 @@ fn holds_the_pod(pod: &Pod, group: &Path) {
 /// is in it a scope.
 fn a_pod_below_a_slice(scene: &PodScene) {
     let pod = scene.pod("sliced").in_slice().limits(256, 1).run();
-    let app = pod.container("app", SLEEP).start();
+    let app = pod.container("app", SLEEP);
+    let app = app.resources(|resources| resources.memory_limit_in_bytes = 256 << 20);
+    let app = app.start();
     let parent = pod.config.linux.as_ref().unwrap().cgroup_parent.clone();
     assert!(parent.ends_with(".slice"), "{parent}");
     let parent = PathBuf::from(format!("/sys/fs/cgroup{parent}"));

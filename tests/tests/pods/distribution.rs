@@ -22,7 +22,7 @@ const MAKE: &str = "set -e
 
 const SERVE: &str = "use IO::Socket::INET; $| = 1; \
     $s = IO::Socket::INET->new(LocalPort => 8080, Listen => 5) or die $!; print \"ready\\n\"; \
-    while ($c = $s->accept) { print $c getpwuid($<) . \" serves\\n\"; close $c }";
+    while ($c = $s->accept) { <$c>; print $c getpwuid($<) . \" serves\\n\"; close $c }";
 
 fn make_image(scene: &PodScene) -> PathBuf {
     let directory = scene.directory("distribution");

@@ -72,12 +72,15 @@ pub fn exec_and_attach_in(pod: &Pod) {
     app.await_logged("stdout", "got one\ngot two\n");
 
     // Its input ends with the first client.
-    let once = pod.container("once", &["wc", "-c"]).stdin_once().start();
+    let script = "read line; echo got $line; cat; echo no more";
+    let once = pod.container("once", &["sh", "-c", script]).stdin_once();
+    let once = once.start();
     let mut attached = once.attach(false);
     attached.send(STDIN, b"three\n");
+    attached.read_until(STDOUT, |text| text == "got three\n");
     drop(attached);
     assert_eq!(once.await_exit().exit_code, 0);
-    assert_eq!(once.logged("stdout"), "6\n");
+    assert_eq!(once.logged("stdout"), "got three\nno more\n");
 }
 
 /// `postStart` and `preStop` are execs beside the container's process: the one as soon as

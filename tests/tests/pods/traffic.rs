@@ -47,7 +47,7 @@ impl Policy {
             )
         };
         let [to, from] = [chain("to_pod", "egress"), chain("from_pod", "ingress")];
-        let rules = format!("table netdev policy {{\n{to}{from}}}\n");
+        let rules = format!("table netdev denied {{\n{to}{from}}}\n");
         let mut nft = Command::new("nft");
         nft.args(["-f", "-"]);
         run_with_input(nft, rules.into_bytes()).exits(0);
@@ -56,7 +56,7 @@ impl Policy {
 
     /// How many of its two chains have dropped something.
     fn dropped(&self) -> usize {
-        let said = run("nft", &["list", "table", "netdev", "policy"]).exits(0);
+        let said = run("nft", &["list", "table", "netdev", "denied"]).exits(0);
         let counters = said.stdout.matches("counter packets").count();
         counters - said.stdout.matches("counter packets 0 ").count()
     }
@@ -64,7 +64,7 @@ impl Policy {
 
 impl Drop for Policy {
     fn drop(&mut self) {
-        let said = run("nft", &["delete", "table", "netdev", "policy"]);
+        let said = run("nft", &["delete", "table", "netdev", "denied"]);
         assert!(
             thread::panicking() || said.code == Some(0),
             "left behind: {said:#?}"
