@@ -109,15 +109,16 @@ fn host_memory_mib() -> u32 {
 }
 
 /// Memory, in MiB, for a pod whose containers have these limits: what they may
-/// use together, and no less than the default while one of them has no limit.
-pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
+/// use together, and no less than the default while one of them has no limit. In a
+/// machine that keeps its size such a one has what is there.
+pub fn memory_of(containers: &[Limits], is_pinned: bool, config: &Config) -> u32 {
     let known = containers.iter().filter_map(|limits| limits.memory_bytes);
     let bytes = known.fold(0, u64::saturating_add);
     let mib = mib_for(bytes);
     let limited = containers
         .iter()
         .all(|limits| limits.memory_bytes.is_some());
-    let mib = if limited {
+    let mib = if limited || is_pinned {
         mib
     } else {
         mib.max(config.default_memory_mib)
@@ -270,19 +271,23 @@ mod tests {
             ..Limits::default()
         };
         let both = [limit(256), limit(512)];
-        assert_eq!(memory_of(&both, &config), 832);
+        assert_eq!(memory_of(&both, false, &config), 832);
         let overhead = u64::from(config.overhead_memory_mib);
         let host = host_limits(&both, 832, false, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
         assert_eq!(host.cpu, Some((100_000, 100_000)));
         let one_without = [limit(4), Limits::default()];
         let default = config.default_memory_mib;
-        assert_eq!(memory_of(&one_without, &config), default);
+        assert_eq!(memory_of(&one_without, false, &config), default);
+        assert_eq!(memory_of(&one_without, true, &config), 128);
         assert_eq!(
             host_limits(&one_without, default, false, &config),
             Limits::default()
         );
-        assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);
+        assert_eq!(
+            memory_of(&[limit(u64::MAX >> 20); 2], false, &config),
+            1 << 20
+        );
     }
 
     #[test]
@@ -295,7 +300,7 @@ mod tests {
         assert_eq!(size(&spec).1, 256 + 64 + 64);
         let resources = serde_json::from_value(spec["linux"]["resources"].clone());
         let limits = Limits::default().updated_by(&resources.unwrap());
-        assert_eq!(memory_of(&[limits, limits], &config), 512 + 64 + 128);
+        assert_eq!(memory_of(&[limits, limits], false, &config), 512 + 64 + 128);
     }
 
     #[test]

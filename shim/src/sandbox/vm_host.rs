@@ -340,7 +340,8 @@ impl VmHost {
 
     /// See [`super::Host::memory_of`].
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
-        memory_of(containers, &self.config)
+        let is_pinned = crate::task::lock(&self.parts).is_pinned();
+        memory_of(containers, is_pinned, &self.config)
     }
 
     /// See [`super::Host::set_limits`].
