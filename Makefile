@@ -110,7 +110,8 @@ lab-containers lab-pods:
 lab-itself:
 	@$(call told,cargo test --locked -p nacre-tests --test lab -- --test-threads=1 $(E2E))
 
-# The tests' driver images, and one whose module is of another kernel.
+# The tests' driver images, and one whose module is of another kernel; a module that hangs
+# its guest.
 DRIVERS := target/drivers
 driver-images: stage
 	@rm -rf $(DRIVERS) && cp -r tests/tests/devices/drivers $(DRIVERS)
@@ -119,7 +120,7 @@ driver-images: stage
 	@mkdir $(DRIVERS)/edu/modules && cp $(DRIVERS)/module/edu.ko $(DRIVERS)/edu/modules/
 	@echo 'edu.ko level=3' >$(DRIVERS)/edu/modules/modules.load
 	@cp -r $(DRIVERS)/edu $(DRIVERS)/old && LC_ALL=C sed -i 's/vermagic=6/vermagic=5/' $(DRIVERS)/old/modules/edu.ko
-	@mkdir -p $(STAGE)/tests/drivers
+	@mkdir -p $(STAGE)/tests/drivers && cp $(DRIVERS)/module/hang.ko $(STAGE)/tests/
 	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
 test: lint unit e2e
@@ -135,8 +136,9 @@ bench: stage
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, many machines and pods at once, and what they take and cost beside runc.
-long: stage
+# layers, many machines and pods at once, and what they take and cost beside runc;
+# guests that end in every way at every step.
+long: stage driver-images
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@$(IN_LAB) run --timeout 3600 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
@@ -144,7 +146,7 @@ long: stage
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.
 SOAK_SECONDS ?= 600
-SOAK_PODS ?= 60
+SOAK_PODS ?= 300
 soak: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/

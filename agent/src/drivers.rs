@@ -7,9 +7,10 @@
 //! all else                      what the CDI specs name: libraries, programs
 //! ```
 //!
-//! An image is a disk of the machine, mounted read-only when the sandbox is configured:
-//! before any container, so that its devices' nodes are looked for when the driver has
-//! them. It is trusted as the kernel is. `docs/driver-images.md` is for those who make one.
+//! An image is a disk of the machine, mounted read-only when the first of its devices is
+//! there: with the machine, or with a container that brings it. Its modules are loaded before
+//! the devices' nodes are looked for. It is trusted as the kernel is. What could not be
+//! used once is not tried again. `docs/driver-images.md` is for those who make one.
 
 mod cdi;
 mod modules;
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 use nacre_protocol::agent::{Driver, Storage};
 use nacre_protocol::guest::DRIVERS_DIR;
 use oci_spec::runtime::{Process, Spec};
+use tokio::sync::Mutex;
 
 use self::cdi::CdiSpec;
 use crate::error::{Context, Error, Result};
@@ -30,20 +32,19 @@ use crate::storage;
 /// Where the kernel looks for firmware (Documentation/driver-api/firmware).
 const FIRMWARE_DIR: &str = "/lib/firmware";
 
-/// The images of a guest.
+/// The images of a guest that are in use.
 #[derive(Debug, Default)]
-pub struct Drivers(Vec<Image>);
+pub struct Drivers(Mutex<Vec<Image>>);
 
 /// One image.
 #[derive(Debug)]
 struct Image {
+    /// Of its disk.
+    serial: String,
     /// Where it is mounted.
     root: PathBuf,
-    /// Its file on the host.
-    path: String,
-    /// The PCI devices it is for.
-    devices: Vec<String>,
-    specs: Vec<CdiSpec>,
+    /// Or why it cannot be used.
+    specs: std::result::Result<Vec<CdiSpec>, String>,
 }
 
 /// What driver images do to every process of a container.
@@ -54,32 +55,44 @@ pub struct ProcessEdits {
 }
 
 impl Drivers {
-    /// Mounts the images and loads their modules, one after another.
+    /// Mounts images that are not in use yet and loads their modules, one after another.
     ///
     /// # Errors
     ///
     /// `FailedPrecondition`: which image cannot be used, and why.
-    pub async fn attach(drivers: Vec<Driver>) -> Result<Self> {
-        let mut images = Vec::new();
-        for (index, driver) in drivers.into_iter().enumerate() {
-            let path = driver.path.clone();
-            let attached = attach(index, driver).await;
-            images.push(attached.map_err(|error| unusable(&path, &error))?);
+    pub async fn attach(&self, drivers: &[Driver]) -> Result<()> {
+        let mut images = self.0.lock().await;
+        for driver in drivers {
+            if !images.iter().any(|image| image.serial == driver.serial) {
+                let image = Image::attach(images.len(), driver).await;
+                images.push(image);
+            }
+            specs_of(&images, driver)?;
         }
-        Ok(Self(images))
+        Ok(())
     }
 
-    /// Adds to a container what the images have for the devices it gets, if any.
+    /// Adds to a container what the images for its devices have for it. They were
+    /// attached.
     ///
     /// # Errors
     ///
     /// `FailedPrecondition`: what an image promises and does not have.
-    pub fn edit(&self, spec: &mut Spec, devices: &[String]) -> Result<ProcessEdits> {
+    pub async fn edit(
+        &self,
+        spec: &mut Spec,
+        devices: &[String],
+        drivers: &[Driver],
+    ) -> Result<ProcessEdits> {
+        let images = self.0.lock().await;
         let mut edits = ProcessEdits::default();
-        for image in &self.0 {
-            image
-                .edit(spec, devices, &mut edits)
-                .map_err(|error| unusable(&image.path, &error))?;
+        for driver in drivers {
+            let (root, specs) = specs_of(&images, driver)?;
+            for cdi in specs {
+                edits
+                    .add(spec, cdi, root, &numbers(driver, devices))
+                    .map_err(|error| unusable(&driver.path, &error.full()))?;
+            }
         }
         if let Some(process) = spec.process_mut() {
             edits.apply(process);
@@ -88,27 +101,46 @@ impl Drivers {
     }
 }
 
+/// Where an image is, and its specs.
+fn specs_of<'a>(images: &'a [Image], driver: &Driver) -> Result<(&'a Path, &'a [CdiSpec])> {
+    let image = images.iter().find(|image| image.serial == driver.serial);
+    let image = image.ok_or_else(|| unusable(&driver.path, "it is not mounted"))?;
+    match &image.specs {
+        Ok(specs) => Ok((image.root.as_path(), specs.as_slice())),
+        Err(why) => Err(unusable(&driver.path, why)),
+    }
+}
+
+/// What CDI specs call those of a container's devices that an image is for.
+fn numbers(driver: &Driver, devices: &[String]) -> Vec<String> {
+    let numbered = driver.devices.iter().enumerate();
+    let its = numbered.filter(|(_, device)| devices.contains(device));
+    its.map(|(number, _)| number.to_string()).collect()
+}
+
 impl Image {
-    fn edit(&self, spec: &mut Spec, devices: &[String], to: &mut ProcessEdits) -> Result<()> {
-        let has = |device: &&String| devices.contains(*device);
-        if !self.devices.iter().any(|device| has(&device)) {
-            return Ok(());
+    async fn attach(index: usize, driver: &Driver) -> Self {
+        let root = Path::new(DRIVERS_DIR).join(index.to_string());
+        let specs = attach(&root, &driver.serial).await;
+        Self {
+            serial: driver.serial.clone(),
+            root,
+            specs: specs.map_err(|error| error.full()),
         }
-        let numbers = self.devices.iter().enumerate();
-        let numbers = numbers.filter(|(_, device)| has(device));
-        let names: Vec<_> = numbers.map(|(number, _)| number.to_string()).collect();
-        for cdi in &self.specs {
-            for edits in cdi.edits_of(&names) {
-                edits.apply(spec, &self.root)?;
-                to.env.extend_from_slice(&edits.env);
-                to.gids.extend_from_slice(&edits.additional_gids);
-            }
-        }
-        Ok(())
     }
 }
 
 impl ProcessEdits {
+    /// Does to a container what a spec has for one with devices of these names.
+    fn add(&mut self, spec: &mut Spec, cdi: &CdiSpec, root: &Path, names: &[String]) -> Result<()> {
+        for edits in cdi.edits_of(names) {
+            edits.apply(spec, root)?;
+            self.env.extend_from_slice(&edits.env);
+            self.gids.extend_from_slice(&edits.additional_gids);
+        }
+        Ok(())
+    }
+
     /// Adds them to a process; a variable it has gets the image's value.
     pub fn apply(&self, process: &mut Process) {
         if !self.env.is_empty() {
@@ -132,30 +164,24 @@ impl ProcessEdits {
     }
 }
 
-fn unusable(path: &str, error: &Error) -> Error {
-    Error::FailedPrecondition(format!("driver image {path}: {}", error.full()))
+fn unusable(path: &str, why: &str) -> Error {
+    Error::FailedPrecondition(format!("driver image {path}: {why}"))
 }
 
-async fn attach(index: usize, driver: Driver) -> Result<Image> {
-    let root = Path::new(DRIVERS_DIR).join(index.to_string());
+async fn attach(root: &Path, serial: &str) -> Result<Vec<CdiSpec>> {
     let mount = Storage {
-        source: format!("serial:{}", driver.serial),
+        source: format!("serial:{serial}"),
         target: root.display().to_string(),
         fstype: "erofs".into(),
         options: ["ro", "nosuid", "nodev"].map(str::to_owned).into(),
         ..Storage::default()
     };
     storage::mount_storage(Path::new(DRIVERS_DIR), mount).await?;
+    let root = root.to_owned();
     let load = move || {
         link_firmware(&root, Path::new(FIRMWARE_DIR))?;
         modules::load(&root)?;
-        let specs = cdi::specs(&root)?;
-        Ok(Image {
-            root,
-            path: driver.path,
-            devices: driver.devices,
-            specs,
-        })
+        cdi::specs(&root)
     };
     tokio::task::spawn_blocking(load)
         .await
@@ -196,8 +222,9 @@ mod tests {
     const FIRST: &str = "0000:01:00.0";
     const SECOND: &str = "0000:02:00.0";
     const OTHER: &str = "0000:03:00.0";
+    const SERIAL: &str = "driver0";
 
-    /// An image for two devices, with a library and a spec.
+    /// An image with a library and a spec.
     fn image(dir: &Path) -> Drivers {
         let spec = json!({
             "cdiVersion": "0.6.0",
@@ -226,12 +253,25 @@ mod tests {
             fs::write(dir.join(name), text).unwrap();
         }
         symlink("/usr/lib/libgpu.so.1", dir.join("usr/lib/libgpu.so")).unwrap();
-        Drivers(vec![Image {
+        Drivers(Mutex::new(vec![Image {
+            serial: SERIAL.into(),
             root: dir.to_owned(),
+            specs: Ok(cdi::specs(dir).unwrap()),
+        }]))
+    }
+
+    /// What it is for.
+    fn driver(devices: &[&str]) -> Driver {
+        Driver {
+            serial: SERIAL.into(),
             path: "/images/gpu.erofs".into(),
-            devices: [FIRST, SECOND].map(str::to_owned).into(),
-            specs: cdi::specs(dir).unwrap(),
-        }])
+            devices: owned(devices),
+            ..Driver::default()
+        }
+    }
+
+    fn owned(texts: &[&str]) -> Vec<String> {
+        texts.iter().map(|&text| text.to_owned()).collect()
     }
 
     fn spec() -> Spec {
@@ -245,18 +285,18 @@ mod tests {
         .unwrap()
     }
 
-    fn edited(drivers: &Drivers, devices: &[&str]) -> (Value, ProcessEdits) {
+    async fn edited(drivers: &Drivers, devices: &[&str]) -> (Value, ProcessEdits) {
         let mut spec = spec();
-        let devices: Vec<_> = devices.iter().map(|&device| device.to_owned()).collect();
-        let edits = drivers.edit(&mut spec, &devices).unwrap();
+        let (devices, of) = (owned(devices), [driver(&[FIRST, SECOND])]);
+        let edits = drivers.edit(&mut spec, &devices, &of).await.unwrap();
         (serde_json::to_value(&spec).unwrap(), edits)
     }
 
-    #[test]
-    fn a_container_with_a_device_gets_what_its_image_has() {
+    #[tokio::test]
+    async fn a_container_with_a_device_gets_what_its_image_has() {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
-        let (spec, edits) = edited(&image(&root), &[OTHER, SECOND]);
+        let (spec, edits) = edited(&image(&root), &[OTHER, SECOND]).await;
         let process = &spec["process"];
         assert_eq!(
             process["env"],
@@ -296,27 +336,61 @@ mod tests {
         serde_json::from_value(process.clone()).unwrap()
     }
 
-    #[test]
-    fn containers_without_its_devices_get_nothing() {
+    #[tokio::test]
+    async fn containers_without_its_devices_get_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let before = serde_json::to_value(spec()).unwrap();
-        for devices in [&[][..], &[OTHER]] {
-            let (spec, edits) = edited(&image(dir.path()), devices);
-            assert_eq!(spec, before);
-            assert_eq!(edits, ProcessEdits::default());
-            fs::remove_dir_all(dir.path().join("usr")).unwrap();
+        let (drivers, devices) = (image(dir.path()), owned(&[OTHER]));
+        let mut spec = spec();
+        let edits = drivers.edit(&mut spec, &devices, &[]).await;
+        assert_eq!(edits.unwrap(), ProcessEdits::default());
+        assert_eq!(serde_json::to_value(&spec).unwrap(), before);
+    }
+
+    /// A device that comes later has the number of one that is gone, or the next.
+    #[tokio::test]
+    async fn devices_have_the_numbers_of_their_places() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let drivers = image(&root);
+        let own = owned(&[OTHER]);
+        for (devices, expected) in [
+            (&[FIRST, OTHER][..], Some("GPU=one")),
+            (&[OTHER, FIRST][..], Some("GPU=zero")),
+            (&["", OTHER][..], Some("GPU=one")),
+            (&["", "", OTHER][..], None),
+        ] {
+            let mut spec = spec();
+            let of = [driver(devices)];
+            let edits = drivers.edit(&mut spec, &own, &of).await.unwrap();
+            let gpu = edits.env.iter().find(|line| line.starts_with("GPU="));
+            assert_eq!(gpu.map(String::as_str), expected, "{devices:?}");
         }
     }
 
-    #[test]
-    fn what_an_image_does_not_have_is_named() {
+    #[tokio::test]
+    async fn what_an_image_does_not_have_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let drivers = image(dir.path());
         fs::remove_file(dir.path().join("usr/lib/libgpu.so.1")).unwrap();
-        let error = drivers.edit(&mut spec(), &[FIRST.to_owned()]).unwrap_err();
-        let text = error.full();
+        let (devices, of) = (owned(&[FIRST]), [driver(&[FIRST])]);
+        let edits = drivers.edit(&mut spec(), &devices, &of).await;
+        let text = edits.unwrap_err().full();
         assert!(text.contains("/images/gpu.erofs"), "{text}");
         assert!(text.contains("/usr/lib/libgpu.so: no such file"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn an_image_that_could_not_be_used_is_not_tried_again() {
+        let drivers = Drivers(Mutex::new(vec![Image {
+            serial: SERIAL.into(),
+            root: PathBuf::new(),
+            specs: Err("load /modules/gpu.ko: no".into()),
+        }]));
+        let error = drivers.attach(&[driver(&[FIRST])]).await.unwrap_err();
+        let text = "driver image /images/gpu.erofs: load /modules/gpu.ko: no";
+        assert_eq!(error.full(), text);
+        assert_eq!(drivers.0.lock().await.len(), 1);
     }
 
     #[test]

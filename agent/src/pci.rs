@@ -11,6 +11,10 @@
 //! a disk that may have been told of before we listened we have the kernel say "change"
 //! (Documentation/ABI/testing/sysfs-uevent): whichever of the two comes, the
 //! partitions are there.
+//!
+//! A device in a hot-plug slot comes while the pod runs. The kernel tells of it before a
+//! driver has it; a rescan of its bus, which finds nothing new, waits until it has been
+//! offered to those there are (`pciehp_configure_device` holds the same lock).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,6 +29,8 @@ use crate::uevent::Uevents;
 
 /// How long a controller's disks may take. One may have none.
 const LIMIT: Duration = Duration::from_secs(10);
+/// How long the kernel may take to find a device that was plugged in.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(20);
 /// Mass storage (PCI Code and ID Assignment, 1.2), in `class`.
 const STORAGE: &str = "0x01";
 /// Permission bits of nodes for which the driver asks for no others.
@@ -44,6 +50,115 @@ pub async fn nodes(address: &str) -> Result<Vec<LinuxDevice>> {
     let paths: Vec<_> = nodes.iter().map(LinuxDevice::path).collect();
     tracing::info!("PCI device {address} has the nodes {paths:?}");
     Ok(nodes)
+}
+
+/// Returns when the device at `address` is there and a driver that the kernel has for it
+/// has taken it: at once, but for one in a hot-plug slot.
+///
+/// # Errors
+///
+/// `NotFound` if it does not come, else `Io`.
+pub async fn arrived(address: &str) -> Result<()> {
+    let uevents = &Uevents::listen().context("listen to the kernel")?;
+    match Slot::of(Path::new("/sys"), address)? {
+        Some(slot) => slot.settled(|| uevents.next()).await,
+        None => Ok(()),
+    }
+}
+
+/// Has the kernel let go of the device at `address`, which is in a hot-plug slot.
+///
+/// # Errors
+///
+/// `FailedPrecondition` if it is in none, else `Io`.
+pub async fn eject(address: &str) -> Result<()> {
+    let slot = Slot::of(Path::new("/sys"), address)?;
+    let slot = slot.ok_or_else(|| {
+        Error::FailedPrecondition(format!("PCI device {address} is in no hot-plug slot"))
+    })?;
+    slot.eject().await
+}
+
+/// The hot-plug slot of a device, as the kernel's driver for it shows it
+/// (Documentation/ABI/testing/sysfs-bus-pci).
+struct Slot {
+    address: String,
+    /// The slot's, in sysfs.
+    dir: PathBuf,
+    /// The device's, if it is there.
+    device: PathBuf,
+    /// Of the device's bus: writing to it has the kernel look for devices.
+    rescan: PathBuf,
+}
+
+impl Slot {
+    /// That of the device at `address`, if it has one.
+    fn of(sys: &Path, address: &str) -> Result<Option<Self>> {
+        // Slots are named without the function, buses without the device.
+        let parts = address.rsplit_once('.').and_then(|(device, _)| {
+            let (bus, _) = device.rsplit_once(':')?;
+            Some((device, bus))
+        });
+        let (device, bus) = parts
+            .filter(|_| !address.contains('/'))
+            .ok_or_else(|| Error::InvalidArgument(format!("{address:?} is no PCI address")))?;
+        let what = || format!("look for the slot of PCI device {address}");
+        let entries = match fs::read_dir(sys.join("bus/pci/slots")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            entries => entries.with_context(what)?,
+        };
+        for entry in entries {
+            let dir = entry.with_context(what)?.path();
+            let of = fs::read_to_string(dir.join("address")).with_context(what)?;
+            if of.trim() == device {
+                return Ok(Some(Self {
+                    address: address.to_owned(),
+                    dir,
+                    device: sys.join("bus/pci/devices").join(address),
+                    rescan: sys.join("class/pci_bus").join(bus).join("rescan"),
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns when the device is there and a driver has taken it, if there is one for it.
+    /// `next` returns when the kernel has told of something.
+    async fn settled<F>(&self, next: impl Fn() -> F) -> Result<()>
+    where
+        F: Future<Output = io::Result<Option<PathBuf>>>,
+    {
+        let arrived = async {
+            while !self.device.exists() {
+                next().await.context("listen to the kernel")?;
+            }
+            Ok(())
+        };
+        let arrived = tokio::time::timeout(ARRIVAL_LIMIT, arrived).await;
+        arrived.unwrap_or_else(|_| {
+            let seconds = ARRIVAL_LIMIT.as_secs();
+            let text = format!("PCI device {} in its slot within {seconds} s", self.address);
+            Err(Error::NotFound(text))
+        })?;
+        write(&self.rescan, "1")
+            .await
+            .with_context(|| format!("wait for the driver of PCI device {}", self.address))
+    }
+
+    async fn eject(&self) -> Result<()> {
+        match write(&self.dir.join("power"), "0").await {
+            // Nothing is there, or not any more.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+            result => result.with_context(|| format!("let PCI device {} go", self.address)),
+        }
+    }
+}
+
+/// Writes to a file of sysfs, which may take as long as a driver does.
+async fn write(path: &Path, text: &'static str) -> io::Result<()> {
+    let path = path.to_owned();
+    let written = tokio::task::spawn_blocking(move || fs::write(path, text)).await;
+    written.map_err(io::Error::other)?
 }
 
 /// A PCI function.
@@ -268,6 +383,19 @@ mod tests {
             Ok(Some(dir.strip_prefix(self.0.path()).unwrap().to_owned()))
         }
 
+        /// Has it in a hot-plug slot, beside one for another bus.
+        fn slot(&self) -> Slot {
+            for (number, address) in [("2", "0000:02:00\n"), ("1", "0000:01:00\n")] {
+                let dir = self.0.path().join("bus/pci/slots").join(number);
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join("address"), address).unwrap();
+            }
+            let bus = self.0.path().join("class/pci_bus/0000:01");
+            fs::create_dir_all(&bus).unwrap();
+            fs::write(bus.join("rescan"), "").unwrap();
+            Slot::of(self.0.path(), ADDRESS).unwrap().unwrap()
+        }
+
         fn function(&self) -> Function {
             Function::at(self.0.path(), ADDRESS).unwrap()
         }
@@ -379,6 +507,49 @@ mod tests {
         sys.node("drm/card0", "drm", "226:0", "DEVNAME=../card0\n");
         let error = sys.function().settled(nothing, no_disk).await.unwrap_err();
         assert!(error.full().contains("../card0"), "{}", error.full());
+    }
+
+    #[tokio::test]
+    async fn a_device_in_a_slot_is_waited_for_and_then_its_driver() {
+        let sys = Sys::with(NVME, true);
+        assert!(Slot::of(sys.0.path(), ADDRESS).unwrap().is_none());
+        let slot = sys.slot();
+        let link = sys.0.path().join("bus/pci/devices").join(ADDRESS);
+        fs::remove_file(&link).unwrap();
+        let events = Cell::new(0);
+        let next = || {
+            assert_eq!(fs::read_to_string(&slot.rescan).unwrap(), "", "too early");
+            if events.get() == 1 {
+                symlink(sys.dir(), &link).unwrap();
+            }
+            events.set(events.get() + 1);
+            std::future::ready(Ok(None))
+        };
+        slot.settled(next).await.unwrap();
+        assert_eq!(events.get(), 2);
+        assert_eq!(fs::read_to_string(&slot.rescan).unwrap(), "1");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_device_that_does_not_come_is_given_up() {
+        let sys = Sys::with(NVME, true);
+        let slot = sys.slot();
+        fs::remove_file(&slot.device).unwrap();
+        let error = slot.settled(std::future::pending).await.unwrap_err();
+        let text = "PCI device 0000:01:00.0 in its slot within 20 s not found";
+        assert_eq!(error.full(), text);
+    }
+
+    #[tokio::test]
+    async fn a_device_is_let_go_by_its_slot() {
+        let sys = Sys::with(NVME, true);
+        sys.slot().eject().await.unwrap();
+        let power = |slot: &str| sys.0.path().join("bus/pci/slots").join(slot).join("power");
+        assert_eq!(fs::read_to_string(power("1")).unwrap(), "0");
+        assert!(!power("2").exists());
+        for wrong in ["", "0000", "../x:y.0", "0000:01.0/.."] {
+            assert!(Slot::of(sys.0.path(), wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nacre_protocol::agent::{
-    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, ExecRequest, ReadFileRequest,
-    StatsResponse, TmpfsVolume,
+    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, Driver, ExecRequest,
+    ReadFileRequest, StatsResponse, TmpfsVolume,
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{ContainerState, LinuxResources, Process as OciProcess, Spec, State};
@@ -29,6 +29,7 @@ use crate::engine::init::{Kind, Request, set_sysctl};
 use crate::error::{Context, Error, Result};
 use crate::hugepages::{self, HugePages};
 use crate::network::Network;
+use crate::pci;
 use crate::pids;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio;
@@ -142,7 +143,8 @@ impl Sandbox {
         for (name, value) in &request.sysctls {
             set_sysctl(name, value).map_err(Failure::from)?;
         }
-        let drivers = Drivers::attach(request.drivers).await?;
+        let drivers = Drivers::default();
+        drivers.attach(&request.drivers).await?;
         self.drivers
             .set(drivers)
             .map_err(|_| Error::FailedPrecondition("the sandbox was configured before".into()))
@@ -213,11 +215,9 @@ impl Sandbox {
             volumes::bind_subpath(&dir, subpath)?;
         }
         devices::add(&mut spec, &request.block_devices).await?;
-        devices::add_pci(&mut spec, &request.pci_devices).await?;
-        let edits = match self.drivers.get() {
-            Some(drivers) => drivers.edit(&mut spec, &request.pci_devices)?,
-            None => ProcessEdits::default(),
-        };
+        let edits = self
+            .add_pci(&mut spec, &request.pci_devices, &request.drivers)
+            .await?;
         let spec = blocking(move || volumes::enter_shared(&spec).map(|()| spec)).await?;
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
@@ -245,6 +245,27 @@ impl Sandbox {
             edits,
         };
         Ok(Container::new(parts, &spec))
+    }
+
+    /// Gives a container PCI devices, and what their driver images have for it.
+    async fn add_pci(
+        &self,
+        spec: &mut Spec,
+        devices: &[String],
+        images: &[Driver],
+    ) -> Result<ProcessEdits> {
+        if devices.is_empty() {
+            return Ok(ProcessEdits::default());
+        }
+        let drivers = self.drivers.get().ok_or_else(|| {
+            Error::FailedPrecondition("the sandbox has not been configured".into())
+        })?;
+        for device in devices {
+            pci::arrived(device).await?;
+        }
+        drivers.attach(images).await?;
+        devices::add_pci(spec, devices).await?;
+        drivers.edit(spec, devices, images).await
     }
 
     async fn reserve_pages(&self, id: &str, spec: Spec) -> Result<Spec> {
@@ -311,6 +332,8 @@ impl Sandbox {
         exit.wait().await;
         drained.await;
         container.oom.check();
+        // Whoever waits for that on this one thread answers first.
+        tokio::task::yield_now().await;
         exit.get()
             .ok_or_else(|| Error::Internal("the reaper is gone".into()))
     }

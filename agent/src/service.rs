@@ -5,15 +5,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use nacre_protocol::agent::{
     AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest,
-    DirectoryVolume, Empty, Event, ExecRequest, ListProcessesResponse, OomKill, PingResponse,
-    ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse, ResizeTerminalRequest,
-    SignalRequest, StatsResponse, TmpfsVolume, UpdateRequest, WaitResponse,
+    DirectoryVolume, EjectDeviceRequest, Empty, Event, ExecRequest, ListProcessesResponse, OomKill,
+    PingResponse, ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse,
+    ResizeTerminalRequest, SignalRequest, StatsResponse, TmpfsVolume, UpdateRequest, WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::clock;
 use crate::error::Error;
+use crate::pci;
 use crate::sandbox::Sandbox;
 use crate::stdio;
 
@@ -66,6 +67,15 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
         self.0.delete(&request.container_id).await?;
+        Ok(Empty::default())
+    }
+
+    async fn eject_device(
+        &self,
+        _: &TtrpcContext,
+        request: EjectDeviceRequest,
+    ) -> ttrpc::Result<Empty> {
+        pci::eject(&request.address).await?;
         Ok(Empty::default())
     }
 

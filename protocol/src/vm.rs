@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 pub struct FdIndex(pub usize);
 
 /// From the shim to the monitor.
+///
+/// What may take time has a number, another one for each request: the monitor answers it
+/// with [`Event::Answered`] when it is done, whatever else comes meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Enter the jail, build the VM, run it. Sent once, first.
@@ -28,12 +31,13 @@ pub enum Request {
         /// Beyond the size at boot, a multiple of [`GROWTH_STEP_MIB`].
         growth_mib: u32,
     },
-    /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
-    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that. The answer
-    /// waits for what the disk has under way; answers for other disks, and what the guest
-    /// asks of this one, do not wait for it. Of two requests for one disk the later counts.
+    /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered with its
+    /// size in bytes. Nothing touches the bytes it had after that. The answer waits for
+    /// what the disk has under way; answers for other disks, and what the guest asks of
+    /// this one, do not wait for it. Of two requests for one disk the one with the higher
+    /// number counts.
     Exchange {
-        /// A higher one for each exchange; its answer has it, too.
+        /// See [`Request`].
         number: u64,
         /// The disk's serial number.
         serial: String,
@@ -41,6 +45,25 @@ pub enum Request {
         file: Option<FdIndex>,
         /// Whether writes fail.
         read_only: bool,
+    },
+    /// Put devices of the host into empty slots, all of them or none; answered with how
+    /// many. The guest hears of it from its root ports.
+    Plug {
+        /// See [`Request`].
+        number: u64,
+        /// A slot for each device, counted from 0 to [`VmConfig::pci_slots`].
+        slots: Vec<u8>,
+        /// The devices. Of their IOMMU the monitor uses the one it has, if any device is in
+        /// the guest already; groups are in its container by then.
+        devices: Passthrough,
+    },
+    /// Take out what came with one [`Request::Plug`], whether the guest has let go of it
+    /// or not; answered with how many devices. The monitor has nothing of them open then.
+    Unplug {
+        /// See [`Request`].
+        number: u64,
+        /// The slots of that request.
+        slots: Vec<u8>,
     },
 }
 
@@ -61,11 +84,11 @@ pub enum Event {
         /// What it uses beyond the size at boot, in whole MiB.
         growth_mib: u32,
     },
-    /// What became of [`Request::Exchange`].
-    Exchanged {
+    /// What became of a request with a number.
+    Answered {
         /// The request's.
         number: u64,
-        /// The disk's size in bytes, or why it is as it was.
+        /// What the request says, or why all is as it was.
         result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.
@@ -116,6 +139,9 @@ pub struct VmConfig {
     /// PCI devices of the host that the guest drives itself. Its memory is pinned
     /// then, and cannot grow: [`Memory::growth_mib`] is 0.
     pub passthrough: Option<Passthrough>,
+    /// Empty slots for more of them, which [`Request::Plug`] fills; memory is as if they
+    /// were there already.
+    pub pci_slots: u8,
     /// virtio-fs device.
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
@@ -208,7 +234,8 @@ pub struct Passthrough {
     pub devices: Vec<PciDevice>,
 }
 
-/// Where the guest finds a device, by its position in [`Passthrough::devices`].
+/// Where the guest finds a device, by its position in [`Passthrough::devices`]. Slots follow
+/// the last of them.
 #[must_use]
 pub fn guest_address(position: usize) -> String {
     format!("0000:{:02x}:00.0", position + 1)

@@ -305,6 +305,15 @@ impl PodCgroup {
         write(&path, &pid.to_string()).map_err(failed("write", &path))
     }
 
+    /// Whether the kernel has killed a process of the group for want of memory: within its own
+    /// limit or that of a group above.
+    pub fn ran_out_of_memory(&self) -> bool {
+        // Without the memory controller there is no such file, and no limit.
+        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        let mut counts = events.lines().filter_map(|line| line.split_once(' '));
+        counts.any(|(event, count)| event == "oom_kill" && count.trim() != "0")
+    }
+
     /// Kills what is left in the group and removes it. Doing so twice is no
     /// error.
     ///

@@ -84,6 +84,8 @@ pub struct Config {
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
     pub pod_disks: u8,
+    /// Devices of the host that containers which join a pod can bring.
+    pub pci_slots: u8,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -92,6 +94,8 @@ pub struct Config {
     pub uid_count: u32,
     /// Whether annotations may ask for PCI devices.
     pub device_annotations: bool,
+    /// Where kubelet tells which devices it has given to a pod; none: it is not asked.
+    pub pod_resources_socket: Option<PathBuf>,
     /// State of running pods.
     pub run_dir: PathBuf,
     /// Time until the agent must have answered.
@@ -165,10 +169,12 @@ impl Config {
             overhead_memory_mib: 0,
             hugepages: false,
             pod_disks: 0,
+            pci_slots: 0,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
             device_annotations: false,
+            pod_resources_socket: None,
             run_dir: PathBuf::new(),
             boot_timeout_seconds: 0,
             hang_timeout_seconds: 0,
@@ -262,6 +268,13 @@ macro_rules! key {
             set: |config, value| installed_path(value).map(|path| config.$field = path),
         }
     };
+    ($field:ident, optional_path) => {
+        Key {
+            name: stringify!($field),
+            kind: Kind::OptionalPath,
+            set: |config, value| optional_path(value).map(|path| config.$field = path),
+        }
+    };
     ($field:ident, bool) => {
         Key {
             name: stringify!($field),
@@ -285,7 +298,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 19] = [
+const KEYS: [Key; 21] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -294,10 +307,12 @@ const KEYS: [Key; 19] = [
     key!(overhead_memory_mib, 0..=4096),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
+    key!(pci_slots, 0..=8),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),
     key!(device_annotations, bool),
+    key!(pod_resources_socket, optional_path),
     key!(run_dir, path),
     key!(boot_timeout_seconds, 1..=600),
     key!(hang_timeout_seconds, 0..=3600),
@@ -307,11 +322,7 @@ const KEYS: [Key; 19] = [
         set: |config, value| log_level(value).map(|level| config.log_level = level),
     },
     key!(debug_console, bool),
-    Key {
-        name: "debug_shell",
-        kind: Kind::OptionalPath,
-        set: |config, value| optional_path(value).map(|path| config.debug_shell = path),
-    },
+    key!(debug_shell, optional_path),
     Key {
         name: "drivers",
         kind: Kind::Drivers,

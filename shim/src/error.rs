@@ -32,10 +32,9 @@ fn code(error: &TaskError) -> Code {
         TaskError::ContainerExists(_)
         | TaskError::ExecExists { .. }
         | TaskError::SandboxExists(_) => Code::ALREADY_EXISTS,
-        TaskError::WrongPhase { .. } => Code::FAILED_PRECONDITION,
+        TaskError::WrongPhase { .. } | TaskError::GivenUp(_) => Code::FAILED_PRECONDITION,
         TaskError::Invalid(_) | TaskError::Spec { .. } => Code::INVALID_ARGUMENT,
         TaskError::Unsupported(_) | TaskError::Hook(_) => Code::UNIMPLEMENTED,
-        TaskError::Agent { answer, .. } => agent_code(answer),
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
@@ -52,18 +51,23 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
-        SandboxError::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
-        SandboxError::Stopped => Code::UNAVAILABLE,
+        SandboxError::AgentSilent { .. } | SandboxError::Late { .. } => Code::DEADLINE_EXCEEDED,
+        SandboxError::Stopped | SandboxError::Kubelet { .. } => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
         | SandboxError::Claim { .. }
         | SandboxError::OpenDevices { .. }
         | SandboxError::Drivers { .. }
         | SandboxError::NoSlot { .. }
+        | SandboxError::NoPciSlot { .. }
+        | SandboxError::LostDevice { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
-        SandboxError::NotGrown { .. } => Code::RESOURCE_EXHAUSTED,
+        SandboxError::NotGrown { .. } | SandboxError::OutOfMemory { .. } => {
+            Code::RESOURCE_EXHAUSTED
+        }
+        SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)
@@ -77,6 +81,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
 fn machine_code(error: &MachineError) -> Code {
     match error {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
+        MachineError::Slots(_) => Code::FAILED_PRECONDITION,
         MachineError::DiskBusy { .. } => Code::DEADLINE_EXCEEDED,
         MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
             Code::INTERNAL
@@ -122,6 +127,17 @@ impl From<ConsoleError> for ttrpc::Error {
     }
 }
 
+impl TaskError {
+    /// The answer to a call on a pod; its text names the pod.
+    pub(crate) fn of_pod(&self, sandbox_id: &str) -> ttrpc::Error {
+        let mut text = chain(self);
+        if !text.contains(sandbox_id) {
+            text = format!("pod {sandbox_id}: {text}");
+        }
+        ttrpc::error::get_rpc_status(code(self), text)
+    }
+}
+
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
         ttrpc::error::get_rpc_status(code(&error), chain(&error))
@@ -134,7 +150,7 @@ mod tests {
     use ttrpc::error::get_rpc_status;
 
     fn agent_error(answer: ttrpc::Error) -> Code {
-        code(&TaskError::Agent {
+        sandbox_code(&SandboxError::Agent {
             what: "test",
             answer,
         })
@@ -152,6 +168,20 @@ mod tests {
         );
         assert_eq!(agent_error(get_rpc_status(Code::OK, "x")), Code::INTERNAL);
         assert_eq!(agent_error(ttrpc::Error::RemoteClosed), Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn errors_of_a_pod_name_it_once() {
+        let text = |error: TaskError| match error.of_pod("5a5a") {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+            other => panic!("{other}"),
+        };
+        let silent = TaskError::from(SandboxError::AgentSilent { seconds: 7 });
+        let (code, said) = text(silent);
+        assert_eq!(code, Code::DEADLINE_EXCEEDED);
+        assert!(said.starts_with("pod 5a5a: the guest's agent"), "{said}");
+        let (_, said) = text(TaskError::NoSandbox("5a5a".into()));
+        assert_eq!(said, "no sandbox 5a5a");
     }
 
     #[test]

@@ -198,3 +198,118 @@ async fn try_forward(
     let context = ttrpc::context::with_duration(FORWARD_TIMEOUT);
     connected.forward(context, request).await.map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use protobuf::Message;
+    use ttrpc::Code;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+    use ttrpc::error::get_rpc_status;
+
+    use super::*;
+
+    /// A containerd that takes an event when it was told it so many times.
+    struct Slow {
+        refusals: u32,
+        told: AtomicU32,
+        taken: mpsc::UnboundedSender<Envelope>,
+    }
+
+    #[async_trait]
+    impl Events for Slow {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let told = self.told.fetch_add(1, Ordering::Relaxed);
+            if told % (self.refusals + 1) < self.refusals {
+                return Err(get_rpc_status(Code::UNAVAILABLE, "not now"));
+            }
+            self.taken.send(request.envelope.unwrap()).unwrap();
+            Ok(Empty::new())
+        }
+    }
+
+    async fn serve(address: &Path, refusals: u32) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+        let (taken, events) = mpsc::unbounded_channel();
+        let told = AtomicU32::new(0);
+        let slow = Arc::new(Slow {
+            refusals,
+            told,
+            taken,
+        });
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", address.display()))
+            .unwrap()
+            .register_service(create_events(slow));
+        server.start().await.unwrap();
+        (server, events)
+    }
+
+    fn publish(publisher: &Publisher, containers: &[&str]) {
+        for container_id in containers {
+            publisher.publish(&tasks::TaskPaused {
+                container_id: (*container_id).into(),
+                ..Default::default()
+            });
+        }
+    }
+
+    /// The containers that were told of, in that order.
+    async fn taken(
+        publisher: &Publisher,
+        events: &mut mpsc::UnboundedReceiver<Envelope>,
+    ) -> Vec<String> {
+        publisher.flush().await;
+        let mut containers = Vec::new();
+        while let Ok(envelope) = events.try_recv() {
+            let event = tasks::TaskPaused::parse_from_bytes(&envelope.event.value);
+            containers.push(event.unwrap().container_id);
+        }
+        containers
+    }
+
+    #[tokio::test]
+    async fn what_is_not_taken_is_told_again_in_its_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("s");
+        let (_server, mut events) = serve(&address, ATTEMPTS - 1).await;
+        let publisher = Publisher::new("test", address.to_str().unwrap());
+        publish(&publisher, &["a", "b"]);
+        assert_eq!(taken(&publisher, &mut events).await, ["a", "b"]);
+    }
+
+    /// As of a containerd that is restarted.
+    #[tokio::test]
+    async fn a_connection_that_ends_is_made_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("s");
+        let (mut server, mut events) = serve(&address, 0).await;
+        let publisher = Publisher::new("test", address.to_str().unwrap());
+        publish(&publisher, &["before"]);
+        assert_eq!(taken(&publisher, &mut events).await, ["before"]);
+        server.shutdown().await.unwrap();
+        // Unless the server has done so.
+        let _ = std::fs::remove_file(&address);
+        publish(&publisher, &["meanwhile"]);
+        let (_server, mut events) = serve(&address, 0).await;
+        assert_eq!(taken(&publisher, &mut events).await, ["meanwhile"]);
+    }
+
+    #[tokio::test]
+    async fn nobody_to_tell_holds_up_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("nobody");
+        for address in [address.to_str().unwrap(), ""] {
+            let publisher = Publisher::new("test", address);
+            publish(&publisher, &["a"]);
+            let late = Duration::from_secs(10);
+            let flushed = tokio::time::timeout(late, publisher.flush()).await;
+            flushed.expect("it is given up");
+        }
+    }
+}

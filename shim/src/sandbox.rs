@@ -18,6 +18,8 @@
 
 mod cmdline;
 mod error;
+mod hotplug;
+mod images;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -41,15 +43,20 @@ use tokio::net::UnixStream;
 use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
 
 use crate::cgroup::Limits;
 use crate::devices::request;
 use crate::hooks;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::oci::kubernetes;
-use crate::storage::{BlockDevice, Followers, Prepared, StorageError};
+use crate::storage::{BlockDevice, Followers, PciDevices, Prepared, StorageError};
 
 pub use error::SandboxError;
+#[cfg(test)]
+pub use hotplug::HotPlug;
+#[cfg(test)]
+pub use images::Images;
 use slots::Slots;
 pub use vm_host::VmHost;
 
@@ -91,6 +98,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// The pod's id.
+    pub fn sandbox_id(&self) -> &str {
+        match self {
+            Self::Vm(host) => host.sandbox_id(),
+            #[cfg(test)]
+            Self::Fake(_) => crate::machine::fake::SANDBOX_ID,
+        }
+    }
+
     /// What runs the containers' hooks.
     pub fn hooks(&self) -> &hooks::Runner {
         match self {
@@ -118,8 +134,9 @@ impl Host {
         }
     }
 
-    /// Where the guest of an open machine has the host's devices that a container asks
-    /// for. The sandbox container of a pod asks for others' sake.
+    /// Where the guest of an open machine will have the host's devices that a container asks
+    /// for; their driver images are known when it boots. The sandbox container of a pod asks
+    /// for others' sake.
     ///
     /// # Errors
     ///
@@ -127,19 +144,61 @@ impl Host {
     pub async fn guest_devices(
         &self,
         config: &ContainerConfig,
-    ) -> Result<Vec<String>, SandboxError> {
+    ) -> Result<PciDevices, SandboxError> {
         if kubernetes::is_sandbox(&config.spec) {
-            return Ok(Vec::new());
+            return Ok(PciDevices::default());
         }
         let (asked, pod_s) = match self {
             Self::Vm(host) => (host.devices(config).await?, host.pod_devices()),
             #[cfg(test)]
             Self::Fake(host) => (host.devices(config)?, host.pod_devices()),
         };
-        request::in_guest(&pod_s, &asked).ok_or_else(|| SandboxError::NoHotplug {
+        let addresses = request::in_guest(&pod_s, &asked);
+        let addresses = addresses.ok_or_else(|| SandboxError::NoHotplug {
             container_id: config.id.clone(),
             what: "a device of the host",
+        })?;
+        Ok(PciDevices {
+            addresses,
+            ..PciDevices::default()
         })
+    }
+
+    /// The same in a machine that runs, with the images: what the pod does not have is
+    /// plugged in, if there are slots.
+    ///
+    /// # Errors
+    ///
+    /// `Devices`, and what keeps a device from being plugged in.
+    pub async fn attach_devices(
+        &self,
+        sandbox: &Sandbox,
+        config: &ContainerConfig,
+    ) -> Result<PciDevices, SandboxError> {
+        let (asked, system) = match self {
+            Self::Vm(host) => (host.devices(config).await?, host.system()),
+            #[cfg(test)]
+            Self::Fake(host) => (host.devices(config)?, &host.system),
+        };
+        if asked.is_empty() || kubernetes::is_sandbox(&config.spec) {
+            return Ok(PciDevices::default());
+        }
+        let hot_plug = self.hot_plug();
+        hot_plug.attach(system, sandbox, &config.id, &asked).await
+    }
+
+    /// Takes back what [`Host::attach_devices`] has plugged in, when no container of the
+    /// pod uses it any more. Failures are logged.
+    pub async fn detach_devices(&self, sandbox: &Sandbox, container_id: &str) {
+        self.hot_plug().detach(sandbox, container_id).await;
+    }
+
+    fn hot_plug(&self) -> &hotplug::HotPlug {
+        match self {
+            Self::Vm(host) => host.hot_plug(),
+            #[cfg(test)]
+            Self::Fake(host) => &host.hot_plug,
+        }
     }
 
     /// Makes the machine for the pod's first container, not booted.
@@ -255,6 +314,14 @@ impl Host {
     }
 }
 
+/// Runs file system work where it may block. A panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
 /// A machine and, once it has booted, its configured agent.
 pub struct Sandbox {
     machine: Arc<dyn Machine>,
@@ -325,14 +392,10 @@ impl Sandbox {
         let agent = AgentClient::new(Client::new(Socket::new(connection)));
         // What slows the boot down slows this down, too.
         let rest = boot_timeout.saturating_sub(begin.elapsed());
-        let context = ttrpc::context::with_duration(rest);
-        agent
-            .configure_sandbox(context, request)
-            .await
-            .map_err(|answer| SandboxError::Agent {
-                what: "configure the sandbox",
-                answer,
-            })?;
+        self.ask("configure the sandbox", rest, |context| {
+            agent.configure_sandbox(context, request)
+        })
+        .await?;
         let shares_directory = request.shared_dir;
         // Attached once: the one caller is the one boot.
         self.guest.get_or_init(|| Guest {
@@ -500,6 +563,41 @@ impl Sandbox {
             _ = self.stopped() => Err(ttrpc::Error::RemoteClosed),
             answer = call => answer,
         }
+    }
+
+    /// What the agent answers to a call within `limit`. One that is lost with the machine
+    /// fails with what became of that.
+    ///
+    /// # Errors
+    ///
+    /// `Agent`, `Late`; `Machine` when the machine is dead.
+    pub async fn ask<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        call: impl FnOnce(Context) -> F,
+    ) -> Result<T, SandboxError> {
+        // The agent gives up then, too. Ours ends first: ttrpc has no code for its own.
+        let late = tokio::time::sleep(limit);
+        let call = self.unless_stopped(call(with_duration(limit)));
+        let answer = tokio::select! {
+            biased;
+            () = late => {
+                // What is left of a boot's time is a little less than whole seconds.
+                let seconds = limit.saturating_add(Duration::from_millis(500)).as_secs();
+                return Err(SandboxError::Late { what, seconds });
+            }
+            answer = call => match answer {
+                Ok(answer) => return Ok(answer),
+                Err(answer) => answer,
+            },
+        };
+        let is_lost = !matches!(answer, ttrpc::Error::RpcStatus(_) | ttrpc::Error::Others(_));
+        // As in `give_up`: the guest may be about to say why.
+        if is_lost && let Ok(stop) = tokio::time::timeout(LAST_WORDS, self.stopped()).await {
+            return Err(MachineError::Stopped(stop).into());
+        }
+        Err(SandboxError::Agent { what, answer })
     }
 
     /// Ends a machine whose agent is gone. Most likely the guest is about to end

@@ -213,6 +213,20 @@ fn delete_ends_a_daemon_and_can_be_repeated() {
     assert!(!host.run_dir("pod").exists());
 }
 
+/// Later pods are refused for it; this one must not be kept by it.
+#[test]
+fn delete_ends_a_daemon_whose_configuration_was_broken_since() {
+    let Some(host) = Host::new() else { return };
+    let address = host.start("pod");
+    let witness = connect(&address);
+    std::fs::write(host.path("nacre.toml"), "run_dir = 3\n[[").unwrap();
+    let answer = host.run("pod", "delete", b"");
+    let response = DeleteResponse::parse_from_bytes(&answer).unwrap();
+    assert_eq!(response.exit_status, 137);
+    wait_for_end(witness);
+    assert!(!host.run_dir("pod").exists());
+}
+
 /// As a hook of runc's: what it mounts is there for everyone.
 #[tokio::test]
 async fn hooks_run_among_the_host_s_mounts_and_undo_a_failed_create() {

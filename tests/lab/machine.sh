@@ -143,7 +143,8 @@ add_devices() {
   add_nvme first addr=0x12.0,multifunction=on
   add_nvme second addr=0x12.1
   qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14
-    -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16)
+    -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
+    -object memory-backend-ram,id=large,size=4G,share=on,reserve=off -device ivshmem-plain,memdev=large,addr=0x17)
 }
 
 # add_nvme NAME PLACE: a disk of 64 MiB, empty at each boot.

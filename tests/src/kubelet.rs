@@ -47,6 +47,29 @@ impl PodDir {
         path
     }
 
+    /// A volume for what the kubelet writes to memory: a Secret, a projected volume.
+    #[must_use]
+    pub fn written_in_memory(&mut self, plugin: &str, name: &str) -> PathBuf {
+        let path = self.volume(plugin, name);
+        self.mount(&["-t", "tmpfs", "-o", "mode=777", "tmpfs"], &path);
+        path
+    }
+
+    /// Gives a volume to the pod's `fsGroup`, whose members may read it, or with `rw`
+    /// write it too.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be given.
+    pub fn give_to(&self, volume: &Path, group: u32, may: &str) {
+        let path = volume.display();
+        let script = format!(
+            "chgrp -hR {group} {path} && find {path} -type f -exec chmod ug+{may} {{}} + && \
+             find {path} -type d -exec chmod ug+{may}x,g+s {{}} +"
+        );
+        run("sh", &["-c", &script]).exits(0);
+    }
+
     /// An emptyDir of huge pages.
     #[must_use]
     pub fn huge_pages(&mut self, name: &str, options: &str) -> PathBuf {

@@ -6,6 +6,7 @@
 //! like; when the scene ends without a panic it waits until the machine looks
 //! so again and fails naming what is left.
 
+mod config;
 pub mod cri;
 mod kubelet;
 mod leftovers;
@@ -20,6 +21,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use config::{CONFIG, Changed};
 pub use kubelet::PodDir;
 pub use leftovers::Machine;
 pub use shim::Shim;
@@ -32,6 +34,12 @@ pub const RUNTIME: &str = "io.containerd.nacre.v2";
 pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
 /// Three layers with whiteouts, links, nodes, xattrs; user app:staff, /data.
 pub const LAYERS: &str = "docker.io/library/layers:latest";
+
+/// What ends the agent, in a shell that sees all of the guest. No signal reaches PID 1: its
+/// code is overwritten.
+pub const KILL_AGENT: &str = "set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' ')
+dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 \
+    seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096))";
 
 /// How long anything may take before a test calls it stuck. The lab is ten to
 /// twenty times slower than hardware.
@@ -141,6 +149,24 @@ pub const CONTAINERD_1_7: Containerd = Containerd {
     program: "/opt/containerd-1.7/usr/bin/ctr",
     address: "/run/containerd17/containerd.sock",
 };
+
+/// [`CONTAINERD_1_7`] for as long as this lives.
+pub struct OlderContainerd(());
+
+impl OlderContainerd {
+    /// Starts it.
+    #[must_use]
+    pub fn start() -> Self {
+        run("lab-containerd", &["1.7", "start"]).exits(0);
+        Self(())
+    }
+}
+
+impl Drop for OlderContainerd {
+    fn drop(&mut self) {
+        run("lab-containerd", &["1.7", "stop"]);
+    }
+}
 
 impl Containerd {
     /// A call of its `ctr`.

@@ -19,12 +19,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, Once};
 
+use tonic::Status;
+
 use crate::cri::Cri;
 use crate::cri::messages::{PodSandboxConfig, PodSandboxState, PodSandboxStatus};
 use crate::cri::stream::Stream;
 use crate::leftovers::Machine;
 use crate::watchdog::Watchdog;
-use crate::{BUSYBOX, ctr, eventually, run};
+use crate::{BUSYBOX, CONTAINERD_1_7, CONTAINERD_2, Containerd, eventually, run};
 
 pub use container::{ContainerManifest, LogLine, PodContainer};
 pub use manifest::PodManifest;
@@ -32,13 +34,14 @@ pub use manifest::PodManifest;
 /// The runtime handler under test, as in the lab's containerd configuration.
 pub const HANDLER: &str = "nacre";
 /// The same with `sandboxer = "shim"`.
-const SANDBOXED: &str = "nacre-sandboxed";
+pub const SANDBOXED: &str = "nacre-sandboxed";
 /// What containerd is configured to take for its sandbox containers. Under runc
 /// it sleeps.
 const PAUSE: &str = "docker.io/library/pause:lab";
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
-/// Parent of the pods' cgroups, as kubelet's.
-const CGROUP_PARENT: &str = "/kubepods";
+/// Parents of the pods' cgroups, as kubelet's: with its cgroupfs driver, and with that
+/// of systemd, for which a directory is enough here.
+const CGROUP_PARENTS: [&str; 2] = ["/kubepods", "/kubepods.slice"];
 
 /// One test's pods.
 pub struct PodScene {
@@ -65,7 +68,7 @@ impl PodScene {
     /// When containerd, or the machine, is not as the lab's.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_handler(HANDLER)
+        Self::on(CONTAINERD_2, HANDLER)
     }
 
     /// The same with containerd's other mode: its pods have no sandbox container.
@@ -75,12 +78,23 @@ impl PodScene {
     /// As [`Self::new`].
     #[must_use]
     pub fn sandboxed() -> Self {
-        Self::with_handler(SANDBOXED)
+        Self::on(CONTAINERD_2, SANDBOXED)
     }
 
-    fn with_handler(handler: &'static str) -> Self {
-        let cri = Cri::new();
-        prepare_machine(&cri);
+    /// The same with pods of containerd 1.7, which runs.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn older() -> Self {
+        Self::on(CONTAINERD_1_7, HANDLER)
+    }
+
+    fn on(containerd: Containerd, handler: &'static str) -> Self {
+        let cri = Cri::of(containerd);
+        prepare_machine();
+        import_images(containerd, &cri);
         let scratch = PathBuf::from(format!("/run/pods-{}", unique()));
         fs::create_dir_all(&scratch).expect("a directory can be made");
         Self {
@@ -100,10 +114,37 @@ impl PodScene {
         &self.cri
     }
 
+    /// Imports an image for containerd 2's pods, unless it is there.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be imported.
+    pub fn import(&self, image: &str, archive: &Path) {
+        let archive = archive.to_str().expect("paths of tests are UTF-8");
+        import_image(CONTAINERD_2, &self.cri, image, archive);
+    }
+
     /// A pod to be, under nacre.
     #[must_use]
     pub fn pod(&self, name: &str) -> PodManifest<'_> {
         PodManifest::new(self, name)
+    }
+
+    /// Fails the test unless a pod was refused in a sentence that has all of `parts`, and
+    /// an id: which one it was to have nobody else was told.
+    ///
+    /// # Panics
+    ///
+    /// See above.
+    #[track_caller]
+    pub fn refuses(&self, pod: PodManifest<'_>, parts: &[&str]) {
+        let error = pod.try_run().err().expect("a refusal");
+        let message = error.message();
+        let mut words = message.split(|c: char| !c.is_ascii_hexdigit());
+        assert!(words.any(|word| word.len() == 64), "no id in: {error}");
+        for part in parts {
+            assert!(message.contains(part), "no {part:?} in: {error}");
+        }
     }
 
     /// An empty directory on the host that is gone with the scene.
@@ -120,7 +161,17 @@ impl PodScene {
 
     /// A cgroup for a pod, as kubelet makes one; its path below the root.
     fn cgroup(&self, uid: &str) -> String {
-        let group = format!("{CGROUP_PARENT}/pod{uid}");
+        self.make_cgroup(format!("{}/pod{uid}", CGROUP_PARENTS[0]))
+    }
+
+    /// The same as kubelet's systemd driver names it: in a slice's name a dash leads
+    /// down, so those of the uid become underscores.
+    fn slice(&self, uid: &str) -> String {
+        let uid = uid.replace('-', "_");
+        self.make_cgroup(format!("{}/kubepods-pod{uid}.slice", CGROUP_PARENTS[1]))
+    }
+
+    fn make_cgroup(&self, group: String) -> String {
         let path = PathBuf::from(format!("{CGROUP_ROOT}{group}"));
         fs::create_dir_all(&path).expect("a cgroup can be made");
         delegate(&path);
@@ -214,6 +265,20 @@ impl<'s> Pod<'s> {
         });
     }
 
+    /// Fails the test unless something was refused in a sentence that names this pod and
+    /// has all of `parts`.
+    ///
+    /// # Panics
+    ///
+    /// See above.
+    #[track_caller]
+    pub fn refuses<T>(&self, result: Result<T, Status>, parts: &[&str]) {
+        let error = result.err().expect("a refusal");
+        for part in [&[self.id.as_str()][..], parts].concat() {
+            assert!(error.message().contains(part), "no {part:?} in: {error}");
+        }
+    }
+
     /// Its IPv4 address.
     ///
     /// # Panics
@@ -262,6 +327,20 @@ impl<'s> Pod<'s> {
         Stream::open(&format!("{url}?port={port}"))
     }
 
+    /// Directory of its cgroup on the host.
+    ///
+    /// # Panics
+    ///
+    /// When its monitor is gone.
+    #[must_use]
+    #[track_caller]
+    pub fn cgroup(&self) -> PathBuf {
+        let file = format!("/proc/{}/cgroup", self.monitor());
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let group = text.trim_end().strip_prefix("0::").expect("cgroup v2");
+        PathBuf::from(format!("{CGROUP_ROOT}{group}"))
+    }
+
     /// Host pid of its machine's monitor.
     ///
     /// # Panics
@@ -294,15 +373,19 @@ fn delegate(group: &Path) {
     fs::write(group.join("cgroup.subtree_control"), all.join(" ")).expect("controllers");
 }
 
-/// Images in CRI's namespace, and the parent of all pods' cgroups.
-fn prepare_machine(cri: &Cri) {
+/// Where [`PAUSE`] is made.
+const PAUSE_ARCHIVE: &str = "/run/pause-image.tar";
+
+/// The pause image, and the parents of all pods' cgroups.
+fn prepare_machine() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let parent = PathBuf::from(format!("{CGROUP_ROOT}{CGROUP_PARENT}"));
-        fs::create_dir_all(&parent).expect("a cgroup can be made");
-        delegate(&parent);
+        for parent in CGROUP_PARENTS {
+            let parent = PathBuf::from(format!("{CGROUP_ROOT}{parent}"));
+            fs::create_dir_all(&parent).expect("a cgroup can be made");
+            delegate(&parent);
+        }
         let tree = "/run/pause-image";
-        let archive = "/run/pause-image.tar";
         fs::create_dir_all(format!("{tree}/bin")).expect("a directory can be made");
         fs::copy("/bin/busybox", format!("{tree}/bin/busybox")).expect("busybox");
         let sleep = [
@@ -313,14 +396,27 @@ fn prepare_machine(cri: &Cri) {
             "--entrypoint",
             "infinity",
         ];
-        let make = [&["--name", PAUSE, "--out", archive][..], &sleep, &[tree]].concat();
-        run("mkimage", &make).exits(0);
-        for archive in ["/opt/lab/images/busybox.tar", archive] {
-            ctr(&["-n", "k8s.io", "image", "import", archive]).exits(0);
-        }
-        for image in [BUSYBOX, PAUSE] {
-            // containerd tells its CRI by an event.
-            eventually(&format!("CRI has {image}"), || cri.has_image(image));
-        }
+        let make = ["--name", PAUSE, "--out", PAUSE_ARCHIVE];
+        run("mkimage", &[&make[..], &sleep, &[tree]].concat()).exits(0);
     });
+}
+
+/// Images in CRI's namespace, unless they are there.
+fn import_images(containerd: Containerd, cri: &Cri) {
+    let archives = [
+        (BUSYBOX, "/opt/lab/images/busybox.tar"),
+        (PAUSE, PAUSE_ARCHIVE),
+    ];
+    for (image, archive) in archives {
+        import_image(containerd, cri, image, archive);
+    }
+}
+
+fn import_image(containerd: Containerd, cri: &Cri, image: &str, archive: &str) {
+    if !cri.has_image(image) {
+        let import = ["-n", "k8s.io", "image", "import", archive];
+        containerd.ctr(&import).exits(0);
+        // containerd tells its CRI by an event.
+        eventually(&format!("CRI has {image}"), || cri.has_image(image));
+    }
 }

@@ -110,6 +110,7 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         cmdline: options.cmdline.clone(),
         devices,
         passthrough,
+        pci_slots: 0,
         serial: (!options.no_serial).then(|| stdout.into()),
     })?;
     let running = machine.start()?;

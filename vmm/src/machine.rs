@@ -18,13 +18,14 @@ use crate::boot::{self, BootError, Payload};
 use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Slot, Window};
+use crate::pci::placement::Placement;
+use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
 use crate::stop::{Outcome, Stop};
 use crate::vcpu::{self, Buses, Cpuid, Exits, MAX_VCPUS, Vcpu, VcpuError, VcpuThread};
-use crate::vfio::{Passthrough, Session, VfioError, Watch};
+use crate::vfio::{AddressSpace, Passthrough, Session, VfioError, Watch, hotplug};
 use crate::virtio::transport::{TransportError, VirtioPci};
 use crate::virtio::{GuestMemory, VirtioDevice};
 use crate::vm::{self, Vm, VmError};
@@ -49,6 +50,9 @@ pub struct Parts {
     pub devices: Vec<Box<dyn VirtioDevice>>,
     /// Devices of the host, for which all of `memory` is pinned.
     pub passthrough: Option<Passthrough>,
+    /// Empty slots for devices of the host that come later. All of `memory` is pinned as
+    /// long as there are any.
+    pub pci_slots: u8,
     /// Output of a serial port; none is there without it.
     pub serial: Option<File>,
 }
@@ -99,6 +103,9 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     stop: Arc<Stop>,
     session: Option<Session>,
+    space: Option<AddressSpace>,
+    window64: Option<(u64, u64)>,
+    pci_slots: u8,
 }
 
 impl Machine {
@@ -115,16 +122,22 @@ impl Machine {
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let bits = cpuid.physical_bits();
         let window64 = layout::window64(vm.memory().last_addr().0 + 1, bits);
-        let (root, session) = match parts.passthrough {
+        let mut placement = Placement::new(window64, bits);
+        let mut space = None;
+        let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let (slots, session) = devices.attach(&vm)?.place(&vm, window64, bits)?;
-                (pci_root(&vm, parts.devices, slots)?, Some(session))
+                let attached = devices.attach(&vm, &mut space)?;
+                let (root_ports, session) = attached.place(&vm, &mut placement)?;
+                (root_ports, Some(session))
             }
-            None => (pci_root(&vm, parts.devices, Vec::new())?, None),
+            None => (Vec::new(), None),
         };
+        let root_ports = with_slots(&vm, root_ports, parts.pci_slots, &mut placement)?;
+        let root = pci_root(&vm, parts.devices, root_ports)?;
         let platform = Platform {
             vcpus: parts.vcpus,
             last_bus: root.last_bus(),
+            hot_plug: parts.pci_slots > 0,
             window64,
             serial: parts.serial.is_some(),
         };
@@ -152,6 +165,9 @@ impl Machine {
             vcpus,
             stop,
             session,
+            space,
+            window64,
+            pci_slots: parts.pci_slots,
         })
     }
 
@@ -170,12 +186,22 @@ impl Machine {
         vcpu::install_kick_handler()?;
         let session = self.session;
         let watch = session.map(|session| session.watch(self.stop.clone()));
+        let first = usize::from(self.root.last_bus() - self.pci_slots);
+        let (vm, root, stop) = (&self.vm, &self.root, &self.stop);
+        let (space, hot_plug) = if self.pci_slots > 0 {
+            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop);
+            (None, Some(hotplug::Worker::start(slots)?))
+        } else {
+            (self.space, None)
+        };
         let mut running = Running {
             threads: Vec::with_capacity(self.vcpus.len()),
             watch: watch.transpose()?,
+            hot_plug,
             root: self.root,
             stop: self.stop,
             vm: self.vm,
+            _space: space,
         };
         for vcpu in self.vcpus {
             match vcpu.start(self.buses.clone(), running.stop.clone()) {
@@ -194,9 +220,12 @@ impl Machine {
 pub struct Running {
     threads: Vec<VcpuThread>,
     watch: Option<Watch>,
+    hot_plug: Option<hotplug::Worker>,
     root: Arc<PciRoot>,
     stop: Arc<Stop>,
     vm: Arc<Vm>,
+    /// The devices leave it when it is closed, after the others.
+    _space: Option<AddressSpace>,
 }
 
 impl Running {
@@ -210,6 +239,12 @@ impl Running {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         self.vm.memory()
+    }
+
+    /// Who plugs devices in, if there are slots.
+    #[must_use]
+    pub fn hot_plug(&self) -> Option<&hotplug::Worker> {
+        self.hot_plug.as_ref()
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
@@ -226,9 +261,13 @@ impl Running {
                 None => tracing::error!("a vCPU thread panicked"),
             }
         }
+        let slots = self.hot_plug.and_then(hotplug::Worker::stop);
         self.root.reset();
         if let Some(watch) = self.watch {
             watch.stop();
+        }
+        if let Some(slots) = slots {
+            slots.close();
         }
         exits
     }
@@ -239,25 +278,37 @@ fn check(parts: &Parts) -> Result<(), MachineError> {
         return Err(MachineError::Vcpus(parts.vcpus));
     }
     let passed_on = parts.passthrough.as_ref().map_or(0, Passthrough::len);
-    let devices = parts.devices.len() + passed_on;
+    let devices = parts.devices.len() + passed_on + usize::from(parts.pci_slots);
     if devices > MAX_DEVICES {
         return Err(MachineError::Devices(devices));
     }
     Ok(())
 }
 
+/// Root ports with empty slots after those of devices.
+fn with_slots(
+    vm: &Arc<Vm>,
+    mut ports: Vec<Port>,
+    count: u8,
+    placement: &mut Placement,
+) -> Result<Vec<Port>, VfioError> {
+    let first_bus = u8::try_from(ports.len() + 1).unwrap_or(u8::MAX);
+    ports.extend(hotplug::empty_ports(vm, first_bus, count, placement)?);
+    Ok(ports)
+}
+
 /// Bus 0: virtio devices first, so that their slots do not depend on what follows.
 fn pci_root(
     vm: &Arc<Vm>,
     devices: Vec<Box<dyn VirtioDevice>>,
-    ports: Vec<Slot>,
+    ports: Vec<Port>,
 ) -> Result<Arc<PciRoot>, MachineError> {
     let virtio = devices.into_iter().enumerate().map(|(index, device)| {
         let address = PciRoot::bar_address(index);
         VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Box::new(device)))
     });
     let mut slots = virtio.collect::<Result<Vec<_>, _>>()?;
-    slots.extend(ports);
+    slots.extend(ports.into_iter().map(|port| Slot::Port(Box::new(port))));
     let root = Arc::new(PciRoot::new(slots));
     root.map_config(vm)?;
     Ok(root)

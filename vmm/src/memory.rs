@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{
@@ -31,6 +31,17 @@ pub enum MemoryError {
     #[error("memory file of {mib} MiB: {source}")]
     File {
         /// Its size.
+        mib: u32,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The host keeps no huge pages for it.
+    #[error(
+        "{mib} MiB of the host's huge pages: {source}; raise vm.nr_hugepages or set hugepages = \
+         false in nacre.toml"
+    )]
+    HugePages {
+        /// How much was asked for.
         mib: u32,
         /// The system's reason.
         source: io::Error,
@@ -64,6 +75,12 @@ pub fn allocate(size_mib: u32, hugepages: bool) -> Result<GuestMemory, MemoryErr
         mib: size_mib,
         source,
     })?;
+    if hugepages {
+        reserve(&file, bytes).map_err(|source| MemoryError::HugePages {
+            mib: size_mib,
+            source,
+        })?;
+    }
     Ok(map(&file, bytes)?)
 }
 
@@ -148,6 +165,34 @@ fn memory_file(bytes: u64, hugepages: bool) -> io::Result<File> {
     Ok(file)
 }
 
+/// Has the host keep huge pages for all of the file, for as long as it lives: what a shared
+/// mapping reserves belongs to the file (Documentation/mm/hugetlbfs_reserv.rst). The
+/// mappings of `vm-memory` reserve nothing (`MAP_NORESERVE`), and a guest that touched
+/// a page the pool has not got would be killed.
+fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    let len = usize::try_from(bytes).map_err(io::Error::other)?;
+    let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+    // SAFETY: the kernel chooses the address of a mapping that nobody uses.
+    let mapping = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            protection,
+            libc::MAP_SHARED,
+            fd,
+            0,
+        )
+    };
+    if mapping == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is the mapping made above.
+    if unsafe { libc::munmap(mapping, len) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +219,23 @@ mod tests {
         let region = memory.iter().next().unwrap();
         let file = region.file_offset().unwrap().file();
         assert!(file.set_len(4096).is_err(), "the file cannot shrink");
+    }
+
+    /// A number of the host's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
+    fn pool(name: &str) -> Option<u32> {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_not_waited_for() {
+        let (Some(free), Some(promised)) = (pool("free"), pool("resv")) else {
+            eprintln!("skipped: a kernel without huge pages");
+            return;
+        };
+        let mib = (free - promised) * HUGE_PAGE_MIB + MIN_MIB;
+        let text = allocate(mib, true).unwrap_err().to_string();
+        assert!(text.contains("vm.nr_hugepages"), "{text}");
     }
 
     #[test]

@@ -8,8 +8,8 @@
 //!
 //! The main thread serves the control channel. The vsock thread hands it the
 //! guest's calls through a bounded queue: a guest that dials faster than the shim
-//! listens is refused. What may take as long as a device of the host takes has a thread
-//! of its own ([`exchanges`]).
+//! listens is refused. What may take as long as a device of the host takes is done on
+//! threads of its own ([`exchanges`], [`hotplug`]) and answered later ([`answers`]).
 
 use std::fs::File;
 use std::io;
@@ -32,12 +32,15 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
+use crate::vfio::hotplug::{self, Job};
 use crate::virtio::block::Backing;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
+mod answers;
 mod exchanges;
 
+use answers::Answers;
 use exchanges::Exchanges;
 
 /// Calls of the guest that wait for the main thread.
@@ -129,18 +132,20 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     report(channel, outcome)
 }
 
-/// What the kernel pins of a guest with devices, and counts against a limit: all of
-/// its memory, which therefore is all there from the start.
+/// What the kernel pins of a guest with devices, or slots for them, and counts against a
+/// limit: all of its memory, which therefore is all there from the start.
 fn pinned_bytes(config: &VmConfig) -> Result<Option<u64>, MonitorError> {
     let Memory {
         size_mib,
         growth_mib,
         ..
     } = config.memory;
-    match config.passthrough {
-        None => Ok(None),
-        Some(_) if growth_mib > 0 => Err(MonitorError::PinnedGrowth(growth_mib)),
-        Some(_) => Ok(Some(u64::from(size_mib) * MIB)),
+    if config.passthrough.is_none() && config.pci_slots == 0 {
+        Ok(None)
+    } else if growth_mib > 0 {
+        Err(MonitorError::PinnedGrowth(growth_mib))
+    } else {
+        Ok(Some(u64::from(size_mib) * MIB))
     }
 }
 
@@ -173,13 +178,16 @@ fn build(
         cmdline: config.cmdline.clone(),
         devices: devices.devices,
         passthrough,
+        pci_slots: config.pci_slots,
         serial: devices.serial,
     })?;
+    let answers = Answers::new()?;
     let peers = Peers {
         dialer: devices.dialer,
         file_server: devices.file_server,
         resizer: devices.resizer,
-        exchanges: Exchanges::new(devices.slots)?,
+        exchanges: Exchanges::new(devices.slots, answers.answerer()),
+        answers,
     };
     Ok((machine, peers))
 }
@@ -190,6 +198,7 @@ struct Peers {
     file_server: Option<OwnedFd>,
     resizer: Option<Resizer>,
     exchanges: Exchanges,
+    answers: Answers,
 }
 
 /// Serves the channel until the machine has ended.
@@ -212,15 +221,15 @@ fn wait(
             input(own),
             input(borrow(&calls.event)),
             input(resized),
-            input(borrow(peers.exchanges.answered())),
+            input(borrow(peers.answers.event())),
             hangup(server),
         ])?;
-        let [request, stopped, called, resized, exchanged, lost] = ready;
+        let [request, stopped, called, resized, answered, lost] = ready;
         if called {
             calls.report(channel)?;
         }
-        if exchanged {
-            peers.exchanges.report(channel)?;
+        if answered {
+            peers.answers.report(channel)?;
         }
         if stopped && let Some(outcome) = stop.outcome() {
             return Ok(outcome.clone());
@@ -236,38 +245,56 @@ fn wait(
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers)?;
+            obey(channel, peers, running.hot_plug())?;
         }
     }
 }
 
-fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
-    match channel.recv::<Request>()? {
-        (Request::Connect { port, stream }, mut fds) => {
-            peers.dialer.connect(port, fds.take(stream)?);
-        }
-        (Request::Resize { growth_mib }, _) => match &peers.resizer {
+fn obey(
+    channel: &mut Channel,
+    peers: &Peers,
+    hot_plug: Option<&hotplug::Worker>,
+) -> Result<(), MonitorError> {
+    let (request, mut fds) = channel.recv::<Request>()?;
+    match request {
+        Request::Connect { port, stream } => peers.dialer.connect(port, fds.take(stream)?),
+        Request::Resize { growth_mib } => match &peers.resizer {
             Some(resizer) => resizer.request(u64::from(growth_mib) * MIB),
             None => tracing::warn!(growth_mib, "memory that cannot grow is not resized"),
         },
-        (
-            Request::Exchange {
-                number,
-                serial,
-                file,
-                read_only,
-            },
-            mut fds,
-        ) => {
+        Request::Exchange {
+            number,
+            serial,
+            file,
+            read_only,
+        } => {
             let backing = match file {
                 Some(file) => Backing::Whole(File::from(fds.take(file)?)),
                 None => Backing::Empty,
             };
             peers.exchanges.start(number, &serial, read_only, backing);
         }
-        (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
+        Request::Plug {
+            number,
+            slots,
+            devices,
+        } => {
+            let devices = Passthrough::take(&devices, &mut fds)?;
+            plug(hot_plug, peers, number, Job::Plug(slots, devices));
+        }
+        Request::Unplug { number, slots } => plug(hot_plug, peers, number, Job::Unplug(slots)),
+        Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
+}
+
+fn plug(hot_plug: Option<&hotplug::Worker>, peers: &Peers, number: u64, job: Job) {
+    let answerer = peers.answers.answerer();
+    let done = move |result| answerer.answer(number, result);
+    match hot_plug {
+        Some(worker) => worker.request(job, done),
+        None => done(Err("the machine has no slots for PCI devices".into())),
+    }
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

@@ -3,12 +3,11 @@
 //! Interrupts are MSIs only. KVM emulates the local APICs ("split irqchip")
 //! and nothing else: no IOAPIC, PIC or PIT exists. A GSI here is only the name
 //! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
-//! when it is used for the first time and keeps it.
+//! when it is used for the first time and keeps it as long as the device is there.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -22,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::virtio::GuestMemory;
+use numbers::Numbers;
 
 mod device_memory;
+mod numbers;
 mod page;
 mod vfio;
 
@@ -69,10 +70,8 @@ pub struct MsiRoute {
 /// A virtual machine without its vCPUs.
 pub struct Vm {
     fd: VmFd,
-    next_gsi: AtomicU32,
-    /// KVM's limit.
-    max_gsis: u32,
-    next_slot: AtomicU32,
+    gsis: Numbers,
+    slots: Numbers,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
     memory: GuestMemory,
@@ -120,9 +119,8 @@ impl Vm {
         let max_gsis = fd.check_extension_int(Cap::IrqRouting);
         let vm = Self {
             fd,
-            next_gsi: AtomicU32::new(0),
-            max_gsis: u32::try_from(max_gsis).unwrap_or(0),
-            next_slot: AtomicU32::new(0),
+            gsis: Numbers::below(u32::try_from(max_gsis).unwrap_or(0)),
+            slots: Numbers::below(u32::MAX),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
@@ -220,9 +218,9 @@ impl Vm {
             .map_err(VmError::new("create a vCPU"))
     }
 
-    /// A memory slot nobody has.
+    /// A memory slot nobody has. KVM has far fewer than numbers, and refuses the others.
     fn new_slot(&self) -> u32 {
-        self.next_slot.fetch_add(1, Ordering::Relaxed)
+        self.slots.take().unwrap_or(u32::MAX)
     }
 
     /// A GSI nobody has.
@@ -231,13 +229,18 @@ impl Vm {
     ///
     /// When KVM has no more.
     pub fn new_gsi(&self) -> Result<u32, VmError> {
-        let next = |gsi| (gsi < self.max_gsis).then_some(gsi + 1);
-        self.next_gsi
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next)
-            .map_err(|_| VmError {
-                what: "find a free interrupt route",
-                source: io::Error::other(format!("all {} are taken", self.max_gsis)),
-            })
+        self.gsis.take().ok_or_else(|| VmError {
+            what: "find a free interrupt route",
+            source: io::Error::other(format!("all {} are taken", self.gsis.limit())),
+        })
+    }
+
+    /// Gives a GSI back that has no irqfd any more. What it sends is forgotten when a
+    /// route is set the next time.
+    pub fn free_gsi(&self, gsi: u32) {
+        let mut routes = self.routes.lock().unwrap_or_else(|lock| lock.into_inner());
+        routes.remove(&gsi);
+        self.gsis.give_back(gsi);
     }
 
     /// Lets `gsi` send `route` from now on.
@@ -362,9 +365,9 @@ mod tests {
         let gsi = vm.new_gsi().unwrap();
         vm.route(gsi, route(0x41)).unwrap();
         for _ in 0..2 {
-            assert!(vm.route(vm.max_gsis, route(0x42)).is_err());
+            assert!(vm.route(vm.gsis.limit(), route(0x42)).is_err());
         }
         vm.route(gsi, route(0x43)).unwrap();
-        vm.route(vm.max_gsis - 1, route(0x44)).unwrap();
+        vm.route(vm.gsis.limit() - 1, route(0x44)).unwrap();
     }
 }

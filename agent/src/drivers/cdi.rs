@@ -3,7 +3,8 @@
 //!
 //! A spec's own edits are for every such container. Those of its devices are for who
 //! has that device: a device's name is its number among the guest's devices that the
-//! image is for, from 0, in the order of their addresses. Other names are nobody's.
+//! image is for, from 0, in the order in which they came; one takes the place of one that
+//! has gone. Other names are nobody's.
 //!
 //! Paths of mounts are the image's. Nodes are the guest's: without numbers they have
 //! those of the guest's own node. What is in a spec and not understood here is an

@@ -336,6 +336,10 @@ async fn a_created_container_can_be_killed_and_ids_are_unique() {
         .await
         .unwrap_err();
     assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    for (signal, all) in [(65, false), (65, true), (u32::MAX, false)] {
+        let error = agent.kill("c1", signal, all).await.unwrap_err();
+        assert_eq!(status(&error).0, Code::INVALID_ARGUMENT, "{signal} {all}");
+    }
     agent.kill("c1", 9, false).await.unwrap();
     assert_eq!(agent.wait("c1", "").await.exit_status, 137);
     let error = agent.start("c1").await.unwrap_err();
@@ -358,6 +362,15 @@ async fn requests_that_make_no_sense() {
         .await
         .unwrap_err();
     assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+    for missing in ["process", "root"] {
+        let mut spec = spec("c1", &["true"]);
+        spec.as_object_mut().unwrap().remove(missing);
+        let error = agent.create("c1", &spec, stdio.clone()).await.unwrap_err();
+        let (code, message) = status(&error);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        let expected = format!("the specification has no {missing}");
+        assert!(message.contains(&expected), "{message}");
+    }
     let error = agent
         .create("c1", &json!({"root": 1}), stdio)
         .await

@@ -38,7 +38,9 @@ impl NumberList {
         self
     }
 
-    fn has(&self, number: usize) -> bool {
+    /// Whether a number is in it.
+    #[must_use]
+    pub fn has(&self, number: usize) -> bool {
         let word = self.0.get(number / WORD_BITS).copied().unwrap_or(0);
         word & (1 << (number % WORD_BITS)) != 0
     }

@@ -55,6 +55,21 @@ fn updates_change_what_they_name() {
 }
 
 #[test]
+fn what_was_killed_for_want_of_memory_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let cgroup = PodCgroup {
+        path: dir.path().to_owned(),
+        dir: File::open(dir.path()).unwrap(),
+    };
+    assert!(!cgroup.ran_out_of_memory(), "without the controller");
+    for (kills, expected) in [("0", false), ("2", true)] {
+        let events = format!("max 5\noom 3\noom_kill {kills}\noom_group_kill 1\n");
+        fs::write(dir.path().join("memory.events"), events).unwrap();
+        assert_eq!(cgroup.ran_out_of_memory(), expected);
+    }
+}
+
+#[test]
 fn more_of_two() {
     let limits = |memory_bytes, cpu| Limits {
         memory_bytes,

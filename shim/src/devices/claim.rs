@@ -109,6 +109,21 @@ impl Claims {
         }
     }
 
+    /// Frees some of `pod`'s devices. Goes on after failures, which it logs.
+    pub fn give_back(&self, pod: &RunDir, devices: &[Address]) {
+        let freed = lock(&self.dir()).and_then(|_lock| {
+            for &address in devices {
+                if self.owner(address)? == Some(pod.owner()) {
+                    self.free(address);
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = freed {
+            warn!(error = crate::error::chain(&error), "claims stay");
+        }
+    }
+
     /// The living pod that has a device, as namespace and id.
     ///
     /// # Errors
@@ -239,6 +254,14 @@ pub(super) mod tests {
         // All or nothing.
         assert_eq!(claims.holder(second).unwrap(), None);
         assert_eq!(claims.holder(first).unwrap().as_deref(), Some("default/a"));
+
+        // Only one's own can be given back.
+        claims.give_back(&b, &[first]);
+        assert!(claims.holder(first).unwrap().is_some());
+        claims.claim(&a, &[second]).unwrap();
+        claims.give_back(&a, &[first]);
+        assert_eq!(claims.holder(first).unwrap(), None);
+        assert!(claims.holder(second).unwrap().is_some());
 
         claims.release(&a);
         claims.release(&a);

@@ -94,16 +94,14 @@ pub enum DriverError {
     Device(#[from] DeviceError),
     /// There is no such file, or it cannot be read.
     #[error(
-        "driver image {} of PCI device {address} ({class}): put it there, or correct [drivers] in \
-         nacre.toml", path.display()
+        "driver image {} of {owner}: put it there, or correct [drivers] in nacre.toml",
+        path.display()
     )]
     Open {
         /// Which.
         path: PathBuf,
-        /// The device it is for.
-        address: Address,
-        /// What that is.
-        class: String,
+        /// What it is for.
+        owner: String,
         /// Why.
         source: io::Error,
     },
@@ -119,8 +117,23 @@ pub enum DriverError {
     },
 }
 
-/// Opens what a pod with these devices needs. For each the first entry counts that it
-/// matches; one without any has what the guest's kernel has.
+/// The image for a device: of the first entry that it matches; one without any has what
+/// the guest's kernel has.
+///
+/// # Errors
+///
+/// When what the device is cannot be told.
+pub fn image_for<'a>(
+    images: &'a [DriverImage],
+    system: &System,
+    device: Address,
+) -> Result<Option<&'a Path>, DriverError> {
+    let function = system.function(device)?;
+    let image = images.iter().find(|image| image.filter.matches(&function));
+    Ok(image.map(|image| &*image.path))
+}
+
+/// Opens what a pod with these devices needs, and if others may come all there is.
 ///
 /// # Errors
 ///
@@ -129,31 +142,45 @@ pub fn open(
     images: &[DriverImage],
     system: &System,
     devices: &[Address],
+    others_may_come: bool,
 ) -> Result<Vec<OpenImage>, DriverError> {
     let mut opened: Vec<OpenImage> = Vec::new();
     for (position, &address) in devices.iter().enumerate() {
-        let function = system.function(address)?;
-        let Some(image) = images.iter().find(|image| image.filter.matches(&function)) else {
+        let Some(path) = image_for(images, system, address)? else {
             continue;
         };
-        if let Some(same) = opened.iter_mut().find(|other| other.path == image.path) {
+        if let Some(same) = opened.iter_mut().find(|other| other.path == path) {
             same.devices.push(position);
             continue;
         }
-        let file = File::open(&image.path).map_err(|source| DriverError::Open {
-            path: image.path.clone(),
-            address,
-            class: function.class_name(),
-            source,
-        })?;
-        check(&image.path, &file)?;
-        opened.push(OpenImage {
-            path: image.path.clone(),
-            file,
-            devices: vec![position],
-        });
+        let class = system.function(address)?.class_name();
+        let mut image = open_image(path, &format!("PCI device {address} ({class})"))?;
+        image.devices.push(position);
+        opened.push(image);
+    }
+    for image in images.iter().filter(|_| others_may_come) {
+        if !opened.iter().any(|other| other.path == image.path) {
+            opened.push(open_image(
+                &image.path,
+                "PCI devices that may come (pci_slots)",
+            )?);
+        }
     }
     Ok(opened)
+}
+
+fn open_image(path: &Path, owner: &str) -> Result<OpenImage, DriverError> {
+    let file = File::open(path).map_err(|source| DriverError::Open {
+        path: path.to_owned(),
+        owner: owner.to_owned(),
+        source,
+    })?;
+    check(path, &file)?;
+    Ok(OpenImage {
+        path: path.to_owned(),
+        file,
+        devices: Vec::new(),
+    })
 }
 
 fn check(path: &Path, file: &File) -> Result<(), DriverError> {
@@ -247,7 +274,7 @@ mod tests {
             entry(&tree, "10de::03xx", "gpu"),
             entry(&tree, "::01xx", "never opened"),
         ];
-        let opened = open(&images, &tree.system(), &ALL.map(address)).unwrap();
+        let opened = open(&images, &tree.system(), &ALL.map(address), false).unwrap();
         let opened: Vec<_> = opened
             .into_iter()
             .map(|image| (image.path, image.devices))
@@ -262,13 +289,32 @@ mod tests {
             ]
         );
         // Two devices, one disk.
-        let opened = open(&images[1..], &tree.system(), &ALL.map(address)).unwrap();
+        let opened = open(&images[1..], &tree.system(), &ALL.map(address), false).unwrap();
         assert_eq!(opened[0].devices, [0, 3]);
         assert!(
-            open(&images, &tree.system(), &[address("02:00.1")])
+            open(&images, &tree.system(), &[address("02:00.1")], false)
                 .unwrap()
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn a_machine_to_which_devices_may_come_has_all_images() {
+        let tree = host();
+        let images = [entry(&tree, "10de:", "gpu"), entry(&tree, "::0108", "nvme")];
+        tree.write("nvme", &"-".repeat(512));
+        let open = || open(&images, &tree.system(), &[address("01:00.0")], true);
+        let text = chain(&open().unwrap_err());
+        let parts = [
+            "/gpu of PCI devices that may come (pci_slots)",
+            "No such file",
+        ];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        tree.write("gpu", &"-".repeat(512));
+        let opened = open().unwrap();
+        let devices: Vec<_> = opened.iter().map(|image| &*image.devices).collect();
+        assert_eq!(devices, [&[0][..], &[]]);
+        assert_eq!(opened[1].path, tree.path("gpu"));
     }
 
     #[test]
@@ -276,7 +322,7 @@ mod tests {
         let tree = host();
         let told = |name: &str| {
             let images = [entry(&tree, "::0108", name)];
-            let error = open(&images, &tree.system(), &[address("01:00.0")]).unwrap_err();
+            let error = open(&images, &tree.system(), &[address("01:00.0")], false).unwrap_err();
             let text = chain(&error);
             assert!(
                 text.contains(&tree.path(name).display().to_string()),

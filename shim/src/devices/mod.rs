@@ -4,8 +4,10 @@
 //! ```text
 //! nacre devices bind     bind.rs: away from the host's driver, to vfio-pci     an administrator, once
 //! container created      request.rs: what its spec asks for (cdi.rs)           the shim, per container
+//! sandbox created        kubelet.rs: and what kubelet has given the pod
 //!                        group.rs: each a whole IOMMU group, or a refusal
 //!                        claim.rs: for one pod at a time
+//! monitor started        numa.rs: near them
 //! machine booted         request.rs: opened, for the monitor
 //!                        drivers.rs: the driver images that the guest needs for them
 //! ```
@@ -18,7 +20,9 @@ mod cdi;
 pub mod claim;
 pub mod drivers;
 pub mod group;
+pub mod kubelet;
 pub mod names;
+pub mod numa;
 pub mod pci;
 pub mod request;
 pub mod sysfs;
@@ -33,6 +37,7 @@ use crate::rundir::RunDirError;
 
 pub use claim::{ClaimError, Claims};
 pub use drivers::{DriverError, DriverImage};
+pub use kubelet::{Allocated, KubeletError};
 pub use pci::{Address, Function};
 pub use request::{AssignedDevice, RequestError};
 pub use sysfs::System;

@@ -8,6 +8,9 @@
 //! | annotation `io.nacre.devices` | PCI addresses or directories in sysfs, with commas between |
 //! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
 //!
+//! A pod has besides what kubelet has given to its containers, where kubelet is asked
+//! (`kubelet.rs`).
+//!
 //! However a device is named, its whole IOMMU group is meant. Annotations come from whoever
 //! makes the pod, so they are refused unless the configuration allows them
 //! (`device_annotations`), and what they name ends up in paths only as an address that
@@ -17,6 +20,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use nacre_protocol::vm::guest_address;
@@ -25,7 +29,7 @@ use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
 use oci_spec::runtime::Spec;
 
 use super::pci::{Address, Function};
-use super::{DeviceError, System, cdi, group};
+use super::{Allocated, DeviceError, System, cdi, group};
 use crate::oci::device_rules;
 
 /// The annotation that names devices.
@@ -121,18 +125,22 @@ pub struct AssignedDevice {
     pub device_node: Option<PathBuf>,
 }
 
-/// Opens devices for a monitor.
+/// Opens devices for a monitor, whose others are in `container`.
 ///
 /// # Errors
 ///
 /// What cannot be opened, and why.
-pub fn open(system: &System, devices: &[AssignedDevice]) -> Result<Passthrough, OpenError> {
+pub fn open(
+    system: &System,
+    devices: &[AssignedDevice],
+    container: Option<&OwnedFd>,
+) -> Result<Passthrough, OpenError> {
     let nodes = devices.iter().map(|device| DeviceNodes {
         address: device.address.to_string(),
         group: device.group_node.clone(),
         own: device.device_node.clone(),
     });
-    open::by_any(&system.dev, &nodes.collect::<Vec<_>>())
+    open::by_any(&system.dev, &nodes.collect::<Vec<_>>(), container)
 }
 
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if
@@ -162,8 +170,34 @@ pub fn assigned(
     spec: &Spec,
     by_annotation: bool,
 ) -> Result<Vec<AssignedDevice>, RequestError> {
+    whole_groups(system, asked(system, spec, by_annotation)?)
+}
+
+/// The devices of a pod whose first container has `spec`: what that asks for, and what
+/// kubelet has given to any of the pod's.
+///
+/// # Errors
+///
+/// Those of [`assigned`].
+pub fn assigned_to_pod(
+    system: &System,
+    spec: &Spec,
+    by_annotation: bool,
+    allocated: &[Allocated],
+) -> Result<Vec<AssignedDevice>, RequestError> {
+    let mut all = asked(system, spec, by_annotation)?;
+    for name in allocated {
+        all.extend(by_allocation(system, name)?);
+    }
+    whole_groups(system, all)
+}
+
+fn whole_groups(
+    system: &System,
+    addresses: BTreeSet<Address>,
+) -> Result<Vec<AssignedDevice>, RequestError> {
     let mut groups = BTreeMap::new();
-    for address in asked(system, spec, by_annotation)? {
+    for address in addresses {
         let function = system.function(address)?;
         if function.is_bridge() {
             return Err(DeviceError::Bridge(address).into());
@@ -299,6 +333,33 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
         return Err(bad());
     }
     Ok(address)
+}
+
+/// The devices of what kubelet has given. Plugins name theirs as they like: addresses are
+/// usual for PCI devices, and where a CDI spec has the resource's name and this one, its nodes
+/// count. All else, and what a driver of the host has, is no device for a machine; should the
+/// container want it by a node, it is refused then.
+fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, RequestError> {
+    let cdi_name = match name {
+        Allocated::Plugin { resource, id } => match id.parse() {
+            Ok(address) => {
+                let is_ready = system.function(address)?.is_on_vfio();
+                return Ok(is_ready.then_some(address).into_iter().collect());
+            }
+            Err(_) => format!("{resource}={id}"),
+        },
+        Allocated::Cdi(name) => name.clone(),
+    };
+    match by_cdi(system, &cdi_name) {
+        Err(RequestError::NoCdiDevice { .. } | RequestError::CdiWithoutVfio(_)) => {
+            tracing::info!(
+                ?name,
+                "allocated to the pod, and no PCI device for a machine"
+            );
+            Ok(Vec::new())
+        }
+        result => result,
+    }
 }
 
 fn by_cdi(system: &System, name: &str) -> Result<Vec<Address>, RequestError> {

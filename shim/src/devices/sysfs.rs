@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::pci::{self, Address, Function};
 use super::{DeviceError, VFIO_DRIVER};
+use crate::cgroup::NumberList;
 
 /// How `driver_override` says that there is none.
 const NO_OVERRIDE: &str = "(null)";
@@ -121,6 +122,25 @@ impl System {
             }
         }
         Ok(groups)
+    }
+
+    /// The processors of a memory node; `None` where there is no such node.
+    ///
+    /// # Errors
+    ///
+    /// What sysfs says that cannot be.
+    pub fn node_cpus(&self, node: u32) -> Result<Option<NumberList>, DeviceError> {
+        let nodes = self.sys.join("devices/system/node");
+        let path = nodes.join(format!("node{node}/cpulist"));
+        match text(&path)? {
+            // A node without processors has memory alone.
+            Some(list) if list.is_empty() => Ok(None),
+            Some(list) => match NumberList::parse(&list) {
+                Some(cpus) => Ok(Some(cpus)),
+                None => Err(malformed(&path, &list)),
+            },
+            None => Ok(None),
+        }
     }
 
     fn functions_in(&self, dir: &Path) -> Result<Vec<Function>, DeviceError> {

@@ -14,17 +14,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::agent::{ConfigureSandboxRequest, Driver};
+use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::STREAM_PORT;
+use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
-use crate::devices::{AssignedDevice, System, request};
+use crate::devices::{AssignedDevice, DriverImage, System, request};
 use crate::hooks::Runner;
-use crate::sandbox::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
+use crate::rundir::{RunDir, State};
+use crate::sandbox::{ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
 
@@ -61,6 +64,8 @@ pub struct FakeMachine {
     keeps_mib: AtomicU32,
     /// What becomes of exchanges of disks.
     disks: watch::Sender<Disks>,
+    /// Why it takes no devices, and leaves those it has.
+    keeps_devices: Mutex<Option<fn() -> MachineError>>,
     journal: Journal,
 }
 
@@ -136,6 +141,21 @@ impl Machine for FakeMachine {
         size.map_err(MachineError::io("look at a disk's file"))
     }
 
+    async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
+        self.may_change_devices()?;
+        let described = devices.describe(&mut FdList::default());
+        for (slot, device) in slots.iter().zip(described.devices) {
+            lock(&self.journal).push(format!("plug {slot} {}", device.address));
+        }
+        Ok(())
+    }
+
+    async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
+        self.may_change_devices()?;
+        lock(&self.journal).push(format!("unplug {slots:?}"));
+        Ok(())
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -163,6 +183,18 @@ impl FakeMachine {
     /// From now on the guest keeps at least this much.
     pub fn keeps(&self, growth_mib: u32) {
         self.keeps_mib.store(growth_mib, Ordering::Relaxed);
+    }
+
+    /// From now on it keeps the devices it has and takes no others, or does so again.
+    pub fn keeps_devices(&self, why: Option<fn() -> MachineError>) {
+        *lock(&self.keeps_devices) = why;
+    }
+
+    fn may_change_devices(&self) -> Result<(), MachineError> {
+        match *lock(&self.keeps_devices) {
+            Some(why) => Err(why()),
+            None => Ok(()),
+        }
     }
 
     /// From now on, and for exchanges that wait, this becomes of them.
@@ -198,6 +230,21 @@ impl FakeMachine {
         }
     }
 
+    /// From now on it deletes nothing, and does not say so.
+    pub fn hang_deletes(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.deletes_hang.send_replace(true);
+        }
+    }
+
+    /// Resolves when a container's process has ended and all its output was sent.
+    pub async fn ended(&self, container_id: &str) {
+        match &self.streams {
+            Streams::Scripted(agent) => agent.ended(container_id).await,
+            Streams::Real(_) => std::future::pending().await,
+        }
+    }
+
     /// Resolves when a guest that hangs has been asked `calls` times.
     pub async fn held(&self, calls: u32) {
         let Streams::Scripted(agent) = &self.streams else {
@@ -230,6 +277,9 @@ impl Drop for FakeMachine {
     }
 }
 
+/// Id of each pod on such a host.
+pub const SANDBOX_ID: &str = "fake-5a5a";
+
 /// Makes fake machines in place of `VmHost`.
 pub struct FakeHost {
     /// The machine it made, for tests to shoot.
@@ -248,6 +298,14 @@ pub struct FakeHost {
     pub system: System,
     /// Those that its machine has.
     devices: Mutex<Vec<AssignedDevice>>,
+    /// Driver images that its machine has as disks.
+    pub drivers: Vec<DriverImage>,
+    /// Empty slots of its machine,
+    pub pci_slots: u8,
+    /// what is in them,
+    pub hot_plug: HotPlug,
+    /// and where devices are claimed.
+    pub run_dir: RunDir,
     /// The agent's executable; the scripted one if `None`.
     agent_exe: Option<PathBuf>,
     root: tempfile::TempDir,
@@ -256,6 +314,11 @@ pub struct FakeHost {
 impl FakeHost {
     /// A host whose machines run the agent of this process.
     pub fn scripted() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(root.path(), "default", "pod").unwrap();
+        run_dir.create().unwrap();
+        let state = State::of_daemon(std::process::id(), PathBuf::new(), Path::new("/none"));
+        run_dir.save(&state).unwrap();
         Self {
             machine: Arc::default(),
             knows_network: true,
@@ -265,8 +328,12 @@ impl FakeHost {
             hooks: Runner::default(),
             system: System::default(),
             devices: Mutex::default(),
+            drivers: Vec::new(),
+            pci_slots: 0,
+            hot_plug: HotPlug::new(run_dir.clone()),
+            run_dir,
             agent_exe: None,
-            root: tempfile::tempdir().unwrap(),
+            root,
         }
     }
 
@@ -371,9 +438,23 @@ impl FakeHost {
         Sandbox::new(machine)
     }
 
+    fn images(&self) -> Images {
+        let disks = self.drivers.iter().map(|image| Driver {
+            serial: image.path.display().to_string(),
+            path: image.path.display().to_string(),
+            ..Driver::default()
+        });
+        Images::new(self.drivers.clone(), disks.collect())
+    }
+
     /// Attaches to its agent.
     pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
         let mut room = ROOM;
+        let (first, images) = ((self.pod_devices(), None), self.images());
+        let started = self
+            .hot_plug
+            .start(self.pci_slots, first, images, BOOT_TIMEOUT);
+        started.await.unwrap();
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
         }
@@ -392,6 +473,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
+        keeps_devices: Mutex::default(),
         journal,
     }
 }
@@ -420,6 +502,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
+        keeps_devices: Mutex::default(),
         journal: Journal::default(),
     }
 }

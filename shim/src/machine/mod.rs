@@ -22,6 +22,7 @@ use nacre_protocol::channel::ChannelError;
 #[cfg(doc)]
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use nacre_protocol::vm::StopReason;
+use nacre_vmm::vfio::Passthrough;
 use tokio::net::UnixStream;
 
 pub use vm::{Launch, VmMachine};
@@ -65,6 +66,9 @@ pub enum MachineError {
         /// The time.
         seconds: u64,
     },
+    /// Devices are not plugged in, or not unplugged: all is as it was.
+    #[error("{0}")]
+    Slots(String),
     /// The machine is dead.
     #[error("the virtual machine is gone: {0}")]
     Stopped(Stop),
@@ -129,6 +133,16 @@ pub trait Machine: Send + Sync {
         file: Option<&File>,
         read_only: bool,
     ) -> Result<u64, MachineError>;
+
+    /// Puts opened devices of the host into empty slots, one into each: all of them or
+    /// none. After an error other than [`MachineError::Slots`], or when this was not waited
+    /// for, nobody knows which until the machine is dead.
+    async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError>;
+
+    /// Takes out what came with one call of [`Machine::plug`], whether the guest has let
+    /// go of it or not. The machine has nothing of it when this returns. Of errors holds
+    /// the same.
+    async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;

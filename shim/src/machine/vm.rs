@@ -21,6 +21,7 @@ use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
 use nacre_protocol::guest::AGENT_PORT;
 use nacre_protocol::vm::{Event, Request, VmConfig};
 use nacre_vmm::jail;
+use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::unix::AsyncFd;
@@ -60,24 +61,27 @@ pub struct VmMachine {
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
     /// Memory the guest uses beyond its size at boot.
     growth_mib: watch::Receiver<u32>,
-    exchanges: Arc<Exchanges>,
+    unanswered: Arc<Unanswered>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
 
-/// Exchanges of disks that have no answer.
-type Exchanges = std::sync::Mutex<Waiting>;
+/// Requests that have a number and no answer.
+type Unanswered = std::sync::Mutex<Waiting>;
 
 #[derive(Default)]
 struct Waiting {
     last_number: u64,
-    /// Who waits, or has waited, for which: for a disk's size or why it is as it was.
-    callers: HashMap<u64, oneshot::Sender<Result<u64, String>>>,
+    /// Who waits, or has waited, for which.
+    callers: HashMap<u64, oneshot::Sender<Answer>>,
 }
+
+/// What the request says, or why all is as it was.
+type Answer = Result<u64, String>;
 
 impl Waiting {
     /// One more.
-    fn add(&mut self) -> (u64, oneshot::Receiver<Result<u64, String>>) {
+    fn add(&mut self) -> (u64, oneshot::Receiver<Answer>) {
         let (caller, answer) = oneshot::channel();
         self.last_number += 1;
         self.callers.insert(self.last_number, caller);
@@ -131,13 +135,13 @@ impl VmMachine {
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
-        let exchanges = Arc::<Exchanges>::default();
+        let unanswered = Arc::<Unanswered>::default();
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
-            exchanges: exchanges.clone(),
+            unanswered: unanswered.clone(),
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -152,7 +156,7 @@ impl VmMachine {
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
-            exchanges,
+            unanswered,
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -189,6 +193,24 @@ impl VmMachine {
                 }
                 result => return Ok(result?),
             }
+        }
+    }
+
+    /// Sends the request with a number and waits for its answer. The monitor does what it
+    /// was asked for, whether it is waited for or not.
+    async fn ask(
+        &self,
+        fds: &FdList<'_>,
+        request: impl FnOnce(u64) -> Request,
+    ) -> Result<Answer, MachineError> {
+        let (number, answer) = lock(&self.unanswered).add();
+        self.send(&request(number), fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        tokio::select! {
+            biased;
+            Ok(answer) = answer => Ok(answer),
+            stop = self.stopped() => Err(MachineError::Stopped(stop)),
         }
     }
 
@@ -255,29 +277,43 @@ impl Machine for VmMachine {
         file: Option<&File>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
-        let (number, answer) = lock(&self.exchanges).add();
         let mut fds = FdList::default();
-        let request = Request::Exchange {
+        let file = file.map(|file| fds.push(file.as_fd()));
+        let exchange = self.ask(&fds, |number| Request::Exchange {
             number,
             serial: serial.to_owned(),
-            file: file.map(|file| fds.push(file.as_fd())),
+            file,
             read_only,
-        };
-        self.send(&request, &fds)
-            .await
-            .map_err(|error| self.stop_or(error))?;
+        });
+        let answer = tokio::time::timeout(EXCHANGE_LIMIT, exchange).await;
         let serial = serial.to_owned();
-        tokio::select! {
-            biased;
-            Ok(result) = answer => {
-                result.map_err(|reason| MachineError::Disk { serial, reason })
-            }
-            stop = self.stopped() => Err(MachineError::Stopped(stop)),
-            () = tokio::time::sleep(EXCHANGE_LIMIT) => {
+        match answer {
+            Ok(answer) => answer?.map_err(|reason| MachineError::Disk { serial, reason }),
+            Err(_) => {
                 let seconds = EXCHANGE_LIMIT.as_secs();
                 Err(MachineError::DiskBusy { serial, seconds })
             }
         }
+    }
+
+    async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
+        let mut fds = FdList::default();
+        let devices = devices.describe(&mut fds);
+        let plug = self.ask(&fds, |number| Request::Plug {
+            number,
+            slots: slots.to_owned(),
+            devices,
+        });
+        plug.await?.map(drop).map_err(MachineError::Slots)
+    }
+
+    async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
+        let fds = FdList::default();
+        let unplug = self.ask(&fds, |number| Request::Unplug {
+            number,
+            slots: slots.to_owned(),
+        });
+        unplug.await?.map(drop).map_err(MachineError::Slots)
     }
 
     async fn stopped(&self) -> Stop {
@@ -355,7 +391,7 @@ async fn watch_monitor(
 struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
-    exchanges: Arc<Exchanges>,
+    unanswered: Arc<Unanswered>,
 }
 
 /// Reads events until one ends the machine.
@@ -382,12 +418,12 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
             Event::Resized { growth_mib } => {
                 news.growth_mib.send_replace(growth_mib);
             }
-            Event::Exchanged { number, result } => {
-                let caller = lock(&news.exchanges).callers.remove(&number);
+            Event::Answered { number, result } => {
+                let caller = lock(&news.unanswered).callers.remove(&number);
                 match caller.map(|caller| caller.send(result)) {
                     Some(Ok(())) => (),
-                    Some(Err(result)) => info!(number, ?result, "a disk's answer comes late"),
-                    None => warn!(number, "the monitor tells of a disk nobody asked for"),
+                    Some(Err(result)) => info!(number, ?result, "an answer comes late"),
+                    None => warn!(number, "the monitor answers what nobody asked for"),
                 }
             }
             Event::Stopped(reason) => return Stop::Guest(reason),

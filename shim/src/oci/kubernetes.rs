@@ -39,6 +39,13 @@ pub fn is_sandbox(spec: &Spec) -> bool {
     annotation(spec, CONTAINER_TYPE) == Some(SANDBOX)
 }
 
+/// The namespace and name of the pod whose sandbox container this is; `None` of any other.
+pub fn pod_of_sandbox(spec: &Spec) -> Option<(&str, &str)> {
+    let namespace = annotation(spec, SANDBOX_NAMESPACE)?;
+    let name = annotation(spec, SANDBOX_NAME)?;
+    is_sandbox(spec).then_some((namespace, name))
+}
+
 /// Whether this is a container that joins a pod.
 pub fn joins_pod(spec: &Spec) -> bool {
     annotation(spec, CONTAINER_TYPE) == Some("container")

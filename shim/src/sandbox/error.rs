@@ -5,7 +5,7 @@ use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
-use crate::devices::{ClaimError, DriverError, RequestError};
+use crate::devices::{Address, ClaimError, DriverError, KubeletError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
 use crate::rundir::RunDirError;
@@ -57,6 +57,14 @@ pub enum SandboxError {
         /// Why.
         source: RequestError,
     },
+    /// It is not known what kubelet has given the pod.
+    #[error("pod {sandbox_id}: the devices kubelet has given it")]
+    Kubelet {
+        /// The pod.
+        sandbox_id: String,
+        /// Why.
+        source: KubeletError,
+    },
     /// Another pod has a device.
     #[error("container {container_id}: the devices it asks for")]
     Claim {
@@ -92,6 +100,43 @@ pub enum SandboxError {
         /// How many there are.
         count: usize,
     },
+    /// All slots for devices of the host are in use, or too many are.
+    #[error(
+        "container {container_id} needs a device of the host, which the pod's running virtual \
+         machine was built without; of its {count} slots for devices that come later {empty} are \
+         empty, and {wanted} would be filled: raise pci_slots in nacre.toml"
+    )]
+    NoPciSlot {
+        /// The container.
+        container_id: String,
+        /// How many would be filled.
+        wanted: usize,
+        /// How many are empty.
+        empty: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The monitor does not say that it has plugged devices in.
+    #[error(
+        "container {container_id}: the devices it asks for were not plugged in within {seconds} s"
+    )]
+    PlugTimeout {
+        /// The container.
+        container_id: String,
+        /// The limit.
+        seconds: u64,
+    },
+    /// The monitor has not said what became of a device.
+    #[error(
+        "container {container_id}: PCI device {address} may be in the pod's virtual machine, whose \
+         monitor did not say when it was to be plugged in or out: it is nobody's before the pod ends"
+    )]
+    LostDevice {
+        /// The container.
+        container_id: String,
+        /// The device.
+        address: Address,
+    },
     /// A second container came before the first was started.
     #[error(
         "container {container_id} joins a pod whose virtual machine boots with the start of its \
@@ -112,10 +157,10 @@ pub enum SandboxError {
         /// What it can be.
         limit_mib: u32,
     },
-    /// The machine has devices, and its memory is what it booted with.
+    /// The machine has devices, or slots for them, and its memory is what it booted with.
     #[error(
         "the pod's containers may use {wanted_mib} MiB together, reserve included; its virtual \
-         machine keeps the {has_mib} MiB it was made with, because PCI devices reach them: give \
+         machine keeps the {has_mib} MiB it was made with, because PCI devices may reach them: give \
          the pod its whole memory limit when it is made"
     )]
     Pinned {
@@ -123,6 +168,21 @@ pub enum SandboxError {
         wanted_mib: u32,
         /// What it is.
         has_mib: u32,
+    },
+    /// The host's kernel killed the machine while it booted.
+    #[error(
+        "the host's kernel killed the virtual machine of {memory_mib} MiB for want of memory: \
+         its cgroup, the one above (in Kubernetes the pod's: limits and the RuntimeClass's \
+         overhead) or the host has not that much{}",
+        filled_at_once(*is_pinned)
+    )]
+    OutOfMemory {
+        /// The guest's.
+        memory_mib: u32,
+        /// Whether it fills it at once.
+        is_pinned: bool,
+        /// What was seen of it.
+        source: Box<SandboxError>,
     },
     /// The guest does not use the memory it was given.
     #[error("the guest took only {has_mib} MiB of memory of the {wanted_mib} it was to have")]
@@ -135,13 +195,21 @@ pub enum SandboxError {
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The agent refused.
+    /// The agent refused or failed.
     #[error("guest: {what}: {}", agent_message(answer))]
     Agent {
         /// What was asked of it.
         what: &'static str,
-        /// Its answer.
+        /// Its answer, already in the text.
         answer: ttrpc::Error,
+    },
+    /// The agent did not answer a call in time.
+    #[error("guest: {what}: no answer within {seconds} s")]
+    Late {
+        /// What was asked of it.
+        what: &'static str,
+        /// The limit.
+        seconds: u64,
     },
     /// The agent did not connect.
     #[error(
@@ -181,4 +249,12 @@ pub enum SandboxError {
     /// A host hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+}
+
+fn filled_at_once(is_pinned: bool) -> &'static str {
+    if is_pinned {
+        "; PCI devices reach all of it, so it is filled at once"
+    } else {
+        ""
+    }
 }

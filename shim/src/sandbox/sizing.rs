@@ -21,10 +21,15 @@ use crate::oci::kubernetes::{
 const GUEST_RESERVE_MIB: u64 = 64;
 /// The least a guest boots in.
 const MIN_MEMORY_MIB: u64 = 128;
-/// Pages for each page of the IOMMU's tables at worst: entries of 8 bytes.
+/// Pages for each page of a table at worst: entries of 8 bytes.
 const PAGES_PER_TABLE: u64 = 512;
+/// Who has tables for all of a guest's pinned memory, counted against the pod's cgroup: the
+/// IOMMU, KVM and the monitor.
+const PINNED_TABLES: u64 = 3;
 /// What any host pins in a second, clearing the pages included.
 const PINNED_MIB_PER_SECOND: u32 = 512;
+/// The host's huge pages, of which a machine has whole ones.
+const HUGE_PAGE_MIB: u32 = 2;
 /// As the configuration's own limits.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MAX_VCPUS: u64 = 64;
@@ -60,6 +65,11 @@ pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
         .or_else(|| spec_memory(spec))
         .map_or(config.default_memory_mib, mib_for);
     let memory_mib = with_huge_pages(memory_mib, Limits::of(spec).huge_pages.bytes());
+    let memory_mib = if config.hugepages {
+        memory_mib.next_multiple_of(HUGE_PAGE_MIB)
+    } else {
+        memory_mib
+    };
     let quota = annotated(annotations, CPU_QUOTA)
         .map(|quota| (quota, annotated(annotations, CPU_PERIOD)))
         .or_else(|| spec_cpu(spec));
@@ -99,15 +109,16 @@ fn host_memory_mib() -> u32 {
 }
 
 /// Memory, in MiB, for a pod whose containers have these limits: what they may
-/// use together, and no less than the default while one of them has no limit.
-pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
+/// use together, and no less than the default while one of them has no limit. In a
+/// machine that keeps its size such a one has what is there.
+pub fn memory_of(containers: &[Limits], is_pinned: bool, config: &Config) -> u32 {
     let known = containers.iter().filter_map(|limits| limits.memory_bytes);
     let bytes = known.fold(0, u64::saturating_add);
     let mib = mib_for(bytes);
     let limited = containers
         .iter()
         .all(|limits| limits.memory_bytes.is_some());
-    let mib = if limited {
+    let mib = if limited || is_pinned {
         mib
     } else {
         mib.max(config.default_memory_mib)
@@ -129,8 +140,8 @@ fn mib_for(bytes: u64) -> u32 {
 
 /// The host's limits for a pod with these containers and a machine of
 /// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
-/// is part of that, but for a machine with devices: it fills its memory at once, and the
-/// IOMMU has page tables for it. A container without a limit lifts that of the pod.
+/// is part of that, but for a machine with devices: it fills its memory at once, and there
+/// are page tables for all of it. A container without a limit lifts that of the pod.
 pub fn host_limits(
     containers: &[Limits],
     memory_mib: u32,
@@ -140,7 +151,7 @@ pub fn host_limits(
     let together = Limits::together(containers);
     let memory_mib = u64::from(memory_mib);
     let mib = if is_pinned {
-        memory_mib + memory_mib.div_ceil(PAGES_PER_TABLE)
+        memory_mib + (memory_mib * PINNED_TABLES).div_ceil(PAGES_PER_TABLE)
     } else {
         memory_mib.saturating_sub(GUEST_RESERVE_MIB)
     };
@@ -227,6 +238,9 @@ mod tests {
         assert_eq!((pinned.growth_mib, pinned.is_pinned), (0, true));
         config.hugepages = true;
         assert_eq!(size_of(&spec, false, &config).growth_mib, 0);
+        // Only whole huge pages are a machine's.
+        config.default_memory_mib = 201;
+        assert_eq!(size_of(&spec, false, &config).memory_mib, 202);
     }
 
     #[test]
@@ -239,7 +253,7 @@ mod tests {
         let bytes = |pinned| host_limits(&limit, 2064, pinned, &config).memory_bytes;
         let overhead = u64::from(config.overhead_memory_mib);
         assert_eq!(bytes(false), Some((2000 + overhead) << 20));
-        assert_eq!(bytes(true), Some((2064 + 5 + overhead) << 20));
+        assert_eq!(bytes(true), Some((2064 + 13 + overhead) << 20));
 
         let mut size = size_of(&Spec::default(), true, &config);
         size.memory_mib = 64 << 10;
@@ -257,19 +271,23 @@ mod tests {
             ..Limits::default()
         };
         let both = [limit(256), limit(512)];
-        assert_eq!(memory_of(&both, &config), 832);
+        assert_eq!(memory_of(&both, false, &config), 832);
         let overhead = u64::from(config.overhead_memory_mib);
         let host = host_limits(&both, 832, false, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
         assert_eq!(host.cpu, Some((100_000, 100_000)));
         let one_without = [limit(4), Limits::default()];
         let default = config.default_memory_mib;
-        assert_eq!(memory_of(&one_without, &config), default);
+        assert_eq!(memory_of(&one_without, false, &config), default);
+        assert_eq!(memory_of(&one_without, true, &config), 128);
         assert_eq!(
             host_limits(&one_without, default, false, &config),
             Limits::default()
         );
-        assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);
+        assert_eq!(
+            memory_of(&[limit(u64::MAX >> 20); 2], false, &config),
+            1 << 20
+        );
     }
 
     #[test]
@@ -282,7 +300,7 @@ mod tests {
         assert_eq!(size(&spec).1, 256 + 64 + 64);
         let resources = serde_json::from_value(spec["linux"]["resources"].clone());
         let limits = Limits::default().updated_by(&resources.unwrap());
-        assert_eq!(memory_of(&[limits, limits], &config), 512 + 64 + 128);
+        assert_eq!(memory_of(&[limits, limits], false, &config), 512 + 64 + 128);
     }
 
     #[test]

@@ -4,11 +4,12 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use nacre_protocol::vm::StopReason;
+use nacre_vmm::vfio::Passthrough;
 use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::machine::fake::FakeHost;
-use crate::task::lock;
+use crate::task::{TaskError, lock};
 
 #[tokio::test(start_paused = true)]
 async fn guest_without_an_agent_may_still_say_why() {
@@ -67,8 +68,14 @@ async fn guest_that_hangs_is_killed_in_time() {
         () = machine.answers(2) => (),
     }
     machine.hang();
+    let begin = Instant::now();
     watch.await;
+    let took = begin.elapsed();
     assert_eq!(sandbox.stopped().await, Stop::Died);
+    // It may have been asked and have answered just before; and this host may be busy.
+    let least = timeout / 2 - Duration::from_millis(100);
+    let most = timeout + Duration::from_secs(2);
+    assert!(least <= took && took < most, "{took:?} of {timeout:?}");
     sandbox.watch(timeout).await;
 }
 
@@ -105,6 +112,14 @@ impl Machine for Silent {
         Err(MachineError::Stopped(Stop::Died))
     }
 
+    async fn plug(&self, _: &[u8], _: &Passthrough) -> Result<(), MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn unplug(&self, _: &[u8]) -> Result<(), MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
     async fn stopped(&self) -> Stop {
         std::future::pending().await
     }
@@ -112,13 +127,9 @@ impl Machine for Silent {
     fn kill(&self) {}
 }
 
-#[tokio::test(start_paused = true)]
-async fn guest_has_the_time_of_its_boot_to_be_set_up() {
-    let (near, far) = UnixStream::pair().unwrap();
-    let sandbox = Sandbox::new(Arc::new(Silent {
-        near: Mutex::new(Some(near)),
-        _far: far,
-    }));
+/// Attaches to an agent that is not there or says nothing, within 500 s; returns the
+/// code and the words of what comes of it.
+async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
     let begin = Instant::now();
     let boot_timeout = Duration::from_secs(500);
     let room = Room {
@@ -130,9 +141,38 @@ async fn guest_has_the_time_of_its_boot_to_be_set_up() {
         disks: 0,
     };
     let request = ConfigureSandboxRequest::default();
-    let error = sandbox.attach(boot_timeout, &request, room).await;
-    let error = error.unwrap_err().to_string();
-    assert!(error.contains("configure the sandbox"), "{error}");
+    let attached = sandbox.attach(boot_timeout, &request, room).await;
     let seconds = begin.elapsed().as_secs();
     assert!((490..=510).contains(&seconds), "{seconds} s");
+    let error = TaskError::from(attached.unwrap_err());
+    match ttrpc::Error::from(error) {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn guest_has_the_time_of_its_boot_to_be_set_up() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let sandbox = Sandbox::new(Arc::new(Silent {
+        near: Mutex::new(Some(near)),
+        _far: far,
+    }));
+    let (code, message) = attach(&sandbox).await;
+    assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
+    let expected = "guest: configure the sandbox: no answer within 500 s";
+    assert_eq!(message, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn guest_whose_agent_does_not_come_is_not_waited_for() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    let machine = lock(&host.machine).clone().unwrap();
+    // It comes, but to someone else.
+    let _connection = machine.agent().await.unwrap();
+    let (code, message) = attach(&sandbox).await;
+    assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
+    let expected = "the guest's agent did not answer within 500 s of the start";
+    assert!(message.starts_with(expected), "{message}");
 }

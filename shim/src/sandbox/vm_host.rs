@@ -1,7 +1,7 @@
 //! [`VmHost`]: everything a pod's virtual machine has on the host.
 //!
 //! ```text
-//! open: devices -> netns -> uid, cgroup -> monitor process -> host hooks -> taps
+//! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
@@ -10,6 +10,9 @@
 
 mod boot;
 mod devices;
+mod near;
+mod netns;
+mod progress;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,12 +26,12 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
-use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
+use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
+use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
@@ -43,6 +46,8 @@ use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
 
 use boot::{BootConfig, BootFds};
+use near::Near;
+use netns::{NetNs, open_netns, refuse_host_namespaces};
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -59,7 +64,16 @@ struct Parts {
     network: Option<PodNetwork>,
     /// The host's devices that are the pod's, in the order of the machine's.
     devices: Vec<AssignedDevice>,
+    /// Slots for devices of containers that join the pod.
+    pci_slots: u8,
     state: State,
+}
+
+impl Parts {
+    /// Whether devices of the host reach the pod's memory, or may later.
+    fn is_pinned(&self) -> bool {
+        !self.devices.is_empty() || self.pci_slots > 0
+    }
 }
 
 /// See the module.
@@ -68,23 +82,9 @@ pub struct VmHost {
     run_dir: RunDir,
     sandbox_id: String,
     system: System,
+    hot_plug: HotPlug,
     hooks: hooks::Runner,
     parts: Mutex<Parts>,
-}
-
-/// The machine's network namespace.
-struct NetNs {
-    file: File,
-    path: Option<PathBuf>,
-}
-
-impl NetNs {
-    /// A descriptor of its own for work elsewhere.
-    fn another(&self) -> Result<File, SandboxError> {
-        self.file
-            .try_clone()
-            .map_err(io_error("duplicate a descriptor"))
-    }
 }
 
 impl VmHost {
@@ -98,6 +98,7 @@ impl VmHost {
     ) -> Self {
         Self {
             config,
+            hot_plug: HotPlug::new(run_dir.clone()),
             run_dir,
             sandbox_id,
             system: System::default(),
@@ -107,6 +108,11 @@ impl VmHost {
                 ..Parts::default()
             }),
         }
+    }
+
+    /// See [`super::Host::sandbox_id`].
+    pub fn sandbox_id(&self) -> &str {
+        &self.sandbox_id
     }
 
     /// See [`super::Host::hooks`].
@@ -166,7 +172,8 @@ impl VmHost {
         self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
         self.claim_identity(&config.spec, &netns)?;
-        let machine = self.start_monitor(&netns)?;
+        let near = self.near(&config.spec).await;
+        let machine = self.start_monitor(&netns, near.as_ref())?;
         self.hooks.create(config, machine.pid()).await?;
         let network = self.join_network(&netns).await?;
         // A namespace that came with a path is its owner's finished work. Into
@@ -202,6 +209,7 @@ impl VmHost {
         prepared: &mut Prepared,
     ) -> Result<(), SandboxError> {
         let result = self.try_boot(sandbox, config, prepared).await;
+        let result = result.map_err(|error| self.with_cause(error, config));
         if let Err(error) = &result {
             warn!(error = chain(error), "sandbox not booted");
             self.teardown().await;
@@ -218,13 +226,14 @@ impl VmHost {
         let size = self.size_of(&config.spec);
         let pin_time = pin_time(size);
         info!(id = self.sandbox_id, ?size, ?pin_time, "booting");
-        let (machine, netns, network, uid) = {
+        let (machine, netns, network, uid, pci_slots) = {
             let mut parts = crate::task::lock(&self.parts);
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
             parts.state.pin_time = pin_time;
             self.run_dir.save(&parts.state)?;
-            (machine, parts.netns.take(), parts.network.take(), uid)
+            let (netns, network) = (parts.netns.take(), parts.network.take());
+            (machine, netns, network, uid, parts.pci_slots)
         };
         let loopback = match &netns {
             Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
@@ -236,8 +245,9 @@ impl VmHost {
             (None, None) => return Err(SandboxError::Stopped),
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
-        let (disks, drivers) = self.driver_disks(&config.id).await?;
+        let (disks, images) = self.driver_disks(&config.id).await?;
         prepared.disks.extend(disks);
+        prepared.pci_devices.drivers = images.of(&prepared.pci_devices.addresses);
         let fds = self.boot_fds(config, prepared, shares).await?;
         let slots = fds.slots;
         let boot = BootConfig {
@@ -245,9 +255,18 @@ impl VmHost {
             network: &network,
             size,
             hugepages: self.config.hugepages,
+            pci_slots,
             uid,
         };
+        let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
+        let drivers = images.in_use();
+        let first = (self.pod_devices(), fds.passthrough.as_ref());
+        self.hot_plug
+            .start(pci_slots, first, images, timeout)
+            .await
+            .map_err(io_error("duplicate a descriptor"))?;
         fds.send(&machine, &boot).await?;
+        let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
         if let Some(loopback) = loopback {
@@ -264,7 +283,6 @@ impl VmHost {
             drivers,
             ..Default::default()
         };
-        let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
         let room = Room {
             memory: MemorySize {
                 boot_mib: size.memory_mib,
@@ -273,7 +291,12 @@ impl VmHost {
             },
             disks: slots,
         };
-        sandbox.attach(timeout, &request, room).await
+        let attach = sandbox.attach(timeout, &request, room);
+        if pins {
+            progress::logged(attach, pid, size.memory_mib).await
+        } else {
+            attach.await
+        }
     }
 
     async fn boot_fds(
@@ -317,14 +340,14 @@ impl VmHost {
 
     /// See [`super::Host::memory_of`].
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
-        memory_of(containers, &self.config)
+        let is_pinned = crate::task::lock(&self.parts).is_pinned();
+        memory_of(containers, is_pinned, &self.config)
     }
 
     /// See [`super::Host::set_limits`].
     pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
         let parts = crate::task::lock(&self.parts);
-        let is_pinned = !parts.devices.is_empty();
-        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        let limits = host_limits(containers, memory_mib, parts.is_pinned(), &self.config);
         match &parts.cgroup {
             Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
             None => Ok(()),
@@ -332,7 +355,7 @@ impl VmHost {
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
-        let is_pinned = !crate::task::lock(&self.parts).devices.is_empty();
+        let is_pinned = crate::task::lock(&self.parts).is_pinned();
         size_of(spec, is_pinned, &self.config)
     }
 
@@ -362,8 +385,13 @@ impl VmHost {
         Ok(())
     }
 
-    fn start_monitor(&self, netns: &NetNs) -> Result<Arc<VmMachine>, SandboxError> {
+    fn start_monitor(
+        &self,
+        netns: &NetNs,
+        near: Option<&Near>,
+    ) -> Result<Arc<VmMachine>, SandboxError> {
         let log = self.run_dir.open_log()?;
+        let _memory = near.and_then(Near::memory);
         let machine = {
             let parts = crate::task::lock(&self.parts);
             VmMachine::spawn(&Launch {
@@ -373,6 +401,9 @@ impl VmHost {
                 cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
             })?
         };
+        if let Some(near) = near {
+            near.run(machine.pid());
+        }
         let machine = Arc::new(machine);
         self.record(|parts| {
             parts.state.monitor = Proc::of(machine.pid());
@@ -509,60 +540,6 @@ async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
         .ok())
 }
 
-/// CRI leaves out of the sandbox's spec which namespaces are to be the host's.
-fn refuse_host_namespaces(spec: &Spec, sandbox_id: &str) -> Result<(), SandboxError> {
-    if !kubernetes::is_sandbox(spec) {
-        return Ok(());
-    }
-    let has = |kind| {
-        let mut own = oci::namespaces(spec).iter();
-        own.any(|namespace| namespace.typ() == kind)
-    };
-    let what = if !has(LinuxNamespaceType::Network) {
-        "the host's network (hostNetwork: true)"
-    } else if !has(LinuxNamespaceType::Pid) {
-        "the host's processes (hostPID: true)"
-    } else if !has(LinuxNamespaceType::Ipc) {
-        "the host's IPC (hostIPC: true)"
-    } else {
-        return Ok(());
-    };
-    Err(SandboxError::HostNamespace {
-        sandbox_id: sandbox_id.to_owned(),
-        what,
-    })
-}
-
-fn open_netns(spec: &Spec, container_id: &str) -> Result<NetNs, SandboxError> {
-    let network = oci::namespaces(spec)
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
-        .ok_or_else(|| SandboxError::HostNetwork {
-            container_id: container_id.to_owned(),
-        })?;
-    match network.path() {
-        Some(path) => Ok(NetNs {
-            file: open(path, false)?,
-            path: Some(path.clone()),
-        }),
-        None => Ok(NetNs {
-            file: new_netns().map_err(io_error("make a network namespace"))?,
-            path: None,
-        }),
-    }
-}
-
-/// A network namespace that lives as long as something refers to it. A thread
-/// makes it, since the caller must stay where it is.
-fn new_netns() -> io::Result<File> {
-    std::thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET)?;
-        File::open("/proc/thread-self/ns/net")
-    })
-    .join()
-    .map_err(|_| io::Error::other("the thread that makes the namespace died"))?
-}
-
 fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
     OpenOptions::new()
         .read(true)
@@ -576,40 +553,13 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
     move |source| SandboxError::Io { what, source }
 }
 
-/// Runs file system work where it may block. A panic in it goes on here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::pod::sandbox_spec;
-    use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
-    use nacre_protocol::cri::{NamespaceMode, PodSandboxConfig};
     use serde_json::json;
 
     fn spec(value: serde_json::Value) -> Spec {
         serde_json::from_value(value).unwrap()
-    }
-
-    #[test]
-    fn host_network_is_refused_by_name() {
-        let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "pid"}]}}));
-        let error = open_netns(&spec, "web").err().unwrap();
-        assert!(matches!(error, SandboxError::HostNetwork { .. }));
-        assert!(error.to_string().contains("container web"), "{error}");
-    }
-
-    #[test]
-    fn named_namespace_is_opened() {
-        let namespace = json!([{"type": "network", "path": "/proc/self/ns/net"}]);
-        let with_path = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespace}}));
-        let netns = open_netns(&with_path, "c").unwrap();
-        assert_eq!(netns.path, Some(PathBuf::from("/proc/self/ns/net")));
     }
 
     #[test]
@@ -628,53 +578,5 @@ mod tests {
         let pod = json!({"ociVersion": "1.0.2", "annotations": annotations});
         assert!(may_grow(&spec(pod)));
         assert!(!may_grow(&spec(json!({"ociVersion": "1.0.2"}))));
-    }
-
-    #[test]
-    fn pods_in_the_host_s_namespaces_are_refused_by_name() {
-        let pod = |kinds: &[&str]| {
-            let namespaces: Vec<_> = kinds.iter().map(|kind| json!({"type": kind})).collect();
-            spec(json!({
-                "ociVersion": "1.0.2",
-                "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
-                "linux": {"namespaces": namespaces},
-            }))
-        };
-        let refusal = |kinds: &[&str]| {
-            let refused = refuse_host_namespaces(&pod(kinds), "web");
-            refused.err().map(|error| error.to_string())
-        };
-        assert_eq!(refusal(&["network", "pid", "ipc"]), None);
-        assert_eq!(refusal(&["network", "pid", "ipc", "user"]), None);
-        for (has, word) in [
-            (&["pid", "ipc"][..], "hostNetwork"),
-            (&["network", "ipc"], "hostPID"),
-            (&["network", "pid"], "hostIPC"),
-        ] {
-            assert!(refusal(has).unwrap().contains(word), "{word}");
-        }
-        let alone = spec(json!({"ociVersion": "1.0.2"}));
-        assert!(refuse_host_namespaces(&alone, "web").is_ok());
-    }
-
-    #[test]
-    fn sandboxes_in_the_host_s_namespaces_are_refused_by_name() {
-        let request = CreateSandboxRequest::default();
-        let mut config = PodSandboxConfig::default();
-        let refused = |config: &PodSandboxConfig| {
-            refuse_host_namespaces(&sandbox_spec(&request, config, "k8s.io"), "web")
-                .err()
-                .map(|error| error.to_string())
-        };
-        assert_eq!(refused(&config), None);
-        let linux = config.linux.mut_or_insert_default();
-        let security = linux.security_context.mut_or_insert_default();
-        let options = security.namespace_options.mut_or_insert_default();
-        options.ipc = NamespaceMode::NODE.into();
-        assert!(
-            refused(&config)
-                .unwrap()
-                .contains("pod web asks for the host's IPC")
-        );
     }
 }

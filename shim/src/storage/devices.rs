@@ -29,21 +29,21 @@ const SECTOR_BYTES: u64 = 512;
 /// Permission bits of a node where the spec has none.
 const DEFAULT_MODE: u32 = 0o660;
 
-/// Character devices that are the same in every Linux kernel
-/// (Documentation/admin-guide/devices.txt).
-const KERNEL_DEVICES: [(i64, i64); 12] = [
-    (1, 3),    // null
-    (1, 5),    // zero
-    (1, 7),    // full
-    (1, 8),    // random
-    (1, 9),    // urandom
-    (1, 11),   // kmsg
-    (5, 0),    // tty
-    (5, 1),    // console
-    (5, 2),    // ptmx
-    (10, 200), // net/tun
-    (10, 229), // fuse
-    (10, 183), // hwrng
+/// Character devices that are the same in every Linux kernel, and their nodes in its
+/// devtmpfs (Documentation/admin-guide/devices.txt).
+const KERNEL_DEVICES: [(i64, i64, &str); 12] = [
+    (1, 3, "/dev/null"),
+    (1, 5, "/dev/zero"),
+    (1, 7, "/dev/full"),
+    (1, 8, "/dev/random"),
+    (1, 9, "/dev/urandom"),
+    (1, 11, "/dev/kmsg"),
+    (5, 0, "/dev/tty"),
+    (5, 1, "/dev/console"),
+    (5, 2, "/dev/ptmx"),
+    (10, 200, "/dev/net/tun"),
+    (10, 229, "/dev/fuse"),
+    (10, 183, "/dev/hwrng"),
 ];
 
 /// A block device of the host that a container gets.
@@ -108,10 +108,19 @@ fn is_kernel_s(device: &LinuxDevice) -> bool {
         // A named pipe is made, whoever's it is.
         LinuxDeviceType::P => true,
         LinuxDeviceType::C | LinuxDeviceType::U => {
-            KERNEL_DEVICES.contains(&(device.major(), device.minor()))
+            kernel_node(device.major(), device.minor()).is_some()
         }
         LinuxDeviceType::A | LinuxDeviceType::B => false,
     }
+}
+
+/// Where every kernel, the guest's too, has the character device of these numbers; `None`
+/// for one that not every kernel has.
+pub(super) fn kernel_node(major: i64, minor: i64) -> Option<&'static str> {
+    let found = KERNEL_DEVICES
+        .iter()
+        .find(|device| (device.0, device.1) == (major, minor));
+    found.map(|device| device.2)
 }
 
 /// What the guest's spec keeps of nodes and rules: the numbers of the host's devices are

@@ -54,9 +54,9 @@ pub struct Prepared {
     pub uses_shared_dir: bool,
     /// Block devices the container gets.
     pub block_devices: Vec<BlockDevice>,
-    /// PCI devices the container gets, as the guest has them. Not of its files' making:
-    /// whoever knows the machine's devices fills it.
-    pub pci_devices: Vec<String>,
+    /// PCI devices the container gets. Not of its files' making: whoever knows the
+    /// machine's devices fills it.
+    pub pci_devices: PciDevices,
     /// Mounts the agent makes, in this order.
     pub storages: Vec<agent::Storage>,
     /// Files the agent writes.
@@ -65,6 +65,15 @@ pub struct Prepared {
     pub volumes: GuestVolumes,
     /// The container's spec as the agent gets it.
     pub guest_spec: Spec,
+}
+
+/// PCI devices of the host, as a guest has them.
+#[derive(Debug, Default)]
+pub struct PciDevices {
+    /// Where they are.
+    pub addresses: Vec<String>,
+    /// The driver images for them.
+    pub drivers: Vec<agent::Driver>,
 }
 
 /// A virtio-blk device to be.
@@ -211,7 +220,7 @@ impl Prepared {
             disks: Vec::new(),
             uses_shared_dir: false,
             block_devices: Vec::new(),
-            pci_devices: Vec::new(),
+            pci_devices: PciDevices::default(),
             storages: Vec::new(),
             files: Vec::new(),
             volumes: GuestVolumes::default(),
@@ -294,7 +303,7 @@ fn assemble(
         uses_shared_dir: root.shared || volumes.shared,
         disks: root.disks,
         block_devices,
-        pci_devices: Vec::new(),
+        pci_devices: PciDevices::default(),
         storages: root.storages,
         files: volumes.files,
         volumes: volumes.guest,
@@ -318,7 +327,7 @@ pub(crate) fn prepare_volumes(
         disks: Vec::new(),
         uses_shared_dir: volumes.shared,
         block_devices,
-        pci_devices: Vec::new(),
+        pci_devices: PciDevices::default(),
         storages: Vec::new(),
         files: volumes.files,
         volumes: volumes.guest,

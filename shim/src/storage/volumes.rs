@@ -32,7 +32,7 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Mount, Spec};
 use sha2::{Digest, Sha256};
 
-use super::{StorageError, host};
+use super::{StorageError, devices, host};
 use crate::oci::container_dir;
 use kubelet::{Medium, Place};
 use share::SharedDir;
@@ -108,6 +108,8 @@ pub(super) fn translate(
 enum Way {
     /// It is the guest's own.
     Guest,
+    /// A device node that the guest has as well.
+    Node(&'static str),
     /// Memory of the guest.
     Tmpfs(agent::TmpfsVolume),
     /// A directory in such memory.
@@ -143,6 +145,9 @@ impl Container<'_> {
             return Ok(Way::Tmpfs(shm));
         }
         let metadata = std::fs::metadata(source).map_err(|e| self.lost(mount, e))?;
+        if let Some(node) = kernel_node(&metadata) {
+            return Ok(Way::Node(node));
+        }
         if let Some(reason) = refusal(source, &metadata) {
             return Err(self.refuse(mount, reason));
         }
@@ -232,9 +237,9 @@ impl Container<'_> {
         let mut options = guest_options(mount);
         let mut guest = mount.clone();
         // The guest maps the owners of its own files. It could not those of the
-        // host's (virtio-fs): they come to it mapped.
+        // host's (virtio-fs): they come to it mapped. Nor those of a devtmpfs.
         let maps = IdMaps::of_mount(mount, self.spec);
-        if matches!(way, Way::ShareFile | Way::ShareDir) {
+        if matches!(way, Way::Node(_) | Way::ShareFile | Way::ShareDir) {
             options.retain(|option| option != "idmap" && option != "ridmap");
             guest.set_uid_mappings(None).set_gid_mappings(None);
         }
@@ -243,6 +248,7 @@ impl Container<'_> {
                 volumes.mounts.push(mount.clone());
                 return Ok(());
             }
+            Way::Node(node) => PathBuf::from(node),
             Way::Tmpfs(volume) => {
                 let source = Path::new(VOLUMES_DIR).join(&volume.name);
                 volumes.guest.tmpfs.push(volume);
@@ -387,6 +393,15 @@ fn is_runtime_file(mount: &Mount) -> bool {
     RUNTIME_FILES
         .iter()
         .any(|path| mount.destination() == Path::new(path))
+}
+
+/// The node of the guest's that stands for one of the host's. The container's device rules
+/// say who may use it, as under any runtime.
+fn kernel_node(metadata: &std::fs::Metadata) -> Option<&'static str> {
+    let rdev = metadata.rdev();
+    let is_char = metadata.file_type().is_char_device();
+    let node = || devices::kernel_node(libc::major(rdev).into(), libc::minor(rdev).into());
+    is_char.then(node).flatten()
 }
 
 /// Why a source cannot be given to a VM, if so.

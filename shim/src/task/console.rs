@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use super::container::{CALL_TIMEOUT, CREATE_TIMEOUT, SIGKILL, agent_error, deadline};
+use super::container::{CALL_TIMEOUT, CREATE_TIMEOUT, SIGKILL, deadline};
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::lock;
@@ -42,7 +42,7 @@ use super::{Pod, TaskError, agent_message};
 use crate::config::Config;
 use crate::machine::{MachineError, Stop};
 use crate::oci::guest_rootfs;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, SandboxError};
 
 /// What containers of shells are called, with the caller's pid: the agent takes
 /// a plus in an id, containerd and [`crate::rundir::check_id`] do not.
@@ -211,10 +211,10 @@ impl Shell {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        agent
-            .create_container(deadline(CREATE_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("make the console"))?;
+        let answer = sandbox.ask("make the console", CREATE_TIMEOUT, |context| {
+            agent.create_container(context, &request)
+        });
+        answer.await?;
         Ok(Self {
             sandbox: sandbox.clone(),
             id,
@@ -228,10 +228,13 @@ impl Shell {
             streams.close_stdin();
             streams.start_input()?;
         }
-        agent
-            .start_container(deadline(CALL_TIMEOUT), &container_request(&self.id))
-            .await
-            .map_err(agent_error("start the console's shell"))?;
+        let request = container_request(&self.id);
+        let answer = self
+            .sandbox
+            .ask("start the console's shell", CALL_TIMEOUT, |context| {
+                agent.start_container(context, &request)
+            });
+        answer.await?;
         Ok(self)
     }
 
@@ -261,7 +264,8 @@ impl Shell {
         match agent.wait(context, &request).await {
             Ok(answer) => Ok(answer.exit_status.min(255)),
             Err(answer @ ttrpc::Error::RpcStatus(_)) => {
-                Err(agent_error("wait for the console's shell")(answer).into())
+                let what = "wait for the console's shell";
+                Err(TaskError::from(SandboxError::Agent { what, answer }).into())
             }
             // The agent is gone, and the guest about to be.
             Err(_) => {

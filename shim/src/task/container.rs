@@ -98,11 +98,6 @@ async fn drain(process: &Process) {
     }
 }
 
-/// For `map_err` on the agent's answers.
-pub fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> TaskError {
-    move |answer| TaskError::Agent { what, answer }
-}
-
 impl Container {
     /// A container the guest does not have yet.
     pub fn new(
@@ -154,6 +149,11 @@ impl Container {
         !self.in_guest.initialized()
     }
 
+    /// Resolves once the guest has it.
+    pub(super) async fn entered_guest(&self) {
+        self.in_guest.wait().await;
+    }
+
     /// The agent, if the guest has the container.
     ///
     /// # Errors
@@ -203,13 +203,16 @@ impl Container {
             subpaths,
             bundle: self.config.bundle.display().to_string(),
             block_devices,
-            pci_devices: prepared.pci_devices,
+            pci_devices: prepared.pci_devices.addresses,
+            drivers: prepared.pci_devices.drivers,
             ..Default::default()
         };
-        agent
-            .create_container(deadline(CREATE_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("create the container"))?;
+        let answer = self
+            .sandbox
+            .ask("create the container", CREATE_TIMEOUT, |context| {
+                agent.create_container(context, &request)
+            });
+        answer.await?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
         self.in_guest.set(()).map_err(|_| TaskError::Cancelled)?;
@@ -286,7 +289,7 @@ impl Container {
         let request = self.process_request(process);
         let context = ttrpc::context::Context::default();
         let in_guest = async {
-            self.in_guest.wait().await;
+            self.entered_guest().await;
             match self.agent("wait for") {
                 Ok(agent) => agent.wait(context, &request).await,
                 Err(_) => Err(ttrpc::Error::RemoteClosed),
@@ -365,11 +368,13 @@ impl Container {
             process.start_input()?;
             let own_hooks = hooks::time_in_guest(&self.config.spec);
             let limit = Duration::from_secs(START_SECONDS) + own_hooks;
-            self.agent("start")?
-                .start_container(deadline(limit), &self.container_request())
-                .await
-                .map(drop)
-                .map_err(agent_error("start the container"))
+            let request = self.container_request();
+            let agent = self.agent("start")?;
+            let answer = self.sandbox.ask("start the container", limit, |context| {
+                agent.start_container(context, &request)
+            });
+            answer.await?;
+            Ok::<(), TaskError>(())
         };
         let started = start.await;
         process.advance("start", |_| match started {
@@ -434,11 +439,13 @@ impl Container {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let started = self
-            .agent("exec in")?
-            .exec(deadline(EXEC_TIMEOUT), &request)
-            .await
-            .map_err(agent_error("run the command"))?;
+        let agent = self.agent("exec in")?;
+        let answer = self
+            .sandbox
+            .ask("run the command", EXEC_TIMEOUT, |context| {
+                agent.exec(context, &request)
+            });
+        let started = answer.await?;
         // Once: an exec is started once.
         process.guest_pid.get_or_init(|| started.pid);
         streams.start_input()?;

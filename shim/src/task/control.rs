@@ -9,12 +9,14 @@ use oci_spec::runtime::LinuxResources;
 use tracing::info;
 
 use super::TaskError;
-use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
+use super::container::{CALL_TIMEOUT, Container};
 use super::process::{Exit, Phase, Process, lock};
 use crate::cgroup::Limits;
 use crate::error::chain;
 use crate::events::pack;
 
+/// The last of the signals (signal(7)).
+const MAX_SIGNAL: u32 = 64;
 /// Added to a signal's number it makes a status, as in a shell.
 const SIGNAL_STATUS: u32 = 128;
 
@@ -23,9 +25,15 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// `Finished` for a process that has exited, `WrongPhase` for an exec that
-    /// was not started, the guest's refusal.
+    /// `Invalid` for a number that is no signal, `Finished` for a process that has
+    /// exited, `WrongPhase` for an exec that was not started, the guest's refusal.
     pub async fn kill(&self, request: &KillRequest) -> Result<(), TaskError> {
+        if request.signal > MAX_SIGNAL {
+            return Err(TaskError::Invalid(format!(
+                "{} is no signal",
+                request.signal
+            )));
+        }
         let process = self.process(&request.exec_id)?;
         match process.phase() {
             Phase::Stopped(_) | Phase::Deleting(_) => {
@@ -42,7 +50,8 @@ impl Container {
     }
 
     /// Sends a signal to a process, whatever its phase. Any signal ends a
-    /// container the guest does not have yet, and the sandbox's.
+    /// container the guest does not have yet, and the sandbox's. One that the guest is
+    /// being booted for gets it as soon as it is there.
     pub(super) async fn signal(
         &self,
         process: &Process,
@@ -56,6 +65,15 @@ impl Container {
                 .await;
             return Ok(());
         }
+        if process.exec_id.is_empty() && process.phase() == Phase::Starting {
+            tokio::select! {
+                () = self.entered_guest() => (),
+                _ = process.exited() => {
+                    let process = process.name();
+                    return Err(TaskError::Finished { process });
+                }
+            }
+        }
         let request = agent::SignalRequest {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),
@@ -63,11 +81,12 @@ impl Container {
             all,
             ..Default::default()
         };
-        self.agent("signal")?
-            .signal(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("signal"))
+        let agent = self.agent("signal")?;
+        let answer = self.sandbox.ask("signal", CALL_TIMEOUT, |context| {
+            agent.signal(context, &request)
+        });
+        answer.await?;
+        Ok(())
     }
 
     /// Freezes the container.
@@ -80,10 +99,12 @@ impl Container {
         self.init.advance("pause", |phase| {
             (phase == Phase::Running).then_some(Phase::Pausing)
         })?;
-        let paused = agent
-            .pause(deadline(CALL_TIMEOUT), &self.container_request())
-            .await;
-        self.init.advance("pause", |phase| match (phase, &paused) {
+        let request = self.container_request();
+        let answer = self.sandbox.ask("pause", CALL_TIMEOUT, |context| {
+            agent.pause(context, &request)
+        });
+        let paused = answer.await;
+        let moved = self.init.advance("pause", |phase| match (phase, &paused) {
             (Phase::Pausing, Ok(_)) => {
                 self.publisher.publish(&TaskPaused {
                     container_id: self.config.id.clone(),
@@ -94,8 +115,10 @@ impl Container {
             (Phase::Pausing, Err(_)) => Some(Phase::Running),
             // It exited meanwhile.
             _ => None,
-        })?;
-        paused.map(drop).map_err(agent_error("pause"))
+        });
+        paused?;
+        moved?;
+        Ok(())
     }
 
     /// Thaws the container.
@@ -108,10 +131,12 @@ impl Container {
         if phase != Phase::Paused {
             return Err(self.init.wrong_phase("resume", phase));
         }
-        self.agent("resume")?
-            .resume(deadline(CALL_TIMEOUT), &self.container_request())
-            .await
-            .map_err(agent_error("resume"))?;
+        let request = self.container_request();
+        let agent = self.agent("resume")?;
+        let answer = self.sandbox.ask("resume", CALL_TIMEOUT, |context| {
+            agent.resume(context, &request)
+        });
+        answer.await?;
         self.init.advance("resume", |phase| {
             (phase == Phase::Paused).then(|| {
                 self.publisher.publish(&TaskResumed {
@@ -173,11 +198,14 @@ impl Container {
             height,
             ..Default::default()
         };
-        self.agent("resize")?
-            .resize_terminal(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("resize the terminal"))
+        let agent = self.agent("resize")?;
+        let answer = self
+            .sandbox
+            .ask("resize the terminal", CALL_TIMEOUT, |context| {
+                agent.resize_terminal(context, &request)
+            });
+        answer.await?;
+        Ok(())
     }
 
     /// What the container may use.
@@ -221,11 +249,14 @@ impl Container {
             resources: resources.map_err(|error| self.unusable_resources(error))?,
             ..Default::default()
         };
-        self.agent("update")?
-            .update(deadline(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(agent_error("update the limits"))
+        let agent = self.agent("update")?;
+        let answer = self
+            .sandbox
+            .ask("update the limits", CALL_TIMEOUT, |context| {
+                agent.update(context, &request)
+            });
+        answer.await?;
+        Ok(())
     }
 
     /// The container's processes, by their pids in the guest: on the host they
@@ -243,11 +274,14 @@ impl Container {
                 ..Default::default()
             }]);
         }
+        let request = self.container_request();
+        let agent = self.agent("list the processes of")?;
         let answer = self
-            .agent("list the processes of")?
-            .list_processes(deadline(CALL_TIMEOUT), &self.container_request())
-            .await
-            .map_err(agent_error("list the processes"))?;
+            .sandbox
+            .ask("list the processes", CALL_TIMEOUT, |context| {
+                agent.list_processes(context, &request)
+            });
+        let answer = answer.await?;
         answer.pids.into_iter().map(|pid| self.info(pid)).collect()
     }
 
@@ -284,9 +318,13 @@ impl Container {
         if self.is_sandbox() {
             return Ok(agent::StatsResponse::default());
         }
-        self.agent("read the counters of")?
-            .stats(deadline(CALL_TIMEOUT), &self.container_request())
-            .await
-            .map_err(agent_error("read the counters"))
+        let request = self.container_request();
+        let agent = self.agent("read the counters of")?;
+        let answer = self
+            .sandbox
+            .ask("read the counters", CALL_TIMEOUT, |context| {
+                agent.stats(context, &request)
+            });
+        Ok(answer.await?)
     }
 }

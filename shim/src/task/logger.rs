@@ -70,9 +70,13 @@ pub async fn spawn(uri: &str, owner: Owner<'_>) -> io::Result<(pipe::Sender, pip
     // the parent keeps open until after the spawn; it allocates nothing.
     unsafe { command.pre_exec(move || inherit(raw)) };
     // Dropped, it is still reaped by the runtime when it ends.
-    drop(command.spawn()?);
+    let mut program = command.spawn()?;
     drop(inherited);
-    wait_ready(File::from(OwnedFd::from(ready_read))).await?;
+    if let Err(error) = wait_ready(File::from(OwnedFd::from(ready_read))).await {
+        // Nobody would end it; it may have ended by itself.
+        let _ = program.start_kill();
+        return Err(error);
+    }
     Ok((sender(stdout)?, sender(stderr)?))
 }
 
@@ -142,7 +146,11 @@ fn decode(text: &str, query: bool) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::{Path, PathBuf};
+
+    use nix::sys::stat::Mode;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
     #[test]
     fn uris_become_programs() {
@@ -154,23 +162,58 @@ mod tests {
         assert!(parse("file:///bin/a").is_none());
     }
 
+    /// A logger that is a script in `directory`.
+    fn script(directory: &Path, lines: &str) -> PathBuf {
+        let path = directory.join("logger");
+        std::fs::write(&path, format!("#!/bin/sh\n{lines}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    const OWNER: Owner<'static> = Owner {
+        namespace: "ns",
+        id: "c",
+    };
+
+    /// Its client waits no longer than it may; nor does the program then.
+    #[tokio::test]
+    async fn a_logger_that_does_not_get_ready_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let pid_file = directory.path().join("pid");
+        nix::unistd::mkfifo(&pid_file, Mode::from_bits_retain(0o600)).unwrap();
+        let lines = format!("echo $$ > {}; exec sleep 600", pid_file.display());
+        let path = script(directory.path(), &lines);
+        let mut options = pipe::OpenOptions::new();
+        let pid = options.read_write(true).open_receiver(&pid_file).unwrap();
+        let uri = format!("binary://{}", path.display());
+        let late = async {
+            let mut text = String::new();
+            BufReader::new(pid).read_line(&mut text).await.unwrap();
+            tokio::time::pause();
+            tokio::time::advance(READY_TIMEOUT).await;
+            tokio::time::resume();
+            text
+        };
+        let (spawned, pid) = tokio::join!(spawn(&uri, OWNER), late);
+        let error = spawned.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let process = format!("/proc/{}", pid.trim());
+        while Path::new(&process).exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     #[tokio::test]
     async fn a_logger_gets_both_outputs_and_its_owner() {
-        use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("logger");
         let done = directory.path().join("done");
-        nix::unistd::mkfifo(&done, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
-        let script = "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_NAMESPACE/$CONTAINER_ID $1; cat <&3; cat <&4; } > $2\n";
-        std::fs::write(&path, script).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        nix::unistd::mkfifo(&done, Mode::from_bits_retain(0o600)).unwrap();
+        let lines =
+            "exec 5>&-\n{ echo $CONTAINER_NAMESPACE/$CONTAINER_ID $1; cat <&3; cat <&4; } > $2";
+        let path = script(directory.path(), lines);
         let mut result = pipe::OpenOptions::new().open_receiver(&done).unwrap();
         let uri = format!("binary://{}?k={}", path.display(), done.display());
-        let owner = Owner {
-            namespace: "ns",
-            id: "c",
-        };
-        let (mut stdout, mut stderr) = spawn(&uri, owner).await.unwrap();
+        let (mut stdout, mut stderr) = spawn(&uri, OWNER).await.unwrap();
         stdout.write_all(b"out\n").await.unwrap();
         stderr.write_all(b"err\n").await.unwrap();
         drop((stdout, stderr));

@@ -74,6 +74,9 @@ pub enum TaskError {
     /// The container exists.
     #[error("container {0} exists already")]
     ContainerExists(String),
+    /// The container was given up before it was there.
+    #[error("container {0} was given up while it was being created")]
+    GivenUp(String),
     /// The exec exists.
     #[error("exec {exec_id} exists already in container {container_id}")]
     ExecExists {
@@ -108,14 +111,6 @@ pub enum TaskError {
     /// nacre does not do that.
     #[error("{0} is not supported by nacre")]
     Unsupported(&'static str),
-    /// The agent refused or failed.
-    #[error("guest: {what}: {}", agent_message(answer))]
-    Agent {
-        /// What was asked of it.
-        what: &'static str,
-        /// Its answer, already in the text.
-        answer: ttrpc::Error,
-    },
     /// Something did not happen in time.
     #[error("{what} took longer than {seconds} s")]
     Timeout {

@@ -58,10 +58,19 @@ pub struct Pod {
 
 /// A container's place among the others.
 pub(super) enum Entry {
-    /// It is being created. Its limits, from when there is room for it in the machine.
-    Creating(Option<Box<Limits>>),
+    /// It is being created.
+    Creating(Creation),
     /// It is there.
     Made(Arc<Container>),
+}
+
+/// A container that is being created.
+#[derive(Default)]
+pub(super) struct Creation {
+    /// Its limits, from when there is room for it in the machine.
+    pub(super) limits: Option<Box<Limits>>,
+    /// Whether who asked for it waits for it no longer.
+    given_up: bool,
 }
 
 impl Entry {
@@ -72,10 +81,14 @@ impl Entry {
         }
     }
 
+    fn is_given_up(&self) -> bool {
+        matches!(self, Self::Creating(Creation { given_up: true, .. }))
+    }
+
     /// What it counts with for the pod's size; the sandbox container does not.
     pub(super) fn limits(&self) -> Option<Limits> {
         match self {
-            Self::Creating(limits) => limits.as_deref().copied(),
+            Self::Creating(creation) => creation.limits.as_deref().copied(),
             Self::Made(container) => (!container.is_sandbox()).then(|| container.limits()),
         }
     }
@@ -161,22 +174,40 @@ impl Pod {
         let id = config.id.clone();
         self.reserve(&id)?;
         let result = self.make_reserved(config, stdio).await;
+        let (result, given_up) = self.settle(&id, result);
+        if given_up && result.is_ok() {
+            let request = DeleteRequest {
+                id: id.clone(),
+                ..Default::default()
+            };
+            self.delete(&request).await?;
+            return Err(TaskError::GivenUp(id));
+        }
+        result
+    }
+
+    /// Puts what came of a creation in its place, and tells whether it was given up.
+    fn settle(
+        self: &Arc<Self>,
+        id: &str,
+        result: Result<Arc<Container>, TaskError>,
+    ) -> (Result<Arc<Container>, TaskError>, bool) {
         let mut containers = lock(&self.containers);
-        match result {
+        let entry = match &result {
             Ok(container) => {
-                container.publisher.publish(&create_event(&container));
+                container.publisher.publish(&create_event(container));
                 container.watch_init();
-                containers.insert(id, Entry::Made(container.clone()));
-                Ok(container)
+                containers.insert(id.to_owned(), Entry::Made(container.clone()))
             }
-            Err(error) => {
-                let entry = containers.remove(&id);
-                if entry.is_some_and(|entry| entry.limits().is_some()) {
+            Err(_) => {
+                let entry = containers.remove(id);
+                if entry.as_ref().is_some_and(|entry| entry.limits().is_some()) {
                     tokio::spawn(take_room(self.clone()));
                 }
-                Err(error)
+                entry
             }
-        }
+        };
+        (result, entry.is_some_and(|entry| entry.is_given_up()))
     }
 
     fn reserve(&self, id: &str) -> Result<(), TaskError> {
@@ -188,7 +219,7 @@ impl Pod {
         if containers.contains_key(id) {
             return Err(TaskError::ContainerExists(id.to_owned()));
         }
-        containers.insert(id.to_owned(), Entry::Creating(None));
+        containers.insert(id.to_owned(), Entry::Creating(Creation::default()));
         Ok(())
     }
 
@@ -230,7 +261,7 @@ impl Pod {
         };
         let result = created.await;
         if result.is_err() {
-            self.host.release(&config.id).await;
+            self.release(&config.id).await;
             self.host.hooks().stopped(&config).await;
         }
         result
@@ -326,7 +357,11 @@ impl Pod {
                 container_id: config.id.clone(),
             }));
         }
-        let pci_devices = self.host.guest_devices(config).await?;
+        let pci_devices = if booted {
+            self.host.attach_devices(sandbox, config).await?
+        } else {
+            self.host.guest_devices(config).await?
+        };
         let mut prepared = self.host.prepare(config, booted).await?;
         prepared.pci_devices = pci_devices;
         if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
@@ -339,19 +374,23 @@ impl Pod {
         Ok(prepared)
     }
 
-    /// Deletes an exec, or a container and all that belongs to it. A container whose disk
-    /// has a request under way that the host does not answer is still there: what is told
-    /// to be gone uses no device of the host. Whoever asked asks again, as containerd's CRI
-    /// plugin does. To kill the machine would take the pod's other containers along, and end
-    /// no sooner: a process with such a request is not gone before it is answered.
+    /// Deletes an exec, or a container and all that belongs to it. One that is being
+    /// created is not there yet, and is deleted as soon as it is. One whose disk has a
+    /// request under way that the host does not answer is still there: what is told to be
+    /// gone uses no device of the host. Whoever asked asks again, as containerd's CRI
+    /// plugin does. To kill the machine would take the pod's other containers along, and
+    /// end no sooner: a process with such a request is not gone before it is answered.
     ///
     /// # Errors
     ///
-    /// `WrongPhase` while it runs; those of [`Container::detach_devices`].
+    /// `NoContainer`; `WrongPhase` while it runs; those of [`Container::detach_devices`].
     pub async fn delete(
         self: &Arc<Self>,
         request: &DeleteRequest,
     ) -> Result<DeleteResponse, TaskError> {
+        if request.exec_id.is_empty() {
+            self.give_up(&request.id);
+        }
         let container = self.container(&request.id)?;
         let (pid, exit) = if request.exec_id.is_empty() {
             let exit = container.delete().await?;
@@ -380,6 +419,22 @@ impl Pod {
         })
     }
 
+    /// What the host has for a container that the guest does not have.
+    async fn release(&self, id: &str) {
+        if let Some(sandbox) = self.sandbox.get() {
+            self.host.detach_devices(sandbox, id).await;
+        }
+        self.host.release(id).await;
+    }
+
+    /// Has a container that is being created be deleted as soon as it is there. containerd
+    /// deletes a task whose creation took longer than its caller waited.
+    fn give_up(&self, id: &str) {
+        if let Some(Entry::Creating(creation)) = lock(&self.containers).get_mut(id) {
+            creation.given_up = true;
+        }
+    }
+
     /// What the host keeps of a container that is gone from the guest.
     async fn forget(self: &Arc<Self>, container: &Container) -> Result<(), TaskError> {
         let _busy = self.busy.read().await;
@@ -389,21 +444,25 @@ impl Pod {
             container.init().advance("keep", stopped)?;
             return Err(error);
         }
-        self.host.release(&config.id).await;
+        self.release(&config.id).await;
         self.host.hooks().stopped(config).await;
         lock(&self.containers).remove(&config.id);
         tokio::spawn(take_room(self.clone()));
         Ok(())
     }
 
-    /// Ends the pod if it has no containers any more; else does nothing, as
-    /// containerd asks after each container. Its sandbox by the Sandbox API is none
-    /// if it is asked for: containerd does so when it does not know that sandbox.
+    /// Ends the pod if it has no containers any more but those that were given up; else
+    /// does nothing, as containerd asks after each container. Its sandbox by the Sandbox
+    /// API is none if it is asked for: containerd does so when it does not know that
+    /// sandbox. One that is being created is given up by this: whoever asked for it was
+    /// restarted meanwhile, and found no task.
     pub async fn shutdown(&self, id: &str) {
+        self.give_up(id);
         let sandbox = self.find(id, Api::Sandbox);
         let is_alone = {
             let containers = lock(&self.containers);
-            containers.len() == usize::from(sandbox.is_some())
+            let wanted = containers.values().filter(|entry| !entry.is_given_up());
+            wanted.count() == usize::from(sandbox.is_some())
         };
         if is_alone {
             self.stop().await;

@@ -92,9 +92,9 @@ impl Pod {
     /// Whether a container that is being created counts for the pod's size.
     pub(super) fn count(&self, container: &Container, counts: bool) {
         let mut containers = lock(&self.containers);
-        if let Some(Entry::Creating(limits)) = containers.get_mut(&container.config().id) {
+        if let Some(Entry::Creating(creation)) = containers.get_mut(&container.config().id) {
             let counts = counts && !container.is_sandbox();
-            *limits = counts.then(|| Box::new(container.limits()));
+            creation.limits = counts.then(|| Box::new(container.limits()));
         }
     }
 

@@ -65,7 +65,7 @@ impl Sandbox for SandboxService {
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
         let pod = self.pod.clone();
-        detached(async move { pod.create_sandbox(request).await }).await?;
+        detached(&self.pod, async move { pod.create_sandbox(request).await }).await?;
         Ok(CreateSandboxResponse::new())
     }
 
@@ -77,7 +77,7 @@ impl Sandbox for SandboxService {
         let pod = self.pod.clone();
         let container = pod.sandbox_container(&request.sandbox_id)?;
         let created_at = container.created_at();
-        let pid = detached(async move { pod.start_in(&container, "").await }).await?;
+        let pid = detached(&self.pod, async move { pod.start_in(&container, "").await }).await?;
         Ok(StartSandboxResponse {
             pid,
             created_at: Some(timestamp(created_at)).into(),
@@ -104,7 +104,10 @@ impl Sandbox for SandboxService {
         request: StopSandboxRequest,
     ) -> ttrpc::Result<StopSandboxResponse> {
         let pod = self.pod.clone();
-        detached(async move { pod.stop_sandbox(&request.sandbox_id).await }).await?;
+        detached(&self.pod, async move {
+            pod.stop_sandbox(&request.sandbox_id).await
+        })
+        .await?;
         Ok(StopSandboxResponse::new())
     }
 
@@ -149,7 +152,7 @@ impl Sandbox for SandboxService {
         _: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         let pod = self.pod.clone();
-        detached(async move {
+        detached(&self.pod, async move {
             pod.stop().await;
             Ok(())
         })

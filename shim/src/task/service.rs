@@ -33,12 +33,15 @@ struct TaskService {
     pod: Arc<Pod>,
 }
 
-/// Runs `work` to its end, whatever becomes of the caller.
+/// Runs `work` on a pod to its end, whatever becomes of the caller. What the kubelet or a
+/// log has of an error is its text alone, so that names the pod.
 pub(super) async fn detached<T: Send + 'static>(
+    pod: &Pod,
     work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let result = tokio::spawn(work).await;
-    Ok(result.unwrap_or(Err(TaskError::Cancelled))?)
+    let result = result.unwrap_or(Err(TaskError::Cancelled));
+    result.map_err(|error| error.of_pod(pod.host.sandbox_id()))
 }
 
 #[async_trait]
@@ -53,7 +56,7 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let pod = self.pod.clone();
-        let pid = detached(async move { pod.create(request).await }).await?;
+        let pid = detached(&self.pod, async move { pod.create(request).await }).await?;
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()
@@ -62,7 +65,10 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let pod = self.pod.clone();
-        let pid = detached(async move { pod.start(&request.id, &request.exec_id).await }).await?;
+        let pid = detached(&self.pod, async move {
+            pod.start(&request.id, &request.exec_id).await
+        })
+        .await?;
         Ok(StartResponse {
             pid,
             ..Default::default()
@@ -75,7 +81,7 @@ impl Task for TaskService {
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let pod = self.pod.clone();
-        detached(async move { pod.delete(&request).await }).await
+        detached(&self.pod, async move { pod.delete(&request).await }).await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -87,13 +93,13 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = self.pod.container(&request.id)?;
-        detached(async move { container.pause().await }).await?;
+        detached(&self.pod, async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = self.pod.container(&request.id)?;
-        detached(async move { container.resume().await }).await?;
+        detached(&self.pod, async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 
@@ -133,7 +139,10 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod.clone();
-        detached(async move { pod.update(&request.id, &request.resources.value).await }).await?;
+        detached(&self.pod, async move {
+            pod.update(&request.id, &request.resources.value).await
+        })
+        .await?;
         Ok(Empty::new())
     }
 
@@ -176,7 +185,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod.clone();
-        detached(async move {
+        detached(&self.pod, async move {
             pod.shutdown(&request.id).await;
             Ok(())
         })

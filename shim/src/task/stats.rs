@@ -165,4 +165,86 @@ mod tests {
         assert_eq!(metrics.memory_events.oom_kill, 2);
         assert!(metrics.cpu.is_none());
     }
+
+    #[test]
+    fn counters_of_each_kind_are_all_there() {
+        let stats = agent::StatsResponse {
+            cpu: Some(agent::CpuStats {
+                usage_usec: 1,
+                user_usec: 2,
+                system_usec: 3,
+                nr_periods: 4,
+                nr_throttled: 5,
+                throttled_usec: 6,
+                ..Default::default()
+            })
+            .into(),
+            memory: Some(agent::MemoryStats {
+                usage_limit: 7,
+                swap_usage: 8,
+                swap_limit: 9,
+                max_usage: 10,
+                low_events: 11,
+                high_events: 12,
+                max_events: 13,
+                oom_events: 14,
+                ..Default::default()
+            })
+            .into(),
+            pids: Some(agent::PidsStats {
+                current: 15,
+                limit: 16,
+                ..Default::default()
+            })
+            .into(),
+            io: vec![agent::IoStats {
+                major: 17,
+                minor: 18,
+                rbytes: 19,
+                wbytes: 20,
+                rios: 21,
+                wios: 22,
+                ..Default::default()
+            }],
+            hugetlb: vec![agent::HugetlbStats {
+                page_size: "2MB".into(),
+                current: 23,
+                max: 24,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let any = metrics(stats).unwrap();
+        let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
+        let (cpu, memory, events) = (&metrics.cpu, &metrics.memory, &metrics.memory_events);
+        let (pids, io, pages) = (&metrics.pids, &metrics.io.usage[0], &metrics.hugetlb[0]);
+        assert_eq!(pages.pagesize, "2MB");
+        let told = [
+            cpu.usage_usec,
+            cpu.user_usec,
+            cpu.system_usec,
+            cpu.nr_periods,
+            cpu.nr_throttled,
+            cpu.throttled_usec,
+            memory.usage_limit,
+            memory.swap_usage,
+            memory.swap_limit,
+            memory.max_usage,
+            events.low,
+            events.high,
+            events.max,
+            events.oom,
+            pids.current,
+            pids.limit,
+            io.major,
+            io.minor,
+            io.rbytes,
+            io.wbytes,
+            io.rios,
+            io.wios,
+            pages.current,
+            pages.max,
+        ];
+        assert_eq!(told.to_vec(), (1..=24).collect::<Vec<u64>>());
+    }
 }

@@ -4,10 +4,14 @@
 mod block_devices;
 mod callers;
 mod console;
+mod death;
 mod devices;
+mod events;
 mod fixture;
 mod hooks;
 mod late_boot;
+mod output;
+mod phases;
 mod real_agent;
 mod resize;
 mod sandboxed;
@@ -141,21 +145,9 @@ async fn an_exec_that_cannot_start_ends() {
 async fn pausing_shows_in_the_state() {
     let mut fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
-    let pause = PauseRequest {
-        id: "c".into(),
-        ..Default::default()
-    };
-    let resume = ResumeRequest {
-        id: "c".into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        code(fixture.client.resume(context(), &resume).await),
-        Code::FAILED_PRECONDITION
-    );
-    fixture.client.pause(context(), &pause).await.unwrap();
+    fixture.pause("c").await.unwrap();
     assert_eq!(fixture.status("c").await, Status::PAUSED);
-    fixture.client.resume(context(), &resume).await.unwrap();
+    fixture.resume("c").await.unwrap();
     assert_eq!(fixture.status("c").await, Status::RUNNING);
     fixture
         .expect(&["create", "start", "paused", "resumed"])
@@ -193,14 +185,7 @@ async fn the_machine_s_death_is_everyone_s_exit() {
         "exec-started",
     ];
     fixture.expect(&topics).await;
-    let stats = StatsRequest {
-        id: "a".into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        code(fixture.client.stats(context(), &stats).await),
-        Code::NOT_FOUND
-    );
+    assert_eq!(code(fixture.stats("a").await), Code::NOT_FOUND);
 }
 
 #[tokio::test]
@@ -235,19 +220,16 @@ async fn mistakes_get_the_codes_containerd_expects() {
         code(fixture.client.checkpoint(context(), &checkpoint).await),
         Code::UNIMPLEMENTED
     );
-    let update = UpdateTaskRequest {
-        id: "c".into(),
-        resources: Some(Any {
-            value: b"nonsense".to_vec(),
-            ..Default::default()
-        })
-        .into(),
+    let update = fixture.update("c", &json!("nonsense")).await;
+    assert_eq!(code(update), Code::INVALID_ARGUMENT);
+    let restored = CreateTaskRequest {
+        id: "restored".into(),
+        bundle: fixture.bundle("restored", "true"),
+        checkpoint: "/checkpoint".into(),
         ..Default::default()
     };
-    assert_eq!(
-        code(fixture.client.update(context(), &update).await),
-        Code::INVALID_ARGUMENT
-    );
+    let restored = fixture.client.create(context(), &restored).await;
+    assert_eq!(code(restored), Code::UNIMPLEMENTED);
     // A pod with containers does not end.
     let shutdown = ShutdownRequest::default();
     fixture.client.shutdown(context(), &shutdown).await.unwrap();
@@ -258,24 +240,11 @@ async fn mistakes_get_the_codes_containerd_expects() {
 async fn counters_and_pids() {
     let fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
-    let stats = StatsRequest {
-        id: "c".into(),
-        ..Default::default()
-    };
-    let stats = fixture.client.stats(context(), &stats).await.unwrap();
+    let stats = fixture.stats("c").await.unwrap();
     assert_eq!(stats.stats.type_url, "io.containerd.cgroups.v2.Metrics");
     fixture.exec("c", "e", "sleep 60").await.unwrap();
     fixture.start("c", "e").await.unwrap();
-    let pids = PidsRequest {
-        id: "c".into(),
-        ..Default::default()
-    };
-    let mut pids = fixture
-        .client
-        .pids(context(), &pids)
-        .await
-        .unwrap()
-        .processes;
+    let mut pids = fixture.pids("c").await.unwrap().processes;
     pids.sort_by_key(|process| process.info.is_some());
     assert_eq!(pids.len(), 2);
     assert!(pids[0].pid != pids[1].pid && pids[0].info.is_none());
@@ -284,11 +253,7 @@ async fn counters_and_pids() {
     assert_eq!(details.exec_id, "e");
     fixture.kill("c", "").await.unwrap();
     fixture.wait("c", "").await;
-    let request = PidsRequest {
-        id: "c".into(),
-        ..Default::default()
-    };
-    let pids = fixture.client.pids(context(), &request).await.unwrap();
+    let pids = fixture.pids("c").await.unwrap();
     assert_eq!(pids.processes.len(), 1, "never a leak to containerd");
     assert_eq!(pids.processes[0].pid, std::process::id());
     let connect = ConnectRequest {

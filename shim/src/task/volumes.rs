@@ -9,7 +9,7 @@ use nacre_protocol::agent_ttrpc::AgentClient;
 use tracing::warn;
 
 use super::TaskError;
-use super::container::{CALL_TIMEOUT, Container, agent_error, deadline};
+use super::container::{CALL_TIMEOUT, Container, deadline};
 use super::process::lock;
 #[cfg(doc)]
 use crate::sandbox::Sandbox;
@@ -42,10 +42,12 @@ impl Container {
         volumes: GuestVolumes,
     ) -> Result<(), TaskError> {
         for tmpfs in &volumes.tmpfs {
-            agent
-                .make_tmpfs(deadline(CALL_TIMEOUT), tmpfs)
-                .await
-                .map_err(agent_error("make a volume in memory"))?;
+            let answer = self
+                .sandbox
+                .ask("make a volume in memory", CALL_TIMEOUT, |context| {
+                    agent.make_tmpfs(context, tmpfs)
+                });
+            answer.await?;
         }
         let mut followers = Vec::new();
         for dir in &volumes.dirs {

@@ -19,39 +19,33 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 
-use crate::PATIENCE;
+use crate::{Containerd, PATIENCE};
 use messages::*;
-
-/// containerd 2's CRI.
-const ADDRESS: &str = "unix:///run/containerd/containerd.sock";
 
 /// Several clones are one connection; they may be used by several threads.
 #[derive(Clone)]
 pub struct Cri {
     runtime: Arc<Runtime>,
     channel: Channel,
-}
-
-impl Default for Cri {
-    fn default() -> Self {
-        Self::new()
-    }
+    /// Of each call, as kubelet has one.
+    limit: Duration,
 }
 
 impl Cri {
-    /// A client; it connects with the first call, and again when it has to.
+    /// A client of `containerd`; it connects with the first call, and again when it has to.
     ///
     /// # Panics
     ///
     /// Without threads or descriptors.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn of(containerd: Containerd) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .expect("a runtime starts");
-        let endpoint = Endpoint::from_static(ADDRESS).timeout(PATIENCE);
+        let address = format!("unix://{}", containerd.address);
+        let endpoint = Endpoint::from_shared(address).expect("a socket's path makes a URI");
         let channel = {
             let _inside = runtime.enter();
             endpoint.connect_lazy()
@@ -59,6 +53,17 @@ impl Cri {
         Self {
             runtime: Arc::new(runtime),
             channel,
+            limit: PATIENCE,
+        }
+    }
+
+    /// The same client with so much time for a call: containerd is told, and gives up as
+    /// soon as it is over.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        Self {
+            limit,
+            ..self.clone()
         }
     }
 
@@ -84,7 +89,9 @@ impl Cri {
                 .await
                 .map_err(|error| Status::new(Code::Unavailable, error.to_string()))?;
             let codec = ProstCodec::<Q, A>::default();
-            let answer = client.unary(Request::new(request), path, codec).await?;
+            let mut request = Request::new(request);
+            request.set_timeout(self.limit);
+            let answer = client.unary(request, path, codec).await?;
             Ok(answer.into_inner())
         })
     }
@@ -103,6 +110,19 @@ impl Cri {
     {
         let container_id = container_id.to_owned();
         self.call(method, ContainerRequest { container_id })
+    }
+
+    /// What a runtime handler can do, of `Status`.
+    ///
+    /// # Errors
+    ///
+    /// containerd's; `NotFound` when it has no such handler.
+    pub fn features(&self, handler: &str) -> Result<RuntimeHandlerFeatures, Status> {
+        let answer: StatusResponse = self.call("Status", StatusRequest {})?;
+        let mut handlers = answer.runtime_handlers.into_iter();
+        let found = handlers.find(|known| known.name == handler);
+        let found = found.ok_or_else(|| Status::not_found(handler.to_owned()))?;
+        Ok(found.features.unwrap_or_default())
     }
 
     /// Whether the image is there, as far as CRI knows.
@@ -285,6 +305,19 @@ impl Cri {
     pub fn stats(&self, id: &str) -> Result<ContainerStats, Status> {
         let answer: ContainerStatsResponse = self.on_container("ContainerStats", id)?;
         Ok(answer.stats.unwrap_or_default())
+    }
+
+    /// `ListContainerStats` of a pod.
+    ///
+    /// # Errors
+    ///
+    /// containerd's.
+    pub fn stats_of_pod(&self, pod_id: &str) -> Result<Vec<ContainerStats>, Status> {
+        let pod_sandbox_id = pod_id.to_owned();
+        let filter = Some(ContainerStatsFilter { pod_sandbox_id });
+        let request = ListContainerStatsRequest { filter };
+        let answer: ListContainerStatsResponse = self.call("ListContainerStats", request)?;
+        Ok(answer.stats)
     }
 
     /// `UpdateContainerResources`.

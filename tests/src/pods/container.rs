@@ -11,11 +11,13 @@ use crate::cri::Cri;
 use crate::cri::messages::*;
 use crate::cri::owned;
 use crate::cri::stream::Stream;
-use crate::{BUSYBOX, Said, eventually};
+use crate::{BUSYBOX, PATIENCE, Said, eventually};
 
 /// What kubelet would make of a container in a pod's manifest.
+#[derive(Clone)]
 pub struct ContainerManifest<'p, 's> {
     pod: &'p Pod<'s>,
+    limit: Duration,
     config: ContainerConfig,
 }
 
@@ -43,13 +45,24 @@ impl<'p, 's> ContainerManifest<'p, 's> {
             linux: Some(linux),
             ..Default::default()
         };
-        Self { pod, config }
+        Self {
+            pod,
+            limit: PATIENCE,
+            config,
+        }
     }
 
     /// With anything changed that has no word of its own here.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut ContainerConfig)) -> Self {
         change(&mut self.config);
+        self
+    }
+
+    /// Of another image than busybox.
+    #[must_use]
+    pub fn image(mut self, name: &str) -> Self {
+        self.config.image = Some(ImageSpec { image: name.into() });
         self
     }
 
@@ -158,6 +171,20 @@ impl<'p, 's> ContainerManifest<'p, 's> {
         self
     }
 
+    /// `stdin: true` and `stdinOnce: true`: its input ends with the first who attaches.
+    #[must_use]
+    pub fn stdin_once(mut self) -> Self {
+        (self.config.stdin, self.config.stdin_once) = (true, true);
+        self
+    }
+
+    /// Made within so much time, or not at all as far as this client knows.
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
     /// `CreateContainer`.
     ///
     /// # Errors
@@ -165,7 +192,9 @@ impl<'p, 's> ContainerManifest<'p, 's> {
     /// containerd's.
     pub fn try_create(self) -> Result<PodContainer, Status> {
         let cri = self.pod.scene.cri().clone();
-        let id = cri.create(&self.pod.id, &self.pod.config, &self.config)?;
+        let id = cri
+            .within(self.limit)
+            .create(&self.pod.id, &self.pod.config, &self.config)?;
         let log = Path::new(&self.pod.config.log_directory).join(&self.config.log_path);
         Ok(PodContainer { cri, id, log })
     }

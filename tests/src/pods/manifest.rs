@@ -1,18 +1,22 @@
 //! A pod before it is made.
 
 use std::fs;
+use std::time::Duration;
 
 use tonic::Status;
 
-use super::{Pod, PodScene, unique};
+use super::{CGROUP_ROOT, Pod, PodScene, unique};
+use crate::PATIENCE;
 use crate::cri::messages::*;
 use crate::cri::owned;
 
 /// What kubelet would make of a pod's manifest. One container's PID namespace is
 /// its own unless said otherwise, as in Kubernetes.
+#[derive(Clone)]
 pub struct PodManifest<'s> {
     scene: &'s PodScene,
     handler: &'static str,
+    limit: Duration,
     config: PodSandboxConfig,
 }
 
@@ -46,6 +50,7 @@ impl<'s> PodManifest<'s> {
         Self {
             scene,
             handler: scene.handler,
+            limit: PATIENCE,
             config,
         }
     }
@@ -55,6 +60,26 @@ impl<'s> PodManifest<'s> {
     pub fn runtime(mut self, handler: &'static str) -> Self {
         self.handler = handler;
         self
+    }
+
+    /// With a cgroup of kubelet's systemd driver.
+    #[must_use]
+    pub fn in_slice(mut self) -> Self {
+        let uid = self.uid();
+        self.linux().cgroup_parent = self.scene.slice(&uid);
+        self
+    }
+
+    /// Made within so much time, or not at all as far as this client knows.
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    fn uid(&self) -> String {
+        let metadata = self.config.metadata.as_ref();
+        metadata.map_or_else(String::new, |metadata| metadata.uid.clone())
     }
 
     fn linux(&mut self) -> &mut LinuxPodSandboxConfig {
@@ -102,6 +127,13 @@ impl<'s> PodManifest<'s> {
         self
     }
 
+    /// With an annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.config.annotations.insert(key.into(), value.into());
+        self
+    }
+
     /// With a kernel parameter.
     #[must_use]
     pub fn sysctl(mut self, name: &str, value: &str) -> Self {
@@ -118,6 +150,20 @@ impl<'s> PodManifest<'s> {
             memory_limit_in_bytes: memory_mib << 20,
             ..Default::default()
         });
+        self
+    }
+
+    /// With a limit of the pod's cgroup, which kubelet sets to its containers' limits and
+    /// the overhead of its class.
+    ///
+    /// # Panics
+    ///
+    /// When the group does not take it.
+    #[must_use]
+    pub fn cgroup_limit(mut self, memory_mib: u64) -> Self {
+        let file = format!("{CGROUP_ROOT}{}/memory.max", self.linux().cgroup_parent);
+        let bytes = memory_mib << 20;
+        fs::write(&file, bytes.to_string()).unwrap_or_else(|error| panic!("{file}: {error}"));
         self
     }
 
@@ -150,7 +196,8 @@ impl<'s> PodManifest<'s> {
     /// containerd's.
     pub fn try_run(self) -> Result<Pod<'s>, Status> {
         fs::create_dir_all(&self.config.log_directory).expect("a directory can be made");
-        let id = self.scene.cri().run_pod(&self.config, self.handler)?;
+        let cri = self.scene.cri().within(self.limit);
+        let id = cri.run_pod(&self.config, self.handler)?;
         self.scene.note_pod(&id);
         Ok(Pod {
             scene: self.scene,

@@ -5,7 +5,7 @@ use std::fs;
 use nacre_tests::{Said, Scene};
 use serde_json::json;
 
-use crate::{Bound, EDU, NVME_PORT, PAIR, behind, driver, group, no_claims};
+use crate::{Bound, EDU, NVME_PORT, PAIR, behind, disk, driver, group, no_claims};
 
 /// Prints the ids of what is behind the guest's root ports.
 const LOOK: [&str; 3] = [
@@ -42,6 +42,28 @@ fn by_address_and_by_path() {
     with_annotation(&mut scene, "io.nacre.devices", "0000:7f:00.0")
         .exits(1)
         .complains(&["no PCI device 0000:7f:00.0"]);
+    drop(bound);
+}
+
+/// Bound, and gone from the bus before a pod asks for it.
+#[test]
+fn a_device_that_vanished() {
+    let mut scene = Scene::new();
+    let nvme = behind(NVME_PORT);
+    let bound = Bound::new(&[&nvme]);
+    let node = format!("/dev/vfio/{}", group(&nvme));
+    fs::write(crate::sysfs(&nvme).join("remove"), "1").unwrap();
+    let by_address = with_annotation(&mut scene, "io.nacre.devices", &nvme);
+    let by_node = scene.run_with(&["--device", &node], &LOOK);
+    fs::write("/sys/bus/pci/rescan", "1").unwrap();
+    by_address
+        .exits(1)
+        .complains(&[&format!("no PCI device {nvme}")]);
+    // Its node is gone too: `ctr` finds none.
+    by_node.exits(1).complains(&[&node]);
+    // To the kernel it is a new one, which is no more reserved for vfio-pci.
+    assert_eq!(behind(NVME_PORT), nvme);
+    disk(&nvme);
     drop(bound);
 }
 

@@ -14,12 +14,12 @@ const CONFIG: &str = "/etc/nacre/nacre.toml";
 const DEVICES: &str = "io.nacre.devices";
 
 /// Lines of `[drivers]`, until this is dropped.
-struct Drivers {
+pub struct Drivers {
     before: String,
 }
 
 impl Drivers {
-    fn new(lines: &[(&str, &str)]) -> Self {
+    pub fn new(lines: &[(&str, &str)]) -> Self {
         let before = fs::read_to_string(CONFIG).unwrap();
         let (rest, _) = before.split_once("\n[drivers]\n").unwrap();
         let lines = lines
@@ -37,7 +37,7 @@ impl Drop for Drivers {
     }
 }
 
-fn image(name: &str) -> String {
+pub fn image(name: &str) -> String {
     format!("{IMAGES}/{name}.erofs")
 }
 

@@ -6,17 +6,21 @@
 //! 00:11.0 root port -> switch -> nvme              a group with the switch's ports
 //! 00:12.0 nvme, 00:12.1 nvme                       one group
 //! 00:13.0 edu     00:14.0 pci-testdev, 4 GiB       no driver
-//! 00:15.0 virtio-net     00:16.0 VGA
+//! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 4 GiB of memory
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
 mod drivers;
+mod handover;
 mod pass;
+mod plug;
+mod pods;
 mod refusals;
 mod table;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use nacre_tests::{Said, eventually, run};
@@ -80,6 +84,14 @@ fn disk(address: &str) -> String {
         found.is_some()
     });
     found.unwrap()
+}
+
+/// What it begins with, up to the first byte that is not printed.
+fn begins(disk: &str) -> String {
+    let mut block = [0; 512];
+    File::open(disk).unwrap().read_exact(&mut block).unwrap();
+    let printed = block.iter().take_while(|byte| !byte.is_ascii_control());
+    printed.map(|byte| char::from(*byte)).collect()
 }
 
 /// Waits until no pod has a device: the shim of one that is gone may be ending still.

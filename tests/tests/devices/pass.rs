@@ -6,7 +6,7 @@ use std::process::Command;
 use nacre_tests::{Said, Scene, eventually, run};
 use serde_json::{Value, json};
 
-use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
+use crate::{Bound, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group, no_claims};
 
 const DEVICES: &str = "io.nacre.devices";
 /// Of the disk: all of it.
@@ -55,8 +55,11 @@ fn a_disk_is_written_and_read_in_a_container() {
     );
     let said = run_to_end(&mut Scene::new(), &nvme, &script).exits(0);
     assert!(said.stdout.starts_with(&sum), "not {sum} in {said:#?}");
-    let count = interrupts(&said, "MSIX", "nvme0q");
-    assert!(count > 0, "no MSI-X interrupt in {said:#?}");
+    // The one for commands to the controller, and that of the one vCPU.
+    for queue in ["nvme0q0", "nvme0q1"] {
+        let count = interrupts(&said, "MSIX", queue);
+        assert!(count > 0, "no MSI-X interrupt of {queue} in {said:#?}");
+    }
     no_claims();
 
     drop(bound);
@@ -65,6 +68,59 @@ fn a_disk_is_written_and_read_in_a_container() {
         .args(["-c", &format!("head -c {} {disk} | md5sum", MIB << 20)])
         .output();
     Said::from(read.unwrap()).exits(0).prints(&sum);
+}
+
+/// Pages of 2 MiB that the host keeps ready and pods are made of, until this is dropped.
+struct HugePages {
+    config: String,
+}
+
+impl HugePages {
+    const CONFIG: &str = "/etc/nacre/nacre.toml";
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn new(count: u64) -> Self {
+        fs::write(Self::COUNT, count.to_string()).unwrap();
+        assert_eq!(Self::free(), count, "the lab's memory is in pieces");
+        let config = fs::read_to_string(Self::CONFIG).unwrap();
+        let changed = config.replace("hugepages = false", "hugepages = true");
+        assert_ne!(changed, config);
+        fs::write(Self::CONFIG, changed).unwrap();
+        Self { config }
+    }
+
+    fn free() -> u64 {
+        let text = fs::read_to_string("/proc/meminfo").unwrap();
+        let mut lines = text.lines();
+        let free = lines.find_map(|line| line.strip_prefix("HugePages_Free:"));
+        free.unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        fs::write(Self::CONFIG, &self.config).unwrap();
+        fs::write(Self::COUNT, "0").unwrap();
+    }
+}
+
+/// The guest's 512 MiB by default are taken at once, and given back.
+#[test]
+fn memory_in_huge_pages_is_a_device_s_too() {
+    let nvme = behind(NVME_PORT);
+    let _bound = Bound::new(&[&nvme]);
+    let _pages = HugePages::new(300);
+    let mut scene = Scene::new();
+    let id = scene.start_spec(|spec| container(spec, &nvme, "sleep 3600"));
+    assert_eq!(HugePages::free(), 300 - 256);
+    let read = format!("dd if={DISK} bs=1M count=1 2>/dev/null | wc -c");
+    scene
+        .exec(&id, &[], &["sh", "-c", &read])
+        .exits(0)
+        .prints("1048576\n");
+    scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+    no_claims();
+    eventually("the pages are free again", || HugePages::free() == 300);
 }
 
 /// The guest's kernel reads the table of partitions after it has made the disk.
@@ -162,6 +218,29 @@ fn containers_of_a_pod_have_their_own_devices() {
         .complains(&["needs a device of the host", "built without"]);
 }
 
+/// Two disks that are one group, by its node: each is written with its serial number.
+#[test]
+fn all_devices_of_a_group_come_with_its_node() {
+    let bound = Bound::new(&PAIR);
+    let node = format!("/dev/vfio/{}", group(PAIR[0]));
+    let script = "cd /dev; for disk in nvme*n1; do \
+                  dd if=/sys/block/$disk/device/serial of=$disk conv=fsync 2>/dev/null; \
+                  cat /sys/block/$disk/device/serial; done";
+    let said = Scene::new().run_with(&["--device", &node], &["sh", "-c", script]);
+    let said = said.exits(0);
+    let mut serials: Vec<&str> = said.stdout.lines().map(str::trim).collect();
+    // The guest's driver looks at both at once: either may be its first.
+    serials.sort_unstable();
+    assert_eq!(serials, ["first", "second"], "{said:#?}");
+    no_claims();
+    drop(bound);
+    for (address, serial) in PAIR.iter().zip(serials) {
+        let path = disk(address);
+        assert_eq!(begins(&path).trim(), serial);
+        fs::write(path, [0; 512]).unwrap();
+    }
+}
+
 /// The guest has no driver for it, and shows it all the same.
 #[test]
 fn a_device_without_a_driver_is_in_sysfs() {
@@ -180,7 +259,7 @@ fn a_device_that_a_process_has_open_is_refused() {
     let nvme = behind(NVME_PORT);
     let _bound = Bound::new(&[&nvme]);
     let mut scene = Scene::new();
-    let node = format!("/dev/vfio/{}", crate::group(&nvme));
+    let node = format!("/dev/vfio/{}", group(&nvme));
     let open = fs::File::options().read(true).write(true).open(&node);
     let open = open.unwrap();
     run_to_end(&mut scene, &nvme, "true")

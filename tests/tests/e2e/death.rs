@@ -59,12 +59,25 @@ impl Pod {
 /// containerd answers `ctr` at once: here that is measured, and counted twenty times.
 pub fn in_time(scene: &Scene, since: Instant, what: &str) {
     let took = since.elapsed();
+    let limit = five_seconds(scene);
+    println!("{what}: {took:.1?} of {limit:.1?}");
+    assert!(took < limit, "{what}: {took:?}, not {limit:?}");
+}
+
+fn five_seconds(scene: &Scene) -> Duration {
     let start = Instant::now();
     scene.ctr(&["task", "ls"]).exits(0);
-    let question = start.elapsed();
-    println!("{what}: {took:.1?}, a question takes {question:.1?}");
-    let limit = Duration::from_secs(5) + 20 * question;
-    assert!(took < limit, "{what}: {took:?}, not {limit:?}");
+    Duration::from_secs(5) + 20 * start.elapsed()
+}
+
+/// A hang is found after the half of `hang_timeout_seconds` at the earliest, when the
+/// guest has just been asked, and after all of it at the latest.
+pub fn as_configured(scene: &Scene, took: Duration, seconds: u64) {
+    let timeout = Duration::from_secs(seconds);
+    let limit = timeout + five_seconds(scene);
+    println!("found after {took:.1?} of {timeout:?}, at most {limit:.1?}");
+    let least = timeout / 2 - Duration::from_secs(1);
+    assert!(least < took && took < limit, "{took:?} of {timeout:?}");
 }
 
 pub fn spawn(mut command: Command) -> Child {
@@ -149,15 +162,17 @@ fn of_shim_and_monitor_while_a_container_starts() {
 }
 
 #[test]
-fn of_the_monitor_while_an_exec_starts() {
-    for moment in MOMENTS_MS {
+fn of_shim_and_monitor_while_an_exec_starts() {
+    for (name, moment) in [("daemon", 0), ("daemon", 300), ("monitor", 100)] {
         let mut scene = Scene::new();
         let id = scene.start_sleeper(&[]);
-        let pid = pid_of(&scene, &id);
+        let pid = process_of(&id, name);
         let client = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
-        std::thread::sleep(Duration::from_millis(moment / 3));
+        std::thread::sleep(Duration::from_millis(moment));
         kill(&pid);
-        returns(&scene, &id, client, &format!("after {} ms", moment / 3));
+        let what = format!("{name} after {moment} ms");
+        let code = returns(&scene, &id, client, &what);
+        assert_ne!(code, Some(0), "{what}");
     }
 }
 
@@ -186,15 +201,15 @@ fn of_shim_and_monitor_while_a_container_is_deleted() {
 }
 
 /// containerd killed, until this is dropped at the latest.
-struct Killed;
+pub struct Killed;
 
 impl Killed {
-    fn now() -> Self {
+    pub fn now() -> Self {
         run("lab-containerd", &["2", "kill"]).exits(0);
         Self
     }
 
-    fn restart(self) {
+    pub fn restart(self) {
         drop(self);
     }
 }
@@ -315,16 +330,20 @@ fn of_the_guest_by_a_panic() {
 /// A guest whose kernel hangs answers nobody: so does one whose monitor is stopped.
 #[test]
 fn of_the_guest_by_a_hang() {
-    let _timeout = Changed::new("hang_timeout_seconds", "10");
+    const SECONDS: u64 = 8;
+    let _timeout = Changed::new("hang_timeout_seconds", &SECONDS.to_string());
     let pod = Pod::start(&[]);
     run("kill", &["-STOP", &pid_of(&pod.scene, &pod.id)]).exits(0);
+    let begin = Instant::now();
     let id = pod.id.clone();
     eventually("the machine is ended", || {
         let log = run("nacre", &["logs", &id]).exits(0).stdout;
         log.contains("the guest hangs")
     });
     // Only now it can be known.
-    pod.ends(Instant::now());
+    let since = Instant::now();
+    as_configured(&pod.scene, since - begin, SECONDS);
+    pod.ends(since);
 }
 
 #[test]

@@ -96,6 +96,8 @@ fn linux_keeps_the_buses_and_bars_it_finds() {
         "nvme can be reset, edu cannot: {log}"
     );
     assert!(log.contains("map_calls=1"), "one region of memory: {log}");
+    let bytes = format!("bytes_mapped={}", 256u64 << 20);
+    assert!(log.contains(&bytes), "all of the guest's memory: {log}");
     before.await_return();
 }
 

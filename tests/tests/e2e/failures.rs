@@ -3,45 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use nacre_tests::{Said, Scene, run};
+pub use nacre_tests::Changed;
+use nacre_tests::{CONFIG, Said, Scene, run};
 use serde_json::json;
 
 use crate::boot::initramfs;
-
-const CONFIG: &str = "/etc/nacre/nacre.toml";
-
-/// The configuration with one key changed, until this is dropped.
-pub struct Changed {
-    before: String,
-}
-
-impl Changed {
-    pub fn new(key: &str, value: &str) -> Self {
-        let before = fs::read_to_string(CONFIG).unwrap();
-        let mut found = false;
-        let after: Vec<String> = before
-            .lines()
-            .map(|line| {
-                let this = line.starts_with(&format!("{key} ="));
-                found |= this;
-                if this {
-                    format!("{key} = {value}")
-                } else {
-                    line.to_owned()
-                }
-            })
-            .collect();
-        assert!(found, "no key {key} in {CONFIG}");
-        fs::write(CONFIG, after.join("\n")).unwrap();
-        Self { before }
-    }
-}
-
-impl Drop for Changed {
-    fn drop(&mut self) {
-        fs::write(CONFIG, &self.before).unwrap();
-    }
-}
 
 #[test]
 fn guest_that_panics_at_boot() {
@@ -83,6 +49,16 @@ fn kernel_file_that_is_none() {
     let _config = Changed::new("kernel", "\"/etc/passwd\"");
     let mut scene = Scene::new();
     scene.run(&["true"]).exits(1).complains(&["kernel"]);
+}
+
+/// As installed by hand: what there is without a configuration is in the program.
+#[test]
+fn no_configuration_at_all() {
+    let away = format!("{CONFIG}.away");
+    fs::rename(CONFIG, &away).unwrap();
+    let said = Scene::new().run(&["echo", "hi"]);
+    fs::rename(away, CONFIG).unwrap();
+    said.exits(0).prints("hi\n");
 }
 
 #[test]

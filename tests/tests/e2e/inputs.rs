@@ -1,6 +1,8 @@
 //! Specs at the limits of what a client may ask for, and beyond them.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nacre_tests::{Scene, Shim, run};
@@ -55,7 +57,8 @@ fn a_thousand_mounts() {
     fs::remove_dir_all(source).unwrap();
 }
 
-/// Every byte a path may have that JSON can carry, and beyond ASCII.
+/// Every byte a path may have that JSON can carry, and beyond ASCII; of a mount, the
+/// working directory and an argument. Bytes that JSON cannot carry are in a directory.
 #[test]
 fn paths_of_any_characters() {
     let mut scene = Scene::new();
@@ -64,6 +67,8 @@ fn paths_of_any_characters() {
     let directory = Path::new("/tmp").join(&name);
     fs::create_dir_all(&directory).unwrap();
     fs::write(directory.join("file"), "found").unwrap();
+    let bytes = |bytes: &[u8]| directory.join(OsStr::from_bytes(bytes));
+    fs::write(bytes(b"\xff\xfe"), " too ").unwrap();
     let said = scene.run_spec(|spec| {
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}));
@@ -71,10 +76,14 @@ fn paths_of_any_characters() {
             "destination": format!("/tmp/to {name}"), "type": "bind",
             "source": directory.to_str().unwrap(), "options": ["rbind", "rw"],
         }));
-        with_script(spec, "cd /tmp/to*; cat file; echo new > new");
+        spec["process"]["cwd"] = json!(format!("/tmp/to {name}"));
+        let script = r#"cat file "$(printf '\377\376')"; printf %s "$0";
+            echo new > "$(printf '\377\375')""#;
+        spec["process"]["args"] = json!(["sh", "-c", script, name]);
     });
-    said.exits(0).prints("found");
-    assert_eq!(fs::read_to_string(directory.join("new")).unwrap(), "new\n");
+    said.exits(0).prints(&format!("found too {name}"));
+    let new = fs::read_to_string(bytes(b"\xff\xfd")).unwrap();
+    assert_eq!(new, "new\n");
     fs::remove_dir_all(&directory).unwrap();
 }
 
@@ -92,15 +101,15 @@ fn unknown_fields_are_ignored() {
 
 #[test]
 fn specs_without_process_or_root_are_refused() {
-    for missing in ["process", "root"] {
+    for (missing, complaint) in [
+        ("process", "the specification has no process"),
+        ("root", "neither rootfs mounts nor a root path"),
+    ] {
         let mut scene = Scene::new();
         let said = scene.run_spec(|spec| {
             spec.as_object_mut().unwrap().remove(missing);
         });
-        assert!(
-            said.code != Some(0) && said.stderr.contains(missing),
-            "{missing}: {said:#?}"
-        );
+        said.exits(1).complains(&[complaint]);
     }
 }
 

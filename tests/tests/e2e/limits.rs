@@ -3,9 +3,10 @@
 use std::fs;
 use std::time::Instant;
 
-use nacre_tests::{Scene, Shim};
+use nacre_tests::{Scene, Shim, eventually};
 use serde_json::json;
 
+use crate::failures::Changed;
 use crate::host::{Events, pid_of, status_of};
 
 #[test]
@@ -16,11 +17,9 @@ fn memory_kills_with_an_event() {
     // `tail` keeps what it reads without a newline.
     let said = scene.exec(&id, &[], &["tail", "/dev/zero"]);
     said.exits(137);
-    // The two after create, start, exec-added and exec-started; the kill and the
-    // exit are told in either order.
-    let mut last = events.topics(&id, 6).split_off(4);
-    last.sort();
-    assert_eq!(last, ["/tasks/exit", "/tasks/oom"]);
+    // After create, start, exec-added and exec-started: the cause before the exit.
+    let last = events.topics(&id, 6).split_off(4);
+    assert_eq!(last, ["/tasks/oom", "/tasks/exit"]);
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 
@@ -176,7 +175,79 @@ fn processor_time_and_processes_are_changed_while_running() {
         assert_eq!(said.stdout, format!("{quota} 100000\n{pids}\n"));
         assert_eq!(on_host(&id, "cpu.max"), format!("{quota} 100000"));
     }
-    let many = "for i in $(seq 30); do sleep 60 & done; echo all";
-    let said = scene.exec(&id, &[], &["sh", "-c", many]);
-    said.complains(&["can't fork"]);
+    // For 0.3 s of processor time.
+    let spin = "of() { grep $1 /sys/fs/cgroup/cpu.stat | cut -d' ' -f2; }; \
+                before=$(of nr_throttled); end=$(($(of usage_usec) + 300000)); \
+                while [ $(of usage_usec) -lt $end ]; do :; done; \
+                [ $(of nr_throttled) -gt $before ] && echo throttled || echo free";
+    for (quota, how) in [(50_000, "throttled\n"), (200_000, "free\n")] {
+        let cpu = json!({"cpu": {"quota": quota, "period": 100_000}});
+        shim.update(&cpu).unwrap();
+        let said = scene.exec(&id, &[], &["sh", "-c", spin]);
+        said.exits(0).prints(how);
+    }
+    let many = "for i in $(seq 30); do sleep 3600 >/dev/null 2>&1 & done; echo all";
+    let fork = || scene.exec(&id, &[], &["sh", "-c", many]);
+    fork().complains(&["can't fork"]);
+    shim.update(&json!({"pids": {"limit": 100}})).unwrap();
+    fork().exits(0).prints("all\n");
+}
+
+/// The host's pool of 2 MiB pages, as large as this says until it is dropped.
+struct HugePages;
+
+impl HugePages {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+    fn new(count: u32) -> Self {
+        let pool = Self;
+        pool.resize(count);
+        assert_eq!(pool.left(), count, "the host has no room for them");
+        pool
+    }
+
+    fn resize(&self, count: u32) {
+        let path = format!("{}/nr_hugepages", Self::POOL);
+        fs::write(path, count.to_string()).unwrap();
+    }
+
+    /// Those that nobody has and nobody was promised.
+    fn left(&self) -> u32 {
+        let number = |name: &str| -> u32 {
+            let path = format!("{}/{name}_hugepages", Self::POOL);
+            fs::read_to_string(path).unwrap().trim().parse().unwrap()
+        };
+        number("free") - number("resv")
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        self.resize(0);
+    }
+}
+
+/// `hugepages = true`: a machine's memory is the pool's, all of it from the start, and
+/// without enough of them there is no pod.
+#[test]
+fn machines_of_the_host_s_huge_pages() {
+    const LIMIT: [&str; 2] = ["--memory-limit", "67108864"];
+    let _config = Changed::new("hugepages", "true");
+    let pool = HugePages::new(96);
+    let mut scene = Scene::new();
+    // 64 MiB and as much for the guest's kernel and agent.
+    let id = scene.start_sleeper(&LIMIT);
+    assert_eq!(pool.left(), 32);
+    scene
+        .exec(&id, &[], &["echo", "here"])
+        .exits(0)
+        .prints("here\n");
+    scene
+        .run_with(&LIMIT, &["true"])
+        .exits(1)
+        .complains(&["128 MiB", "vm.nr_hugepages"]);
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    scene.ctr(&["task", "rm", &id]).exits(0);
+    eventually("they are given back", || pool.left() == 96);
 }

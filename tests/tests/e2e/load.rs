@@ -1,9 +1,10 @@
 //! Many machines at once, and one that is busy beside one that is asked.
 
+use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, Said, Scene, Shim, eventually};
+use nacre_tests::{BUSYBOX, Said, Scene, Shim, eventually, run};
 
 use crate::failures::Changed;
 
@@ -14,6 +15,12 @@ fn twenty_machines_at_once() {
     let _boot = Changed::new("boot_timeout_seconds", "500");
     let _hang = Changed::new("hang_timeout_seconds", "500");
     let mut scene = Scene::new();
+    let containerd = run("pidof", &["containerd"]).exits(0).stdout;
+    let open_files = || {
+        let directory = format!("/proc/{}/fd", containerd.trim());
+        fs::read_dir(directory).unwrap().count()
+    };
+    let before = open_files();
     let start = Instant::now();
     let clients: Vec<_> = (0..20)
         .map(|number| {
@@ -29,6 +36,10 @@ fn twenty_machines_at_once() {
         said.exits(number).prints(&format!("{number}\n"));
     }
     println!("all ended after {:.1?}", start.elapsed());
+    // Fewer than one for each.
+    eventually("containerd has closed its files", || {
+        open_files() < before + 10
+    });
 }
 
 /// How long State takes: the median and the longest of many.

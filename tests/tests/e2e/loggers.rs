@@ -6,7 +6,8 @@ use std::path::Path;
 
 use nacre_tests::{Scene, eventually};
 
-const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000; exit 7";
+/// A write that fails, or a signal for it, is told apart.
+const SCRIPT: &str = "echo out; echo err >&2; seq 1 100000 || exit 9; exit 7";
 
 /// Runs [`SCRIPT`] with its output going to `uri`.
 fn run_to(scene: &mut Scene, uri: &str) {
@@ -74,9 +75,27 @@ fn program_gets_the_outputs_apart() {
 fn program_that_dies_takes_no_container_with_it() {
     let mut scene = Scene::new();
     let path = "/tmp/e2e-logger-dies";
-    let program = logger(path, "exec 5>&-; read line <&3; exit 1");
-    run_to(&mut scene, &program);
-    fs::remove_file(path).unwrap();
+    let program = logger(path, "exec 5>&-; read line <&3; touch $0.dead; exit 1");
+    let go_on =
+        "n=0; while :; do echo $n || exit 8; n=$((n + 1)); echo $n > /written; sleep 0.1; done";
+    let script = SCRIPT.replace("exit 7", go_on);
+    let id = scene.start(&["--log-uri", &program], &["sh", "-c", &script]);
+    let dead = format!("{path}.dead");
+    eventually("the logger has died", || Path::new(&dead).exists());
+    // It writes on, to nobody.
+    let written = || -> u64 {
+        let said = scene.exec(&id, &[], &["cat", "/written"]);
+        said.stdout.trim().parse().unwrap_or_default()
+    };
+    eventually("what was lost is behind it", || written() > 0);
+    let before = written();
+    eventually("it writes on", || written() > before + 3);
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
+    scene.await_status(&id, "STOPPED");
+    for file in [path, &dead] {
+        fs::remove_file(file).unwrap();
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod clock;
 mod console;
 mod death;
 mod devices;
+mod ends;
 mod exec;
 mod failures;
 mod hooks;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::Stdio;
 
-use nacre_tests::{BUSYBOX, CONTAINERD_1_7, Scene, run, run_with_input};
+use nacre_tests::{BUSYBOX, CONTAINERD_1_7, OlderContainerd, Scene, run_with_input};
 
 /// The annotation by which containers share a pod outside of Kubernetes.
 const GROUP: &str = "io.containerd.runc.v2.group";
@@ -48,25 +48,9 @@ fn containers_of_a_pod_have_names_of_their_own() {
     assert_eq!(boots[0], boots[1]);
 }
 
-/// containerd 1.7 for as long as this lives.
-struct Older;
-
-impl Older {
-    fn start() -> Self {
-        run("lab-containerd", &["1.7", "start"]).exits(0);
-        Self
-    }
-}
-
-impl Drop for Older {
-    fn drop(&mut self) {
-        run("lab-containerd", &["1.7", "stop"]);
-    }
-}
-
 #[test]
 fn lifecycle_under_containerd_1_7() {
-    let _containerd = Older::start();
+    let _containerd = OlderContainerd::start();
     let version = CONTAINERD_1_7.ctr(&["version"]).exits(0);
     assert!(version.stdout.contains("1.7."), "{version:#?}");
     CONTAINERD_1_7

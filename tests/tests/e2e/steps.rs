@@ -1,8 +1,8 @@
-//! The file server, the container's init and the agent lost at the steps of a
+//! The file server, the container's init and containerd lost at the steps of a
 //! container's life: every call returns, containerd knows, nothing is left.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,9 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::boot::initramfs;
-use crate::death::{LOST, MOMENTS_MS, in_time, kill, log_has, process_of, returns, spawn};
+use crate::death::{
+    Killed, LOST, MOMENTS_MS, as_configured, kill, log_has, process_of, returns, spawn,
+};
 use crate::failures::Changed;
 
 const FILE_SERVER: &str = "virtiofsd";
@@ -104,41 +105,50 @@ fn of_init_while_an_exec_starts() {
     }
 }
 
-/// An initramfs whose init becomes the agent and leaves behind a process that kills
-/// it when it sees `sleep 31415` run. No signal reaches PID 1: its code is overwritten.
-fn mortal_agent(directory: &Path) -> PathBuf {
-    let tree = directory.join("tree");
-    fs::create_dir_all(&tree).unwrap();
-    let unpack = format!(
-        "cd {} && busybox cpio -i < /usr/local/share/nacre/initrd.img && mv init agent",
-        tree.display()
-    );
-    run("sh", &["-c", &unpack]).exits(0);
-    let script = "{ until cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -q '[3]1415'; do sleep 1; done
-        set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' ')
-        dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 \
-            seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); } &
-        exec /agent";
-    initramfs(directory, script)
+/// The pod goes on without it: what was asked may have been done or not, what is asked
+/// afterwards works.
+#[test]
+fn of_containerd_while_a_container_starts() {
+    let mut scene = Scene::new();
+    let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
+    let client = spawn(command);
+    process_of(&id, "monitor");
+    Killed::now().restart();
+    let said = Said::from(client.wait_with_output().unwrap());
+    let status = scene.status(&id);
+    println!("{said:?}, {status:?}");
+    if status.is_some() {
+        scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+    }
+    assert_eq!(scene.status(&id), None);
 }
 
 #[test]
-fn of_the_agent() {
-    let directory = PathBuf::from("/tmp/e2e-mortal");
-    let initrd = mortal_agent(&directory);
-    let _config = Changed::new("initrd", &format!("{:?}", initrd.to_str().unwrap()));
+fn of_containerd_while_an_exec_starts_and_while_a_container_is_deleted() {
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
-    let other = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
-    let since = Instant::now();
-    scene.exec(&id, &[], &["sleep", "31415"]).exits(LOST);
-    Said::from(other.wait_with_output().unwrap()).exits(LOST);
-    in_time(&scene, since, "the clients returned");
+    let client = spawn(scene.exec_as(&id, "cut", &[], &["sleep", "3600"]));
+    let shim = Shim::of(&id);
+    // Started or not.
+    eventually("there is an exec", || shim.state("cut").is_ok());
+    Killed::now().restart();
+    let said = Said::from(client.wait_with_output().unwrap());
+    assert_ne!(said.code, Some(0), "{said:?}");
+    assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
+    let said = scene.exec(&id, &[], &["sh", "-c", "echo hi; exit 3"]);
+    said.exits(3).prints("hi\n");
+
+    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     scene.await_status(&id, "STOPPED");
-    log_has(&id, "the guest kernel panicked");
-    log_has(&id, "Attempted to kill init");
-    scene.ctr(&["task", "rm", &id]).exits(0);
-    fs::remove_dir_all(directory).unwrap();
+    let client = spawn(CONTAINERD_2.command(&["task", "rm", &id]));
+    // The rest is containerd's.
+    eventually("the shim has deleted it", || shim.state("").is_err());
+    Killed::now().restart();
+    println!("{:?}", Said::from(client.wait_with_output().unwrap()));
+    if scene.status(&id).is_some() {
+        scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+    }
+    assert_eq!(scene.status(&id), None);
 }
 
 /// The container sees all of the guest's cgroups, and may write to them.
@@ -154,13 +164,20 @@ fn without_walls(spec: &mut Value) {
 /// The kernel and the container live, nobody answers the shim.
 #[test]
 fn of_the_agent_by_a_hang() {
-    let _timeout = Changed::new("hang_timeout_seconds", "10");
+    const SECONDS: u64 = 10;
+    let _timeout = Changed::new("hang_timeout_seconds", &SECONDS.to_string());
     let mut scene = Scene::new();
     let id = scene.start_spec(without_walls);
-    let script = "mount -t cgroup2 none /tmp && echo 1 > /tmp/agent/cgroup.freeze; sleep 3600";
+    let script = "mount -t cgroup2 none /tmp && echo frozen && \
+                  echo 1 > /tmp/agent/cgroup.freeze; sleep 3600";
+    let mut command = scene.exec_command(&id, &[], &["sh", "-c", script]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut client = command.spawn().unwrap();
+    let mut stdout = client.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; "frozen\n".len()]).unwrap();
     let since = Instant::now();
-    scene.exec(&id, &[], &["sh", "-c", script]).exits(LOST);
-    println!("the client returned after {:.1?}", since.elapsed());
+    assert_eq!(client.wait().unwrap().code(), Some(LOST));
+    as_configured(&scene, since.elapsed(), SECONDS);
     log_has(&id, "the guest hangs");
     scene.await_status(&id, "STOPPED");
     scene.ctr(&["task", "rm", &id]).exits(0);

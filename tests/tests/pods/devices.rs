@@ -1,9 +1,9 @@
 //! Block devices as kubelet hands them over: `volumeDevices` of a raw volume.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodScene};
 use nacre_tests::run;
 
 use crate::SLEEP;
@@ -58,11 +58,15 @@ impl Drop for Loop {
 #[test]
 fn raw_volumes() {
     let scene = PodScene::new();
-    let (one, two) = (Loop::new(&scene, 8), Loop::new(&scene, 4));
+    raw_volumes_in(&scene, &scene.pod("raw").run());
+}
+
+/// Raw volumes of a pod that has no others.
+pub fn raw_volumes_in(scene: &PodScene, pod: &Pod) {
+    let (one, two) = (Loop::new(scene, 8), Loop::new(scene, 4));
     fs::write(&one.node, "from the host").unwrap();
-    let pod = scene.pod("raw").run();
     let app = pod
-        .container("app", SLEEP)
+        .container("disks", SLEEP)
         .device(&one.node, "/dev/xvda", "mrw")
         .device(&two.node, "/volumes/second", "r")
         .start();
@@ -91,8 +95,7 @@ fn raw_volumes() {
         .container("late", SLEEP)
         .device(&two.node, "/dev/xvda", "mrw")
         .try_start();
-    let refused = refused.err().unwrap();
-    assert!(refused.message().contains("pod_disks"), "{refused}");
+    pod.refuses(refused, &["pod_disks"]);
     app.stop(std::time::Duration::ZERO);
     app.remove();
     let next = pod
@@ -139,16 +142,45 @@ fn other_devices_of_the_host_are_refused() {
         .container("device", SLEEP)
         .device("/dev/kvm", "/dev/kvm", "mrw")
         .try_start();
-    let refused = refused.err().unwrap();
-    let message = refused.message();
-    assert!(
-        message.contains("/dev/kvm") && message.contains("does not have"),
-        "{refused}"
-    );
+    pod.refuses(refused, &["/dev/kvm", "does not have"]);
     let refused = pod
         .container("path", SLEEP)
-        .mount(std::path::Path::new("/dev/kvm"), "/dev/kvm")
+        .mount(Path::new("/dev/kvm"), "/dev/kvm")
         .try_start();
-    let refused = refused.err().unwrap();
-    assert!(refused.message().contains("device node"), "{refused}");
+    pod.refuses(refused, &["/dev/kvm", "device node"]);
+}
+
+/// Names in /dev that would be a device of the host's, or a disk of the machine's.
+const OF_THE_HOST: &str = "ls /dev | grep -E '^(vd|sd|nvme|loop|kvm|vfio|vhost|mem|port)' | wc -l";
+
+/// A node of a device that every kernel has is the guest's, and device rules say who may
+/// open it, as under any runtime: privileged containers may. They have no others, though
+/// containerd lists every node of the host for them here.
+#[test]
+fn nodes_of_the_kernel_s_devices_are_the_guest_s() {
+    let scene = PodScene::new();
+    let pod = scene.pod("nodes").runtime("nacre-host-devices");
+    let pod = pod.privileged().run();
+    let [fuse, tun, null] = ["/dev/fuse", "/dev/net/tun", "/dev/null"].map(Path::new);
+    let script = format!(
+        "{OF_THE_HOST}; stat -c '%t %T' /dev/null /dev/fuse /run/fuse /run/tun && \
+         exec 3<>/run/fuse 4<>/run/tun && echo opened"
+    );
+    pod.container("all", &["sh", "-c", &script])
+        .security(|security| security.privileged = true)
+        .mount(fuse, "/run/fuse")
+        .mount(tun, "/run/tun")
+        .run()
+        .exits(0)
+        .prints("0\n1 3\na e5\na e5\na c8\nopened\n");
+
+    let plain = pod
+        .container("plain", SLEEP)
+        .mount(fuse, "/dev/fuse")
+        .mount_read_only(null, "/etc/masked")
+        .start();
+    plain.sh("wc -c < /etc/masked").exits(0).prints("0\n");
+    plain
+        .sh("exec 3<>/dev/fuse")
+        .complains(&["Operation not permitted"]);
 }

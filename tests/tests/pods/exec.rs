@@ -1,10 +1,12 @@
 //! `ExecSync`, and exec and attach by containerd's streaming server.
 
+use std::fs;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nacre_tests::cri::stream::{STDERR, STDIN, STDOUT};
 use nacre_tests::eventually;
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodScene};
 use tonic::Code;
 
 use crate::SLEEP;
@@ -36,12 +38,17 @@ fn exec_sync_output_code_and_time_limit() {
     eventually("the late command is gone", || {
         !app.exec(&["ps", "-o", "args"]).stdout.contains("7200")
     });
+    hooks_run_beside_the_container(&scene, &pod);
 }
 
 #[test]
 fn exec_and_attach_streams() {
     let scene = PodScene::new();
-    let pod = scene.pod("streams").run();
+    exec_and_attach_in(&scene.pod("streams").run());
+}
+
+/// Streams without terminals, of a container of this pod.
+pub fn exec_and_attach_in(pod: &Pod) {
     let script = "while read line; do echo got $line; echo warned >&2; done";
     let app = pod.container("app", &["sh", "-c", script]).stdin().start();
 
@@ -63,6 +70,45 @@ fn exec_and_attach_streams() {
     attached.send(STDIN, b"two\n");
     attached.read_until(STDOUT, |text| text == "got two\n");
     app.await_logged("stdout", "got one\ngot two\n");
+
+    // Its input ends with the first client.
+    let script = "read line; echo got $line; cat; echo no more";
+    let once = pod.container("once", &["sh", "-c", script]).stdin_once();
+    let once = once.start();
+    let mut attached = once.attach(false);
+    attached.send(STDIN, b"three\n");
+    attached.read_until(STDOUT, |text| text == "got three\n");
+    drop(attached);
+    assert_eq!(once.await_exit().exit_code, 0);
+    assert_eq!(once.logged("stdout"), "got three\nno more\n");
+}
+
+/// `postStart` and `preStop` are execs beside the container's process: the one as soon as
+/// it runs, the other before it is stopped. One that does not end goes with the
+/// container.
+fn hooks_run_beside_the_container(scene: &PodScene, pod: &Pod) {
+    const HANG: &[&str] = &["sh", "-c", "touch /notes/hangs; sleep 7200"];
+    let notes = scene.directory("notes");
+    let script = "trap 'echo stopped >> /notes/all; exit 0' TERM; touch /notes/ready; \
+                  while true; do sleep 0.1; done";
+    let app = pod
+        .container("hooked", &["sh", "-c", script])
+        .mount(&notes, "/notes")
+        .start();
+    let note = |text: &str| app.sh(&format!("echo {text} >> /notes/all"));
+    note("postStart").exits(0);
+    eventually("the trap is set", || notes.join("ready").exists());
+    note("preStop").exits(0);
+    thread::scope(|threads| {
+        let endless = threads.spawn(|| app.try_exec(HANG, Duration::ZERO));
+        eventually("a hook hangs", || notes.join("hangs").exists());
+        app.stop(Duration::from_secs(60));
+        let ended = endless.join().unwrap();
+        assert!(ended.map_or(true, |said| said.code != Some(0)));
+    });
+    assert_eq!(app.status().exit_code, 0);
+    let all = fs::read_to_string(notes.join("all")).unwrap();
+    assert_eq!(all, "postStart\npreStop\nstopped\n");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::pods::PodScene;
-use nacre_tests::{eventually, run};
+use nacre_tests::{OlderContainerd, eventually, run};
 
 use crate::SLEEP;
 
@@ -163,14 +163,25 @@ fn pods_outlive_containerd(scene: &PodScene) {
         .prints("new\n");
 }
 
+/// How many containers containerd has bundles of: those that run, and those for which it
+/// waits.
+fn bundles() -> usize {
+    const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
+    std::fs::read_dir(BUNDLES).map_or(0, Iterator::count)
+}
+
 /// A pod may be stopped while a container of it is being made.
 fn a_pod_is_stopped_during_a_create(scene: &PodScene) {
     let pod = scene.pod("hurried").run();
+    let before = bundles();
     std::thread::scope(|threads| {
         let creating = threads.spawn(|| {
             pod.container("app", SLEEP)
                 .try_start()
                 .map(|container| container.id)
+        });
+        eventually("it is being made", || {
+            bundles() > before || creating.is_finished()
         });
         pod.stop();
         // Which of the two is first is chance; neither may hang or be left.
@@ -178,6 +189,34 @@ fn a_pod_is_stopped_during_a_create(scene: &PodScene) {
             assert!(scene.cri().status(&id).is_ok());
         }
     });
+    pod.stop();
+    assert!(!pod.is_ready());
+    pod.remove();
+}
+
+/// The pod of containerd 1.7's CRI, which knows one mode.
+#[test]
+fn a_pod_of_containerd_1_7() {
+    let _containerd = OlderContainerd::start();
+    let scene = PodScene::older();
+    let volume = scene.directory("empty-dir");
+    let pod = scene.pod("older").limits(256, 1).run();
+    let init = pod.container("init", &["sh", "-c", "echo init > /data/steps"]);
+    init.mount(&volume, "/data").run().exits(0);
+    let app = pod.container("app", SLEEP).mount(&volume, "/data").start();
+    app.sh("cat /data/steps; hostname; exit 3")
+        .exits(3)
+        .prints("init\nolder\n");
+    let brief = pod.container("brief", &["sh", "-c", "echo out; exit 7"]);
+    brief.run().exits(7).prints("out\n");
+    let again = pod.container("brief", &["echo", "again"]).attempt(1);
+    again.run().exits(0).prints("again\n");
+    let stats = scene.cri().stats(&app.id).unwrap();
+    assert!(stats.memory.unwrap().working_set_bytes.unwrap().value > 0);
+
+    app.stop(Duration::ZERO);
+    assert_eq!(app.status().exit_code, 137);
+    assert!(pod.is_ready());
     pod.stop();
     assert!(!pod.is_ready());
     pod.remove();

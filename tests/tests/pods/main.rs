@@ -27,7 +27,9 @@ macro_rules! in_both_modes {
     };
 }
 
+mod cgroup;
 mod devices;
+mod distribution;
 mod exec;
 mod failures;
 mod install;
@@ -38,9 +40,19 @@ mod network;
 mod numbers;
 mod pids;
 mod resources;
+mod retries;
+mod sandboxed;
 mod security;
+mod snapshotter;
 mod stats;
+mod traffic;
 mod volumes;
 
 /// What keeps a container running until it is stopped.
 const SLEEP: &[&str] = &["sleep", "3600"];
+
+/// Perl of the host, on a share of its /usr at /run/usr: busybox lacks what takes sockets
+/// of more kinds.
+const PERL: &str = "/run/usr/lib64/ld-linux-x86-64.so.2 \
+    --library-path /run/usr/lib/x86_64-linux-gnu /run/usr/bin/perl \
+    -I/run/usr/lib/x86_64-linux-gnu/perl-base";

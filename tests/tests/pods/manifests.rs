@@ -19,6 +19,8 @@ const CONTAINERD: [&str; 2] = [
     include_str!("../../../config/containerd-1.7.toml"),
 ];
 const DOCUMENTATION: &str = include_str!("../../../docs/kubernetes.md");
+const DEVICES: &str = include_str!("../../../docs/gpu.md");
+const LAB: &str = include_str!("../../lab/guest/etc/containerd/config.toml");
 
 /// What nacre.toml says a pod may use beyond its containers, MiB.
 pub fn overhead_mib() -> u64 {
@@ -87,16 +89,69 @@ fn manifests_with_mistakes_are_refused() {
     }
 }
 
+/// The blocks of a language in a documentation.
+fn blocks(documentation: &'static str, language: &str) -> Vec<&'static str> {
+    let fence = format!("```{language}\n");
+    let after = documentation.split(&*fence).skip(1);
+    after
+        .map(|text| text.split_once("```").unwrap().0)
+        .collect()
+}
+
 #[test]
 fn documented_pod_is_one_and_names_the_class() {
-    let (_, rest) = DOCUMENTATION.split_once("```yaml\n").unwrap();
-    let (manifest, _) = rest.split_once("```").unwrap();
+    let manifest = blocks(DOCUMENTATION, "yaml")[0];
     let pod = checked(manifest);
     assert_eq!(pod["kind"], "Pod");
     assert_eq!(
         pod["spec"]["runtimeClassName"],
         expected_class()["metadata"]["name"]
     );
+}
+
+/// A class for pods with devices, whose handler is the lab's, and a pod of it.
+#[test]
+fn documented_pod_with_a_device_is_one_and_names_its_class() {
+    let [class, pod] = blocks(DEVICES, "yaml")[..] else {
+        panic!("not two manifests");
+    };
+    let (class, pod) = (checked(class), checked(pod));
+    assert_eq!(class["kind"], "RuntimeClass");
+    assert_eq!(pod["spec"]["runtimeClassName"], class["metadata"]["name"]);
+    let key = "io.nacre.devices";
+    let address = pod["metadata"]["annotations"][key].as_str().unwrap();
+    assert_eq!(address.len(), "0000:01:00.0".len());
+    let [runtime] = blocks(DEVICES, "toml")[..] else {
+        panic!("not one runtime");
+    };
+    assert!(LAB.contains(runtime.trim()), "{runtime}");
+    let handler = class["handler"].as_str().unwrap();
+    let table = format!(".containerd.runtimes.{handler}]");
+    assert!(
+        runtime.contains(&table) && runtime.contains(key),
+        "{runtime}"
+    );
+}
+
+/// What "Memory" there says of the overhead.
+#[test]
+fn documented_class_for_devices_has_room_for_what_is_pinned() {
+    let manifests = blocks(DEVICES, "yaml");
+    let class = checked(manifests[0]);
+    let pod = checked(manifests[1]);
+    let mebibytes = |quantity: &Value| -> u64 {
+        let text = quantity.as_str().unwrap();
+        let (number, factor) = match text.strip_suffix("Gi") {
+            Some(number) => (number, 1024),
+            None => (text.strip_suffix("Mi").unwrap(), 1),
+        };
+        number.parse::<u64>().unwrap() * factor
+    };
+    let limits = &pod["spec"]["containers"][0]["resources"]["limits"];
+    let guest = mebibytes(&limits["memory"]) + 64;
+    let needed = 64 + (guest * 3).div_ceil(512) + overhead_mib();
+    let overhead = mebibytes(&class["overhead"]["podFixed"]["memory"]);
+    assert!(overhead >= needed, "{overhead} MiB of {needed}");
 }
 
 /// The RuntimeClass's handler is the runtime's name in containerd's configuration.

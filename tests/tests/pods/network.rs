@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::thread;
 
 use nacre_tests::cri::stream::{STDIN, Stream};
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{eventually, md5};
 
 use crate::SLEEP;
@@ -15,7 +15,8 @@ in_both_modes![names_and_name_servers];
 /// Answers each connection to port 8080 with the host name.
 const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
 
-fn fetch(address: &str) -> Option<String> {
+/// What is served at an address.
+pub fn fetch(address: &str) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream.write_all(b"\n").ok()?;
     let mut text = String::new();
@@ -54,17 +55,20 @@ fn pods_reach_each_other_and_the_host_reaches_them() {
 /// Bytes of the transfers through a forwarded port.
 const BULK: usize = 64 << 20;
 
-/// A web server at `address`: `name` says which one it is, `bulk` is random, and
-/// what is sent to `cgi-bin/sum` is answered with its checksum.
+/// A web server at `address`: `name` says which one it is.
 fn serve(address: &str, name: &str) -> String {
     format!(
-        "mkdir -p /tmp/www/cgi-bin && cd /tmp/www && echo {name} > name \
-         && dd if=/dev/urandom of=/dev/shm/bulk bs=1M count=64 2>/dev/null \
-         && ln -sf /dev/shm/bulk bulk && cat > cgi-bin/sum <<'END' \
-         && chmod +x cgi-bin/sum && exec httpd -f -p {address} -h .\n\
-         #!/bin/sh\nprintf '\\r\\n'\nhead -c $CONTENT_LENGTH | md5sum\nEND\n"
+        "mkdir -p /tmp/www/cgi-bin && cd /tmp/www && echo {name} > name && \
+         exec httpd -f -p {address} -h ."
     )
 }
+
+/// What it serves besides: `bulk` is random, and what is sent to `cgi-bin/sum` is answered
+/// with its checksum. Prints that of `bulk`.
+const SERVE_BULK: &str = "cd /tmp/www && cat > cgi-bin/sum <<'END' && chmod +x cgi-bin/sum && \
+    dd if=/dev/urandom of=/dev/shm/bulk bs=1M count=64 2>/dev/null && \
+    ln -s /dev/shm/bulk bulk && md5sum < bulk\n\
+    #!/bin/sh\nprintf '\\r\\n'\nhead -c $CONTENT_LENGTH | md5sum\nEND\n";
 
 /// What a server answers through a forwarded port.
 fn through(mut stream: Stream, port: u16, request: &[u8]) -> Vec<u8> {
@@ -89,24 +93,34 @@ fn get(stream: Stream, port: u16, path: &str) -> Vec<u8> {
     )
 }
 
-/// containerd dials 127.0.0.1 in the pod's network namespace on the host.
-#[test]
-fn ports_are_forwarded_to_the_pod() {
-    let scene = PodScene::new();
-    let pod = scene.pod("forwarded").run();
-    let local = pod.container("local", &["sh", "-c", &serve("127.0.0.1:7070", "local")]);
-    let local = local.start();
-    let own = serve(&format!("{}:7071", pod.ip()), "own");
-    let own = pod.container("own", &["sh", "-c", &own]).start();
-    for (container, port) in [(&local, 7070), (&own, 7071)] {
+/// A pod's servers, once they listen: at 127.0.0.1:7070 and at the pod's address, 7071.
+fn servers(pod: &Pod) -> [PodContainer; 2] {
+    let own = pod.ip();
+    [("local", "127.0.0.1", 7070), ("own", own.as_str(), 7071)].map(|(name, address, port)| {
+        let script = serve(&format!("{address}:{port}"), name);
+        let container = pod.container(name, &["sh", "-c", &script]).start();
         let listens = format!(":{port} ");
         eventually("the server listens", || {
             container.sh("netstat -lnt").stdout.contains(&listens)
         });
-    }
+        container
+    })
+}
+
+/// containerd dials 127.0.0.1 in the pod's network namespace on the host. Returns the
+/// server of port 7070.
+pub fn ports_are_forwarded_to(pod: &Pod) -> PodContainer {
+    let [local, _own] = servers(pod);
     assert_eq!(get(pod.port_forward(7070), 7070, "name"), b"local\n");
     assert_eq!(get(pod.port_forward(7071), 7071, "name"), b"own\n");
+    local
+}
 
+#[test]
+fn ports_are_forwarded_to_the_pod() {
+    let scene = PodScene::new();
+    let pod = scene.pod("forwarded").run();
+    let local = ports_are_forwarded_to(&pod);
     let streams: Vec<_> = (0..20).map(|_| pod.port_forward(7070)).collect();
     thread::scope(|threads| {
         let asking: Vec<_> = streams
@@ -118,7 +132,7 @@ fn ports_are_forwarded_to_the_pod() {
         }
     });
 
-    let sum = local.sh("md5sum < /dev/shm/bulk").exits(0).stdout;
+    let sum = local.sh(SERVE_BULK).exits(0).stdout;
     let body = get(pod.port_forward(7070), 7070, "bulk");
     assert_eq!(body.len(), BULK);
     assert_eq!(md5(&body), sum, "from the pod");

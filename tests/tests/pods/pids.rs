@@ -2,7 +2,7 @@
 
 use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::eventually;
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodScene};
 
 use crate::SLEEP;
 
@@ -17,12 +17,15 @@ fn containers_do_not_see_each_other() {
     assert!(!seen.contains("7200"), "{seen}");
 }
 
-/// `shareProcessNamespace`: PID 1 is pause, which collects orphans; one
-/// container's end leaves the others alone.
 #[test]
 fn containers_share_the_pod_s_pids() {
     let scene = PodScene::new();
-    let pod = scene.pod("together").shared_pids().run();
+    pids_are_shared_in(&scene.pod("together").shared_pids().run());
+}
+
+/// `shareProcessNamespace`: PID 1 is pause, which collects orphans; one
+/// container's end leaves the others alone.
+pub fn pids_are_shared_in(pod: &Pod) {
     let one = pod.container("one", SLEEP).start();
     // A grandchild in the background: the container's end is its end, too.
     let script = "sleep 7201 & exec sleep 7200";

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
-use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{PodDir, eventually};
 
 use crate::SLEEP;
@@ -47,11 +47,14 @@ fn the_machine_is_as_large_as_the_pod(scene: &PodScene) {
     }
 }
 
-/// The kernel kills within the container that has no memory left.
 #[test]
 fn one_container_runs_out_of_memory() {
     let scene = PodScene::new();
-    let pod = scene.pod("hungry").run();
+    one_runs_out_of_memory_in(&scene.pod("hungry").run());
+}
+
+/// The kernel kills within the container that has no memory left.
+pub fn one_runs_out_of_memory_in(pod: &Pod) {
     let sibling = pod.container("sibling", SLEEP).start();
     let hungry = pod
         .container("hungry", &["sh", "-c", "exec tail /dev/zero"])
@@ -135,11 +138,7 @@ fn shares_and_processors() {
         });
         container.start()
     });
-    let linux = pod.config.linux.as_ref().unwrap();
-    let cpus = format!(
-        "/sys/fs/cgroup{}/{}/cpuset.cpus",
-        linux.cgroup_parent, pod.id
-    );
+    let cpus = pod.cgroup().join("cpuset.cpus");
     let on_host = || fs::read_to_string(&cpus).unwrap().trim().to_owned();
     assert_eq!(on_host(), last.to_string());
     let monitor = fs::read_to_string(format!("/proc/{}/status", pod.monitor())).unwrap();
@@ -250,11 +249,16 @@ fn huge_pages() {
 }
 
 #[test]
-fn processes_are_limited() {
+fn requests_and_a_limit_of_processes() {
     let scene = PodScene::new();
-    let pod = scene.pod("forking").run();
+    let pod = scene.pod("burstable").run();
+    requests_without_limits(&pod);
+    processes_are_limited(&pod);
+}
+
+fn processes_are_limited(pod: &Pod) {
     let app = pod
-        .container("app", SLEEP)
+        .container("forks", SLEEP)
         .resources(|resources| {
             resources.unified.insert("pids.max".into(), "8".into());
         })
@@ -264,7 +268,28 @@ fn processes_are_limited() {
     assert!(said.stderr.contains("can't fork"), "{said:#?}");
 }
 
-/// In-place resize, up and down. The machine grows with its containers.
+/// Kubernetes' requests are shares and a score; without limits nothing else is said of a
+/// pod's size, and its machine is as large as nacre.toml has it.
+fn requests_without_limits(pod: &Pod) {
+    let app = pod
+        .container("requests", SLEEP)
+        .resources(|resources| (resources.cpu_shares, resources.oom_score_adj) = (512, 900))
+        .start();
+    let group = "cd /sys/fs/cgroup && cat cpu.weight cpu.max memory.max";
+    app.sh(group).exits(0).prints("20\nmax 100000\nmax\n");
+    app.exec(&["cat", "/proc/self/oom_score_adj"])
+        .prints("900\n");
+    assert_eq!(number(&app, "nproc"), 1);
+    let total_mib = number(&app, TOTAL_KIB) / 1024;
+    assert!((448..=512).contains(&total_mib), "{total_mib} MiB");
+}
+
+/// What a container under load does: memory taken and given back, and processor time
+/// without end. It ends with the first try that fails.
+const LOAD: &str = "while dd if=/dev/zero of=/dev/null bs=32M count=1 2>/dev/null; do \
+                    echo >> /dev/shm/rounds; done; exit 1";
+
+/// In-place resize, up and down, under load. The machine grows with its containers.
 #[test]
 fn limits_change_while_a_container_runs() {
     let scene = PodScene::new();
@@ -276,9 +301,18 @@ fn limits_change_while_a_container_runs() {
         ..Default::default()
     };
     let app = pod
-        .container("app", SLEEP)
+        .container("app", &["sh", "-c", LOAD])
         .resources(|resources| *resources = limits(128, 50_000))
         .start();
+    let goes_on = || {
+        let rounds = || number(&app, "wc -l < /dev/shm/rounds");
+        eventually("the load runs", || {
+            app.sh("[ -e /dev/shm/rounds ]").code == Some(0)
+        });
+        let before = rounds();
+        eventually("the load goes on", || rounds() > before);
+    };
+    goes_on();
     let before_kib = number(&app, TOTAL_KIB);
 
     scene.cri().update(&app.id, limits(384, 80_000)).unwrap();
@@ -296,5 +330,12 @@ fn limits_change_while_a_container_runs() {
     app.sh("cat /sys/fs/cgroup/cpu.max")
         .prints("20000 100000\n");
     assert!(number(&app, TOTAL_KIB) < grown_kib);
+    goes_on();
+
+    scene.cri().update(&app.id, limits(256, 80_000)).unwrap();
+    assert_eq!(number(&app, MEMORY_MAX), 256 * MIB);
+    goes_on();
+    app.sh("grep oom_kill /sys/fs/cgroup/memory.events")
+        .prints("oom_kill 0\n");
     assert_eq!(app.state(), ContainerState::Running);
 }

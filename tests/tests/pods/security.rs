@@ -5,11 +5,15 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{HANDLER, PodScene, SANDBOXED};
 
 use crate::SLEEP;
 
-in_both_modes![sysctls];
+in_both_modes![
+    sysctls,
+    users_of_the_pod_s_own,
+    pids_and_ipc_of_the_host_are_refused
+];
 
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_RAW: u64 = 1 << 13;
@@ -102,7 +106,30 @@ fn users_groups_capabilities_and_protections() {
     );
 }
 
-/// The default profile refuses what it is there to refuse.
+/// A profile of the node's own, with an error that nothing else makes of it
+/// (EADDRNOTAVAIL).
+const NO_DIRECTORIES: &str = r#"{
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "architectures": ["SCMP_ARCH_X86_64"],
+    "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 99}
+    ]
+}"#;
+
+/// kubelet reads it before it makes a pod with `hostUsers: false`: containerd asks only
+/// runtimes of type `io.containerd.runc.v2` what they can. When this fails,
+/// docs/kubernetes.md may promise more.
+#[test]
+fn kubelet_is_not_told_what_the_runtime_can() {
+    let scene = PodScene::new();
+    assert!(scene.cri().features("runc").unwrap().user_namespaces);
+    for handler in [HANDLER, SANDBOXED] {
+        let features = scene.cri().features(handler).unwrap();
+        assert!(!features.user_namespaces, "{handler}");
+    }
+}
+
+/// Profiles refuse what they are there to refuse.
 #[test]
 fn seccomp_profiles_and_privileged_containers() {
     let scene = PodScene::new();
@@ -126,14 +153,38 @@ fn seccomp_profiles_and_privileged_containers() {
         .run();
     confined.exits(1).complains(&["Operation not permitted"]);
 
+    let local = scene.directory("seccomp").join("no-directories.json");
+    fs::write(&local, NO_DIRECTORIES).unwrap();
+    let localhost = |path: &Path| {
+        let localhost_ref = path.display().to_string();
+        pod.container("local", &["mkdir", "/made"])
+            .security(|security| {
+                security.seccomp = Some(SecurityProfile {
+                    profile_type: ProfileType::Localhost.into(),
+                    localhost_ref,
+                });
+            })
+    };
+    let refused = localhost(&local).run();
+    refused
+        .exits(1)
+        .complains(&["Cannot assign requested address"]);
+    let missing = local.with_extension("missing");
+    let refused = localhost(&missing).attempt(1).try_start().err().unwrap();
+    let path = missing.display().to_string();
+    assert!(refused.message().contains(&path), "{refused}");
+
     let script = "mount -t tmpfs none /mnt && echo mounted; echo 1 > /proc/sys/net/ipv4/ip_forward \
-                  && cat /proc/sys/net/ipv4/ip_forward; grep CapEff /proc/self/status";
+                  && cat /proc/sys/net/ipv4/ip_forward; ls /dev/fuse 2>/dev/null || echo no fuse; \
+                  grep CapEff /proc/self/status";
     let said = pod
         .container("all", &["sh", "-c", &format!("mkdir -p /mnt; {script}")])
         .security(|security| security.privileged = true)
         .run()
         .exits(0);
-    assert!(said.stdout.starts_with("mounted\n1\n"), "{said:#?}");
+    // No device of the host's, as containerd lists none (`devices.rs` has the other case).
+    let start = "mounted\n1\nno fuse\n";
+    assert!(said.stdout.starts_with(start), "{said:#?}");
     assert_ne!(mask(&said.stdout, "CapEff") & CAP_SYS_ADMIN, 0);
 }
 
@@ -154,31 +205,31 @@ fn sysctls(scene: &PodScene) {
     }
 }
 
-/// What a virtual machine cannot do is refused, by the name it has in a
-/// manifest. Not with `sandboxer = "shim"`: containerd 2.1 itself dies of a pod that
-/// asks for the host's network then, before it calls the shim.
+/// What a virtual machine cannot do is refused, by the name it has in a manifest.
+fn pids_and_ipc_of_the_host_are_refused(scene: &PodScene) {
+    let node: i32 = NamespaceMode::Node.into();
+    let pod = || scene.pod("greedy");
+    let pids = pod().namespaces(|options| options.pid = node);
+    scene.refuses(pids, &["hostPID"]);
+    let ipc = pod().namespaces(|options| options.ipc = node);
+    scene.refuses(ipc, &["hostIPC"]);
+}
+
+/// Not with `sandboxer = "shim"`: containerd 2.1 itself dies of a pod that asks for the
+/// host's network then, before it calls the shim.
 #[test]
-fn host_namespaces_are_refused() {
+fn the_host_s_network_is_refused() {
     let scene = PodScene::new();
     let node: i32 = NamespaceMode::Node.into();
-    for (what, change) in [
-        ("hostNetwork", [node, 1, 0]),
-        ("hostPID", [0, node, 0]),
-        ("hostIPC", [0, 1, node]),
-    ] {
-        let pod = scene.pod("greedy").namespaces(|options| {
-            [options.network, options.pid, options.ipc] = change;
-        });
-        let refused = pod.try_run().err().unwrap();
-        assert!(refused.message().contains(what), "{refused}");
-    }
+    let network = scene
+        .pod("greedy")
+        .namespaces(|options| options.network = node);
+    scene.refuses(network, &["hostNetwork"]);
 }
 
 /// `hostUsers: false`: root in the container is nobody in its machine, and owns what
 /// the host's root owns of its volumes.
-#[test]
-fn users_of_the_pod_s_own() {
-    let scene = PodScene::new();
+fn users_of_the_pod_s_own(scene: &PodScene) {
     let volume = scene.directory("volume");
     fs::write(volume.join("theirs"), "x").unwrap();
     chown(volume.join("theirs"), Some(33), Some(44)).unwrap();

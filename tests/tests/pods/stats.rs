@@ -1,10 +1,18 @@
 //! What containerd tells of a pod's consumption, against what the guest knows.
 
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::thread;
+
 use nacre_tests::cri::messages::UInt64Value;
 use nacre_tests::eventually;
-use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 
 use crate::SLEEP;
+use crate::manifests::overhead_mib;
+
+/// What the guest's kernel and agent take beside the containers (docs/kubernetes.md).
+const GUEST_RESERVE_MIB: u64 = 64;
 
 fn value(counter: Option<UInt64Value>) -> u64 {
     counter.expect("a counter").value
@@ -34,16 +42,19 @@ fn cpu_nanoseconds(container: &PodContainer) -> u64 {
 #[test]
 fn stats_agree_with_the_guest() {
     let scene = PodScene::new();
-    let pod = scene.pod("counted").run();
+    stats_agree_in(&scene, &scene.pod("counted").run());
+}
+
+/// Stats of a pod without other containers.
+pub fn stats_agree_in(scene: &PodScene, pod: &Pod) {
     // 24 MiB of memory and a good second of work, then nothing.
     let script = "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=24 2>/dev/null; \
-                  i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done; exec sleep 3600";
+                  i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done; touch /done; \
+                  exec sleep 3600";
     let busy = pod.container("busy", &["sh", "-c", script]).start();
     let idle = pod.container("idle", SLEEP).start();
     eventually("the work is done", || {
-        busy.exec(&["cat", "/proc/1/cmdline"])
-            .stdout
-            .contains("3600")
+        busy.exec(&["ls", "/done"]).code == Some(0)
     });
 
     for container in [&busy, &idle] {
@@ -64,6 +75,16 @@ fn stats_agree_with_the_guest() {
         });
     }
     assert!(working_set(&busy) > 24 << 20);
+    let listed = scene.cri().stats_of_pod(&pod.id).unwrap();
+    assert_eq!(listed.len(), 2);
+    for container in [&busy, &idle] {
+        let mut known = listed.iter();
+        let stats = known.find(|stats| stats.attributes.as_ref().unwrap().id == container.id);
+        let cpu = stats.unwrap().cpu.clone().unwrap();
+        let cpu = value(cpu.usage_core_nano_seconds);
+        // One has worked, and both have answered questions.
+        assert!(cpu > 0 && cpu <= cpu_nanoseconds(container), "{cpu}");
+    }
 
     let stats = scene.cri().pod_stats(&pod.id).unwrap();
     let ids: Vec<_> = stats
@@ -76,8 +97,88 @@ fn stats_agree_with_the_guest() {
     );
     // The pod's are the host's: its machine, monitor and file server.
     let host = value(stats.memory.unwrap().working_set_bytes);
-    assert!(host > 24 << 20, "{host}");
+    let containers = [&busy, &idle].map(working_set).iter().sum::<u64>();
+    let overhead = (overhead_mib() + GUEST_RESERVE_MIB) << 20;
+    assert!(
+        host > 24 << 20 && host < containers + overhead,
+        "{host}, of which containers {containers}"
+    );
     assert!(value(stats.cpu.unwrap().usage_core_nano_seconds) > cpu_nanoseconds(&busy));
-    let network = stats.network.unwrap().default_interface.unwrap();
-    assert_eq!(network.name, "eth0");
+}
+
+const FILE_BYTES: u64 = 8 << 20;
+const BULK: u64 = 8 << 20;
+/// Of a packet without offloads, at the MTU of the lab's bridge.
+const FRAME_BYTES: u64 = 1514;
+
+/// What the guest has received and sent: bytes, packets.
+fn traffic(container: &PodContainer) -> [u64; 4] {
+    let script = "cd /sys/class/net/eth0/statistics; \
+                  cat rx_bytes tx_bytes rx_packets tx_packets";
+    let said = container.sh(script).exits(0).stdout;
+    let numbers: Vec<u64> = said.lines().map(|line| line.parse().unwrap()).collect();
+    numbers.try_into().unwrap()
+}
+
+/// 8 MiB each way between a pod and the host.
+fn send_both_ways(container: &PodContainer) {
+    let listener = TcpListener::bind(("10.88.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::scope(|threads| {
+        let host = threads.spawn(|| {
+            let accept = || listener.accept().unwrap().0;
+            let received = io::copy(&mut accept(), &mut io::sink()).unwrap();
+            assert_eq!(received, BULK);
+            io::copy(&mut io::repeat(1).take(BULK), &mut accept()).unwrap();
+        });
+        let mib = BULK >> 20;
+        let send = format!("dd if=/dev/zero bs=1M count={mib} 2>/dev/null | nc 10.88.0.1 {port}");
+        container.sh(&send).exits(0);
+        container
+            .sh(&format!("nc 10.88.0.1 {port} </dev/null | wc -c"))
+            .prints(&format!("{BULK}\n"));
+        host.join().unwrap();
+    });
+}
+
+/// The counters of the pod's interface; with offloads a packet may be much larger than
+/// a frame. What a container wrote to its root file system, which containerd looks at
+/// now and then.
+#[test]
+fn traffic_and_files_are_counted() {
+    let scene = PodScene::new();
+    let pod = scene.pod("talking").run();
+    let app = pod.container("app", SLEEP).start();
+    app.sh("dd if=/dev/urandom of=/file bs=1M count=8 2>/dev/null; sync")
+        .exits(0);
+
+    let network = || {
+        let stats = scene.cri().pod_stats(&pod.id).unwrap();
+        let network = stats.network.unwrap().default_interface.unwrap();
+        assert_eq!(network.name, "eth0");
+        [value(network.rx_bytes), value(network.tx_bytes)]
+    };
+    let start = traffic(&app);
+    send_both_ways(&app);
+    let guest = traffic(&app);
+    let host = network();
+    for way in [0, 1] {
+        let grown = guest[way] - start[way];
+        assert!(grown >= BULK, "{start:?} to {guest:?}");
+        assert!(
+            agree(host[way], guest[way], guest[way]),
+            "{host:?} {guest:?}"
+        );
+        let packets = guest[way + 2] - start[way + 2];
+        assert!(
+            grown / packets > FRAME_BYTES,
+            "no offloads: {start:?} to {guest:?}"
+        );
+    }
+
+    eventually("the file is counted", || {
+        let stats = scene.cri().stats(&app.id).unwrap();
+        let written = value(stats.writable_layer.unwrap().used_bytes);
+        agree(written, FILE_BYTES, FILE_BYTES)
+    });
 }

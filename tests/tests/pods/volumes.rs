@@ -1,6 +1,7 @@
 //! Volumes as kubelet prepares them.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use nacre_tests::cri::messages::MountPropagation;
 use nacre_tests::pods::{PodContainer, PodScene};
 use nacre_tests::{PodDir, eventually, run};
 
-use crate::SLEEP;
+use crate::{PERL, SLEEP};
 
 in_both_modes![memory_is_shared_by_the_pod];
 
@@ -109,11 +110,6 @@ fn what_kubelet_writes() {
     assert_eq!(fs::read_to_string(log).unwrap(), "why\n");
 }
 
-/// Perl of the host, on a share of its /usr: busybox has no unix sockets.
-const PERL: &str = "/run/usr/lib64/ld-linux-x86-64.so.2 \
-    --library-path /run/usr/lib/x86_64-linux-gnu /run/usr/bin/perl \
-    -I/run/usr/lib/x86_64-linux-gnu/perl-base -MIO::Socket::UNIX";
-
 /// Something from one container to the other, by a pipe and by a unix socket.
 fn talk(one: &PodContainer, two: &PodContainer, directory: &str) {
     two.sh(&format!("mkfifo {directory}/pipe")).exits(0);
@@ -122,13 +118,13 @@ fn talk(one: &PodContainer, two: &PodContainer, directory: &str) {
         two.sh(&format!("echo piped > {directory}/pipe")).exits(0);
         reading.join().unwrap().exits(0).prints("piped\n");
         let listen = format!(
-            "exec {PERL} -e '$s = IO::Socket::UNIX->new(Local => \"{directory}/.socket\", \
-             Listen => 1) or die \"listen: $!\"; rename \"{directory}/.socket\", \
+            "exec {PERL} -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new( \
+             Local => \"{directory}/.socket\", Listen => 1) or die \"listen: $!\"; rename \"{directory}/.socket\", \
              \"{directory}/socket\"; $c = $s->accept; print <$c>'"
         );
         let listening = threads.spawn(move || one.sh(&listen));
         let speak = format!(
-            "until [ -S {directory}/socket ]; do :; done; exec {PERL} -e '$c = \
+            "until [ -S {directory}/socket ]; do :; done; exec {PERL} -MIO::Socket::UNIX -e '$c = \
              IO::Socket::UNIX->new(\"{directory}/socket\") or die \"connect: $!\"; \
              print $c \"through\\n\"'"
         );
@@ -197,6 +193,64 @@ fn empty_dirs_of_disk_and_memory() {
     eventually("the space is given back", || used_kib(&disk) <= before + 64);
 }
 
+/// Plugins of the volumes the kubelet writes itself.
+const WRITTEN: [&str; 4] = ["secret", "projected", "downward-api", "configmap"];
+const GROUP: u32 = 2000;
+
+/// `fsGroup`: the kubelet gives the group what it writes, and the pod's containers are
+/// in it. Who is not may not read a key of mode 0400.
+#[test]
+fn volumes_belong_to_the_group_of_the_pod() {
+    let scene = PodScene::new();
+    let mut kubelet = PodDir::new("grouped");
+    let written = WRITTEN.map(|plugin| {
+        let volume = kubelet.written_in_memory(plugin, "volume");
+        kubelet.write(&volume, &[("key", plugin)]);
+        let key = fs::Permissions::from_mode(0o400);
+        fs::set_permissions(volume.join("..data/key"), key).unwrap();
+        kubelet.give_to(&volume, GROUP, "r");
+        volume
+    });
+    let disk = kubelet.volume("empty-dir", "disk");
+    kubelet.give_to(&disk, GROUP, "rw");
+    let memory = kubelet.memory("memory", &format!("size=2m,mode=2775,gid={GROUP}"));
+    let pod = scene.pod("grouped").run();
+    let [member, stranger] =
+        [("member", vec![i64::from(GROUP)]), ("stranger", vec![])].map(|(name, groups)| {
+            let mut container = pod.container(name, SLEEP).run_as(1000, 1000);
+            container = container.security(|security| security.supplemental_groups = groups);
+            for (plugin, volume) in WRITTEN.iter().zip(&written) {
+                container = container.mount_read_only(volume, &format!("/{plugin}"));
+            }
+            let container = container.mount(&disk, "/disk");
+            container.mount(&memory, "/memory").start()
+        });
+
+    for plugin in WRITTEN {
+        let script = format!(
+            "cat /{plugin}/key && stat -L -c ' %a %u %g' /{plugin}/key && \
+             stat -L -c %g /{plugin}/..data && [ -g /{plugin}/..data ]"
+        );
+        let said = member.sh(&script).exits(0);
+        said.prints(&format!("{plugin} 440 0 {GROUP}\n{GROUP}\n"));
+        stranger
+            .exec(&["cat", &format!("/{plugin}/key")])
+            .exits(1)
+            .complains(&["Permission denied"]);
+    }
+    for directory in ["/disk", "/memory"] {
+        let script = format!("echo x > {directory}/file && stat -c '%u %g' {directory}/file");
+        member
+            .sh(&script)
+            .exits(0)
+            .prints(&format!("1000 {GROUP}\n"));
+        stranger
+            .sh(&format!("echo x > {directory}/no"))
+            .complains(&["Permission denied"]);
+    }
+    assert_eq!(fs::metadata(disk.join("file")).unwrap().gid(), GROUP);
+}
+
 /// A mount of the host, taken off again.
 struct Mounted(PathBuf);
 
@@ -251,8 +305,7 @@ fn mounts_of_the_host_below_a_volume() {
             mount.propagation = MountPropagation::Bidirectional.into();
         })
         .try_start();
-    let refused = refused.err().unwrap();
-    assert!(refused.message().contains("Bidirectional"), "{refused}");
+    pod.refuses(refused, &["Bidirectional", "/both"]);
 }
 
 /// The pod's shared memory, and System V's: all of its containers have the same.

@@ -1,11 +1,12 @@
 //! The DSDT: one PCI Express host bridge and the few devices it cannot find.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
+    IO, If, Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, Path, ResourceTemplate,
+    Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE};
 use crate::{layout, power};
@@ -14,6 +15,16 @@ use crate::{layout, power};
 const HEADER: u32 = 36;
 /// From revision 2 on, AML integers have 64 bits.
 const REVISION: u8 = 2;
+/// `_OSC` of a PCI host bridge (PCI Firmware 3.3, 4.5.1): whom it is for; its status bits:
+/// unknown UUID, unknown revision, some control was not granted; controls: native hot-plug
+/// of PCI Express, and its capability structure, without which Linux takes none.
+const OSC_PCI: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
+const OSC_UNKNOWN_UUID: u8 = 1 << 2;
+const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
+const OSC_MASKED: u8 = 1 << 4;
+const OSC_GRANTED: u8 = 1 << 4 | 1;
+/// Offset of the controls.
+const OSC_CONTROL: u8 = 8;
 /// `_STA`: present, enabled, shown, working (ACPI 6.5, 6.3.7).
 const PRESENT: u8 = 0xf;
 
@@ -24,6 +35,8 @@ pub struct Platform {
     pub vcpus: u8,
     /// Highest bus number.
     pub last_bus: u8,
+    /// Whether there are root ports with hot-plug slots.
+    pub hot_plug: bool,
     /// 64-bit window for BARs, end exclusive.
     pub window64: Option<(u64, u64)>,
     /// Whether there is a serial port.
@@ -72,7 +85,7 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
     if let Some(window64) = &window64 {
         resources.push(window64);
     }
-    let device = [
+    let names = [
         Name::new("_HID".into(), &EISAName::new("PNP0A08")),
         Name::new("_CID".into(), &EISAName::new("PNP0A03")),
         Name::new("_UID".into(), &ZERO),
@@ -80,7 +93,41 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
         Name::new("_BBN".into(), &ZERO),
         Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
     ];
-    in_system_bus(&Device::new("PCI0".into(), children(&device)), aml);
+    let mut device = children(&names);
+    let native_hot_plug = NativeHotPlug;
+    if platform.hot_plug {
+        device.push(&native_hot_plug);
+    }
+    in_system_bus(&Device::new("PCI0".into(), device), aml);
+}
+
+/// Grants the guest what it needs to drive the root ports' slots, and nothing else.
+struct NativeHotPlug;
+
+impl Aml for NativeHotPlug {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let (status, control) = (Path::new("STAT"), Path::new("CTRL"));
+        let (for_whom, its_revision, words, wanted) = (Arg(0), Arg(1), Arg(3), Local(0));
+        let set = |bit: &'static u8| Or::new(&status, &status, bit);
+        let unknown_revision = set(&OSC_UNKNOWN_REVISION);
+        let revision = NotEqual::new(&its_revision, &ONE);
+        let revision = If::new(&revision, vec![&unknown_revision]);
+        let granted = And::new(&wanted, &control, &OSC_GRANTED);
+        let masked = set(&OSC_MASKED);
+        let is_masked = NotEqual::new(&wanted, &control);
+        let is_masked = If::new(&is_masked, vec![&masked]);
+        let grant = Store::new(&control, &wanted);
+        let uuid = Uuid::new(OSC_PCI);
+        let is_pci = Equal::new(&for_whom, &uuid);
+        let is_pci = If::new(&is_pci, vec![&revision, &granted, &is_masked, &grant]);
+        let unknown_uuid = set(&OSC_UNKNOWN_UUID);
+        let status_field = CreateDWordField::new(&status, &words, &ZERO);
+        let control_field = CreateDWordField::new(&control, &words, &OSC_CONTROL);
+        let is_other = Else::new(vec![&unknown_uuid]);
+        let answer = Return::new(&words);
+        let body: Vec<&dyn Aml> = vec![&status_field, &control_field, &is_pci, &is_other, &answer];
+        Method::new("_OSC".into(), 4, true, body).to_aml_bytes(sink);
+    }
 }
 
 /// Linux wants the configuration space claimed by a motherboard device.

@@ -9,6 +9,7 @@ fn platform() -> Platform {
     Platform {
         vcpus: 4,
         last_bus: 2,
+        hot_plug: true,
         window64: Some((64 << 30, 1 << 40)),
         serial: true,
     }
@@ -102,6 +103,11 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
             "DSDT",
             [
                 "EisaId (\"PNP0A08\")",
+                "Method (_OSC, 4, Serialized)",
+                "CreateDWordField (Arg3, Zero, STAT)",
+                "CreateDWordField (Arg3, 0x08, CTRL)",
+                "If ((Arg0 == ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\")",
+                "Local0 = (CTRL & 0x11)",
                 "0x0002, // Range Maximum 0x0000, // Translation Offset 0x0003, // Length",
                 "0xC0000000, // Range Minimum 0xDFFFFFFF, // Range Maximum",
                 "0x0000001000000000, // Range Minimum 0x000000FFFFFFFFFF, // Range Maximum",
@@ -155,10 +161,11 @@ fn what_a_machine_does_not_have_is_not_in_the_tables() {
     let bare = Platform {
         window64: None,
         serial: false,
+        hot_plug: false,
         ..platform()
     };
     let texts = disassembled(&bare);
-    for absent in ["PNP0501", "QWordMemory"] {
+    for absent in ["PNP0501", "QWordMemory", "_OSC"] {
         assert!(!texts["DSDT"].contains(absent), "{absent}");
     }
 }

@@ -31,6 +31,7 @@ fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
         cmdline: String::new(),
         devices: Vec::new(),
         passthrough: None,
+        pci_slots: 0,
         serial: None,
     })
 }
@@ -111,6 +112,7 @@ fn impossible_machines_are_refused() {
             cmdline: String::new(),
             devices: Vec::new(),
             passthrough: None,
+            pci_slots: 0,
             serial: None,
         };
         let error = Machine::new(parts).err().unwrap().to_string();

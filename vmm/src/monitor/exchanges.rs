@@ -1,56 +1,29 @@
 //! Exchanges of disks' bytes, each with a thread of its own: it waits until the disk has
-//! no request under way, and a device of the host may keep one for long. The main thread
-//! hears of the answers through an event.
+//! no request under way, and a device of the host may keep one for long.
 //!
 //! There are as many threads as exchanges that the shim has not got an answer to: one for
 //! each disk, and one more each time that the shim asks again for a disk that is busy.
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 
-use nacre_protocol::channel::{Channel, FdList};
-use nacre_protocol::vm::Event;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-use super::MonitorError;
+use super::answers::Answerer;
 use crate::virtio::block::{Backing, Exchanger};
 
-/// The disks whose bytes can be exchanged, on the main thread's side.
+/// The disks whose bytes can be exchanged.
 pub struct Exchanges {
     slots: HashMap<String, Arc<Exchanger>>,
-    answers: Receiver<Event>,
     answerer: Answerer,
-}
-
-/// The side of an exchange's thread.
-#[derive(Clone)]
-struct Answerer {
-    queue: Sender<Event>,
-    event: Arc<EventFd>,
 }
 
 impl Exchanges {
     /// For disks by their serial numbers.
-    ///
-    /// # Errors
-    ///
-    /// Those of eventfd(2).
-    pub fn new(slots: HashMap<String, Exchanger>) -> io::Result<Self> {
-        let (queue, answers) = channel();
-        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    pub fn new(slots: HashMap<String, Exchanger>, answerer: Answerer) -> Self {
         let slots = slots.into_iter();
-        Ok(Self {
+        Self {
             slots: slots.map(|(serial, slot)| (serial, slot.into())).collect(),
-            answers,
-            answerer: Answerer { queue, event },
-        })
-    }
-
-    /// Readable when there are answers to report.
-    pub fn answered(&self) -> &EventFd {
-        &self.answerer.event
+            answerer,
+        }
     }
 
     /// Begins an exchange.
@@ -70,31 +43,6 @@ impl Exchanges {
             self.answerer.answer(number, refusal);
         }
     }
-
-    /// Tells the shim of the answers there are.
-    ///
-    /// # Errors
-    ///
-    /// Those of the channel and of the event.
-    pub fn report(&self, channel: &Channel) -> Result<(), MonitorError> {
-        self.answered().read()?;
-        for answer in self.answers.try_iter() {
-            channel.send(&answer, &FdList::default())?;
-        }
-        Ok(())
-    }
-}
-
-impl Answerer {
-    fn answer(&self, number: u64, result: Result<u64, String>) {
-        let answer = Event::Exchanged { number, result };
-        // Without a receiver the monitor is about to exit.
-        if self.queue.send(answer).is_ok()
-            && let Err(error) = self.event.write(1)
-        {
-            tracing::error!(%error, "the answer to an exchange is lost");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -104,6 +52,10 @@ mod tests {
     use std::fs::File;
     use std::time::Duration;
 
+    use nacre_protocol::channel::Channel;
+    use nacre_protocol::vm::Event;
+
+    use crate::monitor::answers::Answers;
     use crate::monitor::{borrow, input, wait_for};
     use crate::virtio::block::Block;
 
@@ -114,10 +66,10 @@ mod tests {
     }
 
     /// The next answer as the shim hears it, when there is one.
-    fn next(exchanges: &Exchanges, (near, far): &mut (Channel, Channel)) -> Event {
-        let event = borrow(exchanges.answered());
+    fn next(answers: &Answers, (near, far): &mut (Channel, Channel)) -> Event {
+        let event = borrow(answers.event());
         while !wait_for([input(event)]).unwrap()[0] {}
-        exchanges.report(far).unwrap();
+        answers.report(far).unwrap();
         near.recv::<Event>().unwrap().0
     }
 
@@ -129,25 +81,26 @@ mod tests {
                 .exchanger()
         });
         let slots = HashMap::from([("busy".to_owned(), busy.clone()), ("idle".to_owned(), idle)]);
-        let exchanges = Exchanges::new(slots).unwrap();
+        let answers = Answers::new().unwrap();
+        let exchanges = Exchanges::new(slots, answers.answerer());
         let mut ends = Channel::pair().unwrap();
         let (done, others) = std::sync::mpsc::channel();
         let thread = busy.while_busy(|| {
             let thread = std::thread::spawn(move || {
                 exchanges.start(1, "busy", true, file_of(512));
                 exchanges.start(2, "idle", true, file_of(1024));
-                done.send(next(&exchanges, &mut ends)).unwrap();
+                done.send(next(&answers, &mut ends)).unwrap();
                 exchanges.start(3, "idle", true, file_of(100));
-                done.send(next(&exchanges, &mut ends)).unwrap();
+                done.send(next(&answers, &mut ends)).unwrap();
                 exchanges.start(4, "none", true, Backing::Empty);
-                done.send(next(&exchanges, &mut ends)).unwrap();
-                next(&exchanges, &mut ends)
+                done.send(next(&answers, &mut ends)).unwrap();
+                next(&answers, &mut ends)
             });
             let answer = || others.recv_timeout(Duration::from_secs(20)).unwrap();
             let (number, result) = (2, Ok(1024));
-            assert_eq!(answer(), Event::Exchanged { number, result });
+            assert_eq!(answer(), Event::Answered { number, result });
             for refused in [3, 4] {
-                let Event::Exchanged { number, result } = answer() else {
+                let Event::Answered { number, result } = answer() else {
                     panic!("not an answer");
                 };
                 assert_eq!((number, result.is_err()), (refused, true));
@@ -155,6 +108,6 @@ mod tests {
             thread
         });
         let (number, result) = (1, Ok(512));
-        assert_eq!(thread.join().unwrap(), Event::Exchanged { number, result });
+        assert_eq!(thread.join().unwrap(), Event::Answered { number, result });
     }
 }

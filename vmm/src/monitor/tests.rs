@@ -85,10 +85,14 @@ fn memory_of_a_guest_with_devices_is_locked_and_does_not_grow() {
         disks: Vec::new(),
         nics: Vec::new(),
         passthrough: None,
+        pci_slots: 0,
         shared_dir: None,
         console: None,
     };
     assert_eq!(pinned_bytes(&config).unwrap(), None);
+    config.pci_slots = 1;
+    assert!(pinned_bytes(&config).is_err());
+    config.pci_slots = 0;
     config.passthrough = Some(nacre_protocol::vm::Passthrough {
         iommu: Iommu::Iommufd(FdIndex(3)),
         devices: Vec::new(),

@@ -205,11 +205,13 @@ impl ConfigSpace {
         u16::from_le_bytes([self.byte(register), self.byte(register + 1)])
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
+    /// Sets bytes whatever the guest may write.
+    pub fn put(&mut self, at: usize, bytes: &[u8]) {
         copy(&mut self.bytes, at, bytes);
     }
 
-    fn allow(&mut self, at: usize, mask: &[u8]) {
+    /// Says which bits the guest may write.
+    pub fn allow(&mut self, at: usize, mask: &[u8]) {
         copy(&mut self.writable, at, mask);
     }
 }

@@ -1,5 +1,6 @@
 //! The PCI Express buses: on bus 0 a host bridge, virtio devices and root ports,
-//! one to a slot; behind each root port a bus with a device of the host.
+//! one to a slot; behind each root port a bus with a device of the host, or an
+//! empty hot-plug slot for one.
 //!
 //! ```text
 //!   ECAM window --bus, slot--> VirtioPci, RootPort or VfioPci::{config_read, config_write}
@@ -16,7 +17,7 @@
 //! reads are memory reads, writes come to [`Ecam`], and so do reads of functions that
 //! are not there, and of the host's devices.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::bus::BusDevice;
 use crate::layout;
@@ -28,9 +29,11 @@ pub mod config;
 pub mod msix;
 pub mod placement;
 pub mod root_port;
+pub mod slot;
 
 use config::ConfigSpace;
-use root_port::RootPort;
+use placement::Placed;
+use root_port::{Link, RootPort};
 
 /// Slots of a bus.
 const SLOTS: usize = 32;
@@ -61,8 +64,73 @@ pub struct PciRoot {
 pub enum Slot {
     /// A virtio device.
     Virtio(Box<VirtioPci>),
-    /// A root port, and the device of the host behind it.
-    Port(Box<RootPort>, Box<VfioPci>),
+    /// A root port, and what is behind it.
+    Port(Box<Port>),
+}
+
+/// A root port and the device of the host behind it.
+pub struct Port {
+    root: RootPort,
+    /// For an empty slot, what its devices' BARs may have.
+    room: Placed,
+    /// Accesses share it: with it alone, no vCPU is in the device.
+    device: RwLock<Option<Box<VfioPci>>>,
+}
+
+impl Port {
+    /// With a device that stays.
+    #[must_use]
+    pub fn with(root: RootPort, device: VfioPci) -> Self {
+        Self {
+            root,
+            room: Placed::default(),
+            device: RwLock::new(Some(Box::new(device))),
+        }
+    }
+
+    /// Without one, but with room in the guest's windows for it.
+    #[must_use]
+    pub fn empty(root: RootPort, room: Placed) -> Self {
+        Self {
+            root,
+            room,
+            device: RwLock::default(),
+        }
+    }
+
+    /// What there is for a device.
+    #[must_use]
+    pub fn room(&self) -> &Placed {
+        &self.room
+    }
+
+    /// Whether there is a device.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        self.device().is_some()
+    }
+
+    /// Puts a device in and shows it to the guest.
+    pub fn plug(&self, device: VfioPci, link: Link) {
+        *self.device.write().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(device));
+        self.root.set_present(Some(link));
+    }
+
+    /// Takes the device out, whether the guest has let go of it or not, and stops it.
+    pub fn unplug(&self) {
+        let mut slot = self.device.write().unwrap_or_else(PoisonError::into_inner);
+        let device = slot.take();
+        drop(slot);
+        if let Some(device) = device {
+            device.withdraw();
+            device.stop();
+        }
+        self.root.set_present(None);
+    }
+
+    fn device(&self) -> RwLockReadGuard<'_, Option<Box<VfioPci>>> {
+        self.device.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl PciRoot {
@@ -90,7 +158,7 @@ impl PciRoot {
             let address = layout::ECAM_START + (number << SLOT_SHIFT);
             match slot {
                 Slot::Virtio(device) => device.map_config(address)?,
-                Slot::Port(port, _) => port.map_config(vm, address)?,
+                Slot::Port(port) => port.root.map_config(vm, address)?,
             }
         }
         Ok(())
@@ -99,9 +167,15 @@ impl PciRoot {
     /// The highest bus number: a bus for each root port.
     #[must_use]
     pub fn last_bus(&self) -> u8 {
-        let ports = self.slots.iter();
-        let ports = ports.filter(|slot| matches!(slot, Slot::Port(..))).count();
-        u8::try_from(ports).unwrap_or(u8::MAX)
+        u8::try_from(self.ports().count()).unwrap_or(u8::MAX)
+    }
+
+    /// The root ports, in the order of their buses.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.slots.iter().filter_map(|slot| match slot {
+            Slot::Virtio(_) => None,
+            Slot::Port(port) => Some(&**port),
+        })
     }
 
     /// BAR address of the virtio device with this index.
@@ -115,17 +189,19 @@ impl PciRoot {
         for slot in &self.slots {
             match slot {
                 Slot::Virtio(device) => device.reset(),
-                Slot::Port(_, device) => device.stop(),
+                Slot::Port(port) => {
+                    if let Some(device) = &*port.device() {
+                        device.stop();
+                    }
+                }
             }
         }
     }
 
-    /// The function on a bus behind a root port.
-    fn behind_port(&self, bus: u8, slot: u8) -> Option<&VfioPci> {
-        self.slots.iter().find_map(|other| match other {
-            Slot::Port(port, device) if slot == 0 && port.secondary_bus() == bus => Some(&**device),
-            _ => None,
-        })
+    /// The port of a bus where there is such a slot.
+    fn behind_port(&self, bus: u8, slot: u8) -> Option<&Port> {
+        let mut ports = self.ports();
+        ports.find(|port| slot == 0 && port.root.secondary_bus() == bus)
     }
 }
 
@@ -133,7 +209,7 @@ impl PciRoot {
 enum Target<'a> {
     Bridge(&'a ConfigSpace),
     Slot(&'a Slot),
-    Endpoint(&'a VfioPci),
+    Behind(&'a Port),
 }
 
 /// The configuration space window.
@@ -150,7 +226,7 @@ impl Ecam {
         let target = match (bus, slot) {
             (0, 0) => Target::Bridge(&self.0.bridge),
             (0, slot) => Target::Slot(self.0.slots.get(usize::from(slot) - 1)?),
-            (bus, slot) => Target::Endpoint(self.0.behind_port(bus, slot)?),
+            (bus, slot) => Target::Behind(self.0.behind_port(bus, slot)?),
         };
         Some((target, register))
     }
@@ -161,8 +237,11 @@ impl BusDevice for Ecam {
         match self.target(offset) {
             Some((Target::Bridge(bridge), register)) => bridge.read(register, data),
             Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_read(at, data),
-            Some((Target::Slot(Slot::Port(port, _)), at)) => port.config_read(at, data),
-            Some((Target::Endpoint(device), register)) => device.config_read(register, data),
+            Some((Target::Slot(Slot::Port(port)), at)) => port.root.config_read(at, data),
+            Some((Target::Behind(port), register)) => match &*port.device() {
+                Some(device) => device.config_read(register, data),
+                None => data.fill(0xff),
+            },
             None => data.fill(0xff),
         }
     }
@@ -170,8 +249,12 @@ impl BusDevice for Ecam {
     fn write(&self, offset: u64, data: &[u8]) {
         match self.target(offset) {
             Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_write(at, data),
-            Some((Target::Slot(Slot::Port(port, _)), at)) => port.config_write(at, data),
-            Some((Target::Endpoint(device), register)) => device.config_write(register, data),
+            Some((Target::Slot(Slot::Port(port)), at)) => port.root.config_write(at, data),
+            Some((Target::Behind(port), register)) => {
+                if let Some(device) = &*port.device() {
+                    device.config_write(register, data);
+                }
+            }
             // Nothing in the host bridge can be written.
             Some((Target::Bridge(_), _)) | None => {}
         }
@@ -187,17 +270,24 @@ pub struct Window {
 }
 
 impl Window {
-    /// The BAR that covers an offset of the window.
-    fn target(&self, offset: u64) -> Option<BarTarget<'_>> {
+    /// Does `access` where a BAR covers an offset of the window, once.
+    fn access(&self, offset: u64, mut access: impl FnMut(BarTarget<'_>)) -> bool {
         let address = self.start + offset;
-        self.root.slots.iter().find_map(|slot| match slot {
+        self.root.slots.iter().any(|slot| match slot {
             Slot::Virtio(device) => {
-                let offset = virtio_offset(device, address)?;
-                Some(BarTarget::Virtio(device, offset))
+                let offset = virtio_offset(device, address);
+                offset
+                    .map(|at| access(BarTarget::Virtio(device, at)))
+                    .is_some()
             }
-            Slot::Port(_, device) => {
-                let (bar, offset) = device.bar_at(address)?;
-                Some(BarTarget::Endpoint(device, bar, offset))
+            Slot::Port(port) => {
+                let device = port.device();
+                let found = device
+                    .as_ref()
+                    .and_then(|device| Some((device, device.bar_at(address)?)));
+                found
+                    .map(|(device, (bar, at))| access(BarTarget::Endpoint(device, bar, at)))
+                    .is_some()
             }
         })
     }
@@ -211,19 +301,20 @@ enum BarTarget<'a> {
 
 impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.target(offset) {
-            Some(BarTarget::Virtio(device, offset)) => device.bar_read(offset, data),
-            Some(BarTarget::Endpoint(device, bar, offset)) => device.bar_read(bar, offset, data),
-            None => data.fill(0xff),
+        let found = self.access(offset, |target| match target {
+            BarTarget::Virtio(device, offset) => device.bar_read(offset, data),
+            BarTarget::Endpoint(device, bar, offset) => device.bar_read(bar, offset, data),
+        });
+        if !found {
+            data.fill(0xff);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        match self.target(offset) {
-            Some(BarTarget::Virtio(device, offset)) => device.bar_write(offset, data),
-            Some(BarTarget::Endpoint(device, bar, offset)) => device.bar_write(bar, offset, data),
-            None => {}
-        }
+        self.access(offset, |target| match target {
+            BarTarget::Virtio(device, offset) => device.bar_write(offset, data),
+            BarTarget::Endpoint(device, bar, offset) => device.bar_write(bar, offset, data),
+        });
     }
 }
 

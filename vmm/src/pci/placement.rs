@@ -10,6 +10,10 @@
 //!
 //! A BAR is as aligned as it is large, and a bridge's window is whole mebibytes.
 //! The largest BARs of a device go first, so that there is no gap between them.
+//!
+//! Ports that wait for a device share what is left of either window. Each share is a power of
+//! two and aligned to it, so that a device fits whose BARs do together, in whatever order
+//! the guest places them.
 
 use std::fmt;
 
@@ -52,6 +56,24 @@ pub enum PlacementError {
         /// The processor's address bits.
         bits: u8,
     },
+    /// In a window of the port of an empty slot.
+    #[error(
+        "its {kind} BARs need {need}, and each empty slot of the pod has {room} for them: \
+         {missing} too little"
+    )]
+    Slot {
+        /// Of which window.
+        kind: &'static str,
+        /// What they need,
+        need: Bytes,
+        /// what there is,
+        room: Bytes,
+        /// and the difference.
+        missing: Bytes,
+    },
+    /// Not a mebibyte for each slot.
+    #[error("the pod's PCI devices leave no address space below 4 GiB for {0} empty slots")]
+    NoSlots(u8),
 }
 
 /// A BAR to be placed.
@@ -103,6 +125,12 @@ impl Placement {
         }
     }
 
+    /// The window above 4 GiB, if there is one.
+    #[must_use]
+    pub fn window64(&self) -> Option<(u64, u64)> {
+        (self.above.start < self.above.end).then_some((self.above.start, self.above.end))
+    }
+
     /// Places the BARs of the next device. What does not fit is noticed by
     /// [`Self::check`], when all that is needed is known.
     pub fn place(&mut self, requests: &[BarRequest]) -> Placed {
@@ -117,6 +145,28 @@ impl Placement {
             self.above
                 .place(requests, BridgeWindow::Prefetchable, &mut placed.bars);
         placed
+    }
+
+    /// Shares what is left among `count` ports without a device; the shares' windows.
+    ///
+    /// # Errors
+    ///
+    /// When there is none left below 4 GiB. A machine may have no window above.
+    pub fn share(&mut self, count: u8) -> Result<Vec<Placed>, PlacementError> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let count_of_shares = u64::from(count);
+        let below = self.below.share(count_of_shares);
+        let below = below.ok_or(PlacementError::NoSlots(count))?;
+        let above = self.above.share(count_of_shares);
+        let nth = |share: (u64, u64), n: u64| (share.0 + n * share.1, share.0 + (n + 1) * share.1);
+        let placed = (0..count_of_shares).map(|n| Placed {
+            bars: Vec::new(),
+            memory: Some(nth(below, n)),
+            prefetchable: above.map(|share| nth(share, n)),
+        });
+        Ok(placed.collect())
     }
 
     /// Whether everything that was placed is inside the windows.
@@ -144,6 +194,38 @@ impl Placement {
     }
 }
 
+impl Placed {
+    /// Places the BARs of a device in the windows of its port.
+    ///
+    /// # Errors
+    ///
+    /// By how much they do not fit.
+    pub fn fit(&self, requests: &[BarRequest]) -> Result<Vec<u64>, PlacementError> {
+        let mut bars = vec![0; requests.len()];
+        for (window, range, kind) in [
+            (BridgeWindow::Memory, self.memory, "32-bit"),
+            (BridgeWindow::Prefetchable, self.prefetchable, "64-bit"),
+        ] {
+            let (start, end) = range.unwrap_or_default();
+            // A share is aligned to its size, so that the places in it can be counted from 0.
+            let mut space = Space::new(0, end - start);
+            space.place(requests, window, &mut bars);
+            if let Some([need, room, missing]) = space.shortage() {
+                return Err(PlacementError::Slot {
+                    kind,
+                    need,
+                    room,
+                    missing,
+                });
+            }
+            for (_, address) in in_window(requests, &mut bars, window) {
+                *address += start;
+            }
+        }
+        Ok(bars)
+    }
+}
+
 impl Space {
     fn new(start: u64, end: u64) -> Self {
         Self {
@@ -159,8 +241,7 @@ impl Space {
         window: BridgeWindow,
         addresses: &mut [u64],
     ) -> Option<(u64, u64)> {
-        let mine = requests.iter().zip(addresses);
-        let mut mine: Vec<_> = mine.filter(|(bar, _)| bar.window == window).collect();
+        let mut mine: Vec<_> = in_window(requests, addresses, window).collect();
         mine.sort_by_key(|(bar, _)| std::cmp::Reverse(bar.size));
         let align = mine.first()?.0.size.max(WINDOW_ALIGN);
         let start = align_up(self.next, align);
@@ -173,6 +254,21 @@ impl Space {
         Some((start, self.next))
     }
 
+    /// Start and size of the first of `count` shares of what is left, each the largest
+    /// power of two there can be.
+    fn share(&self, count: u64) -> Option<(u64, u64)> {
+        let left = self.end.checked_sub(self.next)?;
+        let mut size = 1 << left.checked_div(count)?.checked_ilog2()?;
+        while size >= WINDOW_ALIGN {
+            let start = align_up(self.next, size);
+            if start.checked_add(count * size)? <= self.end {
+                return Some((start, size));
+            }
+            size /= 2;
+        }
+        None
+    }
+
     /// What is needed, what there is, and the difference, when it is too little.
     fn shortage(&self) -> Option<[Bytes; 3]> {
         let sizes = [
@@ -182,6 +278,16 @@ impl Space {
         ];
         (self.next > self.end).then(|| sizes.map(Bytes))
     }
+}
+
+/// The BARs that lie in a window, with their places.
+fn in_window<'a>(
+    requests: &'a [BarRequest],
+    addresses: &'a mut [u64],
+    window: BridgeWindow,
+) -> impl Iterator<Item = (&'a BarRequest, &'a mut u64)> {
+    let all = requests.iter().zip(addresses);
+    all.filter(move |(bar, _)| bar.window == window)
 }
 
 fn align_up(address: u64, align: u64) -> u64 {
@@ -286,11 +392,54 @@ mod tests {
     }
 
     #[test]
+    fn empty_ports_share_what_is_left() {
+        let mut placement = Placement::new(WINDOW, 40);
+        placement.place(&[request(MIB, Memory), request(GIB, Prefetchable)]);
+        let shares = placement.share(2).unwrap();
+        // 510 MiB and 959 GiB, in halves.
+        let memory = [0xc800_0000, 0xd000_0000, 0xd800_0000];
+        let prefetchable = [256 * GIB, 512 * GIB, 768 * GIB];
+        for (n, share) in shares.iter().enumerate() {
+            assert_eq!(share.memory, Some((memory[n], memory[n + 1])));
+            let window = (prefetchable[n], prefetchable[n + 1]);
+            assert_eq!(share.prefetchable, Some(window));
+        }
+        assert_eq!(placement.share(0).unwrap(), []);
+        let below_only = Placement::new(None, 36).share(1).unwrap();
+        assert_eq!(below_only[0].prefetchable, None);
+        placement.place(&[request(512 * MIB, Memory)]);
+        assert_eq!(placement.share(1), Err(PlacementError::NoSlots(1)));
+    }
+
+    #[test]
+    fn a_device_fits_into_a_share_or_it_is_said_by_how_much_not() {
+        let share = &Placement::new(WINDOW, 40).share(4).unwrap()[1];
+        let bars = [
+            request(0x4000, Memory),
+            request(128 * GIB, Prefetchable),
+            request(32 * MIB, Memory),
+        ];
+        let places = share.fit(&bars).unwrap();
+        let (memory, prefetchable) = (share.memory.unwrap().0, share.prefetchable.unwrap().0);
+        assert_eq!(places, [memory + 32 * MIB, prefetchable, memory]);
+        let error = share.fit(&[bars[1], bars[1]]).unwrap_err().to_string();
+        let expected = "its 64-bit BARs need 256 GiB, and each empty slot of the pod has 128 GiB \
+                        for them: 128 GiB too little";
+        assert_eq!(error, expected);
+        let error = share.fit(&[request(256 * MIB, Memory)]).unwrap_err();
+        assert!(error.to_string().contains("32-bit BARs need 256 MiB"));
+        let none = Placed::default().fit(&[request(16, Memory)]).unwrap_err();
+        assert!(none.to_string().contains("has 0 MiB"), "{none}");
+        assert_eq!(Placed::default().fit(&[]), Ok(Vec::new()));
+    }
+
+    #[test]
     fn absurd_sizes_do_not_overflow() {
         let mut placement = Placement::new(WINDOW, 40);
         for _ in 0..3 {
             placement.place(&[request(1 << 63, Prefetchable), request(1 << 63, Memory)]);
         }
         assert!(placement.check().is_err());
+        assert!(placement.share(3).is_err());
     }
 }

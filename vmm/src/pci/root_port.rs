@@ -3,14 +3,17 @@
 //!
 //! It is there so that the guest sees an endpoint where endpoints belong, with a
 //! link and a bus of its own. Bus number and windows are set before the guest
-//! runs, and Linux keeps what it finds. No slot (nothing is plugged later), no
-//! interrupt, no I/O window, and no access control services: those would promise an
-//! isolation between the pod's own devices that nobody checks.
+//! runs, and Linux keeps what it finds. No I/O window, and no access control services:
+//! those would promise an isolation between the pod's own devices that nobody checks.
+//!
+//! A port whose device is there from the start has no slot and no interrupt. One that
+//! waits for a device has a hot-plug slot ([`super::slot`]).
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{BridgeWindow, ConfigSpace};
 use super::placement::Placed;
+use super::slot::HotPlug;
 use crate::vm::{ReadOnlyPage, Vm, VmError};
 
 /// "QEMU PCIe root port", which Linux needs no driver of its own for.
@@ -30,12 +33,19 @@ const LINK_CAPABILITIES: usize = 0x0c;
 const LINK_STATUS: usize = 0x12;
 const LINK_CAPABILITIES_2: usize = 0x2c;
 const LINK_CONTROL_2: usize = 0x30;
+const SLOT_CAPABILITIES: usize = 0x14;
+/// Flags, second byte: there is a slot.
+const FLAGS_SLOT: u8 = 1;
 /// Version 2, root port.
 const FLAGS_ROOT_PORT: u8 = 4 << 4 | 2;
 /// Device capabilities: role-based error reporting.
 const ROLE_BASED_ERRORS: u32 = 1 << 15;
 /// Link capabilities: a link without ASPM is no mistake.
 const NO_ASPM_BY_INTENT: u32 = 1 << 22;
+/// And link status says whether the link is up,
+const REPORTS_LINK: u32 = 1 << 20;
+/// by this.
+const LINK_ACTIVE: u16 = 1 << 13;
 
 /// What the device behind the port says of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +70,9 @@ pub struct RootPort(Mutex<Port>);
 
 struct Port {
     config: ConfigSpace,
+    /// Where its PCI Express capability is.
+    express: usize,
+    hot_plug: Option<HotPlug>,
     /// Where the guest reads `config` without us, once it does.
     page: Option<ReadOnlyPage>,
 }
@@ -68,13 +81,45 @@ impl RootPort {
     /// The port before bus `bus`, over what has been placed for the device there.
     #[must_use]
     pub fn new(bus: u8, link: Link, placed: &Placed) -> Self {
-        let mut config = ConfigSpace::bridge(VENDOR, DEVICE, CLASS);
-        config.set_buses(0, bus, bus);
-        config.set_window(BridgeWindow::Memory, placed.memory);
-        config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
-        let (body, writable) = express(bus, link);
-        config.add_capability(CAPABILITY, &body, &writable);
-        Self(Mutex::new(Port { config, page: None }))
+        let mut port = Port::new(bus, placed, false);
+        port.show_link(link);
+        Self(Mutex::new(port))
+    }
+
+    /// The port before bus `bus`, with an empty slot whose devices get what is in the
+    /// windows of `placed`.
+    #[must_use]
+    pub fn with_slot(vm: &Arc<Vm>, bus: u8, placed: &Placed) -> Self {
+        let mut port = Port::new(bus, placed, true);
+        port.show_link(NO_LINK);
+        port.config.put(port.express + LINK_STATUS, &[0, 0]);
+        let at = port.express + SLOT_CAPABILITIES;
+        port.hot_plug = Some(HotPlug::new(vm, &mut port.config, at, bus));
+        Self(Mutex::new(port))
+    }
+
+    /// Shows a device in the slot, with this link, or that there is none any more. The
+    /// guest is told.
+    pub fn set_present(&self, link: Option<Link>) {
+        let mut port = self.lock();
+        let at = port.express + LINK_STATUS;
+        match link {
+            Some(link) => port.show_link(link),
+            None => {
+                let status = port.config.u16_at(at) & !LINK_ACTIVE;
+                port.config.put(at, &status.to_le_bytes());
+            }
+        }
+        let Port {
+            config, hot_plug, ..
+        } = &mut *port;
+        if let Some(hot_plug) = hot_plug {
+            hot_plug.set_present(config, link.is_some());
+        }
+        port.show();
+        if let Some(hot_plug) = &mut port.hot_plug {
+            hot_plug.notify();
+        }
     }
 
     /// The number of the bus behind it.
@@ -105,8 +150,15 @@ impl RootPort {
     pub fn config_write(&self, register: usize, data: &[u8]) {
         let mut port = self.lock();
         port.config.write(register, data);
-        if let Some(page) = &port.page {
-            page.page().show(port.config.bytes());
+        let Port {
+            config, hot_plug, ..
+        } = &mut *port;
+        if let Some(hot_plug) = hot_plug {
+            hot_plug.written(config, register, data);
+        }
+        port.show();
+        if let Some(hot_plug) = &mut port.hot_plug {
+            hot_plug.notify();
         }
     }
 
@@ -115,23 +167,70 @@ impl RootPort {
     }
 }
 
-/// The PCI Express capability after id and next pointer, and its writable bits.
-fn express(port: u8, link: Link) -> (Vec<u8>, Vec<u8>) {
+impl Port {
+    fn new(bus: u8, placed: &Placed, has_slot: bool) -> Self {
+        let mut config = ConfigSpace::bridge(VENDOR, DEVICE, CLASS);
+        config.set_buses(0, bus, bus);
+        config.set_window(BridgeWindow::Memory, placed.memory);
+        config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
+        let (body, writable) = express(has_slot);
+        let express = config.add_capability(CAPABILITY, &body, &writable);
+        config.put(express + LINK_CAPABILITIES + 3, &[bus]);
+        Self {
+            config,
+            express,
+            hot_plug: None,
+            page: None,
+        }
+    }
+
+    /// Mirrors the link of the device behind it, as a link that is up.
+    fn show_link(&mut self, link: Link) {
+        let Self {
+            config,
+            express,
+            hot_plug,
+            ..
+        } = self;
+        let mut put = |at: usize, bytes: &[u8]| config.put(*express + at, bytes);
+        let payload = link.payload & 7;
+        let speed_and_width = u16::from(link.speed & 0xf) | u16::from(link.width & 0x3f) << 4;
+        let speeds = ((1u32 << (link.speed & 0xf)) - 1) << 1;
+        let capabilities = ROLE_BASED_ERRORS | u32::from(payload);
+        put(DEVICE_CAPABILITIES, &capabilities.to_le_bytes());
+        put(DEVICE_CONTROL, &[payload << 5]);
+        put(LINK_CAPABILITIES, &speed_and_width.to_le_bytes());
+        put(LINK_CAPABILITIES_2, &speeds.to_le_bytes());
+        put(LINK_CONTROL_2, &[link.speed & 0xf]);
+        let active = match hot_plug {
+            Some(_) => LINK_ACTIVE,
+            None => 0,
+        };
+        put(LINK_STATUS, &(speed_and_width | active).to_le_bytes());
+    }
+
+    /// Has the guest read what there is now.
+    fn show(&self) {
+        if let Some(page) = &self.page {
+            page.page().show(self.config.bytes());
+        }
+    }
+}
+
+/// The PCI Express capability after id and next pointer, and its writable bits, but for
+/// what depends on the device behind the port.
+fn express(has_slot: bool) -> (Vec<u8>, Vec<u8>) {
     let mut body = vec![0; BODY];
     let mut writable = vec![0; BODY];
-    let payload = link.payload & 7;
-    let speed_and_width = u32::from(link.speed & 0xf) | u32::from(link.width & 0x3f) << 4;
-    let speeds = ((1u32 << (link.speed & 0xf)) - 1) << 1;
-    put(&mut body, FLAGS, &[FLAGS_ROOT_PORT]);
-    let capabilities = ROLE_BASED_ERRORS | u32::from(payload);
-    put(&mut body, DEVICE_CAPABILITIES, &capabilities.to_le_bytes());
-    put(&mut body, DEVICE_CONTROL, &[payload << 5]);
+    let (flags, reports_link) = if has_slot {
+        (FLAGS_SLOT, REPORTS_LINK)
+    } else {
+        (0, 0)
+    };
+    put(&mut body, FLAGS, &[FLAGS_ROOT_PORT, flags]);
     put(&mut writable, DEVICE_CONTROL, &[0xff, 0x7f]);
-    let capabilities = speed_and_width | NO_ASPM_BY_INTENT | u32::from(port) << 24;
+    let capabilities = NO_ASPM_BY_INTENT | reports_link;
     put(&mut body, LINK_CAPABILITIES, &capabilities.to_le_bytes());
-    put(&mut body, LINK_STATUS, &speed_and_width.to_le_bytes()[..2]);
-    put(&mut body, LINK_CAPABILITIES_2, &speeds.to_le_bytes());
-    put(&mut body, LINK_CONTROL_2, &[link.speed & 0xf]);
     (body, writable)
 }
 
@@ -146,6 +245,7 @@ fn put(body: &mut [u8], at: usize, bytes: &[u8]) {
 mod tests {
     use super::*;
     use crate::layout::GIB;
+    use crate::vm::test_vm;
 
     fn u32_at(port: &RootPort, register: usize) -> u32 {
         let mut bytes = [0; 4];
@@ -206,5 +306,28 @@ mod tests {
         let before = u32_at(&port, at + LINK_CAPABILITIES);
         port.config_write(at + LINK_CAPABILITIES, &[0xff; 4]);
         assert_eq!(u32_at(&port, at + LINK_CAPABILITIES), before);
+    }
+
+    #[test]
+    fn a_slot_shows_the_link_of_what_is_in_it() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let port = RootPort::with_slot(&vm, 2, &Placed::default());
+        let at = (u32_at(&port, 0x34) & 0xff) as usize;
+        assert_eq!(u32_at(&port, at) >> 16, 0x0142, "a slot");
+        assert_eq!(u32_at(&port, at + LINK_CAPABILITIES) >> 20 & 1, 1);
+        let status = |port: &RootPort| u32_at(port, at + 0x10) >> 16;
+        assert_eq!(status(&port), 0);
+        let link = Link {
+            speed: 3,
+            width: 4,
+            payload: 1,
+        };
+        port.set_present(Some(link));
+        assert_eq!(status(&port), 1 << 13 | 4 << 4 | 3);
+        assert_eq!(u32_at(&port, at + LINK_CAPABILITIES) & 0x3ff, 4 << 4 | 3);
+        port.set_present(None);
+        assert_eq!(status(&port) >> 13, 0, "the link is down");
     }
 }

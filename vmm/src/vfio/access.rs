@@ -1,6 +1,8 @@
 //! What this module asks of a VFIO device; its tests put another device there.
 
+use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -50,6 +52,29 @@ impl From<IrqError> for io::Error {
             IrqError::Kernel(error) => error,
             fewer @ IrqError::Fewer { .. } => Self::other(fewer),
         }
+    }
+}
+
+/// A function that is reset with another one's bus (`struct vfio_pci_dependent_device`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neighbor {
+    /// PCI segment.
+    pub segment: u16,
+    /// Bus.
+    pub bus: u8,
+    /// Device, five bits, and function, three.
+    pub devfn: u8,
+}
+
+impl fmt::Display for Neighbor {
+    /// Its address, as in sysfs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (device, function) = (self.devfn >> 3, self.devfn & 7);
+        write!(
+            f,
+            "{:04x}:{:02x}:{device:02x}.{function}",
+            self.segment, self.bus
+        )
     }
 }
 
@@ -115,4 +140,18 @@ pub trait Access: Send + Sync {
     ///
     /// The kernel's.
     fn reset(&self) -> io::Result<bool>;
+
+    /// All that is reset with its bus, itself included; nothing when the bus cannot be reset.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn on_bus(&self) -> io::Result<Vec<Neighbor>>;
+
+    /// Resets its bus, with `neighbors` on it. `groups` are those of the pod, none with iommufd.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: somebody else has one of them, for example.
+    fn reset_bus(&self, neighbors: &[Neighbor], groups: &[OwnedFd]) -> io::Result<()>;
 }

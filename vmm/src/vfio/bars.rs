@@ -45,9 +45,13 @@ impl BarMap {
         bars: &[(Bar, Region)],
         msix: Option<MsixLayout>,
     ) -> io::Result<Self> {
-        let mut all = Vec::new();
-        for (bar, region) in bars {
-            let mut areas = Vec::new();
+        // What is in it by then is unmapped with it when a step fails.
+        let mut map = Self {
+            vm: vm.clone(),
+            window64,
+            bars: bars.iter().map(|_| Vec::new()).collect(),
+        };
+        for (areas, (bar, region)) in map.bars.iter_mut().zip(bars) {
             for (start, end) in mapped_areas(*bar, region, msix) {
                 let mapping = device.map(region_of(*bar), start, end - start)?;
                 areas.push(Area {
@@ -55,13 +59,8 @@ impl BarMap {
                     memory: vm.add_device_memory(mapping),
                 });
             }
-            all.push(areas);
         }
-        Ok(Self {
-            vm: vm.clone(),
-            window64,
-            bars: all,
-        })
+        Ok(map)
     }
 
     /// Has a BAR of `size` bytes at `address`, or nowhere. Outside of the windows, where a
@@ -104,6 +103,16 @@ impl BarMap {
         let end = address.checked_add(size);
         let mut windows = windows.into_iter().flatten();
         windows.any(|window| window.0 <= address && end.is_some_and(|end| end <= window.1))
+    }
+}
+
+impl Drop for BarMap {
+    fn drop(&mut self) {
+        for area in self.bars.iter_mut().flatten() {
+            if let Err(error) = self.vm.remove_device_memory(&mut area.memory) {
+                tracing::warn!(%error, "a device's registers stay mapped");
+            }
+        }
     }
 }
 
@@ -214,6 +223,29 @@ mod tests {
         let [_, second, third] = at(WINDOW32_PORTS);
         vm.add_read_only_page(WINDOW32_PORTS).unwrap();
         assert_eq!(go_to(WINDOW32_PORTS), (false, vec![None, second, third]));
+    }
+
+    #[test]
+    fn nothing_stays_mapped_of_a_device_that_goes_or_fails() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let mock = Mock::default();
+        mock.state().mappable = vec![(0, 0x1000), (0x3000, 0x1000)];
+        let config = GuestConfig::new(&mock::space(), mock.state().sizes).unwrap();
+        let bars = [(config.bars()[0], mock.region(0).unwrap())];
+        let map = || BarMap::new(&vm, None, &mock, &bars, None);
+        mock.state().unmappable = Some(0x3000);
+        assert!(map().is_err());
+        assert_eq!(vm.mappings(), 0);
+        mock.state().unmappable = None;
+        let mut mapped = map().unwrap();
+        mapped
+            .move_bar(0, mock::BAR0_SIZE, Some(WINDOW32_START))
+            .unwrap();
+        assert_eq!(vm.mappings(), 2);
+        drop(mapped);
+        assert_eq!(vm.mappings(), 0);
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! There is one for all devices of a pod, and each region of memory is mapped in it
 //! once. What a device asks for beyond that, the IOMMU refuses. Mapping pins the
 //! memory, all of it, which is why a guest with devices neither grows nor gives
-//! memory back.
+//! memory back. A device that comes later joins the others there without a further
+//! call; the address space ends with the last one.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -47,33 +48,42 @@ pub struct Mapped {
 
 impl Container {
     /// What KVM is to be told of: the groups, or the devices themselves.
-    pub fn kvm_files<'a>(
-        &'a self,
-        devices: impl Iterator<Item = &'a OwnedFd>,
-    ) -> Vec<BorrowedFd<'a>> {
-        match self {
-            Self::Groups { groups, .. } => groups.iter().map(AsFd::as_fd).collect(),
-            Self::Iommufd(_) => devices.map(AsFd::as_fd).collect(),
-        }
-    }
-
-    /// Makes the address space, with the devices in it.
     ///
     /// # Errors
     ///
-    /// The kernel's, with the device it is about.
-    pub fn attach<'a>(
-        self,
-        devices: impl Iterator<Item = (&'a str, &'a OwnedFd)>,
-    ) -> Result<AddressSpace, VfioError> {
+    /// When there are too many descriptors.
+    pub fn kvm_files<'a>(
+        &self,
+        devices: impl Iterator<Item = &'a OwnedFd>,
+    ) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Groups { .. } => self.groups(),
+            Self::Iommufd(_) => devices.map(OwnedFd::try_clone).collect(),
+        }
+    }
+
+    /// The groups, none with iommufd.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub fn groups(&self) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Groups { groups, .. } => groups.iter().map(OwnedFd::try_clone).collect(),
+            Self::Iommufd(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// A new address space.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn space(self) -> Result<AddressSpace, VfioError> {
         match self {
             Self::Groups { container, .. } => Ok(AddressSpace::Container(container)),
             Self::Iommufd(iommufd) => {
                 let ioas = sys::allocate_ioas(&iommufd).map_err(VfioError::Iommufd)?;
-                for (address, device) in devices {
-                    VfioFile::bind(device, &iommufd, ioas)
-                        .map_err(VfioError::device(address, "bind it to /dev/iommu"))?;
-                }
                 Ok(AddressSpace::Ioas(iommufd, ioas))
             }
         }
@@ -81,6 +91,25 @@ impl Container {
 }
 
 impl AddressSpace {
+    /// Puts devices into it. Groups are in its container already: whoever opened them
+    /// has seen to that.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, with the device it is about.
+    pub fn join<'a>(
+        &self,
+        devices: impl Iterator<Item = (&'a str, &'a OwnedFd)>,
+    ) -> Result<(), VfioError> {
+        if let Self::Ioas(iommufd, ioas) = self {
+            for (address, device) in devices {
+                VfioFile::bind(device, iommufd, *ioas)
+                    .map_err(VfioError::device(address, "bind it to /dev/iommu"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Lets the devices reach the guest's memory.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> stop (reset)
+//!                                                                          +-unplugged-> withdraw, stop
 //! ```
 //!
 //! One lock guards a function's configuration, interrupts and mappings; an access
@@ -84,6 +85,11 @@ impl Endpoint {
     #[must_use]
     pub fn was_reset(&self) -> bool {
         self.was_reset
+    }
+
+    /// Notes that it was, by its bus.
+    pub fn was_reset_with_others(&mut self) {
+        self.was_reset = true;
     }
 
     /// What its root port is to show.
@@ -253,7 +259,18 @@ impl VfioPci {
         }
     }
 
-    /// Takes the device from a guest that does not run any more: no interrupts, no
+    /// Takes its registers from a guest that runs on: they are nowhere from now on, also
+    /// where the guest has mapped them.
+    pub fn withdraw(&self) {
+        let mut state = self.lock();
+        for (place, (bar, at)) in self.bars.iter().enumerate() {
+            at.store(NOWHERE, Ordering::Release);
+            let result = state.map.move_bar(place, bar.size, None);
+            self.note(&mut state, result.map_err(io::Error::other));
+        }
+    }
+
+    /// Takes the device from a guest that does not drive it any more: no interrupts, no
     /// DMA, and nothing of the guest in it as far as it can be reset.
     pub fn stop(&self) {
         let mut state = self.lock();
@@ -297,6 +314,13 @@ impl VfioPci {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for VfioPci {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.interrupts.release();
     }
 }
 

@@ -123,6 +123,15 @@ impl Interrupts {
         }
     }
 
+    /// Leaves what the vectors have of KVM's, for good.
+    pub fn release(&mut self) {
+        let msi = self.msi.as_mut().map(|msi| &mut msi.line);
+        let msix = self.msix.as_mut().map(|(_, line)| line);
+        for line in [msi, msix].into_iter().flatten() {
+            line.vectors.release();
+        }
+    }
+
     /// Turns everything off at the host.
     ///
     /// # Errors

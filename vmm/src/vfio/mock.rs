@@ -2,13 +2,13 @@
 //! what it was told.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, CONFIG_REGION, Irq, IrqError, Region};
+use super::access::{Access, CONFIG_REGION, Irq, IrqError, Neighbor, Region};
 use crate::vm::Mapping;
 
 /// Offsets of the capabilities in [`space`].
@@ -37,6 +37,8 @@ pub struct State {
     pub sizes: [u64; 6],
     /// Of BAR 0,
     pub mappable: Vec<(u64, u64)>,
+    /// the start of a part of which it is not true after all,
+    pub unmappable: Option<u64>,
     /// and what has been mapped: region, offset, length.
     pub mapped: Vec<(u32, u64, u64)>,
     pub no_events: bool,
@@ -47,7 +49,14 @@ pub struct State {
     pub refused_vector: Option<u32>,
     /// What is not turned off.
     pub stuck: Option<Irq>,
+    /// Whether it can be reset alone,
+    pub can_reset: bool,
+    /// how often it was,
     pub resets: u32,
+    /// what is reset with its bus,
+    pub on_bus: Vec<Neighbor>,
+    /// and how often that was.
+    pub bus_resets: u32,
     /// Writes to configuration space, in order.
     pub config_writes: Vec<(u64, Vec<u8>)>,
     /// Calls about interrupts, in words.
@@ -64,13 +73,17 @@ impl Default for Mock {
             bar: vec![0; 0x8000],
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             mappable: vec![(0, BAR0_SIZE)],
+            unmappable: None,
             mapped: Vec::new(),
             no_events: false,
             is_gone: false,
             free_vectors: u32::MAX,
             refused_vector: None,
             stuck: None,
+            can_reset: true,
             resets: 0,
+            on_bus: Vec::new(),
+            bus_resets: 0,
             config_writes: Vec::new(),
             calls: Vec::new(),
             events: Vec::new(),
@@ -150,7 +163,11 @@ impl Access for Mock {
     }
 
     fn map(&self, region: u32, offset: u64, len: u64) -> io::Result<Mapping> {
-        self.state().mapped.push((region, offset, len));
+        let mut state = self.state();
+        if state.unmappable == Some(offset) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.mapped.push((region, offset, len));
         let file = tempfile::tempfile()?;
         file.set_len(len)?;
         Mapping::new(file.as_fd(), 0, len)
@@ -204,8 +221,22 @@ impl Access for Mock {
     }
 
     fn reset(&self) -> io::Result<bool> {
-        self.state().resets += 1;
-        Ok(true)
+        let mut state = self.state();
+        state.resets += u32::from(state.can_reset);
+        Ok(state.can_reset)
+    }
+
+    fn on_bus(&self) -> io::Result<Vec<Neighbor>> {
+        Ok(self.state().on_bus.clone())
+    }
+
+    fn reset_bus(&self, _: &[Neighbor], _: &[OwnedFd]) -> io::Result<()> {
+        let mut state = self.state();
+        if state.is_gone {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        state.bus_resets += 1;
+        Ok(())
     }
 }
 

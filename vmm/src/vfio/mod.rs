@@ -5,8 +5,9 @@
 //!   Passthrough::take      descriptors the shim has opened
 //!     --attach--> Attached KVM knows them, the guest's memory is mapped for their DMA, once;
 //!                          each is reset and its configuration space read
-//!     --place-->  slots    a root port and a VfioPci each, their BARs placed and mapped
-//!                 Session  what must live as long as the machine
+//!     --place-->  ports    a root port and a VfioPci each, their BARs placed and mapped
+//!     --plug-->            or, in a guest that runs, into empty slots ([`hotplug`])
+//!                 Session  what must live as long as they are there
 //! ```
 //!
 //! The guest drives the device without us: its registers are memory slots
@@ -26,7 +27,7 @@ use std::time::Instant;
 use nacre_protocol::channel::{ChannelError, FdList, Fds};
 use nacre_protocol::vm::{Iommu, Passthrough as Config, PciDevice};
 
-use crate::pci::Slot;
+use crate::pci::Port;
 use crate::pci::placement::{Placement, PlacementError};
 use crate::pci::root_port::RootPort;
 use crate::stop::Stop;
@@ -35,21 +36,24 @@ use crate::worker::Worker;
 
 pub mod access;
 pub mod bars;
+pub mod bus_reset;
 pub mod capabilities;
 pub mod config;
 pub mod container;
 pub mod device;
 pub mod events;
+pub mod hotplug;
 pub mod interrupts;
 #[cfg(test)]
-mod mock;
+pub(crate) mod mock;
 pub mod open;
 mod sys;
 
+pub use container::AddressSpace;
 pub use device::VfioPci;
 
 use config::ConfigError;
-use container::{AddressSpace, Container, Mapped};
+use container::{Container, Mapped};
 use device::Endpoint;
 use events::Watched;
 use sys::VfioFile;
@@ -93,12 +97,26 @@ pub enum VfioError {
     /// See the source.
     #[error(transparent)]
     Placement(#[from] PlacementError),
+    /// The slot's windows are too small for a device.
+    #[error("PCI device {address}: {source}")]
+    Room {
+        /// The device.
+        address: String,
+        /// By how much.
+        source: PlacementError,
+    },
     /// See the source.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// No thread to watch the devices.
-    #[error("watching PCI devices: {0}")]
-    Watch(#[source] io::Error),
+    /// No thread to watch the devices, or to plug some in.
+    #[error("threads for PCI devices: {0}")]
+    Thread(#[source] io::Error),
+    /// No more descriptors of the same files.
+    #[error("duplicating descriptors of PCI devices: {0}")]
+    Duplicate(#[source] io::Error),
+    /// Whoever plugs is wrong about the machine.
+    #[error("slot {0} for PCI devices is not there, or not as it should be")]
+    Slot(u8),
 }
 
 impl VfioError {
@@ -168,6 +186,19 @@ impl Passthrough {
         }
     }
 
+    /// What the groups are in, for those of devices that come later; `None` for iommufd, where
+    /// nothing has to be kept.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub fn container(&self) -> io::Result<Option<OwnedFd>> {
+        match &self.container {
+            Container::Groups { container, .. } => container.try_clone().map(Some),
+            Container::Iommufd(_) => Ok(None),
+        }
+    }
+
     /// How many devices there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -180,21 +211,40 @@ impl Passthrough {
         self.devices.is_empty()
     }
 
-    /// Gives the devices to `vm`, whose memory is pinned from here on.
+    /// Gives the devices to `vm`, in the address space that others are in already, or in
+    /// a new one: the guest's memory is pinned from then on.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses something, or a device is not for a guest.
-    pub fn attach(self, vm: &Vm) -> Result<Attached, VfioError> {
+    /// When the kernel refuses something, or a device is not for a guest. The address
+    /// space is as it was then.
+    pub fn attach(
+        self,
+        vm: &Arc<Vm>,
+        space: &mut Option<AddressSpace>,
+    ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
-        vm.attach_vfio(container.kvm_files(devices.iter().map(|(_, device)| device)))?;
+        let groups = container.groups().map_err(VfioError::Duplicate)?;
+        let files = container.kvm_files(devices.iter().map(|(_, device)| device));
+        let known = KnownToKvm::new(vm, files.map_err(VfioError::Duplicate)?)?;
         let named = devices
             .iter()
             .map(|(address, device)| (address.as_str(), device));
-        let space = container.attach(named)?;
-        let mapped = space.map(vm.memory())?;
-        let endpoints = devices
+        let mapped = match space {
+            Some(space) => {
+                space.join(named)?;
+                Mapped::default()
+            }
+            none => {
+                let new = container.space()?;
+                new.join(named)?;
+                let mapped = new.map(vm.memory())?;
+                *none = Some(new);
+                mapped
+            }
+        };
+        let mut endpoints = devices
             .into_iter()
             .map(|(address, device)| {
                 let device =
@@ -202,27 +252,51 @@ impl Passthrough {
                 Endpoint::open(&address, Arc::new(device))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        bus_reset::reset_rest(&mut endpoints, &groups)?;
         let attached = Attached {
-            space: Some(space),
             endpoints,
+            known: Some(known),
         };
         attached.log(mapped, start);
         Ok(attached)
     }
 }
 
-/// Devices that can reach the guest's memory, which cannot reach them yet.
-pub struct Attached {
-    /// None in tests.
-    space: Option<AddressSpace>,
-    endpoints: Vec<Endpoint>,
+/// Groups or devices that KVM knows, until this is dropped.
+struct KnownToKvm {
+    vm: Arc<Vm>,
+    files: Vec<OwnedFd>,
 }
 
-/// What must live as long as the machine.
+impl KnownToKvm {
+    fn new(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<Self, VmError> {
+        vm.attach_vfio(files.iter().map(AsFd::as_fd))?;
+        Ok(Self {
+            vm: vm.clone(),
+            files,
+        })
+    }
+}
+
+impl Drop for KnownToKvm {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.detach_vfio(self.files.iter().map(AsFd::as_fd)) {
+            tracing::warn!(%error, "KVM keeps a PCI device open");
+        }
+    }
+}
+
+/// Devices that can reach the guest's memory, which cannot reach them yet.
+pub struct Attached {
+    endpoints: Vec<Endpoint>,
+    /// None in tests.
+    known: Option<KnownToKvm>,
+}
+
+/// What must live as long as the devices are the guest's.
 pub struct Session {
-    /// The devices leave it when it is closed.
-    space: Option<AddressSpace>,
     watched: Vec<Watched>,
+    known: Option<KnownToKvm>,
 }
 
 impl Attached {
@@ -239,8 +313,6 @@ impl Attached {
             devices = names.join(","),
             map_calls = mapped.calls,
             bytes_mapped = mapped.bytes,
-            // Devices do not reach each other's registers.
-            bar_bytes_mapped = 0,
             resets,
             %milliseconds,
             "PCI devices attached"
@@ -255,10 +327,8 @@ impl Attached {
     pub fn place(
         self,
         vm: &Arc<Vm>,
-        window64: Option<(u64, u64)>,
-        physical_bits: u8,
-    ) -> Result<(Vec<Slot>, Session), VfioError> {
-        let mut placement = Placement::new(window64, physical_bits);
+        placement: &mut Placement,
+    ) -> Result<(Vec<Port>, Session), VfioError> {
         let endpoints = self.endpoints.into_iter();
         let placed: Vec<_> = endpoints
             .map(|endpoint| {
@@ -267,52 +337,58 @@ impl Attached {
             })
             .collect();
         placement.check()?;
-        let mut watched = Vec::new();
-        let mut slots = Vec::new();
-        for (bus, (endpoint, placed)) in (1..).zip(placed) {
-            let events = events::arm(endpoint.address(), endpoint.device());
-            let what = "have its errors reported";
-            watched.extend(events.map_err(VfioError::device(endpoint.address(), what))?);
-            let port = RootPort::new(bus, endpoint.link(), &placed);
-            let device = VfioPci::new(vm, endpoint, &placed.bars, window64)?;
-            slots.push(Slot::Port(Box::new(port), Box::new(device)));
-        }
-        let session = Session {
-            space: self.space,
-            watched,
+        let mut session = Session {
+            watched: Vec::new(),
+            known: self.known,
         };
-        Ok((slots, session))
+        let mut ports = Vec::new();
+        for (bus, (endpoint, placed)) in (1..).zip(placed) {
+            session.arm(&endpoint)?;
+            let root = RootPort::new(bus, endpoint.link(), &placed);
+            let device = VfioPci::new(vm, endpoint, &placed.bars, placement.window64())?;
+            ports.push(Port::with(root, device));
+        }
+        Ok((ports, session))
     }
 }
 
 impl Session {
+    /// Has the device tell what happens to it.
+    fn arm(&mut self, endpoint: &Endpoint) -> Result<(), VfioError> {
+        let events = events::arm(endpoint.address(), endpoint.device());
+        let what = "have its errors reported";
+        let events = events.map_err(VfioError::device(endpoint.address(), what))?;
+        self.watched.extend(events);
+        Ok(())
+    }
+
     /// Ends the machine when something happens to a device.
     ///
     /// # Errors
     ///
     /// When there is no thread for it.
     pub fn watch(self, stop: Arc<Stop>) -> Result<Watch, VfioError> {
-        let worker = events::watch(self.watched, stop).map_err(VfioError::Watch)?;
+        let worker = events::watch(self.watched, stop).map_err(VfioError::Thread)?;
         Ok(Watch {
-            space: self.space,
             worker,
+            known: self.known,
         })
     }
 }
 
 /// A session whose devices are watched.
 pub struct Watch {
-    space: Option<AddressSpace>,
     worker: Worker<()>,
+    known: Option<KnownToKvm>,
 }
 
 impl Watch {
-    /// Does not watch any more, and gives up the address space.
+    /// Does not watch any more; KVM forgets the devices.
     pub fn stop(self) {
         if self.worker.stop().is_none() {
             tracing::error!("the thread that watches PCI devices panicked");
         }
-        drop(self.space);
+        drop(self.known);
     }
 }
 

@@ -78,16 +78,21 @@ impl DeviceNodes {
 }
 
 /// Opens devices by what the host offers: the group API, which every kernel with VFIO
-/// has had, or iommufd where it was left out. `dev` is the directory of device nodes.
+/// has had, or iommufd where it was left out. `dev` is the directory of device nodes,
+/// `container` what the groups of other devices of the same guest are in.
 ///
 /// # Errors
 ///
 /// The kernel's, with what was being done.
-pub fn by_any(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenError> {
+pub fn by_any(
+    dev: &Path,
+    devices: &[DeviceNodes],
+    container: Option<&OwnedFd>,
+) -> Result<Passthrough, OpenError> {
     if !dev.join(CONTAINER).exists() && dev.join(IOMMU).exists() {
         by_iommufd(dev, devices)
     } else {
-        by_groups(dev, devices)
+        join_groups(dev, devices, container)
     }
 }
 
@@ -97,7 +102,21 @@ pub fn by_any(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenEr
 ///
 /// When one is not there, or not whole groups are bound to vfio-pci.
 pub fn by_groups(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, OpenError> {
-    let container = open(&dev.join(CONTAINER))?;
+    join_groups(dev, devices, None)
+}
+
+fn join_groups(
+    dev: &Path,
+    devices: &[DeviceNodes],
+    others: Option<&OwnedFd>,
+) -> Result<Passthrough, OpenError> {
+    let container = match others {
+        Some(container) => {
+            let again = container.try_clone();
+            again.map_err(failure("keep the pod's address space"))?
+        }
+        None => open(&dev.join(CONTAINER))?,
+    };
     let mut groups: Vec<(&Path, OwnedFd)> = Vec::new();
     let mut opened = Vec::new();
     for device in devices {
@@ -105,7 +124,8 @@ pub fn by_groups(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, Ope
         let at = match known {
             Some(at) => at,
             None => {
-                let group = open_group(&device.group, &container, groups.is_empty())?;
+                let is_first = groups.is_empty() && others.is_none();
+                let group = open_group(&device.group, &container, is_first)?;
                 groups.push((&device.group, group));
                 groups.len() - 1
             }
@@ -126,16 +146,18 @@ pub fn by_groups(dev: &Path, devices: &[DeviceNodes]) -> Result<Passthrough, Ope
     })
 }
 
-/// A group in the container, which gets its type with the first one.
+/// A group in the container, which gets its type with the first one, and loses it with the
+/// last.
 fn open_group(path: &Path, container: &OwnedFd, is_first: bool) -> Result<OwnedFd, OpenError> {
     let group = open(path)?;
     let what = format!("attach {} to an address space", path.display());
     let attach = || {
         sys::set_container(&group, container)?;
-        if is_first {
-            sys::set_iommu(container)?;
+        match sys::set_iommu(container) {
+            // It has its type already.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput && !is_first => Ok(()),
+            result => result,
         }
-        Ok(())
     };
     attach().map_err(failure(what))?;
     Ok(group)
@@ -197,7 +219,7 @@ mod tests {
         let dev = dev(&["iommu", "vfio/devices/vfio4", "vfio/devices/vfio5"]);
         let devices = [(1, 4), (2, 5)]
             .map(|(bus, number)| device(dev.path(), &format!("0000:0{bus}:00.0"), number));
-        let opened = by_any(dev.path(), &devices).unwrap();
+        let opened = by_any(dev.path(), &devices, None).unwrap();
 
         let (near, mut far) = Channel::pair().unwrap();
         let mut list = FdList::default();
@@ -222,7 +244,10 @@ mod tests {
         let dev = dev(&["iommu", "vfio/vfio", "vfio/4", "vfio/devices/vfio4"]);
         let error = |number| {
             let device = device(dev.path(), "0000:01:00.0", number);
-            by_any(dev.path(), &[device]).err().unwrap().to_string()
+            by_any(dev.path(), &[device], None)
+                .err()
+                .unwrap()
+                .to_string()
         };
         let group = dev.path().join("vfio/4");
         let attach = format!("cannot attach {} to an address space: ", group.display());
@@ -235,7 +260,10 @@ mod tests {
     fn a_host_without_vfio_is_told_so() {
         let dev = dev(&[]);
         let device = device(dev.path(), "0000:01:00.0", 4);
-        let error = by_any(dev.path(), &[device]).err().unwrap().to_string();
+        let error = by_any(dev.path(), &[device], None)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("vfio/vfio") && error.contains("vfio-pci"));
     }
 

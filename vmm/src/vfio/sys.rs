@@ -1,7 +1,7 @@
 //! The system calls of VFIO and iommufd (`linux/vfio.h`, `linux/iommufd.h`), on
 //! descriptors that are open already. All of `vfio`'s unsafe code is here.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -22,7 +22,7 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
-use super::access::{Access, Irq, IrqError, Region};
+use super::access::{Access, Irq, IrqError, Neighbor, Region};
 use crate::vm::Mapping;
 
 ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE.into(), VFIO_BASE + 2);
@@ -33,6 +33,13 @@ ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE.into(), VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE.into(), VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
+ioctl_io_nr!(
+    VFIO_DEVICE_GET_PCI_HOT_RESET_INFO,
+    VFIO_TYPE.into(),
+    VFIO_BASE + 12
+);
+ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE.into(), VFIO_BASE + 13);
+// The same number, of a container.
 ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE.into(), VFIO_BASE + 18);
 ioctl_io_nr!(
@@ -51,6 +58,14 @@ const IOAS_MAP_FLAGS: u32 = 1 | 2 | 4;
 const MAX_REGION_INFO: u32 = 64 * 1024;
 /// `struct vfio_irq_set` without its data: argsz, flags, index, start, count.
 const IRQ_SET_WORDS: usize = 5;
+
+/// `struct vfio_pci_hot_reset_info` and `vfio_pci_hot_reset` without what follows: argsz,
+/// flags, count.
+const HOT_RESET_WORDS: usize = 3;
+/// `struct vfio_pci_dependent_device`: group or device, segment, bus, device and function.
+const NEIGHBOR_WORDS: usize = 2;
+/// Functions on a bus, and on those behind it, of which more are no GPU's.
+const MAX_NEIGHBORS: usize = 1024;
 
 /// `struct iommu_ioas_alloc`.
 #[repr(C)]
@@ -334,6 +349,74 @@ impl Access for VfioFile {
         }
         Ok(self.can_reset)
     }
+
+    fn on_bus(&self) -> io::Result<Vec<Neighbor>> {
+        let mut words = vec![0u32; HOT_RESET_WORDS + MAX_NEIGHBORS * NEIGHBOR_WORDS];
+        #[allow(clippy::cast_possible_truncation)] // a few KiB
+        let argsz = size_of_val(&*words) as u32;
+        words[0] = argsz;
+        let command = VFIO_DEVICE_GET_PCI_HOT_RESET_INFO();
+        // SAFETY: the buffer is as long as the `argsz` in its first word says.
+        match check(unsafe { ioctl_with_mut_ptr(&self.file, command, words.as_mut_ptr()) }) {
+            Ok(()) => Ok(neighbors(&words)),
+            // No slot and no bus that could be reset.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn reset_bus(&self, neighbors: &[Neighbor], groups: &[OwnedFd]) -> io::Result<()> {
+        let words = hot_reset(&groups_of(neighbors, groups)?);
+        let command = VFIO_DEVICE_PCI_HOT_RESET();
+        // SAFETY: the buffer is a `vfio_pci_hot_reset` and as long as its `argsz` says.
+        check(unsafe { ioctl_with_ptr(&self.file, command, words.as_ptr()) })
+    }
+}
+
+/// The functions in a `struct vfio_pci_hot_reset_info`.
+fn neighbors(words: &[u32]) -> Vec<Neighbor> {
+    let count = words.get(2).copied().unwrap_or(0);
+    let devices = words.get(HOT_RESET_WORDS..).unwrap_or_default();
+    let devices = devices.chunks_exact(NEIGHBOR_WORDS);
+    let devices = devices.take(usize::try_from(count).unwrap_or(usize::MAX));
+    devices
+        .filter_map(|device| {
+            let [segment_low, segment_high, bus, devfn] = device.get(1)?.to_ne_bytes();
+            Some(Neighbor {
+                segment: u16::from_ne_bytes([segment_low, segment_high]),
+                bus,
+                devfn,
+            })
+        })
+        .collect()
+}
+
+/// Of `groups` those that have one of the functions: the kernel takes no more groups than
+/// there are functions. A function that is asked for by another group's descriptor is not
+/// there; one that is, is open already, and stays so.
+fn groups_of<'a>(neighbors: &[Neighbor], groups: &'a [OwnedFd]) -> io::Result<Vec<&'a OwnedFd>> {
+    let mut found = Vec::new();
+    for group in groups {
+        for neighbor in neighbors {
+            let address = CString::new(neighbor.to_string())?;
+            if device_of_group(group, &address).is_ok() {
+                found.push(group);
+                break;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A `struct vfio_pci_hot_reset`. Without groups it is for devices of iommufd.
+fn hot_reset(groups: &[&OwnedFd]) -> Vec<u32> {
+    #[allow(clippy::cast_possible_truncation)] // a pod has a few dozen at most
+    let [words, count] = [HOT_RESET_WORDS + groups.len(), groups.len()].map(|count| count as u32);
+    let descriptors = groups.iter().map(|group| group.as_raw_fd().cast_unsigned());
+    [words * 4, 0, count]
+        .into_iter()
+        .chain(descriptors)
+        .collect()
 }
 
 fn index_of(irq: Irq) -> u32 {
@@ -445,6 +528,8 @@ mod tests {
     fn commands_are_those_of_the_headers() {
         assert_eq!(VFIO_DEVICE_SET_IRQS(), 0x3b6e);
         assert_eq!(VFIO_IOMMU_MAP_DMA(), 0x3b71);
+        assert_eq!(VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(), 0x3b70);
+        assert_eq!(VFIO_DEVICE_PCI_HOT_RESET(), 0x3b71);
         assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
         assert_eq!(IOMMU_IOAS_MAP(), 0x3b85);
         assert_eq!((size::<IoasAlloc>(), size::<IoasMap>()), (12, 40));
@@ -465,6 +550,33 @@ mod tests {
             "the host has only 3 of 8 interrupt vectors for it"
         );
         assert!(matches!(check_irqs(-1, 8), Err(IrqError::Kernel(_))));
+    }
+
+    #[test]
+    fn what_is_reset_with_a_bus_is_read_and_written_as_the_kernel_has_it() {
+        let address = |segment: u16, bus, devfn| {
+            let [low, high] = segment.to_ne_bytes();
+            u32::from_ne_bytes([low, high, bus, devfn])
+        };
+        let mut words = vec![8204, 0, 2];
+        words.extend([41, address(0, 0x65, 0), 41, address(1, 0x65, 1), 9, 9]);
+        let named: Vec<_> = neighbors(&words).iter().map(Neighbor::to_string).collect();
+        assert_eq!(named, ["0000:65:00.0", "0001:65:00.1"]);
+        // More than there is room for.
+        words[2] = u32::MAX;
+        assert_eq!(neighbors(&words).len(), 3);
+
+        assert_eq!(hot_reset(&[]), [12, 0, 0]);
+        let null = OwnedFd::from(File::open("/dev/null").unwrap());
+        let fd = null.as_raw_fd().cast_unsigned();
+        assert_eq!(hot_reset(&[&null]), [16, 0, 1, fd]);
+        let neighbor = Neighbor {
+            segment: 0,
+            bus: 1,
+            devfn: 9,
+        };
+        assert_eq!(neighbor.to_string(), "0000:01:01.1");
+        assert!(groups_of(&[neighbor], &[null]).unwrap().is_empty());
     }
 
     /// A description with a capability of type 9 and then a sparse one.

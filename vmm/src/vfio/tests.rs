@@ -4,37 +4,42 @@ use super::mock::Mock;
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{self, GIB};
-use crate::pci::{Ecam, PciRoot, Window};
+use crate::pci::{Ecam, PciRoot, Slot, Window};
 
-const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
+pub(super) const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 
 /// A bus with the mocks behind root ports, or `None` where there is no KVM.
 fn bus(mocks: &[Arc<Mock>]) -> Option<(Arc<PciRoot>, Session)> {
     let vm = test_vm()?;
-    let (slots, session) = attached(mocks).place(&vm, WINDOW64, 37).unwrap();
-    let root = Arc::new(PciRoot::new(slots));
+    let (ports, session) = place(&vm, mocks).unwrap();
+    let slots = ports.into_iter().map(|port| Slot::Port(Box::new(port)));
+    let root = Arc::new(PciRoot::new(slots.collect()));
     root.map_config(&vm).unwrap();
     Some((root, session))
 }
 
-fn attached(mocks: &[Arc<Mock>]) -> Attached {
+fn place(vm: &Arc<Vm>, mocks: &[Arc<Mock>]) -> Result<(Vec<Port>, Session), VfioError> {
+    attached(mocks).place(vm, &mut Placement::new(WINDOW64, 37))
+}
+
+pub(super) fn attached(mocks: &[Arc<Mock>]) -> Attached {
     let endpoints = mocks
         .iter()
         .map(|mock| Endpoint::open("0000:01:00.0", mock.clone()));
     Attached {
-        space: None,
+        known: None,
         endpoints: endpoints.collect::<Result<_, _>>().unwrap(),
     }
 }
 
 /// A register by bus, slot and offset.
-fn config(root: &Arc<PciRoot>, bus: u64, slot: u64, register: u64) -> u32 {
+pub(super) fn config(root: &Arc<PciRoot>, bus: u64, slot: u64, register: u64) -> u32 {
     let mut bytes = [0; 4];
     Ecam(root.clone()).read(bus << 20 | slot << 15 | register, &mut bytes);
     u32::from_le_bytes(bytes)
 }
 
-fn write(root: &Arc<PciRoot>, bus: u64, slot: u64, register: u64, data: &[u8]) {
+pub(super) fn write(root: &Arc<PciRoot>, bus: u64, slot: u64, register: u64, data: &[u8]) {
     Ecam(root.clone()).write(bus << 20 | slot << 15 | register, data);
 }
 
@@ -102,7 +107,7 @@ fn windows_that_are_too_small_are_an_error() {
     };
     let mock = Arc::new(Mock::default());
     mock.state().sizes[2] = 128 * GIB;
-    let error = attached(&[mock]).place(&vm, WINDOW64, 37).err().unwrap();
+    let error = place(&vm, &[mock]).err().unwrap();
     let text = error.to_string();
     assert!(
         text.ends_with("address bits leave 64 GiB: 128 GiB too little"),

@@ -53,7 +53,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, whole; the VM that pointed into it is gone.
+        // SAFETY: our own mapping, whole; no VM points into it any more.
         unsafe { libc::munmap(self.address.as_ptr(), self.len) };
     }
 }
@@ -92,9 +92,10 @@ impl Vm {
         if memory.at == to {
             return Ok(());
         }
-        if let Some(address) = memory.at.take() {
+        if let Some(address) = memory.at {
             self.remove_slot(memory.slot, address)
                 .map_err(VmError::new("remove a device's registers"))?;
+            memory.at = None;
         }
         let Some(address) = to else { return Ok(()) };
         let region = kvm_userspace_memory_region {
@@ -110,6 +111,29 @@ impl Vm {
             .map_err(VmError::new("add a device's registers"))?;
         memory.at = Some(address);
         Ok(())
+    }
+
+    /// Takes `memory` away; its mapping is gone then.
+    ///
+    /// # Errors
+    ///
+    /// KVM's. The mapping stays as long as the VM then, which may point into it.
+    pub fn remove_device_memory(&self, memory: &mut DeviceMemory) -> Result<(), VmError> {
+        self.move_device_memory(memory, None)?;
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = mappings.len();
+        mappings.retain(|mapping| !Arc::ptr_eq(mapping, &memory.mapping));
+        if mappings.len() < before {
+            self.slots.give_back(memory.slot);
+        }
+        Ok(())
+    }
+
+    /// How many there are.
+    #[cfg(test)]
+    pub fn mappings(&self) -> usize {
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.len()
     }
 }
 
@@ -145,5 +169,26 @@ mod tests {
         assert_eq!(memory.address(), None);
         vm.move_device_memory(&mut memory, Some(WINDOW32_START))
             .unwrap();
+    }
+
+    #[test]
+    fn what_is_removed_is_not_mapped_and_leaves_its_slot() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x1000).unwrap();
+        let mut slots = Vec::new();
+        for _ in 0..3 {
+            let mapping = Mapping::new(file.as_fd(), 0, 0x1000).unwrap();
+            let mut memory = vm.add_device_memory(mapping);
+            vm.move_device_memory(&mut memory, Some(WINDOW32_START))
+                .unwrap();
+            slots.push(memory.slot);
+            vm.remove_device_memory(&mut memory).unwrap();
+            vm.remove_device_memory(&mut memory).unwrap();
+            assert_eq!(Arc::strong_count(&memory.mapping), 1);
+        }
+        assert!(slots.iter().all(|slot| *slot == slots[0]), "{slots:?}");
     }
 }

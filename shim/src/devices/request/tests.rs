@@ -277,3 +277,46 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
         assert!(by(other.clone()).is_empty(), "{other}");
     }
 }
+
+/// Names as device plugins and DRA drivers give them.
+#[test]
+fn what_kubelet_has_given_is_understood_where_it_is_a_pci_device() {
+    let tree = host();
+    let edits = json!({"deviceNodes": [{"path": "/dev/vfio/5"}]});
+    let nothing = json!({"deviceNodes": [{"path": "/dev/nvidia0"}]});
+    let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/disk", "devices": [
+        {"name": "a", "containerEdits": edits},
+        {"name": "b", "containerEdits": nothing},
+    ]});
+    tree.write("etc/cdi/disk.json", &spec.to_string());
+    let plugin = |resource: &str, id: &str| Allocated::Plugin {
+        resource: resource.into(),
+        id: id.into(),
+    };
+    let addresses = |name: Allocated| -> Vec<String> {
+        let devices = assigned_to_pod(&tree.system(), &named(""), false, &[name]).unwrap();
+        let devices = devices.iter().map(|device| device.address.to_string());
+        devices.collect()
+    };
+    let card = ["0000:01:00.0", "0000:01:00.1"];
+    assert_eq!(addresses(plugin("vendor.com/gpu", "0000:01:00.1")), card);
+    let disk = ["0000:02:00.0"];
+    assert_eq!(addresses(plugin("vendor.com/disk", "a")), disk);
+    assert_eq!(addresses(Allocated::Cdi("vendor.com/disk=a".into())), disk);
+    // Of the host's driver; of no spec; of a spec without a node for VFIO.
+    for other in [
+        plugin("vendor.com/nic", "0000:03:00.0"),
+        plugin("vendor.com/fuse", "7"),
+        Allocated::Cdi("vendor.com/disk=b".into()),
+    ] {
+        assert!(addresses(other).is_empty());
+    }
+    let both = [plugin("vendor.com/disk", "a")];
+    let by_annotation = named("0000:01:00.0");
+    let devices = assigned_to_pod(&tree.system(), &by_annotation, true, &both).unwrap();
+    assert_eq!(devices.len(), 3, "what the annotation names, too");
+
+    let gone = [plugin("vendor.com/gpu", "0000:7f:00.0")];
+    let error = assigned_to_pod(&tree.system(), &named(""), false, &gone).unwrap_err();
+    assert!(error.to_string().contains("no PCI device 0000:7f:00.0"));
+}

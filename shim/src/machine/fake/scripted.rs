@@ -43,6 +43,8 @@ pub struct Agent {
     dead: watch::Sender<bool>,
     /// Whether pings, and all that is asked of what runs, stay without an answer.
     pub hung: watch::Sender<bool>,
+    /// Whether deletions do.
+    pub deletes_hang: watch::Sender<bool>,
     /// How many do.
     pub held: watch::Sender<u32>,
     /// How many were answered.
@@ -185,9 +187,20 @@ impl Agent {
         code.unsigned_abs()
     }
 
+    /// Resolves when a container's process has ended and all its output was sent.
+    pub async fn ended(&self, container_id: &str) {
+        let key = (container_id.to_owned(), String::new());
+        let exit = self.with(&key, |process| process.exit.subscribe());
+        exit.unwrap().wait_for(Option::is_some).await.unwrap();
+    }
+
     /// Returns once the guest does not hang.
     async fn unless_hung(&self) {
-        let mut hung = self.hung.subscribe();
+        self.unless(&self.hung).await;
+    }
+
+    async fn unless(&self, hung: &watch::Sender<bool>) {
+        let mut hung = hung.subscribe();
         if *hung.borrow() {
             self.held.send_modify(|held| *held += 1);
         }
@@ -240,6 +253,10 @@ impl agent_ttrpc::Agent for Service {
         for device in &request.pci_devices {
             lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
         }
+        for driver in &request.drivers {
+            let (id, devices) = (&request.container_id, &driver.devices);
+            lock(&self.0.journal).push(format!("{id} has {} for {devices:?}", driver.path));
+        }
         let stdio = request.stdio.unwrap_or_default();
         self.0
             .add((request.container_id, String::new()), command, stdio)?;
@@ -274,6 +291,7 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: ResizeTerminalRequest,
     ) -> Result<Empty> {
+        self.0.unless_hung().await;
         let (width, height) = (request.width, request.height);
         lock(&self.0.journal).push(format!("{} {width}x{height}", request.exec_id));
         Ok(Empty::new())
@@ -306,22 +324,34 @@ impl agent_ttrpc::Agent for Service {
     }
 
     async fn delete_exec(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        self.0.unless(&self.0.deletes_hang).await;
         let key = (request.container_id, request.exec_id);
         let removed = lock(&self.0.processes).remove(&key);
         removed.map(|_| Empty::new()).ok_or_else(not_found)
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.0.unless(&self.0.deletes_hang).await;
         lock(&self.0.processes).retain(|(id, _), _| *id != request.container_id);
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+    async fn eject_device(&self, _: &TtrpcContext, request: EjectDeviceRequest) -> Result<Empty> {
         self.0.unless_hung().await;
+        lock(&self.0.journal).push(format!("eject {}", request.address));
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
+        if request.container_id == "stubborn" {
+            return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not freeze"));
+        }
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        self.0.unless_hung().await;
         Ok(Empty::new())
     }
 

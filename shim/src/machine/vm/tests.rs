@@ -108,7 +108,7 @@ fn exchange_request(monitor: &mut Channel) -> (String, u64) {
 }
 
 fn answer(monitor: &Channel, number: u64, result: Result<u64, String>) {
-    let event = Event::Exchanged { number, result };
+    let event = Event::Answered { number, result };
     monitor.send(&event, &FdList::default()).unwrap();
 }
 
@@ -178,6 +178,46 @@ async fn exchanges_are_answered_with_a_size_or_a_reason() {
     assert_eq!(size, 4096);
     assert_eq!(refused.to_string(), "disk slot1: broken");
     assert!(dead);
+}
+
+#[tokio::test]
+async fn devices_are_plugged_in_or_it_is_said_why_not() {
+    let (machine, mut monitor) = with_stand_in();
+    let dev = tempfile::tempdir().unwrap();
+    std::fs::write(dev.path().join("iommu"), "").unwrap();
+    let devices = nacre_vmm::vfio::open::by_any(dev.path(), &[], None).unwrap();
+    let shim = tokio::spawn(async move {
+        let refused = machine.plug(&[0, 1], &devices).await.unwrap_err();
+        let unplugged = machine.unplug(&[2]).await;
+        machine.kill();
+        let dead = machine.unplug(&[2]).await.unwrap_err();
+        (refused.to_string(), unplugged, dead)
+    });
+    let monitor = tokio::task::spawn_blocking(move || {
+        let (request, mut fds) = monitor.recv::<Request>().unwrap();
+        let Request::Plug {
+            number,
+            slots,
+            devices,
+        } = request
+        else {
+            panic!("{request:?}");
+        };
+        assert_eq!(slots, [0, 1]);
+        Passthrough::take(&devices, &mut fds).unwrap();
+        answer(&monitor, number, Err("too large".into()));
+        let (request, _) = monitor.recv::<Request>().unwrap();
+        let Request::Unplug { number, slots } = request else {
+            panic!("{request:?}");
+        };
+        assert_eq!(slots, [2]);
+        answer(&monitor, number, Ok(1));
+    });
+    let (refused, unplugged, dead) = shim.await.unwrap();
+    monitor.await.unwrap();
+    assert_eq!(refused, "too large");
+    unplugged.unwrap();
+    assert!(!matches!(dead, MachineError::Slots(_)), "{dead}");
 }
 
 #[tokio::test]

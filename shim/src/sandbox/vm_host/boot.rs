@@ -38,6 +38,7 @@ pub(super) struct BootConfig<'a> {
     pub(super) network: &'a PodNetwork,
     pub(super) size: Size,
     pub(super) hugepages: bool,
+    pub(super) pci_slots: u8,
     /// The monitor's.
     pub(super) uid: u32,
 }
@@ -79,6 +80,7 @@ impl BootFds {
                 .passthrough
                 .as_ref()
                 .map(|devices| devices.describe(&mut list)),
+            pci_slots: boot.pci_slots,
             shared_dir: self.socket.as_ref().map(|socket| SharedDir {
                 tag: SHARED_TAG.into(),
                 socket: list.push(socket.as_fd()),

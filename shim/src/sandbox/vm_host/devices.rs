@@ -1,14 +1,17 @@
-//! The devices of the host that a pod's containers ask for ([`crate::devices`]): claimed
-//! when the machine is made, opened when it boots, and the monitor's alone from then on.
-//! The machine has the driver images for them as disks.
+//! The devices of the host that a pod's containers ask for, or kubelet has given them
+//! ([`crate::devices`]): claimed when the machine is made, opened when it boots, and the
+//! monitor's alone from then on. The machine has the driver images for them as disks.
 
 use nacre_protocol::agent::Driver;
 use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 
+use super::super::hotplug::HotPlug;
+use super::super::images::Images;
 use super::super::{ContainerConfig, SandboxError};
-use super::{VmHost, blocking};
-use crate::devices::{AssignedDevice, drivers, request};
+use super::{VmHost, blocking, may_grow};
+use crate::devices::{Allocated, AssignedDevice, System, drivers, kubelet, request};
+use crate::oci::kubernetes;
 use crate::storage::{HostBacking, HostDisk};
 
 impl VmHost {
@@ -36,9 +39,53 @@ impl VmHost {
         crate::task::lock(&self.parts).devices.clone()
     }
 
-    /// Makes the devices the first container asks for this pod's.
+    /// Where the host's devices are.
+    pub fn system(&self) -> &System {
+        &self.system
+    }
+
+    /// Those that come later.
+    pub fn hot_plug(&self) -> &HotPlug {
+        &self.hot_plug
+    }
+
+    /// What a pod gets whose first container is this.
+    async fn devices_of_pod(
+        &self,
+        config: &ContainerConfig,
+    ) -> Result<Vec<AssignedDevice>, SandboxError> {
+        let allocated = self.allocated(config).await?;
+        let (system, spec) = (self.system.clone(), config.spec.clone());
+        let by_annotation = self.config.device_annotations;
+        blocking(move || request::assigned_to_pod(&system, &spec, by_annotation, &allocated))
+            .await
+            .map_err(|source| SandboxError::Devices {
+                container_id: config.id.clone(),
+                source,
+            })
+    }
+
+    /// What kubelet has given the pod, where it is asked.
+    async fn allocated(&self, config: &ContainerConfig) -> Result<Vec<Allocated>, SandboxError> {
+        let socket = self.config.pod_resources_socket.as_deref();
+        let pod = kubernetes::pod_of_sandbox(&config.spec);
+        let Some((socket, (namespace, name))) = socket.zip(pod) else {
+            return Ok(Vec::new());
+        };
+        let allocated = kubelet::allocated(socket, namespace, name).await;
+        allocated.map_err(|source| SandboxError::Kubelet {
+            sandbox_id: config.id.clone(),
+            source,
+        })
+    }
+
+    /// Makes the devices the first container asks for this pod's, and if others may join
+    /// it decides on slots for what they bring.
     pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
-        let devices = self.devices(config).await?;
+        let devices = self.devices_of_pod(config).await?;
+        if may_grow(&config.spec) {
+            crate::task::lock(&self.parts).pci_slots = self.config.pci_slots;
+        }
         if devices.is_empty() {
             return Ok(());
         }
@@ -54,16 +101,18 @@ impl VmHost {
         Ok(())
     }
 
-    /// The driver images for the pod's devices: disks of the machine, and what the guest
-    /// is told of each. All pods read the same file, so the host has its pages once.
+    /// The driver images for the pod's devices, and if others may come all there are: disks
+    /// of the machine, and what the guest is told of each. All pods read the same file, so
+    /// the host has its pages once.
     pub(super) async fn driver_disks(
         &self,
         container_id: &str,
-    ) -> Result<(Vec<HostDisk>, Vec<Driver>), SandboxError> {
+    ) -> Result<(Vec<HostDisk>, Images), SandboxError> {
         let devices = self.pod_devices();
         let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
-        let (system, images) = (self.system.clone(), self.config.drivers.clone());
-        let opened = blocking(move || drivers::open(&images, &system, &addresses))
+        let others = crate::task::lock(&self.parts).pci_slots > 0;
+        let (system, rules) = (self.system.clone(), self.config.drivers.clone());
+        let opened = blocking(move || drivers::open(&rules, &system, &addresses, others))
             .await
             .map_err(|source| SandboxError::Drivers {
                 container_id: container_id.to_owned(),
@@ -85,7 +134,8 @@ impl VmHost {
             };
             (disk, driver)
         });
-        Ok(both.unzip())
+        let (disks, drivers) = both.unzip();
+        Ok((disks, Images::new(self.config.drivers.clone(), drivers)))
     }
 
     /// Opens the pod's devices, for the monitor.
@@ -98,7 +148,7 @@ impl VmHost {
             return Ok(None);
         }
         let system = self.system.clone();
-        blocking(move || request::open(&system, &devices))
+        blocking(move || request::open(&system, &devices, None))
             .await
             .map(Some)
             .map_err(|source| SandboxError::OpenDevices {
@@ -116,10 +166,12 @@ mod tests {
 
     use nacre_protocol::channel::FdList;
     use nacre_protocol::vm::Iommu;
+    use oci_spec::runtime::Spec;
     use serde_json::json;
     use tempfile::TempDir;
 
     use crate::config::Config;
+    use crate::devices::kubelet::testing::Kubelet;
     use crate::devices::testing::Tree;
     use crate::devices::{Address, DriverImage};
     use crate::error::chain;
@@ -172,10 +224,28 @@ mod tests {
             }
         }
 
+        /// In Kubernetes, as the first of the pod's containers or another one.
+        async fn claim_as(&mut self, kind: &str) -> Result<(), SandboxError> {
+            let spec = json!({"ociVersion": "1.1.0", "annotations": {
+                "io.kubernetes.cri.container-type": kind,
+                "io.kubernetes.cri.sandbox-namespace": "default",
+                "io.kubernetes.cri.sandbox-name": "trainer",
+            }});
+            self.config.spec = Arc::new(serde_json::from_value(spec).unwrap());
+            self.host.claim_devices(&self.config).await
+        }
+
         fn holder(&self, address: &str) -> Option<String> {
             let address: Address = address.parse().unwrap();
             self.run_dir.claims().holder(address).unwrap()
         }
+    }
+
+    /// Of a pod that others join.
+    fn sandbox() -> Arc<Spec> {
+        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
+        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
+        Arc::new(serde_json::from_value(spec).unwrap())
     }
 
     #[tokio::test]
@@ -213,6 +283,35 @@ mod tests {
 
         pod.host.teardown().await;
         assert_eq!(pod.holder("0000:01:00.0"), None);
+        assert_eq!(pod.holder("0000:02:00.0"), None);
+    }
+
+    /// What a device plugin gave to a container that is yet to come.
+    #[tokio::test]
+    async fn devices_that_kubelet_has_given_are_the_pod_s() {
+        let tree = Tree::new();
+        for (address, group) in [("0000:01:00.0", 4), ("0000:02:00.0", 5)] {
+            let device = tree.add(address, 0x03_0200);
+            device.group(group).driver("vfio-pci");
+        }
+        let kubelet = Kubelet::new(&[("vendor.com/gpu", &["0000:02:00.0"])], &[]);
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.device_annotations = false;
+        pod.host.config.pod_resources_socket = Some(kubelet.socket());
+        // Another container of the pod asks for its own.
+        pod.claim_as("container").await.unwrap();
+        assert_eq!(pod.holder("0000:02:00.0"), None);
+        pod.claim_as("sandbox").await.unwrap();
+        assert_eq!(pod.holder("0000:02:00.0").as_deref(), Some("default/web"));
+        assert_eq!(pod.holder("0000:01:00.0"), None);
+        pod.host.teardown().await;
+
+        drop(kubelet);
+        let error = pod.claim_as("sandbox").await.unwrap_err();
+        let text = chain(&error);
+        assert!(text.contains("pod web: the devices kubelet"), "{text}");
+        pod.host.config.pod_resources_socket = None;
+        pod.claim_as("sandbox").await.unwrap();
         assert_eq!(pod.holder("0000:02:00.0"), None);
     }
 
@@ -261,6 +360,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn memory_of_a_pod_with_slots_is_there_from_the_start() {
+        let tree = Tree::new();
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.pci_slots = 2;
+        // Nobody joins a container of `ctr run`.
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert!(!pod.host.size_of(&pod.config.spec).is_pinned);
+        pod.config.spec = sandbox();
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert_eq!(crate::task::lock(&pod.host.parts).pci_slots, 2);
+        let size = pod.host.size_of(&pod.config.spec);
+        assert_eq!((size.growth_mib, size.is_pinned), (0, true));
+    }
+
+    #[tokio::test]
     async fn what_cannot_be_opened_is_named() {
         let tree = Tree::new();
         tree.add("0000:01:00.0", 0x01_0802)
@@ -292,8 +406,8 @@ mod tests {
             filter: "::0108".parse().unwrap(),
             path: tree.path("nvme.erofs"),
         }];
-        let (disks, drivers) = pod.host.driver_disks("web").await.unwrap();
-        assert!(disks.is_empty() && drivers.is_empty(), "it has no devices");
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
+        assert!(disks.is_empty() && images.in_use().is_empty());
         pod.host.claim_devices(&pod.config).await.unwrap();
         let error = pod.host.driver_disks("web").await.err().unwrap();
         let text = chain(&error);
@@ -301,11 +415,12 @@ mod tests {
         assert!(text.contains("nvme.erofs of PCI device"), "{text}");
 
         tree.write("nvme.erofs", &"-".repeat(4096));
-        let (disks, drivers) = pod.host.driver_disks("web").await.unwrap();
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
         let [disk] = disks.as_slice() else {
             panic!("{disks:?}");
         };
         assert!(disk.read_only);
+        let drivers = images.in_use();
         let [driver] = drivers.as_slice() else {
             panic!("{drivers:?}");
         };
@@ -313,6 +428,26 @@ mod tests {
         assert_eq!(driver.path, tree.path("nvme.erofs").display().to_string());
         // Where the guest has the first and the third device.
         assert_eq!(driver.devices, ["0000:01:00.0", "0000:03:00.0"]);
+    }
+
+    #[tokio::test]
+    async fn a_pod_with_slots_has_all_driver_images() {
+        let tree = Tree::new();
+        tree.write("nvme.erofs", &"-".repeat(4096));
+        let mut pod = Pod::asks(&tree, "");
+        pod.host.config.pci_slots = 1;
+        pod.host.config.drivers = vec![DriverImage {
+            filter: "::0108".parse().unwrap(),
+            path: tree.path("nvme.erofs"),
+        }];
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (disks, _) = pod.host.driver_disks("web").await.unwrap();
+        assert!(disks.is_empty(), "nobody joins it");
+        pod.config.spec = sandbox();
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let (disks, images) = pod.host.driver_disks("web").await.unwrap();
+        assert_eq!(disks.len(), 1);
+        assert!(images.in_use().is_empty(), "until a device comes");
     }
 
     /// Whatever step after it fails: here it is that the container has no network.

@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use nix::pty::openpty;
+
 use super::*;
 
 use crate::storage::volumes::testing::Writer;
@@ -89,8 +91,10 @@ fn refused_volume_leaves_nothing_mounted() {
     }
     let host = Host::new();
     let data = host.path("data");
+    let terminal = openpty(None, None).unwrap();
+    let node = nix::unistd::ttyname(&terminal.slave).unwrap();
     let cases = [
-        (bind(Path::new("/dev/null"), "/volume", &[]), "device node"),
+        (bind(&node, "/volume", &[]), "device node"),
         (bind(Path::new("/dev"), "/volume", &[]), "/dev"),
         (bind(Path::new("/proc"), "/volume", &[]), "/proc"),
         (
@@ -109,6 +113,25 @@ fn refused_volume_leaves_nothing_mounted() {
         let shared = std::fs::read_dir(host.path("shared")).unwrap();
         assert_eq!(shared.count(), 0, "{needle}");
     }
+}
+
+/// The guest's own nodes stand for those of the host's that any kernel has, whatever their
+/// paths are there.
+#[test]
+fn nodes_of_the_kernel_s_devices_are_the_guest_s() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    std::os::unix::fs::symlink("/dev/zero", host.path("link")).unwrap();
+    let mounts = json!([
+        bind(Path::new("/dev/null"), "/etc/masked", &["ro"]),
+        bind(&host.path("link"), "/volume", &[]),
+    ]);
+    let prepared = host.prepare(&mounts).unwrap();
+    assert_eq!(sources(&prepared), ["/dev/null", "/dev/zero"]);
+    assert!(options(&prepared, 0).contains(&"ro".to_owned()));
+    assert!(prepared.files.is_empty() && !host.path("shared/c1/mounts").exists());
 }
 
 #[test]

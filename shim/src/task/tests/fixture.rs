@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use nacre_protocol::console_ttrpc::ConsoleClient;
 use nix::sys::stat::Mode;
@@ -26,17 +27,17 @@ use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::{Context, with_duration};
 
 use super::super::{Pod, console, sandboxed, service};
-use crate::events::Publisher;
-use crate::machine::fake::{FakeHost, FakeMachine, Journal};
+use crate::events::{Publisher, TaskEvent};
+use crate::machine::fake::{FakeHost, FakeMachine, Journal, SANDBOX_ID};
 use crate::sandbox::Host;
 
 /// Plays containerd's event service.
-struct EventSink(mpsc::UnboundedSender<String>);
+struct EventSink(mpsc::UnboundedSender<Envelope>);
 
 #[async_trait]
 impl Events for EventSink {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        self.0.send(request.envelope.topic.clone()).unwrap();
+        self.0.send(request.envelope.unwrap()).unwrap();
         Ok(Empty::new())
     }
 }
@@ -49,7 +50,7 @@ pub struct Fixture {
     /// The same.
     pub sandbox: SandboxClient,
     pub pod: Arc<Pod>,
-    pub events: mpsc::UnboundedReceiver<String>,
+    pub events: mpsc::UnboundedReceiver<Envelope>,
     pub directory: tempfile::TempDir,
     pub machine: Arc<std::sync::Mutex<Option<Arc<FakeMachine>>>>,
     pub journal: Journal,
@@ -214,20 +215,93 @@ impl Fixture {
         let mut writer = pipe::OpenOptions::new().open_sender(stdin).unwrap();
         writer.write_all(input.as_bytes()).await.unwrap();
         drop(writer);
+        self.close_input(id, "").await.unwrap();
+    }
+
+    pub async fn pause(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = PauseRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.pause(context(), &request).await
+    }
+
+    pub async fn resume(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = ResumeRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.resume(context(), &request).await
+    }
+
+    pub async fn update(&self, id: &str, resources: &serde_json::Value) -> ttrpc::Result<Empty> {
+        let request = UpdateTaskRequest {
+            id: id.into(),
+            resources: json_any(&resources.to_string()),
+            ..Default::default()
+        };
+        self.client.update(context(), &request).await
+    }
+
+    pub async fn stats(&self, id: &str) -> ttrpc::Result<StatsResponse> {
+        let request = StatsRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.stats(context(), &request).await
+    }
+
+    pub async fn pids(&self, id: &str) -> ttrpc::Result<PidsResponse> {
+        let request = PidsRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.pids(context(), &request).await
+    }
+
+    /// Has a terminal be 120 columns wide and 40 lines high.
+    pub async fn resize(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
+        let request = ResizePtyRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            width: 120,
+            height: 40,
+            ..Default::default()
+        };
+        self.client.resize_pty(context(), &request).await
+    }
+
+    pub async fn close_input(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
         let request = CloseIORequest {
             id: id.into(),
+            exec_id: exec_id.into(),
             stdin: true,
             ..Default::default()
         };
-        self.client.close_io(context(), &request).await.unwrap();
+        self.client.close_io(context(), &request).await
+    }
+
+    async fn next_event(&mut self) -> Envelope {
+        let event = tokio::time::timeout(Duration::from_secs(10), self.events.recv());
+        event.await.unwrap().unwrap()
     }
 
     /// The next events, in their order.
     pub async fn expect(&mut self, topics: &[&str]) {
         for topic in topics {
-            let event = tokio::time::timeout(Duration::from_secs(10), self.events.recv());
-            assert_eq!(event.await.unwrap().unwrap(), format!("/tasks/{topic}"));
+            assert_eq!(self.next_event().await.topic, format!("/tasks/{topic}"));
         }
+    }
+
+    /// The next event, as containerd unpacks it.
+    pub async fn event<E: TaskEvent>(&mut self) -> E {
+        let envelope = self.next_event().await;
+        assert_eq!(envelope.topic, E::TOPIC);
+        assert_eq!(envelope.namespace, "test");
+        assert!(envelope.timestamp.is_some());
+        let event = envelope.event.unwrap();
+        assert_eq!(event.type_url, E::descriptor().full_name());
+        E::parse_from_bytes(&event.value).unwrap()
     }
 }
 
@@ -269,11 +343,21 @@ pub fn process(script: &str) -> serde_json::Value {
     })
 }
 
-pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
+/// The code and the words that a call was refused with.
+pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result.unwrap_err() {
-        ttrpc::Error::RpcStatus(status) => status.code(),
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other}"),
     }
+}
+
+/// What a call that may take its time says: it names the pod.
+pub fn of_pod(text: &str) -> String {
+    format!("pod {SANDBOX_ID}: {text}")
+}
+
+pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
+    refusal(result).0
 }
 
 /// Reads a FIFO to its end.

@@ -34,32 +34,25 @@ async fn create(fixture: &Fixture, bundle: String) -> ttrpc::Result<CreateTaskRe
     fixture.client.create(context(), &request).await
 }
 
-fn message<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
-    match result.unwrap_err() {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
-        other => panic!("not a status: {other}"),
-    }
-}
-
 #[tokio::test]
 async fn hooks_that_cannot_run_are_refused() {
     let mut fixture = Fixture::new().await;
     let bundle = fixture.bundle("c", "true");
     add_hooks(&bundle, json!({"createContainer": script("true")}));
-    let (code, text) = message(create(&fixture, bundle).await);
+    let (code, text) = refusal(create(&fixture, bundle).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(
-        text.starts_with("container c: createContainer hook /bin/sh "),
+        text.starts_with(&of_pod("container c: createContainer hook /bin/sh ")),
         "{text}"
     );
 
     fixture.annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
     let bundle = fixture.bundle("c", "true");
     add_hooks(&bundle, json!({"startContainer": script("true")}));
-    let (code, text) = message(create(&fixture, bundle).await);
+    let (code, text) = refusal(create(&fixture, bundle).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(
-        text.starts_with("container c: startContainer hook /bin/sh "),
+        text.starts_with(&of_pod("container c: startContainer hook /bin/sh ")),
         "{text}"
     );
 
@@ -122,7 +115,7 @@ async fn poststop_runs_when_a_create_fails() {
             "createRuntime": script("echo > made; exit 3"), "poststop": script("rm made"),
         });
         let (bundle, request) = failing(name, hooks);
-        let (_, text) = message(fixture.client.create(context(), &request).await);
+        let (_, text) = refusal(fixture.client.create(context(), &request).await);
         assert!(text.contains("exit status: 3"), "{text}");
         assert!(!Path::new(&bundle).join("made").exists(), "{name}");
         if name == "first" {
@@ -133,7 +126,7 @@ async fn poststop_runs_when_a_create_fails() {
         "createRuntime": script("echo > made"), "poststop": script("rm made; echo >> stopped"),
     });
     let (bundle, request) = failing("third", hooks);
-    let (_, text) = message(fixture.client.create(context(), &request).await);
+    let (_, text) = refusal(fixture.client.create(context(), &request).await);
     assert!(text.contains("/no/such/fifo"), "{text}");
     let file = |name: &str| Path::new(&bundle).join(name);
     assert!(!file("made").exists());
@@ -199,11 +192,10 @@ async fn a_hook_in_the_guest_fails_the_start() {
     let hooks = json!({"startContainer": script("cat > /state; echo no gpu; exit 3")});
     add_hooks(&bundle, hooks);
     create(&fixture, bundle.clone()).await.unwrap();
-    let (_, text) = message(fixture.start("c", "").await);
-    assert_eq!(
-        text,
-        "guest: start the container: startContainer: hook /bin/sh failed (exit status: 3): no gpu"
-    );
+    let (_, text) = refusal(fixture.start("c", "").await);
+    let failed = "guest: start the container: startContainer: hook /bin/sh failed (exit status: \
+                  3): no gpu";
+    assert_eq!(text, of_pod(failed));
     assert_ne!(fixture.wait("c", "").await, 0);
     let state = std::fs::read(Path::new(&bundle).join("rootfs/state")).unwrap();
     let state: Value = serde_json::from_slice(&state).unwrap();

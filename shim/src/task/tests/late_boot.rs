@@ -1,12 +1,16 @@
 //! Containers whose machine boots with their start, because their network
 //! namespace was still empty when they were created.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use containerd_shim_protos::api::*;
 use ttrpc::Code;
 
 use super::fixture::*;
 use crate::machine::Machine;
 use crate::machine::fake::FakeHost;
+use crate::task::lock;
 
 async fn fixture() -> Fixture {
     let mut host = FakeHost::scripted();
@@ -71,6 +75,44 @@ async fn container_that_never_starts_is_killed_and_deleted() {
     fixture
         .expect(&["create", "exit", "delete", "create", "exit", "delete"])
         .await;
+}
+
+#[tokio::test]
+async fn a_signal_waits_for_the_boot() {
+    let fixture = fixture().await;
+    fixture.create("c", "exec sleep 60").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let signal = async {
+        machine.held(1).await;
+        let mut kill = pin!(fixture.kill("c", ""));
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut kill).await;
+        assert!(early.is_err(), "there is nothing to signal yet: {early:?}");
+        machine.recover();
+        kill.await.unwrap();
+    };
+    // Whether it has run before it ended is as it comes.
+    let (_, ()) = tokio::join!(fixture.start("c", ""), signal);
+    assert_eq!(fixture.wait("c", "").await, 137);
+    fixture.delete("c", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_signal_is_refused_when_the_boot_fails() {
+    let fixture = fixture().await;
+    fixture.create("c", "sleep 60").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let signal = async {
+        machine.held(1).await;
+        let kill = fixture.kill("c", "");
+        let die = async { machine.kill() };
+        let (killed, ()) = tokio::join!(kill, die);
+        assert_eq!(code(killed), Code::NOT_FOUND);
+    };
+    let (started, ()) = tokio::join!(fixture.start("c", ""), signal);
+    started.unwrap_err();
+    assert_eq!(fixture.wait("c", "").await, 255, "it never ran");
 }
 
 #[tokio::test]

@@ -5,6 +5,8 @@
 use std::path::Path;
 
 use containerd_shim_protos::api::*;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
@@ -168,4 +170,78 @@ async fn execs_with_their_streams_and_a_terminal() {
     fixture.kill("c", "").await.unwrap();
     assert_eq!(fixture.wait("c", "").await, 137);
     assert_eq!(fixture.delete("c", "").await.unwrap().exit_status, 137);
+}
+
+/// A file has it all at the moment the exit is known, whoever has asked for that.
+#[tokio::test]
+async fn a_file_is_complete_with_the_exit() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    let path = fixture.path("log");
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle(&fixture, "c", json!(["seq", "1", "300000"])),
+        stdout: format!("file://{}", path.display()),
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 0);
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.ends_with("\n300000\n"), "{}", text.len());
+}
+
+/// What a file has no room for is lost; that stops neither the process nor the exit.
+#[tokio::test]
+async fn a_full_file_system_does_not_stop_the_container() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    let script = "seq 1 300000 || exit 9; exit 7";
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle(&fixture, "c", json!(["sh", "-c", script])),
+        stdout: "file:///dev/full".into(),
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 7);
+    fixture.delete("c", "").await.unwrap();
+}
+
+/// What the guest has to say to it: limits and counters are there as long as the cgroup
+/// is, a terminal is only where there is one.
+#[tokio::test]
+async fn paused_and_stopped_containers_have_limits_and_counters() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    create(&fixture, "c", json!(["sleep", "60"])).await.unwrap();
+    let pids = json!({"pids": {"limit": 50}});
+    fixture.update("c", &pids).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let resized = fixture.resize("c", "").await;
+    let (code, message) = refusal(resized);
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(message.contains("has no terminal"), "{message}");
+
+    fixture.pause("c").await.unwrap();
+    fixture.update("c", &pids).await.unwrap();
+    let while_paused = used(&fixture).await;
+    assert!(while_paused > 0);
+    fixture.resume("c").await.unwrap();
+    fixture.kill("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 137);
+    assert!(used(&fixture).await >= while_paused);
+    fixture.update("c", &pids).await.unwrap();
+    fixture.delete("c", "").await.unwrap();
+}
+
+/// Microseconds of processor time the container has had, by its counters.
+async fn used(fixture: &Fixture) -> u64 {
+    let stats = fixture.stats("c").await.unwrap();
+    let metrics = Metrics::parse_from_bytes(&stats.stats.value).unwrap();
+    metrics.cpu.usage_usec
 }

@@ -4,7 +4,6 @@
 use std::time::Duration;
 
 use containerd_shim_protos::api::*;
-use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
 
@@ -23,16 +22,7 @@ async fn fixture() -> Fixture {
 }
 
 async fn update(fixture: &Fixture, resources: serde_json::Value) -> ttrpc::Result<Empty> {
-    let request = UpdateTaskRequest {
-        id: "c".into(),
-        resources: Some(Any {
-            value: resources.to_string().into_bytes(),
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    };
-    fixture.client.update(context(), &request).await
+    fixture.update("c", &resources).await
 }
 
 fn memory(mib: u64) -> serde_json::Value {

@@ -269,6 +269,21 @@ async fn start_boots_what_create_could_not() {
     }
 }
 
+/// Limits are the Task API's, whichever way the sandbox came.
+#[tokio::test]
+async fn the_machine_grows_with_a_container() {
+    let memory = |mib: u64| json!({"memory": {"limit": mib << 20}});
+    for mode in MODES {
+        let mut scene = Scene::run(mode).await;
+        scene.fixture.resources = memory(64);
+        scene.fixture.run("app", "sleep 60").await;
+        scene.fixture.update("app", &memory(512)).await.unwrap();
+        let journal = lock(&scene.fixture.journal).clone();
+        let grown = "machine +256".to_owned();
+        assert!(journal.contains(&grown), "{mode:?}: {journal:?}");
+    }
+}
+
 /// Nobody waits for a container that is being made, and stopping the pod ends that.
 #[tokio::test]
 async fn a_slow_create_holds_up_nobody() {
@@ -292,6 +307,60 @@ async fn a_slow_create_holds_up_nobody() {
         assert_eq!(code(created), Code::UNAVAILABLE, "{mode:?}");
         assert_eq!(scene.fixture.wait("app", "").await, 137);
     }
+}
+
+/// A caller that gives up has containerd delete what it does not have yet: when it is
+/// there it goes at once, and keeps no pod alive.
+#[tokio::test]
+async fn a_create_that_was_given_up_leaves_nothing() {
+    for mode in MODES {
+        let scene = Scene::run(mode).await;
+        let machine = scene.machine();
+        machine.hang();
+        let given_up = async {
+            machine.held(1).await;
+            let deleted = scene.fixture.delete("slow", "").await;
+            assert_eq!(code(deleted), Code::NOT_FOUND, "{mode:?}");
+            machine.recover();
+        };
+        let both = async { tokio::join!(scene.fixture.create("slow", "sleep 60"), given_up) };
+        let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+        assert_eq!(code(created), Code::FAILED_PRECONDITION, "{mode:?}");
+        assert_eq!(
+            code(scene.fixture.delete("slow", "").await),
+            Code::NOT_FOUND
+        );
+        scene.fixture.run("slow", "exit 4").await;
+        assert_eq!(scene.fixture.wait("slow", "").await, 4);
+        scene.fixture.delete("slow", "").await.unwrap();
+        scene.stop().await;
+        scene.remove().await;
+    }
+}
+
+/// The same of the pod's first container, for which the machine was made: containerd then
+/// wants the shim to end.
+#[tokio::test]
+async fn a_pod_that_was_given_up_ends() {
+    let mut host = FakeHost::scripted();
+    host.hangs = true;
+    let fixture = Fixture::on(host).await;
+    let given_up = async {
+        let machine = loop {
+            if let Some(machine) = lock(&fixture.machine).clone() {
+                break machine;
+            }
+            tokio::task::yield_now().await;
+        };
+        // The first ping and the container.
+        machine.held(2).await;
+        assert_eq!(code(fixture.delete("slow", "").await), Code::NOT_FOUND);
+        task_shutdown(&fixture, "slow").await;
+        fixture.pod.ended().await;
+    };
+    let both = async { tokio::join!(fixture.create("slow", "sleep 60"), given_up) };
+    let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
+    assert_eq!(code(created), Code::UNAVAILABLE);
 }
 
 #[tokio::test]

@@ -253,3 +253,30 @@ pub struct PortForwardRequest {
     #[prost(int32, repeated, tag = "2")]
     pub port: Vec<i32>,
 }
+
+/// `runtime.v1.StatusRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct StatusRequest {}
+
+/// `runtime.v1.RuntimeHandlerFeatures`.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct RuntimeHandlerFeatures {
+    #[prost(bool, tag = "2")]
+    pub user_namespaces: bool,
+}
+
+/// `runtime.v1.RuntimeHandler`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct RuntimeHandler {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(message, optional, tag = "2")]
+    pub features: Option<RuntimeHandlerFeatures>,
+}
+
+/// `runtime.v1.StatusResponse`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct StatusResponse {
+    #[prost(message, repeated, tag = "3")]
+    pub runtime_handlers: Vec<RuntimeHandler>,
+}

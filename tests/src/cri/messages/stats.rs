@@ -36,6 +36,15 @@ pub struct ContainerAttributes {
     pub id: String,
 }
 
+/// `runtime.v1.FilesystemUsage`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct FilesystemUsage {
+    #[prost(int64, tag = "1")]
+    pub timestamp: i64,
+    #[prost(message, optional, tag = "3")]
+    pub used_bytes: Option<UInt64Value>,
+}
+
 /// `runtime.v1.ContainerStats`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct ContainerStats {
@@ -45,6 +54,29 @@ pub struct ContainerStats {
     pub cpu: Option<CpuUsage>,
     #[prost(message, optional, tag = "3")]
     pub memory: Option<MemoryUsage>,
+    #[prost(message, optional, tag = "4")]
+    pub writable_layer: Option<FilesystemUsage>,
+}
+
+/// `runtime.v1.ContainerStatsFilter`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ContainerStatsFilter {
+    #[prost(string, tag = "2")]
+    pub pod_sandbox_id: String,
+}
+
+/// `runtime.v1.ListContainerStatsRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ListContainerStatsRequest {
+    #[prost(message, optional, tag = "1")]
+    pub filter: Option<ContainerStatsFilter>,
+}
+
+/// `runtime.v1.ListContainerStatsResponse`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ListContainerStatsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub stats: Vec<ContainerStats>,
 }
 
 /// `runtime.v1.ContainerStatsResponse`.

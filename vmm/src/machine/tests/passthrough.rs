@@ -1,21 +1,30 @@
-//! A real device behind a real IOMMU: QEMU's "edu", which the lab has when it is
-//! booted with `--devices`. The guest is a few dozen instructions that drive it; it
-//! powers off when all went well and resets when not.
+//! Real devices behind a real IOMMU: QEMU's "edu", "nvme" for what a reset clears, and
+//! "ivshmem-plain" for a large BAR, which the lab has when it is booted with `--devices`. The guest is a few dozen instructions
+//! that drive one; it powers off when all went well and resets when not.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::layout::{ECAM_BUS_SIZE, ECAM_START, WINDOW32_PORTS};
+use crate::vfio::hotplug::Job;
+use crate::vfio::mock;
 use crate::vfio::open::{self, DeviceNodes};
 
 /// "edu" of QEMU (`docs/specs/edu.rst`).
 const EDU: (&str, &str) = ("0x1234", "0x11e8");
+/// "nvme" of QEMU.
+const NVME: (&str, &str) = ("0x1b36", "0x0010");
+/// "ivshmem-plain" of QEMU: memory in BAR 2.
+const MEMORY: (&str, &str) = ("0x1af4", "0x1110");
+const MEMORY_SIZE: u64 = 4 << 30;
 const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
 const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
 const BAR: u64 = WINDOW32_PORTS;
@@ -34,6 +43,12 @@ const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
 const GUEST_SIZE: u32 = 32 << 20;
 
+/// Where the guest has its page tables, and behind its memory what they lead to elsewhere.
+const DIRECTORY: u32 = 0x22_0000;
+const POINTERS: u32 = 0x22_1000;
+const LARGE_PAGE: u32 = 2 << 20;
+const HIGH: u32 = GUEST_SIZE;
+
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
 const RAISE: u64 = 0x60;
@@ -42,33 +57,46 @@ const VECTOR: u32 = 0x41;
 const APIC_SPURIOUS: u64 = 0xf0;
 const APIC_REQUESTED: u64 = 0x200;
 
-/// The edu device, in the hands of vfio-pci; `None` where there is none.
-fn edu() -> Option<String> {
+/// The address of a device, in the hands of vfio-pci and alone in its group; `None` where
+/// there is none.
+fn bound(id: (&str, &str)) -> Option<String> {
+    let in_lab = std::env::var_os("LAB_DEVICES").is_some();
     let skip = |why: &str| {
-        assert!(std::env::var_os("LAB_DEVICES").is_none(), "{why}");
+        assert!(!in_lab, "{why}");
         eprintln!("skipped: {why}");
         None
     };
     if !Path::new("/dev/vfio/vfio").exists() {
         return skip("no VFIO");
     }
-    let id = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let read = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let members = |path: &Path| fs::read_dir(path.join("iommu_group/devices")).ok();
     let Some(device) = fs::read_dir("/sys/bus/pci/devices")
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| (id(path, "vendor").trim(), id(path, "device").trim()) == EDU)
+        .filter(|path| (read(path, "vendor").trim(), read(path, "device").trim()) == id)
+        .find(|path| members(path).is_some_and(|members| members.count() == 1))
     else {
-        return skip("no edu device (lab run --devices)");
+        return skip("no such device with an IOMMU (lab run --devices)");
     };
-    if !device.join("iommu_group").exists() {
-        return skip("no IOMMU");
-    }
     let address = device.file_name().unwrap().to_str().unwrap().to_owned();
-    if !device.join("driver").exists() {
-        fs::write(device.join("driver_override"), "vfio-pci").unwrap();
-        fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
+    let driver = fs::read_link(device.join("driver")).ok();
+    if driver
+        .as_ref()
+        .is_some_and(|driver| driver.ends_with("vfio-pci"))
+    {
+        return Some(address);
     }
+    if driver.is_some() {
+        // Only the lab's may be taken from its driver.
+        if !in_lab {
+            return skip("the host drives it");
+        }
+        fs::write(device.join("driver/unbind"), &address).unwrap();
+    }
+    fs::write(device.join("driver_override"), "vfio-pci").unwrap();
+    fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
     Some(address)
 }
 
@@ -139,6 +167,27 @@ impl Code {
             .wait_clear(DMA_COMMAND, START)
     }
 
+    /// Turns paging on, with 2 MiB pages and addresses above 4 GiB (Intel SDM volume 3, 4.4):
+    /// memory is where it was, and from [`HIGH`] on come pages at `addresses`.
+    fn paging(self, addresses: &[u64]) -> Self {
+        let memory = (0..GUEST_SIZE).step_by(LARGE_PAGE as usize).map(u64::from);
+        let pages = memory.chain(addresses.iter().copied());
+        let begin = self.store(POINTERS.into(), DIRECTORY | 1);
+        let code = (0u64..).zip(pages).fold(begin, |code, (index, page)| {
+            // Present, writable, large.
+            let [low, high] = [page | 0x83, page >> 32].map(|word| word & 0xffff_ffff);
+            let at = u64::from(DIRECTORY) + index * 8;
+            code.store(at, u32::try_from(low).unwrap())
+                .store(at + 4, u32::try_from(high).unwrap())
+        });
+        // cr3 = POINTERS; cr4 |= PAE; cr0 |= PG, each by way of eax.
+        code.bytes(&[0xb8], &[POINTERS])
+            .bytes(&[0x0f, 0x22, 0xd8], &[])
+            .bytes(&[0x0f, 0x20, 0xe0, 0x83, 0xc8, 0x20, 0x0f, 0x22, 0xe0], &[])
+            .bytes(&[0x0f, 0x20, 0xc0, 0x0d], &[1 << 31])
+            .bytes(&[0x0f, 0x22, 0xc0], &[])
+    }
+
     fn power_off(mut self) -> Vec<u8> {
         self.0.extend(out(layout::PORT_SLEEP_CONTROL, 0x34));
         self.0
@@ -147,9 +196,13 @@ impl Code {
 
 /// Runs `code` in a guest that has the edu device; `None` where there is none.
 fn run(code: &[u8]) -> Option<Exits> {
-    let address = edu()?;
+    run_with(&bound(EDU)?, code)
+}
+
+/// Runs `code` in a guest with the device at `address`.
+fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
     let mut parts = parts(code, 1)?;
-    let device = DeviceNodes::of(&address).unwrap();
+    let device = DeviceNodes::of(address).unwrap();
     parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());
     let (outcome, exits) = end_of(Machine::new(parts).unwrap());
     assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
@@ -189,7 +242,7 @@ fn dma_reaches_the_guest_s_memory() {
 /// serving what is allowed. The kernel stays as it was, and nothing of it comes to the guest.
 #[test]
 fn dma_outside_the_guest_s_memory_faults() {
-    if edu().is_none() {
+    if bound(EDU).is_none() {
         return;
     }
     let canary = Canary::find();
@@ -325,7 +378,7 @@ fn msi_reaches_the_guest() {
     run(&code);
 }
 
-/// Every end gives the device back: the next guest finds it, reset.
+/// Every end gives the device back, and the next guest finds it.
 #[test]
 fn device_goes_from_one_guest_to_the_next() {
     let leave = Code::new()
@@ -338,4 +391,136 @@ fn device_goes_from_one_guest_to_the_next() {
             return;
         }
     }
+}
+
+/// Controller configuration (NVM Express base 2.0, 3.1.3.5): the entry sizes of queues, which
+/// a disabled controller keeps until it is reset.
+const CONFIGURATION: u64 = BAR + 0x14;
+const CANARY: u32 = 0x0046_0000;
+
+/// Of what a guest left in a device that can be reset the next one finds nothing.
+#[test]
+fn what_a_guest_left_in_a_device_is_gone() {
+    let Some(address) = bound(NVME) else { return };
+    let leave = Code::new()
+        .enable()
+        .expect(CONFIGURATION, 0)
+        .store(CONFIGURATION, CANARY)
+        .expect(CONFIGURATION, CANARY)
+        .power_off();
+    let look = Code::new().enable().expect(CONFIGURATION, 0).power_off();
+    for code in [&leave, &look] {
+        if run_with(&address, code).is_none() {
+            return;
+        }
+    }
+}
+
+/// The first and the last word of a BAR of 4 GiB are memory, and two words: they are there
+/// for the next guest, since nothing resets this device.
+#[test]
+fn large_bar_is_reached_up_to_its_last_byte() {
+    let Some(address) = bound(MEMORY) else { return };
+    let (bar, _) = layout::window64(GUEST_SIZE.into(), 48).unwrap();
+    let pages = [bar, bar + MEMORY_SIZE - u64::from(LARGE_PAGE)];
+    let [first, last] = [HIGH, HIGH + 2 * LARGE_PAGE - 4].map(u64::from);
+    let write = Code::new()
+        .enable()
+        .paging(&pages)
+        .store(first, 0x1111_1111)
+        .store(last, 0x9999_9999)
+        .power_off();
+    let read = Code::new()
+        .enable()
+        .paging(&pages)
+        .expect(first, 0x1111_1111)
+        .expect(last, 0x9999_9999)
+        .power_off();
+    for code in [&write, &read] {
+        let Some(exits) = run_with(&address, code) else {
+            return;
+        };
+        let counts = (exits.mmio_reads, exits.mmio_writes);
+        assert_eq!(counts, (0, 2), "configuration only");
+    }
+}
+
+/// Slot control and status of the root port; status is the upper half.
+const SLOT: u64 = PORT_CONFIG + 0x58;
+const PRESENT: u32 = 1 << 22;
+/// Its MSI capability.
+const PORT_MSI: u64 = PORT_CONFIG + 0x7c;
+/// Slot control: an interrupt for a change of presence or link.
+const LISTEN: u32 = 0x1028;
+
+/// A guest that hears of a device, drives it and waits for its end, so many times.
+fn hot_plugged(times: u32) -> Vec<u8> {
+    let apic = u64::from(layout::LAPIC);
+    let received = apic + APIC_REQUESTED + u64::from(VECTOR / 32 * 16);
+    let mut code = Code::new()
+        .expect(CONFIG, u32::MAX)
+        .store(apic + APIC_SPURIOUS, 0x1ff)
+        .store(PORT_MSI + 4, layout::LAPIC)
+        .store(PORT_MSI + 8, 0)
+        .store(PORT_MSI + 12, VECTOR)
+        .store(PORT_MSI, 1 << 16)
+        .store(SLOT, LISTEN);
+    for round in 0..times {
+        code = code
+            .wait_set(SLOT, PRESENT)
+            .wait_set(received, 1 << (VECTOR % 32))
+            .store(SLOT, LISTEN | 0x0108 << 16)
+            .expect(CONFIG, 0x11e8_1234)
+            .store(CONFIG + 0x10, u32::try_from(BAR).unwrap())
+            .enable()
+            .expect(BAR, 0x0100_00ed)
+            .store(INSIDE.into(), 0xcafe_babe)
+            .dma(INSIDE, BUFFER, 0)
+            .dma(BUFFER, RESULT + 4 * round, TO_MEMORY)
+            .wait_clear(SLOT, PRESENT)
+            .store(SLOT, LISTEN | 0x0108 << 16)
+            .expect(CONFIG, u32::MAX)
+            .expect(BAR, u32::MAX);
+    }
+    code.power_off()
+}
+
+/// What became of a job.
+fn done(running: &Running, job: Job) -> Result<u64, String> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let worker = running.hot_plug().unwrap();
+    worker.request(job, move |result| tell.send(result).unwrap());
+    told.recv_timeout(Duration::from_secs(20)).unwrap()
+}
+
+/// Until the guest has had its device write there.
+fn wait_for_dma(running: &Running, address: u32) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let address = GuestAddress(address.into());
+    while running.memory().read_obj::<u32>(address).unwrap() != 0xcafe_babe {
+        assert!(Instant::now() < deadline, "no DMA at {address:?}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn device_comes_to_a_running_guest_and_goes_twice() {
+    let Some(address) = bound(EDU) else { return };
+    let Some(mut parts) = parts(&hot_plugged(2), 1) else {
+        return;
+    };
+    parts.pci_slots = 1;
+    let running = Machine::new(parts).unwrap().start().unwrap();
+    for round in 0..2 {
+        let device = DeviceNodes::of(&address).unwrap();
+        let opened = open::by_groups(Path::new("/dev"), &[device]).unwrap();
+        assert_eq!(done(&running, Job::Plug(vec![0], opened)), Ok(1));
+        wait_for_dma(&running, RESULT + 4 * round);
+        assert_eq!(done(&running, Job::Unplug(vec![0])), Ok(1));
+    }
+    mock::wait_for(running.stop_handle().event());
+    let stop = running.stop_handle().clone();
+    running.stop();
+    let outcome = Outcome::Stopped(StopReason::Shutdown);
+    assert_eq!(stop.outcome(), Some(&outcome));
 }

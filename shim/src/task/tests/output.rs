@@ -1,0 +1,104 @@
+//! Output and the exit: the one is complete before the other is told, but for a reader
+//! that does not read.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use containerd_shim_protos::api::*;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+
+use super::fixture::*;
+use crate::task::lock;
+
+/// More than a FIFO holds and less than all buffers on the way: the guest can get rid of
+/// it before anybody reads.
+const BYTES: usize = 100_000;
+
+/// A container that writes [`BYTES`] and ends, and the reader of its FIFO, who has not
+/// read anything. All of that is with the shim when this returns.
+async fn ended(fixture: &Fixture) -> pipe::Receiver {
+    let stdout = fixture.fifo("stdout");
+    let reader = pipe::OpenOptions::new().open_receiver(&stdout).unwrap();
+    let script = format!("head -c {BYTES} /dev/zero; exit 7");
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: fixture.bundle("c", &script),
+        stdout,
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.ended("c").await;
+    reader
+}
+
+#[tokio::test]
+async fn an_exit_is_told_after_the_output_was_read() {
+    let mut fixture = Fixture::new().await;
+    let mut reader = ended(&fixture).await;
+    fixture.expect(&["create", "start"]).await;
+    // The guest's answers come in their order: that of the exit is there by now.
+    for _ in 0..10 {
+        fixture.stats("c").await.unwrap();
+        assert_eq!(fixture.status("c").await, Status::RUNNING);
+    }
+    assert!(fixture.events.try_recv().is_err(), "nothing is told");
+    let mut output = Vec::new();
+    let (read, status) = tokio::join!(reader.read_to_end(&mut output), fixture.wait("c", ""));
+    assert_eq!((read.unwrap(), status), (BYTES, 7));
+    fixture.expect(&["exit"]).await;
+}
+
+/// It gets the rest when it reads again, until the container is deleted.
+#[tokio::test]
+async fn a_reader_that_has_stopped_does_not_hide_the_exit() {
+    let mut fixture = Fixture::new().await;
+    let mut reader = ended(&fixture).await;
+    let late = Duration::from_secs(10);
+    let status = tokio::time::timeout(late, fixture.wait("c", "")).await;
+    assert_eq!(status.expect("the exit is told"), 7);
+    fixture.expect(&["create", "start", "exit"]).await;
+    let mut output = Vec::new();
+    let read = reader.read_to_end(&mut output).await;
+    assert_eq!(read.unwrap(), BYTES);
+}
+
+/// A file has it all at the moment the exit is known.
+#[tokio::test]
+async fn a_file_is_complete_with_the_exit() {
+    let fixture = Fixture::new().await;
+    let path = fixture.path("log");
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: fixture.bundle("c", "head -c 3000000 /dev/zero"),
+        stdout: format!("file://{}", path.display()),
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 0);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 3_000_000);
+}
+
+/// An exec's as a container's, by the exec's own id.
+#[tokio::test]
+async fn a_logger_takes_the_output_of_an_exec() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "sleep 60").await;
+    let log = fixture.fifo("log");
+    let read = reader(&log);
+    let program = fixture.path("logger");
+    let script = "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID; cat <&3; cat <&4; } > $2\n";
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let mut request = exec_request("c", "e", "echo out; echo err >&2; exit 3");
+    request.stdout = format!("binary://{}?log={log}", program.display());
+    request.stderr.clone_from(&request.stdout);
+    fixture.client.exec(context(), &request).await.unwrap();
+    fixture.start("c", "e").await.unwrap();
+    assert_eq!(fixture.wait("c", "e").await, 3);
+    assert_eq!(read.await.unwrap(), "e\nout\nerr\n");
+}

@@ -1,0 +1,24 @@
+//! Pods of `sandboxer = "shim"` for what needs no pod of its own: what other tests do in
+//! containerd's default mode, one thing after the other.
+
+use nacre_tests::pods::PodScene;
+
+use crate::{devices, exec, network, pids, resources, stats};
+
+#[test]
+fn streams_ports_and_raw_volumes() {
+    let scene = PodScene::sandboxed();
+    let pod = scene.pod("plain").run();
+    exec::exec_and_attach_in(&pod);
+    network::ports_are_forwarded_to(&pod);
+    devices::raw_volumes_in(&scene, &pod);
+}
+
+#[test]
+fn stats_memory_and_shared_pids() {
+    let scene = PodScene::sandboxed();
+    let pod = scene.pod("shared").shared_pids().run();
+    stats::stats_agree_in(&scene, &pod);
+    resources::one_runs_out_of_memory_in(&pod);
+    pids::pids_are_shared_in(&pod);
+}
