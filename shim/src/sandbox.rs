@@ -28,7 +28,7 @@ mod vm_host;
 mod watch;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -256,7 +256,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.hang_timeout(),
             #[cfg(test)]
-            Self::Fake(_) => Duration::ZERO,
+            Self::Fake(host) => host.hang_timeout,
         }
     }
 
@@ -328,6 +328,8 @@ pub struct Sandbox {
     guest: OnceLock<Guest>,
     next_stream: AtomicU64,
     followers: Followers,
+    /// Whether the guest was found not to answer.
+    hangs: AtomicBool,
 }
 
 /// A machine's memory.
@@ -368,6 +370,7 @@ impl Sandbox {
             guest: OnceLock::new(),
             next_stream: AtomicU64::new(1),
             followers: Followers::default(),
+            hangs: AtomicBool::new(false),
         }
     }
 
@@ -546,7 +549,10 @@ impl Sandbox {
 
     /// Resolves when the machine is dead.
     pub async fn stopped(&self) -> Stop {
-        self.machine.stopped().await
+        match self.machine.stopped().await {
+            Stop::Died if self.hangs.load(Ordering::Relaxed) => Stop::Hung,
+            stop => stop,
+        }
     }
 
     /// A call to the agent that is over when the machine is, at the latest.

@@ -28,7 +28,7 @@ pub const MEMORY_MAP: u64 = 0x6200;
 pub const CMDLINE: u64 = 0x2_0000;
 /// x86 Linux takes no more (`COMMAND_LINE_SIZE`), terminator included.
 pub const CMDLINE_MAX: usize = 2048;
-/// Where a kernel that panics leaves its last words, see [`crate::pstore`]. Linux
+/// Where a kernel that ends leaves its last words, see [`crate::pstore`]. Linux
 /// uses nothing below one mebibyte but what its trampoline takes, from the end.
 pub const PSTORE: u64 = 0x4_0000;
 /// A power of two, and more than pstore writes (10 KiB).

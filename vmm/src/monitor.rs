@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, Request, StopReason, VmConfig};
+use nacre_protocol::vm::{Event, Memory, Request, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -124,7 +124,7 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
     let outcome = result?;
-    if outcome == Outcome::Stopped(StopReason::Panic) {
+    if matches!(outcome, Outcome::Stopped(_)) {
         for line in pstore::last_words(&memory) {
             tracing::warn!("guest kernel: {line}");
         }

@@ -288,6 +288,8 @@ pub struct FakeHost {
     pub knows_network: bool,
     /// Whether its machines' guests hang from the start.
     pub hangs: bool,
+    /// How long they may; zero: as long as they like.
+    pub hang_timeout: Duration,
     /// A console's shell.
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
@@ -323,6 +325,7 @@ impl FakeHost {
             machine: Arc::default(),
             knows_network: true,
             hangs: false,
+            hang_timeout: Duration::ZERO,
             debug_shell: None,
             journal: Journal::default(),
             hooks: Runner::default(),

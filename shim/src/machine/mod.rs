@@ -90,6 +90,8 @@ pub enum Stop {
     Failed(String),
     /// The monitor ended without a word, or was killed.
     Died,
+    /// It was killed because the guest did not answer.
+    Hung,
 }
 
 impl std::fmt::Display for Stop {
@@ -101,6 +103,7 @@ impl std::fmt::Display for Stop {
             Self::Guest(StopReason::Panic) => f.write_str("the guest kernel panicked"),
             Self::Failed(message) => write!(f, "the monitor failed: {message}"),
             Self::Died => f.write_str("the monitor process ended"),
+            Self::Hung => f.write_str("the guest hung: no answer within hang_timeout_seconds"),
         }
     }
 }

@@ -45,8 +45,8 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time the agent has to mount a container's storage and make it.
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time output has to reach its readers after the exit.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time output has to reach its readers after the exit, which is told within five seconds.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 /// Time a process has to die of SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Status of a process that went down with its machine: 128 + SIGKILL.

@@ -350,8 +350,11 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
+        if request.container_id == "frozen" {
+            return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not thaw"));
+        }
         Ok(Empty::new())
     }
 
