@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
-use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{PodDir, eventually};
 
 use crate::SLEEP;
@@ -128,13 +128,8 @@ fn shares_and_processors() {
         });
         container.start()
     });
-    let linux = pod.config.linux.as_ref().unwrap();
-    let cpus = format!(
-        "/sys/fs/cgroup{}/{}/cpuset.cpus",
-        linux.cgroup_parent, pod.id
-    );
-    let on_host = || fs::read_to_string(&cpus).unwrap().trim().to_owned();
-    assert_eq!(on_host(), "2");
+    let cpus_on_host = || on_host(&pod, "cpuset.cpus").trim().to_owned();
+    assert_eq!(cpus_on_host(), "2");
     let monitor = fs::read_to_string(format!("/proc/{}/status", pod.monitor())).unwrap();
     assert!(monitor.contains("Cpus_allowed_list:\t2\n"), "{monitor}");
     many.sh("cat /sys/fs/cgroup/cpu.weight /sys/fs/cgroup/cpuset.cpus")
@@ -162,11 +157,11 @@ fn shares_and_processors() {
         scene.cri().update(&container.id, resources).unwrap();
     };
     update(&few, "1");
-    assert_eq!(on_host(), "1-2", "those of both");
+    assert_eq!(cpus_on_host(), "1-2", "those of both");
     update(&many, "1");
-    assert_eq!(on_host(), "1");
+    assert_eq!(cpus_on_host(), "1");
     let free = pod.container("free", SLEEP).start();
-    assert_ne!(on_host(), "1", "one may run anywhere");
+    assert_ne!(cpus_on_host(), "1", "one may run anywhere");
     free.exec(&["true"]).exits(0);
 }
 
@@ -249,6 +244,68 @@ fn processes_are_limited() {
     app.sh("cat /sys/fs/cgroup/pids.max").prints("8\n");
     let said = app.sh("for i in 1 2 3 4 5 6 7 8 9; do sleep 30 & done");
     assert!(said.stderr.contains("can't fork"), "{said:#?}");
+}
+
+/// A file of a pod's cgroup on the host.
+fn on_host(pod: &Pod<'_>, file: &str) -> String {
+    let linux = pod.config.linux.as_ref().unwrap();
+    let group = format!("/sys/fs/cgroup{}/{}", linux.cgroup_parent, pod.id);
+    fs::read_to_string(format!("{group}/{file}")).unwrap()
+}
+
+/// A value in bytes of `memory.stat`, or of a process's status.
+fn bytes_of(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let mut words = line.unwrap_or_else(|| panic!("no {name}")).split_whitespace();
+    let number: u64 = words.next().unwrap().parse().unwrap();
+    number << if words.next() == Some("kB") { 10 } else { 0 }
+}
+
+/// Shim, monitor and file server: what they use is what the kernel counts.
+#[test]
+fn the_pod_s_cgroup_counts_all_of_it() {
+    let scene = PodScene::new();
+    let pod = scene.pod("counted").limits(256, 1).run();
+    let app = pod.container("app", SLEEP);
+    let app = app.mount_read_only(Path::new("/usr"), "/run/usr").start();
+    app.exec(&["test", "-d", "/run/usr/bin"]).exits(0);
+
+    let monitor = pod.monitor();
+    let of = |pid: &str, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+    let procs = on_host(&pod, "cgroup.procs");
+    let mut kinds: Vec<&str> = procs
+        .lines()
+        .map(|pid| match of(pid, "cmdline").replace('\0', " ") {
+            _ if pid == monitor.to_string() => "monitor",
+            line if line.contains("virtiofsd") => "virtiofsd",
+            line if line.contains(&pod.id) && line.ends_with("serve ") => "shim",
+            line => panic!("{line} is not the pod's"),
+        })
+        .collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    assert_eq!(kinds, ["monitor", "shim", "virtiofsd"]);
+
+    // The guest's memory is the monitor's; the file server sees the same pages.
+    let used = || {
+        let anonymous = procs.lines().map(|pid| bytes_of(&of(pid, "status"), "RssAnon:"));
+        let shared = bytes_of(&of(&monitor.to_string(), "status"), "RssShmem:");
+        anonymous.sum::<u64>() + shared
+    };
+    let counted = || {
+        let stat = on_host(&pod, "memory.stat");
+        bytes_of(&stat, "anon ") + bytes_of(&stat, "shmem ")
+    };
+    let current = || -> u64 { on_host(&pod, "memory.current").trim().parse().unwrap() };
+    let before = current();
+    app.sh("dd if=/dev/zero of=/dev/shm/ballast bs=1M count=48 2>&1").exits(0);
+    // The guest uses memory meanwhile, too.
+    eventually("both agree within a tenth", || {
+        let (used, counted) = (used(), counted());
+        used.abs_diff(counted) <= used / 10
+    });
+    assert!(current() >= before + (40 << 20), "{before} then {}", current());
+    assert!(current() >= counted());
 }
 
 /// In-place resize, up and down. The machine grows with its containers.
