@@ -71,14 +71,10 @@ fn a_disk_is_written_and_read_in_a_container() {
 #[test]
 fn partitions_are_in_the_container() {
     let nvme = behind(NVME_PORT);
-    // An MBR with a partition of Linux's type, from the second MiB on.
-    let mut table = [0; 512];
-    table[446 + 4] = 0x83;
-    table[446 + 8..446 + 12].copy_from_slice(&2048u32.to_le_bytes());
-    table[446 + 12..446 + 16].copy_from_slice(&4096u32.to_le_bytes());
-    table[510..].copy_from_slice(&[0x55, 0xaa]);
-    let path = disk(&nvme);
-    fs::write(&path, table).unwrap();
+    let mut sfdisk = Command::new("sfdisk");
+    sfdisk.arg(disk(&nvme));
+    let table = "label: gpt\nstart=2048, size=4096\n";
+    nacre_tests::run_with_input(sfdisk, table.into()).exits(0);
     let bound = Bound::new(&[&nvme]);
     let script = format!("wc -c < {DISK}p1");
     run_to_end(&mut Scene::new(), &nvme, &script)

@@ -175,7 +175,7 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
 /// reason on stderr, where the file system of the build has no such thing.
 fn uncached(len: u64) -> Option<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
     file.as_file().set_len(len).unwrap();
     let mut options = File::options();
     options.read(true).write(true).custom_flags(libc::O_DIRECT);
