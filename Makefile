@@ -114,7 +114,7 @@ bench: stage
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, and what many pods take and cost beside runc.
+# layers, many machines and pods at once, and what they take and cost beside runc.
 long: stage
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)

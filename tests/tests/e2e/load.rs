@@ -8,6 +8,7 @@ use nacre_tests::{BUSYBOX, Said, Scene, Shim, eventually};
 use crate::failures::Changed;
 
 #[test]
+#[ignore = "minutes long in the lab: make long"]
 fn twenty_machines_at_once() {
     // Two processors that are slow take their time for twenty kernels.
     let _boot = Changed::new("boot_timeout_seconds", "500");

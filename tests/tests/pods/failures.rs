@@ -80,6 +80,7 @@ fn a_container_that_cannot_be_made() {
 }
 
 #[test]
+#[ignore = "minutes long in the lab: make long"]
 fn eight_pods_at_once() {
     let scene = PodScene::new();
     thread::scope(|threads| {

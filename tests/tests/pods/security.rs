@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
 
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
 use nacre_tests::pods::PodScene;
@@ -212,12 +213,19 @@ fn users_of_the_pod_s_own() {
 fn network_of_a_pod_with_users_of_its_own() {
     let scene = PodScene::new();
     let pod = scene.pod("mapped-net").own_users(1_000_000).run();
-    let container = pod.container("root", SLEEP).start();
+    let container = pod.container("root", SLEEP);
+    let container = container
+        .mount_read_only(Path::new("/usr"), "/host")
+        .start();
     container
         .sh("echo served > /page && httpd -p 80 -h / && wget -q -O - http://127.0.0.1/page")
         .prints("served\n");
+    // busybox's own takes rights.
     container
-        .sh("ping -c 1 -w 20 127.0.0.1 > /dev/null && echo answered")
+        .sh(
+            "lib=/host/lib/x86_64-linux-gnu; $lib/ld-linux-x86-64.so.2 --library-path $lib \
+             /host/bin/ping -c 1 -w 20 127.0.0.1 > /dev/null && echo answered",
+        )
         .prints("answered\n");
     let admin = pod
         .container("admin", SLEEP)
