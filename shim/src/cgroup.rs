@@ -85,7 +85,9 @@ pub enum CgroupError {
         source: BusError,
     },
     /// The pod's unit is somebody's, with processes.
-    #[error("systemd has a unit {0} already, in which processes run; end them, or choose another id")]
+    #[error(
+        "systemd has a unit {0} already, in which processes run; end them, or choose another id"
+    )]
     Exists(String),
     /// A file operation failed.
     #[error("cannot {action} {}", path.display())]
@@ -389,8 +391,12 @@ impl Group {
     /// was set, it gets what the group above has.
     fn with_lists(&self, limits: &Limits) -> Result<Limits, CgroupError> {
         Ok(Limits {
-            cpus: limits.cpus.map_or_else(|| self.lifted("cpuset.cpus"), |list| Ok(Some(list)))?,
-            mems: limits.mems.map_or_else(|| self.lifted("cpuset.mems"), |list| Ok(Some(list)))?,
+            cpus: limits
+                .cpus
+                .map_or_else(|| self.lifted("cpuset.cpus"), |list| Ok(Some(list)))?,
+            mems: limits
+                .mems
+                .map_or_else(|| self.lifted("cpuset.mems"), |list| Ok(Some(list)))?,
             ..*limits
         })
     }

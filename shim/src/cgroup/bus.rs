@@ -251,8 +251,14 @@ mod tests {
     fn answers_are_told_from_signals_which_are_kept() {
         let bus = FakeBus::new(|call| {
             let said = call.arguments("s").unwrap().text().unwrap();
-            let signal = |text: &str| Answer::Signal("org.example.Echo", "Heard", Body::default().text(text));
-            vec![signal("before"), Answer::Return(Body::default().text(&said)), signal("after")]
+            let signal = |text: &str| {
+                Answer::Signal("org.example.Echo", "Heard", Body::default().text(text))
+            };
+            vec![
+                signal("before"),
+                Answer::Return(Body::default().text(&said)),
+                signal("after"),
+            ]
         });
         let mut client = Bus::connect(bus.path(), soon()).unwrap();
         for said in ["one", "two"] {

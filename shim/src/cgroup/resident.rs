@@ -163,7 +163,10 @@ mod tests {
     fn groups_are_found_below_the_root() {
         let root = Path::new("/cg");
         let of = |text| group_in(root, text);
-        assert_eq!(of("0::/system.slice/c.service\n"), Path::new("/cg/system.slice/c.service"));
+        assert_eq!(
+            of("0::/system.slice/c.service\n"),
+            Path::new("/cg/system.slice/c.service")
+        );
         assert_eq!(of("4:memory:/a\n0::/b (deleted)\n"), Path::new("/cg/b"));
         assert_eq!(of("0::/\n"), root);
         assert_eq!(of("0::/../outside\n"), root);

@@ -187,7 +187,10 @@ fn limit_properties(limits: &Limits) -> Vec<Property> {
         None => (INFINITY, INFINITY),
     };
     let mut properties = vec![
-        ("MemoryMax", Value::Number(limits.memory_bytes.unwrap_or(INFINITY))),
+        (
+            "MemoryMax",
+            Value::Number(limits.memory_bytes.unwrap_or(INFINITY)),
+        ),
         ("CPUQuotaPerSecUSec", Value::Number(per_second)),
         ("CPUQuotaPeriodUSec", Value::Number(period)),
     ];

@@ -163,14 +163,15 @@ fn a_list_is_lifted_to_what_the_group_above_has() {
 fn with_plain_directories(root: &Path) -> (FakeBus, Systemd) {
     let directory = root.join("a.slice/a-b.slice/nacre-pod.scope");
     let job = || Body::default().path("/job/1");
-    let removed = || Body::default().number(1).path("/job/1").text("u").text("done");
-    let signal = move || {
-        Answer::Signal(
-            "org.freedesktop.systemd1.Manager",
-            "JobRemoved",
-            removed(),
-        )
+    let removed = || {
+        Body::default()
+            .number(1)
+            .path("/job/1")
+            .text("u")
+            .text("done")
     };
+    let signal =
+        move || Answer::Signal("org.freedesktop.systemd1.Manager", "JobRemoved", removed());
     let bus = FakeBus::new(move |call: &Message| match call.name() {
         "StartTransientUnit" => {
             fs::create_dir_all(&directory).unwrap();
@@ -228,7 +229,10 @@ fn root() -> Option<PathBuf> {
         eprintln!("skipped: no cgroup v2 here");
         return None;
     };
-    let probe = root.join(format!("nacre-test-probe-{:?}", std::thread::current().id()));
+    let probe = root.join(format!(
+        "nacre-test-probe-{:?}",
+        std::thread::current().id()
+    ));
     match fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)) {
         Ok(()) => Some(root),
         Err(error) => {
@@ -251,7 +255,11 @@ fn the_shim_is_in_the_group_and_outlives_it() {
     assert_eq!(shim.group(), name);
 
     let other = Process::new();
-    write(&cgroup.path().join("cgroup.procs"), &other.pid().to_string()).unwrap();
+    write(
+        &cgroup.path().join("cgroup.procs"),
+        &other.pid().to_string(),
+    )
+    .unwrap();
     // The zombie holds the group until it is reaped.
     let reaper = std::thread::spawn(move || {
         let mut other = other;

@@ -173,7 +173,9 @@ fn a_full_cgroup_ends_the_machine_and_not_the_shim() {
     scene.exec(&id, &[], &fill);
     scene.await_status(&id, "STOPPED");
     let events = on_host(&id, "memory.events");
-    let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    let kills = events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "));
     assert_ne!(kills.unwrap(), "0");
     let group = fs::read_to_string(format!("/proc/{shim}/cgroup")).unwrap();
     assert_eq!(group, format!("0::/default/{id}\n"));

@@ -256,7 +256,9 @@ fn on_host(pod: &Pod<'_>, file: &str) -> String {
 /// A value in bytes of `memory.stat`, or of a process's status.
 fn bytes_of(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let mut words = line.unwrap_or_else(|| panic!("no {name}")).split_whitespace();
+    let mut words = line
+        .unwrap_or_else(|| panic!("no {name}"))
+        .split_whitespace();
     let number: u64 = words.next().unwrap().parse().unwrap();
     number << if words.next() == Some("kB") { 10 } else { 0 }
 }
@@ -288,7 +290,9 @@ fn the_pod_s_cgroup_counts_all_of_it() {
 
     // The guest's memory is the monitor's; the file server sees the same pages.
     let used = || {
-        let anonymous = procs.lines().map(|pid| bytes_of(&of(pid, "status"), "RssAnon:"));
+        let anonymous = procs
+            .lines()
+            .map(|pid| bytes_of(&of(pid, "status"), "RssAnon:"));
         let shared = bytes_of(&of(&monitor.to_string(), "status"), "RssShmem:");
         anonymous.sum::<u64>() + shared
     };
@@ -298,13 +302,18 @@ fn the_pod_s_cgroup_counts_all_of_it() {
     };
     let current = || -> u64 { on_host(&pod, "memory.current").trim().parse().unwrap() };
     let before = current();
-    app.sh("dd if=/dev/zero of=/dev/shm/ballast bs=1M count=48 2>&1").exits(0);
+    app.sh("dd if=/dev/zero of=/dev/shm/ballast bs=1M count=48 2>&1")
+        .exits(0);
     // The guest uses memory meanwhile, too.
     eventually("both agree within a tenth", || {
         let (used, counted) = (used(), counted());
         used.abs_diff(counted) <= used / 10
     });
-    assert!(current() >= before + (40 << 20), "{before} then {}", current());
+    assert!(
+        current() >= before + (40 << 20),
+        "{before} then {}",
+        current()
+    );
     assert!(current() >= counted());
 }
 

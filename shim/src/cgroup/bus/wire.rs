@@ -127,11 +127,7 @@ impl Body {
 /// # Errors
 ///
 /// `Malformed` for one that is too long.
-pub(super) fn call(
-    serial: u32,
-    method: &Method<'_>,
-    body: &Body,
-) -> Result<Vec<u8>, BusError> {
+pub(super) fn call(serial: u32, method: &Method<'_>, body: &Body) -> Result<Vec<u8>, BusError> {
     let mut fields = Writer::default();
     for (code, kind, text) in [
         (PATH, "o", method.path),
@@ -178,13 +174,16 @@ impl Message {
     ///
     /// `Io`; `Malformed`.
     pub(super) fn read(from: &mut impl Read) -> Result<Self, BusError> {
-        let mut read = |bytes: &mut [u8]| from.read_exact(bytes).map_err(failed("read from the bus"));
+        let mut read =
+            |bytes: &mut [u8]| from.read_exact(bytes).map_err(failed("read from the bus"));
         let mut fixed = [0; FIXED_BYTES];
         read(&mut fixed)?;
         let mut header = Reader::new(&fixed);
         let [endian, kind, _flags, version] = header.take()?;
         if (endian, version) != (LITTLE, VERSION) {
-            return Err(BusError::Malformed("messages of another byte order or version"));
+            return Err(BusError::Malformed(
+                "messages of another byte order or version",
+            ));
         }
         let body_bytes = header.size()?;
         let _serial = header.number()?;

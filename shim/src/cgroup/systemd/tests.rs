@@ -90,7 +90,10 @@ fn a_scope_is_made_around_a_process() {
         ["Hello", "AddMatch", "Subscribe", "StartTransientUnit"]
     );
     let expected = [
-        ("Description", Value::Text("nacre pod cri-containerd-abc".into())),
+        (
+            "Description",
+            Value::Text("nacre pod cri-containerd-abc".into()),
+        ),
         ("Slice", Value::Text("kubepods-pod1.slice".into())),
         ("PIDs", Value::Numbers(vec![4711])),
         ("Delegate", Value::Flag(true)),
@@ -140,7 +143,11 @@ fn quotas_are_never_less_than_was_asked_for() {
         (100, 1_000_000, 10_000),
         (u64::MAX, 1, u64::MAX),
     ] {
-        assert_eq!(quota_per_second(quota, period), expected, "{quota}/{period}");
+        assert_eq!(
+            quota_per_second(quota, period),
+            expected,
+            "{quota}/{period}"
+        );
     }
 }
 
@@ -181,7 +188,10 @@ fn what_is_left_of_one_before_is_ended_first() {
 fn another_s_with_processes_is_left_alone() {
     let host = Host::new(with_the_one_before()).is_populated(1);
     let error = host.scope.start(1, &Limits::default()).unwrap_err();
-    assert!(matches!(&error, CgroupError::Exists(unit) if unit == UNIT), "{error}");
+    assert!(
+        matches!(&error, CgroupError::Exists(unit) if unit == UNIT),
+        "{error}"
+    );
     assert!(host.bus.take_calls("StopUnit").is_empty());
 }
 
@@ -206,5 +216,8 @@ fn without_a_system_bus_systemd_is_asked_directly() {
 
     host.scope.systemd.private = host.root.path().join("nobody");
     let text = chain(&host.scope.stop().unwrap_err());
-    assert!(text.contains(UNIT) && text.contains("connect to the bus"), "{text}");
+    assert!(
+        text.contains(UNIT) && text.contains("connect to the bus"),
+        "{text}"
+    );
 }

@@ -31,7 +31,10 @@ fn values_are_aligned() {
         ("D", Value::Flag(true)),
         ("T", Value::Text("x".into())),
     ];
-    let body = Body::default().text("unit").properties(&properties).no_units();
+    let body = Body::default()
+        .text("unit")
+        .properties(&properties)
+        .no_units();
     assert_eq!(body.signature, "sa(sv)a(sa(sv))");
     let expected = [
         &b"\x04\0\0\0unit\0"[..],
@@ -78,7 +81,14 @@ fn what_is_no_message_is_an_error_and_no_panic() {
             bytes[at] = before;
         }
     }
-    for (at, value) in [(0, b'B'), (3, 2), (7, 0x7f), (15, 0x7f), (18, b'x'), (20, 0xff)] {
+    for (at, value) in [
+        (0, b'B'),
+        (3, 2),
+        (7, 0x7f),
+        (15, 0x7f),
+        (18, b'x'),
+        (20, 0xff),
+    ] {
         let before = std::mem::replace(&mut bytes[at], value);
         let error = read(&bytes).unwrap_err();
         assert!(matches!(error, BusError::Malformed(_)), "{at}: {error}");

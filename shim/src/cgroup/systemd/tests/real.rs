@@ -34,7 +34,9 @@ impl Groups {
     fn directory(&self, name: &str) -> PathBuf {
         let below = |group: &PathBuf| group.parent().unwrap().join(name.trim_start_matches('/'));
         let mut paths = self.0.iter().map(below);
-        paths.find(|path| path.join("cgroup.events").exists()).unwrap()
+        paths
+            .find(|path| path.join("cgroup.events").exists())
+            .unwrap()
     }
 }
 
