@@ -37,7 +37,7 @@ impl Host {
         Self { bus, scope, root }
     }
 
-    fn is_populated(self, populated: u32) -> Self {
+    fn populated(self, populated: u32) -> Self {
         let events = format!("populated {populated}\nfrozen 0\n");
         fs::write(self.scope.group.join("cgroup.events"), events).unwrap();
         self
@@ -113,8 +113,9 @@ fn a_scope_is_made_around_a_process() {
         .text("replace")
         .properties(&expected)
         .no_units();
-    let [call] = &host.bus.take_calls("StartTransientUnit")[..] else {
-        panic!("one call");
+    let calls = host.bus.take_calls("StartTransientUnit");
+    let [call] = calls.as_slice() else {
+        panic!("{calls:?}");
     };
     assert!(call.is(MANAGER, "StartTransientUnit"));
     call.assert_arguments(&expected);
@@ -177,7 +178,7 @@ fn with_the_one_before() -> impl FnMut(&Message) -> Vec<Answer> + Send + 'static
 
 #[test]
 fn what_is_left_of_one_before_is_ended_first() {
-    let host = Host::new(with_the_one_before()).is_populated(0);
+    let host = Host::new(with_the_one_before()).populated(0);
     host.scope.start(1, &Limits::default()).unwrap();
     assert_eq!(host.bus.take_calls("StartTransientUnit").len(), 2);
     let stop = &host.bus.take_calls("StopUnit")[0];
@@ -186,7 +187,7 @@ fn what_is_left_of_one_before_is_ended_first() {
 
 #[test]
 fn another_s_with_processes_is_left_alone() {
-    let host = Host::new(with_the_one_before()).is_populated(1);
+    let host = Host::new(with_the_one_before()).populated(1);
     let error = host.scope.start(1, &Limits::default()).unwrap_err();
     assert!(
         matches!(&error, CgroupError::Exists(unit) if unit == UNIT),
