@@ -33,6 +33,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::types::mount::Mount;
+use futures::future::BoxFuture;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
@@ -284,9 +285,13 @@ impl Host {
     /// # Errors
     ///
     /// When a limit cannot be set.
-    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
+    pub async fn set_limits(
+        &self,
+        containers: &[Limits],
+        memory_mib: u32,
+    ) -> Result<(), SandboxError> {
         match self {
-            Self::Vm(host) => host.set_limits(containers, memory_mib),
+            Self::Vm(host) => host.set_limits(containers, memory_mib).await,
             #[cfg(test)]
             Self::Fake(host) => {
                 host.set_limits(memory_mib);
@@ -436,10 +441,10 @@ impl Sandbox {
     ///
     /// `TooLarge`, `Pinned`; `NotGrown`, with size and limits as they were; those of the
     /// machine and of `limit`.
-    pub async fn resize(
+    pub async fn resize<'a>(
         &self,
         wanted_mib: u32,
-        limit: impl Fn(u32) -> Result<(), SandboxError>,
+        limit: impl Fn(u32) -> BoxFuture<'a, Result<(), SandboxError>>,
     ) -> Result<(), SandboxError> {
         let Some(guest) = self.guest.get() else {
             return Ok(());
@@ -465,10 +470,10 @@ impl Sandbox {
         let wanted_mib = boot_mib + growth.next_multiple_of(GROWTH_STEP_MIB);
         let before_mib = guest.memory_mib.load(Ordering::Relaxed);
         if wanted_mib > before_mib {
-            limit(wanted_mib)?;
+            limit(wanted_mib).await?;
             let has_mib = self.resize_to(guest, wanted_mib).await?;
             if has_mib < wanted_mib {
-                limit(self.resize_to(guest, before_mib).await?)?;
+                limit(self.resize_to(guest, before_mib).await?).await?;
                 return Err(SandboxError::NotGrown {
                     wanted_mib,
                     has_mib,
@@ -482,7 +487,7 @@ impl Sandbox {
                 info!(wanted_mib, has_mib, "the guest keeps memory");
             }
         }
-        limit(guest.memory_mib.load(Ordering::Relaxed))
+        limit(guest.memory_mib.load(Ordering::Relaxed)).await
     }
 
     async fn resize_to(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {

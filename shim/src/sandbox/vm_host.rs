@@ -32,7 +32,7 @@ use tracing::{info, warn};
 use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
 use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
-use crate::cgroup::{Limits, PodCgroup};
+use crate::cgroup::{CgroupError, Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
@@ -58,7 +58,7 @@ const GROUP: &str = "io.containerd.runc.v2.group";
 struct Parts {
     machine: Option<Arc<VmMachine>>,
     virtiofsd: Option<Child>,
-    cgroup: Option<PodCgroup>,
+    cgroup: Option<Arc<PodCgroup>>,
     netns: Option<NetNs>,
     /// As far as it is known.
     network: Option<PodNetwork>,
@@ -171,7 +171,7 @@ impl VmHost {
         refuse_host_namespaces(&config.spec, &config.id)?;
         self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
-        self.claim_identity(&config.spec, &netns)?;
+        self.claim_identity(&config.spec, &netns).await?;
         let near = self.near(&config.spec).await;
         let machine = self.start_monitor(&netns, near.as_ref())?;
         self.hooks.create(config, machine.pid()).await?;
@@ -344,13 +344,20 @@ impl VmHost {
     }
 
     /// See [`super::Host::set_limits`].
-    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
-        let parts = crate::task::lock(&self.parts);
-        let limits = host_limits(containers, memory_mib, parts.is_pinned(), &self.config);
-        match &parts.cgroup {
-            Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
-            None => Ok(()),
-        }
+    pub async fn set_limits(
+        &self,
+        containers: &[Limits],
+        memory_mib: u32,
+    ) -> Result<(), SandboxError> {
+        let (cgroup, is_pinned) = {
+            let parts = crate::task::lock(&self.parts);
+            (parts.cgroup.clone(), parts.is_pinned())
+        };
+        let Some(cgroup) = cgroup else {
+            return Ok(());
+        };
+        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        Ok(blocking(move || cgroup.set_limits(&limits)).await?)
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
@@ -359,7 +366,7 @@ impl VmHost {
     }
 
     /// The monitor's uid and the pod's cgroup.
-    fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<(), SandboxError> {
+    async fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<(), SandboxError> {
         let uid = self
             .run_dir
             .allocate_uid(self.config.uid_base, self.config.uid_count)?;
@@ -378,7 +385,12 @@ impl VmHost {
             let size = self.size_of(spec);
             let containers = [Limits::of(spec)];
             let limits = host_limits(&containers, size.memory_mib, size.is_pinned, &self.config);
-            let cgroup = PodCgroup::create(&path, &limits)?;
+            let cgroup = blocking(move || PodCgroup::create(&path, &limits)).await;
+            if let Err(CgroupError::Exists(_)) = &cgroup {
+                // Another's, which is not to be cleaned up.
+                self.record(|parts| parts.state.cgroup = None)?;
+            }
+            let cgroup = Arc::new(cgroup?);
             self.record(|parts| parts.cgroup = Some(cgroup))?;
         }
         Ok(())
@@ -397,7 +409,7 @@ impl VmHost {
                 exe: Path::new(SELF_EXE),
                 log: log.as_fd(),
                 netns: Some(netns.file.as_fd()),
-                cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
+                cgroup: parts.cgroup.as_deref().map(PodCgroup::dir_fd),
             })?
         };
         if let Some(near) = near {
@@ -415,7 +427,7 @@ impl VmHost {
         let log = self.run_dir.open_log()?;
         let (child, socket) = {
             let parts = crate::task::lock(&self.parts);
-            let cgroup = parts.cgroup.as_ref().map(PodCgroup::dir_fd);
+            let cgroup = parts.cgroup.as_deref().map(PodCgroup::dir_fd);
             let shared_root = self.run_dir.shared_root();
             virtiofsd::spawn(&self.config.virtiofsd, &shared_root, log, cgroup)?
         };
