@@ -105,7 +105,11 @@ fn the_host_s_count_of_memory_is_true() {
     let group = PathBuf::from(format!("/sys/fs/cgroup{}/{}", linux.cgroup_parent, pod.id));
     let processes = holds_the_pod(&pod, &group);
     let current_mib = || {
-        read(group.join("memory.current")).trim().parse::<u64>().unwrap() / MIB
+        read(group.join("memory.current"))
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+            / MIB
     };
 
     large.exec(&["true"]).exits(0);
