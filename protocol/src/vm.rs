@@ -29,7 +29,7 @@ pub enum Request {
         growth_mib: u32,
     },
     /// Give a disk that booted as [`DiskBacking::Empty`] other bytes; answered by
-    /// [`Event::Exchanged`]. Nothing touches the bytes it had after that. The answer
+    /// [`Event::Answer`] with its size in bytes. Nothing touches the bytes it had after that. The answer
     /// waits for what the disk has under way, which others that come later need not: a
     /// disk gets the next request after the answer to the last.
     Exchange {
@@ -41,6 +41,22 @@ pub enum Request {
         file: Option<FdIndex>,
         /// Whether writes fail.
         read_only: bool,
+    },
+    /// Put one more virtio-net device on bus 0; answered by [`Event::Answer`] with its
+    /// slot ([`slot_address`]). The guest finds it when it looks there.
+    AddNic {
+        /// As an exchange's.
+        number: u64,
+        /// The device.
+        nic: Nic,
+    },
+    /// Take a virtio-net device out, whether the guest has let go of it or not; answered
+    /// by [`Event::Answer`]. The monitor has nothing of it open then.
+    RemoveNic {
+        /// As an exchange's.
+        number: u64,
+        /// Where it is on bus 0.
+        slot: u8,
     },
 }
 
@@ -61,11 +77,11 @@ pub enum Event {
         /// What it uses beyond the size at boot, in whole MiB.
         growth_mib: u32,
     },
-    /// What became of [`Request::Exchange`].
-    Exchanged {
+    /// What became of a request that has a number.
+    Answer {
         /// The request's.
         number: u64,
-        /// The disk's size in bytes, or why it is as it was.
+        /// What the request says, or why all is as it was.
         result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.
@@ -120,6 +136,25 @@ pub struct VmConfig {
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
     pub console: Option<FdIndex>,
+}
+
+impl VmConfig {
+    /// The slot of bus 0 with the first of [`Self::nics`]; the others follow. Before it
+    /// are the host bridge, vsock, rng, what there is of console and shared directory,
+    /// and the disks.
+    #[must_use]
+    pub fn first_nic_slot(&self) -> u8 {
+        let before = [self.console.is_some(), self.shared_dir.is_some()];
+        let before = before.iter().filter(|there| **there).count() + self.disks.len();
+        // A bus has 32; more devices than that are refused.
+        u8::try_from(3 + before).unwrap_or(u8::MAX)
+    }
+}
+
+/// Where the guest finds what is in a slot of bus 0.
+#[must_use]
+pub fn slot_address(slot: u8) -> String {
+    format!("0000:00:{slot:02x}.0")
 }
 
 /// The identity the monitor takes before it touches guest data.
@@ -244,8 +279,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buses_are_counted_in_hexadecimal() {
+    fn buses_and_slots_are_counted_in_hexadecimal() {
         assert_eq!(guest_address(0), "0000:01:00.0");
         assert_eq!(guest_address(15), "0000:10:00.0");
+        assert_eq!(slot_address(15), "0000:00:0f.0");
     }
 }

@@ -16,6 +16,7 @@
 //! the host. [`Sandbox`] is what the Task API talks to: it only knows a
 //! [`Machine`] and an agent.
 
+mod cards;
 mod cmdline;
 mod error;
 mod sizing;
@@ -252,6 +253,14 @@ impl Host {
             #[cfg(test)]
             Self::Fake(host) => host.teardown(),
         }
+    }
+}
+
+/// Runs file system work where it may block. A panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 

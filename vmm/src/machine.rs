@@ -62,6 +62,9 @@ pub enum MachineError {
     /// The bus is full.
     #[error("{0} devices: the bus has room for {MAX_DEVICES}")]
     Devices(usize),
+    /// Nothing that could be taken out is there.
+    #[error("no virtio device is in slot {0} of bus 0")]
+    NoDevice(u8),
     /// See the source.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -210,6 +213,36 @@ impl Running {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         self.vm.memory()
+    }
+
+    /// Puts a virtio device into the first empty slot of bus 0, whose number it returns.
+    /// The guest finds it there when it looks.
+    ///
+    /// # Errors
+    ///
+    /// When there is no slot, or the device cannot be put on the bus.
+    pub fn add(&self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        let number = self.root.empty_slot();
+        let number = number.ok_or(MachineError::Devices(MAX_DEVICES + 1))?;
+        let bar = PciRoot::bar_address(usize::from(number) - 1);
+        let function = VirtioPci::new(&self.vm, device, bar)?;
+        function.map_config(PciRoot::config_address(number))?;
+        self.root.insert(number, function);
+        Ok(number)
+    }
+
+    /// Takes a virtio device out of its slot, whether the guest has let go of it or not.
+    /// Nothing works for it any more when this returns.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn remove(&self, number: u8) -> Result<(), MachineError> {
+        if self.root.remove(number) {
+            Ok(())
+        } else {
+            Err(MachineError::NoDevice(number))
+        }
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left

@@ -236,12 +236,12 @@ fn wait(
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers)?;
+            obey(channel, running, peers)?;
         }
     }
 }
 
-fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
+fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), MonitorError> {
     match channel.recv::<Request>()? {
         (Request::Connect { port, stream }, mut fds) => {
             peers.dialer.connect(port, fds.take(stream)?);
@@ -265,9 +265,28 @@ fn obey(channel: &mut Channel, peers: &Peers) -> Result<(), MonitorError> {
             };
             peers.exchanges.start(number, &serial, read_only, backing);
         }
+        (Request::AddNic { number, nic }, mut fds) => {
+            let device = devices::net(&nic, &mut fds).map_err(MonitorError::from);
+            let slot = device.and_then(|device| Ok(running.add(Box::new(device))?));
+            answer(channel, number, slot.map(u64::from))?;
+        }
+        (Request::RemoveNic { number, slot }, _) => {
+            let removed = running.remove(slot).map_err(MonitorError::from);
+            answer(channel, number, removed.map(|()| 0))?;
+        }
         (Request::Boot(_), _) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
+}
+
+fn answer(
+    channel: &Channel,
+    number: u64,
+    result: Result<u64, MonitorError>,
+) -> Result<(), MonitorError> {
+    let result = result.map_err(|error| error.to_string());
+    let answer = Event::Answer { number, result };
+    Ok(channel.send(&answer, &FdList::default())?)
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

@@ -3,12 +3,11 @@
 //! Interrupts are MSIs only. KVM emulates the local APICs ("split irqchip")
 //! and nothing else: no IOAPIC, PIC or PIT exists. A GSI here is only the name
 //! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
-//! when it is used for the first time and keeps it.
+//! when it is used for the first time and keeps it as long as the device is there.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -22,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::virtio::GuestMemory;
+use numbers::Numbers;
 
 mod device_memory;
+mod numbers;
 mod page;
 mod vfio;
 
@@ -69,10 +70,10 @@ pub struct MsiRoute {
 /// A virtual machine without its vCPUs.
 pub struct Vm {
     fd: VmFd,
-    next_gsi: AtomicU32,
+    gsis: Numbers,
     /// KVM's limit.
     max_gsis: u32,
-    next_slot: AtomicU32,
+    slots: Numbers,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
     memory: GuestMemory,
@@ -120,9 +121,9 @@ impl Vm {
         let max_gsis = fd.check_extension_int(Cap::IrqRouting);
         let vm = Self {
             fd,
-            next_gsi: AtomicU32::new(0),
+            gsis: Numbers::default(),
             max_gsis: u32::try_from(max_gsis).unwrap_or(0),
-            next_slot: AtomicU32::new(0),
+            slots: Numbers::default(),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
@@ -185,10 +186,17 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// KVM's.
+    /// KVM's. The page stays as long as the VM then, which may point into it.
     pub fn remove_read_only_page(&self, page: &ReadOnlyPage) -> Result<(), VmError> {
         self.remove_slot(page.slot, page.address)
-            .map_err(VmError::new("remove a read-only page"))
+            .map_err(VmError::new("remove a read-only page"))?;
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = pages.len();
+        pages.retain(|other| !Arc::ptr_eq(other, &page.page));
+        if pages.len() < before {
+            self.slots.give_back(page.slot);
+        }
+        Ok(())
     }
 
     fn remove_slot(&self, slot: u32, address: u64) -> Result<(), Errno> {
@@ -222,7 +230,7 @@ impl Vm {
 
     /// A memory slot nobody has.
     fn new_slot(&self) -> u32 {
-        self.next_slot.fetch_add(1, Ordering::Relaxed)
+        self.slots.take()
     }
 
     /// A GSI nobody has.
@@ -231,13 +239,23 @@ impl Vm {
     ///
     /// When KVM has no more.
     pub fn new_gsi(&self) -> Result<u32, VmError> {
-        let next = |gsi| (gsi < self.max_gsis).then_some(gsi + 1);
-        self.next_gsi
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next)
-            .map_err(|_| VmError {
-                what: "find a free interrupt route",
-                source: io::Error::other(format!("all {} are taken", self.max_gsis)),
-            })
+        let gsi = self.gsis.take();
+        if gsi < self.max_gsis {
+            return Ok(gsi);
+        }
+        self.gsis.give_back(gsi);
+        Err(VmError {
+            what: "find a free interrupt route",
+            source: io::Error::other(format!("all {} are taken", self.max_gsis)),
+        })
+    }
+
+    /// Gives a GSI back that has no irqfd any more. KVM forgets its route when the next
+    /// one is set.
+    pub fn free_gsi(&self, gsi: u32) {
+        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        routes.remove(&gsi);
+        self.gsis.give_back(gsi);
     }
 
     /// Lets `gsi` send `route` from now on.
@@ -338,6 +356,22 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
 mod tests {
     use super::*;
     use crate::memory;
+
+    #[test]
+    fn a_page_that_is_removed_leaves_its_slot() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let vm = Vm::new(&kvm, memory::allocate(32, false).unwrap()).unwrap();
+        let slots = [(); 3].map(|()| {
+            let page = vm.add_read_only_page(layout::ECAM_START).unwrap();
+            vm.remove_read_only_page(&page).unwrap();
+            assert_eq!(Arc::strong_count(&page.page), 1);
+            page.slot
+        });
+        assert!(slots.iter().all(|slot| *slot == slots[0]), "{slots:?}");
+    }
 
     #[test]
     fn route_that_is_refused_does_not_spoil_the_others() {

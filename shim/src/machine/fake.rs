@@ -9,7 +9,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, System, request};
 use crate::hooks::Runner;
+use crate::network::HostNic;
 use crate::sandbox::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
 use crate::storage::{Prepared, StorageError};
 use crate::task::lock;
@@ -31,6 +32,8 @@ use crate::task::lock;
 mod scripted;
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The slot of bus 0 that cards are put in.
+const FREE_SLOT: u8 = 20;
 const ROOM: Room = Room {
     memory: MemorySize {
         boot_mib: 256,
@@ -61,6 +64,8 @@ pub struct FakeMachine {
     keeps_mib: AtomicU32,
     /// What becomes of exchanges of disks.
     disks: watch::Sender<Disks>,
+    /// Whether it has no room for network cards.
+    is_full: AtomicBool,
     journal: Journal,
 }
 
@@ -136,6 +141,21 @@ impl Machine for FakeMachine {
         size.map_err(MachineError::io("look at a disk's file"))
     }
 
+    async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError> {
+        if self.is_full.load(Ordering::Relaxed) {
+            lock(&self.journal).push("no room for a card".into());
+            return Err(MachineError::Nic("no room".into()));
+        }
+        let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+        lock(&self.journal).push(format!("card {mac}, mtu {}, in {FREE_SLOT}", nic.mtu));
+        Ok(FREE_SLOT)
+    }
+
+    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
+        lock(&self.journal).push(format!("no card in {slot}"));
+        Ok(())
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -168,6 +188,11 @@ impl FakeMachine {
     /// From now on, and for exchanges that wait, this becomes of them.
     pub fn disks(&self, disks: Disks) {
         self.disks.send_replace(disks);
+    }
+
+    /// From now on it takes no network cards.
+    pub fn refuses_cards(&self) {
+        self.is_full.store(true, Ordering::Relaxed);
     }
 
     /// Resolves when the guest has answered `count` pings.
@@ -392,6 +417,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
+        is_full: AtomicBool::new(false),
         journal,
     }
 }
@@ -420,6 +446,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         takes_mib: AtomicU32::new(u32::MAX),
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
+        is_full: AtomicBool::new(false),
         journal: Journal::default(),
     }
 }

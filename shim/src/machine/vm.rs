@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
+use crate::network::HostNic;
 use crate::task::lock;
 
 /// How long the guest may take for a step of a resize,
@@ -39,6 +40,8 @@ const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a disk may take to have no request under way: longer than a device of the
 /// host that has not been given up takes.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 40 });
+/// How long the monitor may take to put a network card in or to take it out.
+const NIC_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -60,24 +63,27 @@ pub struct VmMachine {
     agent: Mutex<Option<oneshot::Receiver<OwnedFd>>>,
     /// Memory the guest uses beyond its size at boot.
     growth_mib: watch::Receiver<u32>,
-    exchanges: Arc<Exchanges>,
+    calls: Arc<Calls>,
     stopped: watch::Receiver<Option<Stop>>,
     _kill_on_drop: mpsc::Sender<()>,
 }
 
-/// Exchanges of disks that have no answer.
-type Exchanges = std::sync::Mutex<Waiting>;
+/// Requests with a number that have no answer.
+type Calls = std::sync::Mutex<Waiting>;
+
+/// What was asked for, or why all is as it was.
+type Answer = Result<u64, String>;
 
 #[derive(Default)]
 struct Waiting {
     last_number: u64,
-    /// Who waits, or has waited, for which: for a disk's size or why it is as it was.
-    callers: HashMap<u64, oneshot::Sender<Result<u64, String>>>,
+    /// Who waits, or has waited, for which.
+    callers: HashMap<u64, oneshot::Sender<Answer>>,
 }
 
 impl Waiting {
     /// One more.
-    fn add(&mut self) -> (u64, oneshot::Receiver<Result<u64, String>>) {
+    fn add(&mut self) -> (u64, oneshot::Receiver<Answer>) {
         let (caller, answer) = oneshot::channel();
         self.last_number += 1;
         self.callers.insert(self.last_number, caller);
@@ -131,13 +137,13 @@ impl VmMachine {
         let channel = register(ChannelHolder(near)).map_err(MachineError::io(watching))?;
         let (agent_tx, agent_rx) = oneshot::channel();
         let (growth_tx, growth_rx) = watch::channel(0);
-        let exchanges = Arc::<Exchanges>::default();
+        let calls = Arc::<Calls>::default();
         let (stopped_tx, stopped_rx) = watch::channel(None);
         let (kill_on_drop, dropped) = mpsc::channel(1);
         let news = News {
             agent: Some(agent_tx),
             growth_mib: growth_tx,
-            exchanges: exchanges.clone(),
+            calls: calls.clone(),
         };
         tokio::spawn(watch_monitor(
             reader,
@@ -152,7 +158,7 @@ impl VmMachine {
             channel: Arc::new(channel),
             agent: Mutex::new(Some(agent_rx)),
             growth_mib: growth_rx,
-            exchanges,
+            calls,
             stopped: stopped_rx,
             _kill_on_drop: kill_on_drop,
         })
@@ -189,6 +195,27 @@ impl VmMachine {
                 }
                 result => return Ok(result?),
             }
+        }
+    }
+
+    /// Sends a request that is made with its number, and waits for the answer as long as
+    /// `limit`: there is none then.
+    async fn ask<'a>(
+        &self,
+        limit: Duration,
+        request: impl FnOnce(u64, &mut FdList<'a>) -> Request,
+    ) -> Result<Option<Answer>, MachineError> {
+        let (number, answer) = lock(&self.calls).add();
+        let mut fds = FdList::default();
+        let request = request(number, &mut fds);
+        self.send(&request, &fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
+        tokio::select! {
+            biased;
+            Ok(answer) = answer => Ok(Some(answer)),
+            stop = self.stopped() => Err(MachineError::Stopped(stop)),
+            () = tokio::time::sleep(limit) => Ok(None),
         }
     }
 
@@ -255,29 +282,34 @@ impl Machine for VmMachine {
         file: Option<&File>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
-        let (number, answer) = lock(&self.exchanges).add();
-        let mut fds = FdList::default();
-        let request = Request::Exchange {
+        let asked = self.ask(EXCHANGE_LIMIT, |number, fds| Request::Exchange {
             number,
             serial: serial.to_owned(),
             file: file.map(|file| fds.push(file.as_fd())),
             read_only,
-        };
-        self.send(&request, &fds)
-            .await
-            .map_err(|error| self.stop_or(error))?;
+        });
         let serial = serial.to_owned();
-        tokio::select! {
-            biased;
-            Ok(result) = answer => {
-                result.map_err(|reason| MachineError::Disk { serial, reason })
-            }
-            stop = self.stopped() => Err(MachineError::Stopped(stop)),
-            () = tokio::time::sleep(EXCHANGE_LIMIT) => {
-                let seconds = EXCHANGE_LIMIT.as_secs();
-                Err(MachineError::DiskBusy { serial, seconds })
-            }
+        match asked.await? {
+            Some(result) => result.map_err(|reason| MachineError::Disk { serial, reason }),
+            None => Err(MachineError::DiskBusy {
+                serial,
+                seconds: EXCHANGE_LIMIT.as_secs(),
+            }),
         }
+    }
+
+    async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError> {
+        let asked = self.ask(NIC_LIMIT, |number, fds| Request::AddNic {
+            number,
+            nic: nic.describe(fds),
+        });
+        let slot = nic_answer(asked.await?)?;
+        u8::try_from(slot).map_err(|_| MachineError::Nic(format!("no slot {slot}")))
+    }
+
+    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
+        let asked = self.ask(NIC_LIMIT, |number, _| Request::RemoveNic { number, slot });
+        nic_answer(asked.await?).map(drop)
     }
 
     async fn stopped(&self) -> Stop {
@@ -292,6 +324,14 @@ impl Machine for VmMachine {
     fn kill(&self) {
         kill_pidfd(self.pidfd.as_fd());
     }
+}
+
+fn nic_answer(answer: Option<Answer>) -> Result<u64, MachineError> {
+    let answer = answer.unwrap_or_else(|| {
+        let seconds = NIC_LIMIT.as_secs();
+        Err(format!("the monitor does not answer within {seconds} s"))
+    });
+    answer.map_err(MachineError::Nic)
 }
 
 fn to_tokio(stream: StdUnixStream) -> Result<UnixStream, MachineError> {
@@ -355,7 +395,7 @@ async fn watch_monitor(
 struct News {
     agent: Option<oneshot::Sender<OwnedFd>>,
     growth_mib: watch::Sender<u32>,
-    exchanges: Arc<Exchanges>,
+    calls: Arc<Calls>,
 }
 
 /// Reads events until one ends the machine.
@@ -382,12 +422,12 @@ async fn read_events(mut reader: AsyncFd<ChannelHolder>, news: &mut News) -> Sto
             Event::Resized { growth_mib } => {
                 news.growth_mib.send_replace(growth_mib);
             }
-            Event::Exchanged { number, result } => {
-                let caller = lock(&news.exchanges).callers.remove(&number);
+            Event::Answer { number, result } => {
+                let caller = lock(&news.calls).callers.remove(&number);
                 match caller.map(|caller| caller.send(result)) {
                     Some(Ok(())) => (),
-                    Some(Err(result)) => info!(number, ?result, "a disk's answer comes late"),
-                    None => warn!(number, "the monitor tells of a disk nobody asked for"),
+                    Some(Err(result)) => info!(number, ?result, "the monitor answers late"),
+                    None => warn!(number, "the monitor answers what nobody asked"),
                 }
             }
             Event::Stopped(reason) => return Stop::Guest(reason),

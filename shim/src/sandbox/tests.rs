@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::machine::fake::FakeHost;
+use crate::network::HostNic;
 use crate::task::lock;
 
 #[tokio::test(start_paused = true)]
@@ -102,6 +103,14 @@ impl Machine for Silent {
         _file: Option<&std::fs::File>,
         _read_only: bool,
     ) -> Result<u64, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn add_nic(&self, _nic: &HostNic) -> Result<u8, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn remove_nic(&self, _slot: u8) -> Result<(), MachineError> {
         Err(MachineError::Stopped(Stop::Died))
     }
 

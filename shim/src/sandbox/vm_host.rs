@@ -3,6 +3,7 @@
 //! ```text
 //! open: devices -> netns -> uid, cgroup -> monitor process -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
+//!       -> what comes and goes in the netns ([`cards`](super::cards))
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
@@ -21,13 +22,14 @@ use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::agent::{ConfigureSandboxRequest, NetworkConfig};
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError};
+use super::cards::{Cards, Follower};
+use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
@@ -227,14 +229,15 @@ impl VmHost {
             parts.pin_time = pin_time;
             (machine, parts.netns.take(), parts.network.take(), uid)
         };
-        let loopback = match &netns {
-            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
-            _ => None,
+        let netns = netns.ok_or(SandboxError::Stopped)?;
+        let loopback = if kubernetes::is_sandbox(&config.spec) {
+            listen(&netns).await?
+        } else {
+            None
         };
-        let network = match (network, netns) {
-            (Some(network), _) => network,
-            (None, Some(netns)) => self.join_network(&netns).await?,
-            (None, None) => return Err(SandboxError::Stopped),
+        let network = match network {
+            Some(network) => network,
+            None => self.join_network(&netns).await?,
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
         let (disks, drivers) = self.driver_disks(&config.id).await?;
@@ -248,18 +251,19 @@ impl VmHost {
             hugepages: self.config.hugepages,
             uid,
         };
-        fds.send(&machine, &boot).await?;
+        let first_nic = fds.send(&machine, &boot).await?;
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
+        let cards = Cards::new(network, first_nic);
         if let Some(loopback) = loopback {
-            tokio::spawn(loopback.serve(machine));
+            tokio::spawn(loopback.serve(machine.clone()));
         }
+        let network = Some(cards.given().clone());
         let request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
-            interfaces: network.interfaces,
-            routes: network.routes,
-            rules: network.rules,
-            neighbors: network.neighbors,
+            network: network
+                .filter(|config| *config != NetworkConfig::default())
+                .into(),
             shared_dir: shares,
             sysctls: oci::pod::sysctls(&config.spec),
             drivers,
@@ -274,7 +278,16 @@ impl VmHost {
             },
             disks: slots,
         };
-        sandbox.attach(timeout, &request, room).await
+        sandbox.attach(timeout, &request, room).await?;
+        let follower = Follower {
+            netns: Arc::new(netns.file),
+            queues: self.config.net_queues,
+            machine,
+            agent: sandbox.agent().ok_or(SandboxError::Stopped)?.clone(),
+            cards,
+        };
+        tokio::spawn(follower.follow());
+        Ok(())
     }
 
     async fn boot_fds(
@@ -553,14 +566,6 @@ fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
     let what = what.into();
     move |source| SandboxError::Io { what, source }
-}
-
-/// Runs file system work where it may block. A panic in it goes on here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }
 
 #[cfg(test)]

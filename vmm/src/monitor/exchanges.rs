@@ -87,7 +87,7 @@ impl Exchanges {
 
 impl Answerer {
     fn answer(&self, number: u64, result: Result<u64, String>) {
-        let answer = Event::Exchanged { number, result };
+        let answer = Event::Answer { number, result };
         // Without a receiver the monitor is about to exit.
         if self.queue.send(answer).is_ok()
             && let Err(error) = self.event.write(1)
@@ -145,9 +145,9 @@ mod tests {
             });
             let answer = || others.recv_timeout(Duration::from_secs(20)).unwrap();
             let (number, result) = (2, Ok(1024));
-            assert_eq!(answer(), Event::Exchanged { number, result });
+            assert_eq!(answer(), Event::Answer { number, result });
             for refused in [3, 4] {
-                let Event::Exchanged { number, result } = answer() else {
+                let Event::Answer { number, result } = answer() else {
                     panic!("not an answer");
                 };
                 assert_eq!((number, result.is_err()), (refused, true));
@@ -155,6 +155,6 @@ mod tests {
             thread
         });
         let (number, result) = (1, Ok(512));
-        assert_eq!(thread.join().unwrap(), Event::Exchanged { number, result });
+        assert_eq!(thread.join().unwrap(), Event::Answer { number, result });
     }
 }

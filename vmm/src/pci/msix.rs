@@ -14,8 +14,9 @@
 //! interrupts need no state of their own. A vector is live when MSI-X is enabled
 //! and neither the function nor the vector is masked.
 //!
-//! Both are made when the device asks for the event ([`Msix::event`]), and stay: GSIs and
-//! descriptors are few, and devices have hundreds of vectors that no guest uses.
+//! Both are made when the device asks for the event ([`Msix::event`]), and stay until the
+//! device goes ([`Msix::release`]): GSIs and descriptors are few, and devices have hundreds
+//! of vectors that no guest uses.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -168,6 +169,18 @@ impl Msix {
                 if vector.pending() {
                     *byte |= 1 << bit;
                 }
+            }
+        }
+    }
+
+    /// Takes all vectors away for good, and gives their GSIs back.
+    pub fn release(&mut self) {
+        for mut vector in self.vectors.drain(..) {
+            vector.update(&self.vm, false);
+            if let Some(wire) = &vector.wire
+                && !vector.live
+            {
+                self.vm.free_gsi(wire.gsi);
             }
         }
     }
@@ -348,6 +361,23 @@ mod tests {
         assert_eq!(pending(&msix), 0b10);
         msix.discard_pending();
         assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn released_vectors_leave_their_gsis() {
+        let Some(mut msix) = msix() else { return };
+        enable(&mut msix, ENABLE);
+        msix.write_table(12, &[0; 4]);
+        signal(&mut msix, 0);
+        signal(&mut msix, 1);
+        assert!(msix.vectors[0].live && !msix.vectors[1].live);
+        let vm = msix.vm.clone();
+        msix.release();
+        assert!(msix.event(0).unwrap().is_none());
+        msix.write_table(12, &[0; 4]);
+        let mut again = [(); 3].map(|()| vm.new_gsi().unwrap());
+        again.sort_unstable();
+        assert_eq!(again, [0, 1, 2]);
     }
 
     #[test]

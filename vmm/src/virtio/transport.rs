@@ -96,6 +96,8 @@ struct Function {
     kicks: Option<Vec<Option<EventFd>>>,
     /// BAR the ioeventfds are attached at.
     attached: Option<u64>,
+    /// It was taken out of its slot; accesses that were on their way do nothing.
+    is_gone: bool,
 }
 
 impl VirtioPci {
@@ -131,6 +133,7 @@ impl VirtioPci {
             device,
             kicks: None,
             attached: None,
+            is_gone: false,
         };
         Ok(Self {
             bar: AtomicU64::new(NOWHERE),
@@ -174,6 +177,9 @@ impl VirtioPci {
     /// Writes configuration space.
     pub fn config_write(&self, register: usize, data: &[u8]) {
         let mut function = self.lock();
+        if function.is_gone {
+            return;
+        }
         function.config.write(register, data);
         if let Some((offset, len)) = function.window_access(register, data.len()) {
             let mut value = [0; 4];
@@ -203,6 +209,21 @@ impl VirtioPci {
         self.lock().reset();
     }
 
+    /// Stops the device for good, whatever the guest does from now on, and gives back
+    /// what it has of KVM.
+    pub fn retire(&self) {
+        let mut function = self.lock();
+        function.is_gone = true;
+        self.bar.store(NOWHERE, Ordering::Release);
+        function.reset();
+        function.msix.release();
+        if let Some(page) = function.page.take()
+            && let Err(error) = function.vm.remove_read_only_page(&page)
+        {
+            tracing::warn!(%error, "the guest still sees a device that is gone");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Function> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -224,6 +245,9 @@ impl Function {
     }
 
     fn bar_write(&mut self, offset: u64, data: &[u8]) {
+        if self.is_gone {
+            return;
+        }
         let (page, offset) = split(offset);
         match page {
             COMMON => match self.common.write(offset, data) {

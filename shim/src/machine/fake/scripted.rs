@@ -352,6 +352,30 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> Result<Empty> {
+        for (sign, config) in [('-', &request.removed), ('+', &request.added)] {
+            let interfaces = config.interfaces.iter().map(|interface| {
+                let addresses = interface.addresses.join(" ");
+                format!("{} {} {addresses}", interface.name, interface.card)
+            });
+            let routes = config.routes.iter();
+            let routes = routes.map(|route| format!("{} {}", route.destination, route.device));
+            let lines = interfaces.chain(routes);
+            let lines = lines.map(|line| format!("guest {sign}{line}"));
+            lock(&self.0.journal).extend(lines);
+        }
+        Ok(Empty::new())
+    }
+
+    async fn remove_card(&self, _: &TtrpcContext, request: RemoveCardRequest) -> Result<Empty> {
+        lock(&self.0.journal).push(format!("guest lets go of {}", request.card));
+        Ok(Empty::new())
+    }
+
     async fn list_processes(
         &self,
         _: &TtrpcContext,

@@ -108,7 +108,7 @@ fn exchange_request(monitor: &mut Channel) -> (String, u64) {
 }
 
 fn answer(monitor: &Channel, number: u64, result: Result<u64, String>) {
-    let event = Event::Exchanged { number, result };
+    let event = Event::Answer { number, result };
     monitor.send(&event, &FdList::default()).unwrap();
 }
 
@@ -178,6 +178,50 @@ async fn exchanges_are_answered_with_a_size_or_a_reason() {
     assert_eq!(size, 4096);
     assert_eq!(refused.to_string(), "disk slot1: broken");
     assert!(dead);
+}
+
+#[tokio::test]
+async fn network_cards_are_answered_with_a_slot_or_a_reason() {
+    let (machine, mut monitor) = with_stand_in();
+    let shim = tokio::spawn(async move {
+        let nic = HostNic {
+            index: 3,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1400,
+            taps: vec![File::open("/dev/null").unwrap().into()],
+            vhost: Vec::new(),
+        };
+        let slot = machine.add_nic(&nic).await;
+        let mad = machine.add_nic(&nic).await;
+        let refused = machine.remove_nic(9).await;
+        let late = machine.remove_nic(8).await;
+        let wrong = [mad.unwrap_err(), refused.unwrap_err(), late.unwrap_err()];
+        (slot.unwrap(), wrong.map(|error| error.to_string()))
+    });
+    let monitor = tokio::task::spawn_blocking(move || {
+        let answers: [Result<u64, String>; 2] = [Ok(8), Ok(1 << 40)];
+        for result in answers {
+            let (request, mut fds) = monitor.recv::<Request>().unwrap();
+            let Request::AddNic { number, nic } = request else {
+                panic!("{request:?}");
+            };
+            assert_eq!((nic.mac[5], nic.mtu, nic.vhost.len()), (1, 1400, 0));
+            fds.take(nic.taps[0]).unwrap();
+            answer(&monitor, number, result);
+        }
+        let (request, _) = monitor.recv::<Request>().unwrap();
+        let Request::RemoveNic { number, slot: 9 } = request else {
+            panic!("{request:?}");
+        };
+        answer(&monitor, number, Err("not there".into()));
+        monitor
+    });
+    let (slot, [mad, refused, late]) = shim.await.unwrap();
+    drop(monitor.await.unwrap());
+    assert_eq!(slot, 8);
+    assert_eq!(mad, "network card: no slot 1099511627776");
+    assert_eq!(refused, "network card: not there");
+    assert!(late.ends_with("does not answer within 1 s"), "{late}");
 }
 
 #[tokio::test]
