@@ -71,6 +71,10 @@ install-tests = cargo test --locked $(1) --no-run && \
   install -m 755 -s "$$(cargo test --locked $(1) --no-run --message-format=json 2>/dev/null | \
     sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
 
+# What carries data for the pods' tests.
+install-wire = cargo build --release --locked -p nacre-wire && \
+  install -m 755 target/release/nacre-wire $(STAGE)$(PREFIX)/bin/
+
 # The tests that need KVM and containerd: the lab's own, then in one lab devices to be
 # passed to pods, the monitor's, containers by ctr, and pods by CRI. E2E='name' runs those
 # that match. LAB=host runs them on this host but for the lab's and its devices', see
@@ -86,6 +90,7 @@ e2e: stage-boot driver-images
 	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
+	@$(install-wire)
 	@cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 	@$(in-lab) bash -c "$$(cat tests/e2e.sh)" e2e $(E2E)
 
@@ -114,11 +119,12 @@ bench: stage
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, and what many pods take and cost beside runc.
+# layers, gibibytes by network, and what many pods take and cost beside runc.
 long: stage
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@$(IN_LAB) run --timeout 3600 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
+	@$(install-wire)
+	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

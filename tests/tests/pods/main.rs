@@ -41,6 +41,7 @@ mod resources;
 mod security;
 mod stats;
 mod volumes;
+mod wire;
 
 /// What keeps a container running until it is stopped.
 const SLEEP: &[&str] = &["sleep", "3600"];
