@@ -237,7 +237,7 @@ fn in_the_way<'a>(
     cards: &'a [Card],
 ) -> impl Iterator<Item = (&'a Card, String)> {
     let named = interfaces.iter().zip(cards);
-    named.filter_map(|(interface, card)| {
+    named.filter_map(move |(interface, card)| {
         let mut others = interfaces.iter().filter(|one| one.card != interface.card);
         let is_wanted = others.any(|other| other.name == card.name);
         is_wanted.then(|| (card, format!("card{}", card.index)))

@@ -87,7 +87,7 @@ impl Slot {
     /// The function on a bus behind a root port.
     fn behind_port(&self, bus: u8) -> Option<&VfioPci> {
         match self {
-            Self::Port(port, device) if port.secondary_bus() == bus => Some(device),
+            Self::Port(port, device) if port.secondary_bus() == bus => Some(&**device),
             _ => None,
         }
     }
