@@ -226,13 +226,13 @@ fn namespace_without_interfaces_gives_no_nic() {
 #[test]
 fn taps_are_no_strangers() {
     let Some(netns) = Netns::new() else { return };
-    netns.ip("link add dummy7 type dummy");
-    netns.ip("link set dummy7 up");
+    netns.ip("link add br7 type bridge");
+    netns.ip("link set br7 up");
     let tap = netns.run(|| tap::open("tap_eth0", 1).unwrap());
     netns.ip("link set tap_eth0 up");
     let seen = look(&netns.0).unwrap();
     drop(tap);
-    assert_eq!(seen.others, ["dummy7"]);
+    assert_eq!(seen.others, ["br7"]);
     assert!(seen.links.is_empty());
 }
 
