@@ -152,10 +152,7 @@ impl Network {
         };
         let (ip, prefix) = parse_cidr(address)?;
         let addresses = self.handle.address();
-        let message = addresses
-            .add(card.index, ip, prefix)
-            .message_mut()
-            .clone();
+        let message = addresses.add(card.index, ip, prefix).message_mut().clone();
         let request = addresses.del(message);
         netlink(request.execute().await, || format!("address {address}"))
     }
@@ -251,12 +248,7 @@ fn by_dependence(routes: &[Route]) -> (Vec<&Route>, Vec<&Route>) {
 
 /// Of what is to be taken away it is no error that it is not there.
 fn unless_gone(result: Result<()>) -> Result<()> {
-    const GONE: [libc::c_int; 4] = [
-        libc::ENODEV,
-        libc::ENOENT,
-        libc::ESRCH,
-        libc::EADDRNOTAVAIL,
-    ];
+    const GONE: [libc::c_int; 4] = [libc::ENODEV, libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL];
     match result {
         Err(Error::NotFound(_)) => Ok(()),
         Err(error) if error.has_errno(&GONE) => Ok(()),

@@ -96,10 +96,7 @@ fn take(socket: &OwnedFd) -> Result<(), Errno> {
 /// What is to be taken away from a guest with `given`, and what it is to get, so that
 /// it has `wanted`. An interface is known by its card; with its card goes, unasked, all
 /// that is configured of it ([`forget`]).
-pub fn difference(
-    given: &NetworkConfig,
-    wanted: &NetworkConfig,
-) -> (NetworkConfig, NetworkConfig) {
+pub fn difference(given: &NetworkConfig, wanted: &NetworkConfig) -> (NetworkConfig, NetworkConfig) {
     let removed = NetworkConfig {
         interfaces: wanted
             .interfaces

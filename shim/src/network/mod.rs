@@ -35,8 +35,8 @@ use nacre_protocol::channel::FdList;
 use nacre_protocol::vm::Nic;
 use nix::sched::{CloneFlags, setns};
 
-use netlink::Netlink;
 pub use netlink::Link;
+use netlink::Netlink;
 
 /// Smallest and largest number of queue pairs (`TAP_MAX_QUEUES` is 256; one
 /// descriptor each).
@@ -208,9 +208,7 @@ pub fn look(netns: &File) -> Result<Seen, NetworkError> {
 ///
 /// What the kernel refused.
 pub fn join(netns: &File, link: &Link, queues: u16) -> Result<HostNic, NetworkError> {
-    with_netlink(netns, async |netlink| {
-        join_one(netlink, link, queues).await
-    })
+    with_netlink(netns, async |netlink| join_one(netlink, link, queues).await)
 }
 
 async fn join_one(netlink: &Netlink, link: &Link, queues: u16) -> Result<HostNic, NetworkError> {

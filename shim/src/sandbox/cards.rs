@@ -129,10 +129,13 @@ impl Follower {
                 let error = chain(&error);
                 warn!(error, "the guest's network is not as the pod's");
             }
-            changes.next().await.map_err(|source| NetworkError::System {
-                action: "hear of changes of the pod's network",
-                source,
-            })?;
+            changes
+                .next()
+                .await
+                .map_err(|source| NetworkError::System {
+                    action: "hear of changes of the pod's network",
+                    source,
+                })?;
         }
     }
 

@@ -27,8 +27,8 @@ use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::{info, warn};
 
-use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
 use super::cards::{Cards, Follower};
+use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
 use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;

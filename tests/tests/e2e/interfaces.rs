@@ -211,7 +211,9 @@ fn interface_comes_and_goes_while_the_container_runs() {
         netns.ip("route add 192.0.2.0/24 via 10.78.0.1 table 300");
         netns.ip("rule add to 192.0.2.0/24 table 300 priority 700");
         eventually("the guest has the last of it", || {
-            shell("ip rule").stdout.contains("to 192.0.2.0/24 lookup 300")
+            shell("ip rule")
+                .stdout
+                .contains("to 192.0.2.0/24 lookup 300")
         });
         shell("cat /sys/class/net/net1/mtu /sys/class/net/net1/address")
             .exits(0)
@@ -233,7 +235,9 @@ fn interface_comes_and_goes_while_the_container_runs() {
     // What the container began with changes, too.
     netns.ip("addr add 10.77.0.6/24 dev eth0");
     eventually("the guest has another address", || {
-        shell("ip addr show dev eth0").stdout.contains("10.77.0.6/24")
+        shell("ip addr show dev eth0")
+            .stdout
+            .contains("10.77.0.6/24")
     });
     run("ping", &["-c", "2", "-W", "20", "10.77.0.6"]).exits(0);
     Netns::host("link delete e2e-first");

@@ -48,7 +48,9 @@ fn program(scene: &PodScene) -> PathBuf {
     let found = run("sh", &["-c", "command -v nacre-wire"]).exits(0).stdout;
     let directory = scene.directory("wire");
     let linked = run("ldd", &[found.trim()]).exits(0).stdout;
-    let files = linked.split_whitespace().filter(|word| word.starts_with('/'));
+    let files = linked
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'));
     for file in files.chain([found.trim()]) {
         let name = Path::new(file).file_name().unwrap();
         fs::copy(file, directory.join(name)).unwrap();
@@ -88,14 +90,20 @@ impl<'s> Peer<'s> {
     fn sends(&self, protocol: &str, to: &str, bytes: u64) {
         let send = wire(&[protocol, to, &bytes.to_string()]);
         let send: Vec<&str> = send.iter().map(String::as_str).collect();
-        println!("from {}: {}", self.pod.id, self.wire.exec(&send).exits(0).stdout);
+        println!(
+            "from {}: {}",
+            self.pod.id,
+            self.wire.exec(&send).exits(0).stdout
+        );
     }
 
     /// Bytes and packets that went to the pod's interface, and those that came from it.
     fn traffic(&self) -> [Traffic; 2] {
         let path = format!("/proc/{}/net/dev", self.pod.monitor());
         let text = fs::read_to_string(path).unwrap();
-        let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:"));
+        let line = text
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("eth0:"));
         let numbers = line.unwrap().split_whitespace();
         let numbers: Vec<u64> = numbers.map(|number| number.parse().unwrap()).collect();
         [0, 8].map(|at| Traffic {

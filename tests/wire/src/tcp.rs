@@ -104,7 +104,10 @@ mod tests {
             stream.write_all(&sum.to_bytes()).unwrap();
         });
         let error = send(address, 64).unwrap_err().to_string();
-        assert!(error.starts_with("64 bytes were sent, 56 arrived"), "{error}");
+        assert!(
+            error.starts_with("64 bytes were sent, 56 arrived"),
+            "{error}"
+        );
         server.join().unwrap();
     }
 }
