@@ -16,6 +16,7 @@
 //! the host. [`Sandbox`] is what the Task API talks to: it only knows a
 //! [`Machine`] and an agent.
 
+mod cards;
 mod cmdline;
 mod error;
 mod hotplug;

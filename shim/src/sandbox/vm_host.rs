@@ -3,6 +3,7 @@
 //! ```text
 //! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
+//!       -> what comes and goes in the netns ([`cards`](super::cards))
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
@@ -12,6 +13,7 @@ mod boot;
 mod devices;
 mod near;
 mod netns;
+mod network;
 mod progress;
 
 use std::fs::{File, OpenOptions};
@@ -29,6 +31,7 @@ use nacre_protocol::agent::ConfigureSandboxRequest;
 use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
+use super::cards::Cards;
 use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
 use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
@@ -38,8 +41,7 @@ use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
-use crate::network::loopback::{self, Loopback};
-use crate::network::{self, PodNetwork};
+use crate::network::PodNetwork;
 use crate::oci::{self, kubernetes};
 use crate::rundir::{DEATH_WAIT, Proc, RunDir, RunDirError, State};
 use crate::storage::{self, Prepared, StorageError};
@@ -48,6 +50,7 @@ use crate::virtiofsd;
 use boot::{BootConfig, BootFds};
 use near::Near;
 use netns::{NetNs, open_netns, refuse_host_namespaces};
+use network::listen;
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -185,12 +188,6 @@ impl VmHost {
         Ok(Sandbox::new(machine))
     }
 
-    async fn join_network(&self, netns: &NetNs) -> Result<PodNetwork, SandboxError> {
-        let netns = netns.another()?;
-        let queues = self.config.net_queues;
-        Ok(blocking(move || network::prepare(&netns, queues)).await?)
-    }
-
     /// See [`super::Host::files_dir`].
     pub fn files_dir(&self) -> PathBuf {
         self.run_dir.path().join("etc")
@@ -235,14 +232,15 @@ impl VmHost {
             let (netns, network) = (parts.netns.take(), parts.network.take());
             (machine, netns, network, uid, parts.pci_slots)
         };
-        let loopback = match &netns {
-            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
-            _ => None,
+        let netns = netns.ok_or(SandboxError::Stopped)?;
+        let loopback = if kubernetes::is_sandbox(&config.spec) {
+            listen(&netns).await?
+        } else {
+            None
         };
-        let network = match (network, netns) {
-            (Some(network), _) => network,
-            (None, Some(netns)) => self.join_network(&netns).await?,
-            (None, None) => return Err(SandboxError::Stopped),
+        let network = match network {
+            Some(network) => network,
+            None => self.join_network(&netns).await?,
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
         let (disks, images) = self.driver_disks(&config.id).await?;
@@ -265,19 +263,17 @@ impl VmHost {
             .start(pci_slots, first, images, timeout)
             .await
             .map_err(io_error("duplicate a descriptor"))?;
-        fds.send(&machine, &boot).await?;
+        let first_nic = fds.send(&machine, &boot).await?;
         let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
+        let cards = Cards::new(network, first_nic);
         if let Some(loopback) = loopback {
-            tokio::spawn(loopback.serve(machine));
+            tokio::spawn(loopback.serve(machine.clone()));
         }
         let request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
-            interfaces: network.interfaces,
-            routes: network.routes,
-            rules: network.rules,
-            neighbors: network.neighbors,
+            network: Some(cards.given().clone()).into(),
             shared_dir: shares,
             sysctls: oci::pod::sysctls(&config.spec),
             drivers,
@@ -293,10 +289,11 @@ impl VmHost {
         };
         let attach = sandbox.attach(timeout, &request, room);
         if pins {
-            progress::logged(attach, pid, size.memory_mib).await
+            progress::logged(attach, pid, size.memory_mib).await?;
         } else {
-            attach.await
+            attach.await?;
         }
+        self.follow(netns, machine, sandbox, cards)
     }
 
     async fn boot_fds(
@@ -535,20 +532,6 @@ fn may_grow(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
     kubernetes::is_sandbox(spec)
         || annotations.is_some_and(|annotations| annotations.contains_key(GROUP))
-}
-
-/// A host that cannot do this has pods without port-forward.
-async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
-    let netns = netns.another()?;
-    let listening = blocking(move || loopback::listen(&netns)).await;
-    Ok(listening
-        .inspect_err(|error| {
-            warn!(
-                error = chain(error),
-                "no port-forward to the pod's loopback"
-            );
-        })
-        .ok())
 }
 
 fn open(path: &Path, write: bool) -> Result<File, SandboxError> {
