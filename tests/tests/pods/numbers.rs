@@ -64,14 +64,14 @@ fn many_pods_start_beside_runc() {
 }
 
 /// Guests may take ten minutes to boot until it is dropped, as many at once in the lab do.
-struct LongBoots {
+pub struct LongBoots {
     before: String,
 }
 
 impl LongBoots {
     const CONFIG: &str = "/etc/nacre/nacre.toml";
 
-    fn new() -> Self {
+    pub fn new() -> Self {
         let before = fs::read_to_string(Self::CONFIG).unwrap();
         fs::write(Self::CONFIG, "boot_timeout_seconds = 600\n").unwrap();
         Self { before }
