@@ -80,6 +80,8 @@ pub struct Config {
     pub default_memory_mib: u32,
     /// What the pod's host cgroup may use beyond the guest's memory.
     pub overhead_memory_mib: u32,
+    /// Processor time it may use beyond the containers' limit, in thousandths of one.
+    pub overhead_cpu_millis: u32,
     /// Back guest memory with 2 MiB pages.
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
@@ -167,6 +169,7 @@ impl Config {
             default_vcpus: 0,
             default_memory_mib: 0,
             overhead_memory_mib: 0,
+            overhead_cpu_millis: 0,
             hugepages: false,
             pod_disks: 0,
             pci_slots: 0,
@@ -298,13 +301,14 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 21] = [
+const KEYS: [Key; 22] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
     key!(default_vcpus, 1..=64),
     key!(default_memory_mib, 128..=1_048_576),
     key!(overhead_memory_mib, 0..=4096),
+    key!(overhead_cpu_millis, 0..=4000),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
     key!(pci_slots, 0..=8),

@@ -19,7 +19,7 @@ use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
 use crate::pci::placement::Placement;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Port, Slot, Window};
+use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Place, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
@@ -66,6 +66,9 @@ pub enum MachineError {
     /// The bus is full.
     #[error("{0} devices: the bus has room for {MAX_DEVICES}")]
     Devices(usize),
+    /// Nothing that could be taken out is there.
+    #[error("no virtio device is in slot {0} of bus 0")]
+    NoDevice(u8),
     /// See the source.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -247,6 +250,32 @@ impl Running {
         self.hot_plug.as_ref()
     }
 
+    /// Puts a virtio device into the first empty slot of bus 0, whose number it returns.
+    /// The guest finds it there when it looks.
+    ///
+    /// # Errors
+    ///
+    /// When there is no slot, or the device cannot be put on the bus.
+    pub fn add(&self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        let number = self.root.empty_slot();
+        let number = number.ok_or(MachineError::Devices(MAX_DEVICES + 1))?;
+        let function = VirtioPci::new(&self.vm, device, PciRoot::bar_address(number))?;
+        self.root.insert(number, function)?;
+        Ok(number)
+    }
+
+    /// Takes a virtio device out of its slot, whether the guest has let go of it or not.
+    /// Nothing works for it any more when this returns.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn remove(&self, number: u8) -> Result<(), MachineError> {
+        let device = self.root.take(number);
+        device.ok_or(MachineError::NoDevice(number))?.retire();
+        Ok(())
+    }
+
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
     /// the kernel for.
     pub fn stop(self) -> Exits {
@@ -303,9 +332,9 @@ fn pci_root(
     devices: Vec<Box<dyn VirtioDevice>>,
     ports: Vec<Port>,
 ) -> Result<Arc<PciRoot>, MachineError> {
-    let virtio = devices.into_iter().enumerate().map(|(index, device)| {
-        let address = PciRoot::bar_address(index);
-        VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Box::new(device)))
+    let virtio = (1..).zip(devices).map(|(number, device)| {
+        let address = PciRoot::bar_address(number);
+        VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Place::with(device)))
     });
     let mut slots = virtio.collect::<Result<Vec<_>, _>>()?;
     slots.extend(ports.into_iter().map(|port| Slot::Port(Box::new(port))));

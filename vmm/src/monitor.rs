@@ -32,7 +32,7 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
-use crate::vfio::hotplug::{self, Job};
+use crate::vfio::hotplug::Job;
 use crate::virtio::block::Backing;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
@@ -245,16 +245,12 @@ fn wait(
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers, running.hot_plug())?;
+            obey(channel, running, peers)?;
         }
     }
 }
 
-fn obey(
-    channel: &mut Channel,
-    peers: &Peers,
-    hot_plug: Option<&hotplug::Worker>,
-) -> Result<(), MonitorError> {
+fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), MonitorError> {
     let (request, mut fds) = channel.recv::<Request>()?;
     match request {
         Request::Connect { port, stream } => peers.dialer.connect(port, fds.take(stream)?),
@@ -280,21 +276,35 @@ fn obey(
             devices,
         } => {
             let devices = Passthrough::take(&devices, &mut fds)?;
-            plug(hot_plug, peers, number, Job::Plug(slots, devices));
+            plug(running, peers, number, Job::Plug(slots, devices));
         }
-        Request::Unplug { number, slots } => plug(hot_plug, peers, number, Job::Unplug(slots)),
+        Request::Unplug { number, slots } => plug(running, peers, number, Job::Unplug(slots)),
+        Request::AddNic { number, nic } => {
+            let device = devices::net(&nic, &mut fds).map_err(MonitorError::from);
+            let slot = device.and_then(|device| Ok(running.add(Box::new(device))?));
+            answer(peers, number, slot);
+        }
+        Request::RemoveNic { number, slot } => {
+            let removed = running.remove(slot).map_err(MonitorError::from);
+            answer(peers, number, removed.map(|()| slot));
+        }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
 }
 
-fn plug(hot_plug: Option<&hotplug::Worker>, peers: &Peers, number: u64, job: Job) {
+fn plug(running: &Running, peers: &Peers, number: u64, job: Job) {
     let answerer = peers.answers.answerer();
     let done = move |result| answerer.answer(number, result);
-    match hot_plug {
+    match running.hot_plug() {
         Some(worker) => worker.request(job, done),
         None => done(Err("the machine has no slots for PCI devices".into())),
     }
+}
+
+fn answer(peers: &Peers, number: u64, slot: Result<u8, MonitorError>) {
+    let slot = slot.map(u64::from).map_err(|error| error.to_string());
+    peers.answers.answerer().answer(number, slot);
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

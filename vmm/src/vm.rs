@@ -183,10 +183,17 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// KVM's.
+    /// KVM's. The page stays as long as the VM then, which may point into it.
     pub fn remove_read_only_page(&self, page: &ReadOnlyPage) -> Result<(), VmError> {
         self.remove_slot(page.slot, page.address)
-            .map_err(VmError::new("remove a read-only page"))
+            .map_err(VmError::new("remove a read-only page"))?;
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = pages.len();
+        pages.retain(|other| !Arc::ptr_eq(other, &page.page));
+        if pages.len() < before {
+            self.slots.give_back(page.slot);
+        }
+        Ok(())
     }
 
     fn remove_slot(&self, slot: u32, address: u64) -> Result<(), Errno> {
@@ -352,6 +359,20 @@ pub fn test_vm() -> Option<Arc<Vm>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_that_is_removed_leaves_its_slot() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let slots = [(); 3].map(|()| {
+            let page = vm.add_read_only_page(layout::ECAM_START).unwrap();
+            vm.remove_read_only_page(&page).unwrap();
+            assert_eq!(Arc::strong_count(&page.page), 1);
+            page.slot
+        });
+        assert!(slots.iter().all(|slot| *slot == slots[0]), "{slots:?}");
+    }
 
     #[test]
     fn route_that_is_refused_does_not_spoil_the_others() {

@@ -141,7 +141,9 @@ fn mib_for(bytes: u64) -> u32 {
 /// The host's limits for a pod with these containers and a machine of
 /// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
 /// is part of that, but for a machine with devices: it fills its memory at once, and there
-/// are page tables for all of it. A container without a limit lifts that of the pod.
+/// are page tables for all of it. Of processor time there is an overhead too, else
+/// containers that use all of theirs would leave the shim none to manage them with.
+/// A container without a limit lifts that of the pod.
 pub fn host_limits(
     containers: &[Limits],
     memory_mib: u32,
@@ -156,8 +158,14 @@ pub fn host_limits(
         memory_mib.saturating_sub(GUEST_RESERVE_MIB)
     };
     let mib = mib + u64::from(config.overhead_memory_mib);
+    let millis = u64::from(config.overhead_cpu_millis);
+    let with_overhead = |(quota, period): (u64, u64)| {
+        let overhead = period.saturating_mul(millis) / 1000;
+        (quota.saturating_add(overhead), period)
+    };
     Limits {
         memory_bytes: together.memory_bytes.map(|_| mib << 20),
+        cpu: together.cpu.map(with_overhead),
         ..together
     }
 }
@@ -275,7 +283,8 @@ mod tests {
         let overhead = u64::from(config.overhead_memory_mib);
         let host = host_limits(&both, 832, false, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
-        assert_eq!(host.cpu, Some((100_000, 100_000)));
+        let millis = u64::from(config.overhead_cpu_millis);
+        assert_eq!(host.cpu, Some((100_000 + 100 * millis, 100_000)));
         let one_without = [limit(4), Limits::default()];
         let default = config.default_memory_mib;
         assert_eq!(memory_of(&one_without, false, &config), default);

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::machine::fake::FakeHost;
+use crate::network::HostNic;
 use crate::task::{TaskError, lock};
 
 #[tokio::test(start_paused = true)]
@@ -119,6 +120,14 @@ impl Machine for Silent {
     }
 
     async fn unplug(&self, _: &[u8]) -> Result<(), MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn add_nic(&self, _: &HostNic) -> Result<u8, MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn remove_nic(&self, _: u8) -> Result<(), MachineError> {
         Err(MachineError::Stopped(Stop::Died))
     }
 

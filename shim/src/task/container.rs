@@ -25,6 +25,7 @@ use nacre_protocol::guest::START_SECONDS;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info, warn};
+use ttrpc::context::with_duration;
 
 use super::TaskError;
 use super::io::{StdioPaths, Streams};
@@ -81,11 +82,6 @@ pub struct Container {
 pub struct Pending {
     /// The machine's disks, too, if it has not booted.
     pub prepared: Prepared,
-}
-
-/// A call's deadline.
-pub fn deadline(limit: Duration) -> ttrpc::context::Context {
-    ttrpc::context::with_duration(limit)
 }
 
 /// Gives a process's output time to be read. What is not read by then goes on
@@ -519,7 +515,7 @@ impl Container {
             let request = self.process_request(&process);
             let call = self
                 .agent("delete")?
-                .delete_exec(deadline(CALL_TIMEOUT), &request);
+                .delete_exec(with_duration(CALL_TIMEOUT), &request);
             let answer = self.sandbox.unless_stopped(call).await;
             self.note_cleanup("exec", answer);
         }
@@ -546,7 +542,7 @@ impl Container {
         })?;
         if let Ok(agent) = self.agent("delete") {
             let request = self.container_request();
-            let call = agent.delete_container(deadline(CALL_TIMEOUT), &request);
+            let call = agent.delete_container(with_duration(CALL_TIMEOUT), &request);
             let answer = self.sandbox.unless_stopped(call).await;
             self.note_cleanup("container", answer);
         }

@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
 use tokio::sync::MutexGuard;
 
 use super::TaskError;
@@ -109,7 +110,7 @@ impl Pod {
             .filter_map(Entry::limits)
             .collect::<Vec<_>>();
         let wanted_mib = self.host.memory_of(&limits);
-        let limit = |memory_mib| self.host.set_limits(&limits, memory_mib);
+        let limit = |memory_mib| self.host.set_limits(&limits, memory_mib).boxed();
         Ok(sandbox.resize(wanted_mib, limit).await?)
     }
 }

@@ -6,6 +6,7 @@ use nacre_protocol::vm::StopReason;
 use super::*;
 use crate::memory;
 use crate::test_kernel;
+use crate::virtio::rng::Rng;
 
 /// A machine that runs `code`, or `None` where there is no KVM.
 fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
@@ -95,6 +96,26 @@ fn running_vcpus_are_stopped() {
     let running = machine.start().unwrap();
     running.stop();
     assert_eq!(stop.outcome(), Some(&Outcome::Cancelled));
+}
+
+#[test]
+fn devices_come_and_go_while_vcpus_run() {
+    // jmp to itself
+    let Some(mut parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    parts.devices = vec![Box::new(Rng::new())];
+    let running = Machine::new(parts).unwrap().start().unwrap();
+    for _ in 0..3 {
+        assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 2);
+        running.remove(2).unwrap();
+        let error = running.remove(2).unwrap_err().to_string();
+        assert_eq!(error, "no virtio device is in slot 2 of bus 0");
+    }
+    while running.add(Box::new(Rng::new())).is_ok() {}
+    let error = running.add(Box::new(Rng::new())).unwrap_err().to_string();
+    assert_eq!(error, "32 devices: the bus has room for 31");
+    running.stop();
 }
 
 #[test]

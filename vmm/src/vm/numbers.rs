@@ -1,4 +1,4 @@
-//! Numbers of KVM's things: each is one owner's until it is given back. A pod that has
+//! Numbers of KVM's things: each is one owner's until it is given back. A machine whose
 //! devices come and go must not run out of them.
 
 use std::sync::{Mutex, PoisonError};
