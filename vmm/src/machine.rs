@@ -117,7 +117,8 @@ impl Machine {
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         check(&parts)?;
         let kvm = vm::kvm_from(parts.kvm);
-        let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
+        let has_lines = parts.passthrough.is_some() || parts.pci_slots > 0;
+        let vm = Arc::new(Vm::new(&kvm, parts.memory, has_lines)?);
         let stop = Arc::new(Stop::new()?);
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let bits = cpuid.physical_bits();
@@ -133,10 +134,12 @@ impl Machine {
             None => (Vec::new(), None),
         };
         let root_ports = with_slots(&vm, root_ports, parts.pci_slots, &mut placement)?;
+        let first_port = u8::try_from(parts.devices.len() + 1).unwrap_or(u8::MAX);
         let root = pci_root(&vm, parts.devices, root_ports)?;
         let platform = Platform {
             vcpus: parts.vcpus,
             last_bus: root.last_bus(),
+            first_port,
             hot_plug: parts.pci_slots > 0,
             window64,
             serial: parts.serial.is_some(),

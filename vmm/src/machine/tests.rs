@@ -120,4 +120,6 @@ fn impossible_machines_are_refused() {
     }
 }
 
+mod code;
+mod lines;
 mod passthrough;

@@ -54,6 +54,8 @@ const NO_INTX: u16 = 1 << 10;
 /// Status register: an INTx is pending; there is a capability list.
 const STATUS_INTX: u8 = 1 << 3;
 const STATUS_LIST: u8 = 1 << 4;
+/// Interrupt pin of a function that is alone in its slot.
+const INTA: u8 = 1;
 /// Header type: more functions in this slot; what type it is.
 const MULTI_FUNCTION: u8 = 1 << 7;
 /// BAR flags.
@@ -70,9 +72,6 @@ pub enum ConfigError {
     /// Its configuration space reads as ones.
     #[error("it does not answer: its configuration space reads as ones")]
     Gone,
-    /// Neither MSI nor MSI-X.
-    #[error("its only interrupt is INTx, which is not supported: it needs MSI or MSI-X")]
-    OnlyIntx,
     /// VFIO's size of a BAR is not one that hardware has.
     #[error("its BAR {0} has {1:#x} bytes, which is no power of two")]
     BarSize(usize, u64),
@@ -134,6 +133,7 @@ pub struct GuestConfig {
     bytes: Box<Bytes>,
     bars: Vec<Bar>,
     layout: Layout,
+    has_intx: bool,
     /// What the device's command register holds.
     command: u16,
 }
@@ -169,13 +169,14 @@ impl GuestConfig {
         if bytes.ours[capabilities::POINTER] != 0 {
             bytes.ours[STATUS] |= STATUS_LIST;
         }
-        if has_intx && layout.msi.is_none() && layout.msix.is_none() {
-            return Err(ConfigError::OnlyIntx);
+        if has_intx {
+            bytes.ours[INTERRUPT_PIN] = INTA;
         }
         Ok(Self {
             bytes,
             bars,
             layout,
+            has_intx,
             command: 0,
         })
     }
@@ -190,6 +191,28 @@ impl GuestConfig {
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Whether it has an interrupt line.
+    #[must_use]
+    pub fn has_intx(&self) -> bool {
+        self.has_intx
+    }
+
+    /// Whether the device is to raise its line: once the guest has a use for the device, until
+    /// it turns the line off or has messages instead (PCI Express base 6.1.4.3).
+    #[must_use]
+    pub fn wants_intx(&self) -> bool {
+        let Layout { msi, msix, .. } = self.layout;
+        let on = |control: Option<usize>, bit| {
+            control.is_some_and(|control| self.u16_at(control) & bit != 0)
+        };
+        let command = self.u16_at(COMMAND);
+        self.has_intx
+            && command & (MEMORY | MASTER) != 0
+            && command & NO_INTX == 0
+            && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
+            && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
     }
 
     /// Its link.
@@ -292,7 +315,8 @@ impl GuestConfig {
     /// The device's.
     pub fn sync_command(&mut self, device: &dyn Access) -> io::Result<()> {
         let guest = self.u16_at(COMMAND) & (MASTER | PARITY | SERR);
-        let command = guest | MEMORY | NO_INTX;
+        let no_intx = if self.wants_intx() { 0 } else { NO_INTX };
+        let command = guest | MEMORY | no_intx;
         if command != self.command {
             device.write(CONFIG_REGION, COMMAND as u64, &command.to_le_bytes())?;
             self.command = command;

@@ -22,7 +22,7 @@ use super::interrupts::Interrupts;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
 use crate::virtio::complaints::Complaints;
-use crate::vm::Vm;
+use crate::vm::{Vm, lines};
 
 /// A BAR's address while it answers nowhere.
 const NOWHERE: u64 = u64::MAX;
@@ -138,8 +138,8 @@ enum Owner {
 }
 
 impl VfioPci {
-    /// `endpoint`, whose BARs go to `addresses`; the guest may move them within its 32-bit
-    /// window and `window64`.
+    /// `endpoint` on bus `bus`, whose BARs go to `addresses`; the guest may move them within
+    /// its 32-bit window and `window64`.
     ///
     /// # Errors
     ///
@@ -147,6 +147,7 @@ impl VfioPci {
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
+        bus: u8,
         addresses: &[u64],
         window64: Option<(u64, u64)>,
     ) -> Result<Self, VfioError> {
@@ -178,8 +179,8 @@ impl VfioPci {
                 .collect(),
             msix: layout.msix,
             state: Mutex::new(State {
+                interrupts: Interrupts::new(vm, &config, lines::of_bus(bus)),
                 config,
-                interrupts: Interrupts::new(vm, &layout),
                 map,
                 complaints: Complaints::new("a PCI device of the host"),
             }),

@@ -131,7 +131,7 @@ impl Slots {
             })?;
             session.arm(&endpoint)?;
             let link = endpoint.link();
-            let device = VfioPci::new(&self.vm, endpoint, &places, self.window64)?;
+            let device = VfioPci::new(&self.vm, endpoint, self.bus(slot), &places, self.window64)?;
             ready.push((slot, device, link));
         }
         let watch = session.watch(self.stop.clone())?;
@@ -170,6 +170,12 @@ impl Slots {
 
     fn port(&self, slot: u8) -> Option<&Port> {
         self.root.ports().nth(self.first + usize::from(slot))
+    }
+
+    /// The bus behind a slot's port, as it is before the guest gives it another number.
+    fn bus(&self, slot: u8) -> u8 {
+        let ports_before = u8::try_from(self.first).unwrap_or(u8::MAX);
+        ports_before.saturating_add(slot).saturating_add(1)
     }
 
     /// When the machine has ended and its devices were stopped.

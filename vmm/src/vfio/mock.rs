@@ -47,6 +47,8 @@ pub struct State {
     pub free_vectors: u32,
     /// One whose event is not taken.
     pub refused_vector: Option<u32>,
+    /// Whether INTx cannot be unmasked by an event.
+    pub is_never_unmasked: bool,
     /// What is not turned off.
     pub stuck: Option<Irq>,
     /// Whether it can be reset alone,
@@ -62,6 +64,8 @@ pub struct State {
     /// Calls about interrupts, in words.
     pub calls: Vec<String>,
     events: Vec<(Irq, u32, EventFd)>,
+    /// Unmasks INTx.
+    unmask: Option<EventFd>,
 }
 
 pub struct Mock(Mutex<State>);
@@ -79,6 +83,7 @@ impl Default for Mock {
             is_gone: false,
             free_vectors: u32::MAX,
             refused_vector: None,
+            is_never_unmasked: false,
             stuck: None,
             can_reset: true,
             resets: 0,
@@ -87,6 +92,7 @@ impl Default for Mock {
             config_writes: Vec::new(),
             calls: Vec::new(),
             events: Vec::new(),
+            unmask: None,
         }))
     }
 }
@@ -175,6 +181,7 @@ impl Access for Mock {
 
     fn irq_count(&self, irq: Irq) -> io::Result<u32> {
         Ok(match irq {
+            Irq::Intx => 1,
             Irq::Msi => 8,
             Irq::Msix => VECTORS.into(),
             Irq::Error | Irq::Request => u32::from(!self.state().no_events),
@@ -210,6 +217,16 @@ impl Access for Mock {
         Ok(())
     }
 
+    fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
+        let mut state = self.state();
+        if state.is_never_unmasked {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.calls.push("Intx unmasked by an event".into());
+        state.unmask = Some(event.try_clone()?);
+        Ok(())
+    }
+
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let mut state = self.state();
         state.calls.push(format!("{irq:?} off"));
@@ -217,6 +234,9 @@ impl Access for Mock {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         state.events.retain(|event| event.0 != irq);
+        if irq == Irq::Intx {
+            state.unmask = None;
+        }
         Ok(())
     }
 

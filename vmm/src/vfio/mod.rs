@@ -44,6 +44,7 @@ pub mod device;
 pub mod events;
 pub mod hotplug;
 pub mod interrupts;
+pub mod intx;
 #[cfg(test)]
 pub(crate) mod mock;
 pub mod open;
@@ -345,7 +346,7 @@ impl Attached {
         for (bus, (endpoint, placed)) in (1..).zip(placed) {
             session.arm(&endpoint)?;
             let root = RootPort::new(bus, endpoint.link(), &placed);
-            let device = VfioPci::new(vm, endpoint, &placed.bars, placement.window64())?;
+            let device = VfioPci::new(vm, endpoint, bus, &placed.bars, placement.window64())?;
             ports.push(Port::with(root, device));
         }
         Ok((ports, session))

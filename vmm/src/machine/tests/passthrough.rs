@@ -12,54 +12,35 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::code::*;
 use super::*;
-use crate::layout::{ECAM_BUS_SIZE, ECAM_START, WINDOW32_PORTS};
 use crate::vfio::hotplug::Job;
 use crate::vfio::mock;
 use crate::vfio::open::{self, DeviceNodes};
 
 /// "edu" of QEMU (`docs/specs/edu.rst`).
-const EDU: (&str, &str) = ("0x1234", "0x11e8");
+pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// "nvme" of QEMU.
 const NVME: (&str, &str) = ("0x1b36", "0x0010");
 /// "ivshmem-plain" of QEMU: memory in BAR 2.
 const MEMORY: (&str, &str) = ("0x1af4", "0x1110");
 const MEMORY_SIZE: u64 = 4 << 30;
-const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
-const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
-const BAR: u64 = WINDOW32_PORTS;
 const LIVENESS: u64 = BAR + 4;
-const DMA_SOURCE: u64 = BAR + 0x80;
-const DMA_TARGET: u64 = BAR + 0x88;
-const DMA_COUNT: u64 = BAR + 0x90;
-const DMA_COMMAND: u64 = BAR + 0x98;
 /// The device's own memory.
 const BUFFER: u32 = 0x4_0000;
-/// DMA command: begin; from the device to memory.
-const START: u32 = 1;
-const TO_MEMORY: u32 = 2;
 /// Within the guest's memory, whose size is this.
 const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
-const GUEST_SIZE: u32 = 32 << 20;
-
-/// Where the guest has its page tables, and behind its memory what they lead to elsewhere.
-const DIRECTORY: u32 = 0x22_0000;
-const POINTERS: u32 = 0x22_1000;
-const LARGE_PAGE: u32 = 2 << 20;
-const HIGH: u32 = GUEST_SIZE;
 
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
-const RAISE: u64 = 0x60;
-const VECTOR: u32 = 0x41;
-/// Registers of the local APIC.
-const APIC_SPURIOUS: u64 = 0xf0;
+pub const RAISE: u64 = 0x60;
+/// A register of the local APIC.
 const APIC_REQUESTED: u64 = 0x200;
 
 /// The address of a device, in the hands of vfio-pci and alone in its group; `None` where
 /// there is none.
-fn bound(id: (&str, &str)) -> Option<String> {
+pub fn bound(id: (&str, &str)) -> Option<String> {
     let in_lab = std::env::var_os("LAB_DEVICES").is_some();
     let skip = |why: &str| {
         assert!(!in_lab, "{why}");
@@ -100,107 +81,13 @@ fn bound(id: (&str, &str)) -> Option<String> {
     Some(address)
 }
 
-/// 32-bit code without paging: memory is where it is.
-struct Code(Vec<u8>);
-
-impl Code {
-    /// Begins with what a failed expectation jumps to.
-    fn new() -> Self {
-        let fail = out(layout::PORT_RESET, 1);
-        let mut code = vec![0xeb, u8::try_from(fail.len()).unwrap()];
-        code.extend(fail);
-        Self(code)
-    }
-
-    fn bytes(mut self, opcode: &[u8], operands: &[u32]) -> Self {
-        self.0.extend(opcode);
-        self.0
-            .extend(operands.iter().flat_map(|word| word.to_le_bytes()));
-        self
-    }
-
-    /// `mov dword [address], value`
-    fn store(self, address: u64, value: u32) -> Self {
-        self.bytes(&[0xc7, 0x05], &[u32::try_from(address).unwrap(), value])
-    }
-
-    /// `cmp dword [address], value; jne fail`
-    fn expect(self, address: u64, value: u32) -> Self {
-        self.compare(address, value, 0x85)
-    }
-
-    /// `cmp dword [address], value; je fail`
-    fn expect_not(self, address: u64, value: u32) -> Self {
-        self.compare(address, value, 0x84)
-    }
-
-    fn compare(self, address: u64, value: u32, jump: u8) -> Self {
-        let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
-        // Back over everything but the first jump.
-        let distance = i32::try_from(code.0.len() + 6 - 2).unwrap();
-        code.bytes(&[0x0f, jump], &[(-distance).cast_unsigned()])
-    }
-
-    /// Until the bits are clear: `test dword [address], bits; jnz` to itself.
-    fn wait_clear(self, address: u64, bits: u32) -> Self {
-        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
-        code.bytes(&[0x0f, 0x85], &[(-16i32).cast_unsigned()])
-    }
-
-    /// Until one of the bits is set: `test dword [address], bits; jz` to itself.
-    fn wait_set(self, address: u64, bits: u32) -> Self {
-        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
-        code.bytes(&[0x0f, 0x84], &[(-16i32).cast_unsigned()])
-    }
-
-    /// Memory space and bus mastering, of the port and of the device.
-    fn enable(self) -> Self {
-        self.store(PORT_CONFIG + 4, 6).store(CONFIG + 4, 6)
-    }
-
-    /// Four bytes by DMA.
-    fn dma(self, from: u32, to: u32, command: u32) -> Self {
-        self.store(DMA_SOURCE, from)
-            .store(DMA_TARGET, to)
-            .store(DMA_COUNT, 4)
-            .store(DMA_COMMAND, START | command)
-            .wait_clear(DMA_COMMAND, START)
-    }
-
-    /// Turns paging on, with 2 MiB pages and addresses above 4 GiB (Intel SDM volume 3, 4.4):
-    /// memory is where it was, and from [`HIGH`] on come pages at `addresses`.
-    fn paging(self, addresses: &[u64]) -> Self {
-        let memory = (0..GUEST_SIZE).step_by(LARGE_PAGE as usize).map(u64::from);
-        let pages = memory.chain(addresses.iter().copied());
-        let begin = self.store(POINTERS.into(), DIRECTORY | 1);
-        let code = (0u64..).zip(pages).fold(begin, |code, (index, page)| {
-            // Present, writable, large.
-            let [low, high] = [page | 0x83, page >> 32].map(|word| word & 0xffff_ffff);
-            let at = u64::from(DIRECTORY) + index * 8;
-            code.store(at, u32::try_from(low).unwrap())
-                .store(at + 4, u32::try_from(high).unwrap())
-        });
-        // cr3 = POINTERS; cr4 |= PAE; cr0 |= PG, each by way of eax.
-        code.bytes(&[0xb8], &[POINTERS])
-            .bytes(&[0x0f, 0x22, 0xd8], &[])
-            .bytes(&[0x0f, 0x20, 0xe0, 0x83, 0xc8, 0x20, 0x0f, 0x22, 0xe0], &[])
-            .bytes(&[0x0f, 0x20, 0xc0, 0x0d], &[1 << 31])
-            .bytes(&[0x0f, 0x22, 0xc0], &[])
-    }
-
-    fn power_off(mut self) -> Vec<u8> {
-        self.0.extend(out(layout::PORT_SLEEP_CONTROL, 0x34));
-        self.0
-    }
-}
-
 /// Runs `code` in a guest that has the edu device; `None` where there is none.
-fn run(code: &[u8]) -> Option<Exits> {
+pub fn run(code: &[u8]) -> Option<Exits> {
     run_with(&bound(EDU)?, code)
 }
 
 /// Runs `code` in a guest with the device at `address`.
-fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
+pub fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
     let mut parts = parts(code, 1)?;
     let device = DeviceNodes::of(address).unwrap();
     parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());

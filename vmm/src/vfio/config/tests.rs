@@ -47,10 +47,14 @@ fn identity_is_the_device_s_and_its_traps_are_gone() {
     assert_eq!(
         u32_of(&config, &mock, 0x04),
         0x0010_0000,
-        "all off, no INTx"
+        "all off, no INTx pending"
     );
     assert_eq!(u32_of(&config, &mock, 0x30), 0, "no ROM");
-    assert_eq!(u32_of(&config, &mock, 0x3c), 0, "no pin");
+    assert_eq!(
+        u32_of(&config, &mock, 0x3c),
+        0x100,
+        "INTA, without a number"
+    );
     assert_eq!(u32_of(&config, &mock, 0x24), 0, "no I/O BAR");
 }
 
@@ -196,7 +200,6 @@ fn devices_no_guest_can_have_are_refused() {
     };
     assert_eq!(refusal(&|space| space[0x0e] = 0x81), ConfigError::Bridge(1));
     assert_eq!(refusal(&|space| space.fill(0xff)), ConfigError::Gone);
-    assert_eq!(refusal(&|space| space[0x34] = 0), ConfigError::OnlyIntx);
     let odd = GuestConfig::new(&mock::space(), [3 << 12, 0, 0, 0, 0, 0]);
     assert_eq!(odd.err(), Some(ConfigError::BarSize(0, 3 << 12)));
     // Neither interrupts nor capabilities: nothing is missed.
@@ -204,6 +207,30 @@ fn devices_no_guest_can_have_are_refused() {
     (space[0x34], space[0x3d]) = (0, 0);
     let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
     assert_eq!(config.byte(STATUS) & STATUS_LIST, 0);
+}
+
+#[test]
+fn line_is_wanted_by_a_guest_that_uses_the_device_without_messages() {
+    let (mut config, mock) = (config(), Mock::default());
+    let mut wants = |register: usize, value: u8| {
+        config.write(&mock, register, &[value]).unwrap();
+        config.wants_intx()
+    };
+    assert!(!wants(COMMAND, 0) && wants(COMMAND, 2) && wants(COMMAND, 4));
+    assert!(!wants(mock::MSI + 2, 1) && wants(mock::MSI + 2, 0));
+    assert!(!wants(mock::MSIX + 3, 0x80) && wants(mock::MSIX + 3, 0));
+    assert!(!wants(COMMAND + 1, 4) && wants(COMMAND + 1, 0));
+    // One with a line only, of a function that is not the first of its device; and one with none.
+    let mut space = mock::space();
+    (space[0x34], space[0x3d]) = (0, 4);
+    let mut config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    config.write(&mock, COMMAND, &[4]).unwrap();
+    assert!(config.wants_intx());
+    assert_eq!(config.byte(INTERRUPT_PIN), 1);
+    space[0x3d] = 0;
+    let mut config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    config.write(&mock, COMMAND, &[4]).unwrap();
+    assert!(!config.wants_intx());
 }
 
 #[test]
@@ -273,8 +300,10 @@ proptest! {
             prop_assert!((*at..).take(data.len()).all(allowed), "{at:#x} {data:?}");
             if *at == 4 {
                 prop_assert_eq!(data[0] & 2, 2, "memory stays on");
-                prop_assert_eq!(data[1] & 4, 4, "INTx stays off");
             }
+        }
+        if let Some((_, data)) = mock.state().config_writes.iter().rfind(|(at, _)| *at == 4) {
+            prop_assert_eq!(data[1] & 4 == 0, config.wants_intx());
         }
         prop_assert_eq!(list(&config, &mock), [0x05, 0x10, 0x11, 0x09]);
     }

@@ -19,7 +19,7 @@ fn function() -> Option<(VfioPci, Arc<Mock>)> {
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    VfioPci::new(vm, endpoint, &ADDRESSES, WINDOW64).unwrap()
+    VfioPci::new(vm, endpoint, 1, &ADDRESSES, WINDOW64).unwrap()
 }
 
 /// Where the mapped parts of BAR 0 are.
@@ -282,7 +282,7 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
         set_vector(function, 255, 0);
         assert_eq!(mock.calls(), ["Msix 0+256 []", "Msix 255+1 [255]"]);
     }
-    assert_eq!(vm.new_gsi().unwrap(), 32);
+    assert_eq!(vm.new_gsi().unwrap(), lines::PINS + 32);
     // When a guest has used all up, what has a route keeps it and nothing else breaks.
     while vm.new_gsi().is_ok() {}
     let (function, mock) = &functions[0];
@@ -301,6 +301,80 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     assert!(text.starts_with(start), "{text}");
     interrupts.stop(&**mock).unwrap();
     assert_eq!(mock.calls(), ["Msix off"]);
+}
+
+const LINE_ON: [&str; 2] = ["Intx 0+1 [0]", "Intx unmasked by an event"];
+
+#[test]
+fn line_is_on_while_the_guest_uses_the_device_without_messages() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let command = || mock.state().config_writes.last().cloned();
+    assert_eq!(
+        command(),
+        Some((4, vec![2, 4])),
+        "the guest does not use it"
+    );
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), LINE_ON);
+    assert_eq!(command(), Some((4, vec![6, 0])));
+    assert!(mock.signal(Irq::Intx, 0));
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), [""; 0], "it is on");
+    // The kernel has one kind on at a time.
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    assert_eq!(mock.calls(), ["Intx off", "Msix 0+16 []"]);
+    function.config_write(mock::MSIX + 3, &[0]);
+    assert_eq!(mock.calls(), [&["Msix off"][..], &LINE_ON].concat());
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    assert_eq!(mock.calls(), ["Intx off", "Msi 0+1 [0]"]);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    assert_eq!(mock.calls(), [&["Msi off"][..], &LINE_ON].concat());
+    function.config_write(COMMAND, &[6, 4]);
+    assert_eq!(mock.calls(), ["Intx off"]);
+    assert_eq!(command(), Some((4, vec![6, 4])));
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), LINE_ON);
+    function.stop();
+    assert_eq!(mock.calls(), ["Intx off"]);
+}
+
+#[test]
+fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().is_never_unmasked = true;
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
+    mock.state().is_never_unmasked = false;
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), LINE_ON);
+    mock.state().stuck = Some(Irq::Intx);
+    function.config_write(COMMAND, &[0, 0]);
+    mock.state().stuck = None;
+    function.config_write(0x0c, &[8]);
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
+}
+
+#[test]
+fn devices_share_a_line_where_there_are_many() {
+    let Some(vm) = test_vm() else { return };
+    let count = u8::try_from(lines::PINS).unwrap();
+    let functions: Vec<_> = (1..=count)
+        .map(|bus| {
+            let mock = Arc::new(Mock::default());
+            let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+            let function = VfioPci::new(&vm, endpoint, bus, &[BAR0; 3], WINDOW64).unwrap();
+            function.config_write(COMMAND, &[4, 0]);
+            assert_eq!(mock.calls(), LINE_ON);
+            function
+        })
+        .collect();
+    drop(functions);
+    assert_eq!([1, 8, 9, 31].map(lines::of_bus), [16, 23, 16, 22]);
 }
 
 #[test]
