@@ -19,7 +19,7 @@ use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
 use crate::pci::placement::Placement;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Port, Slot, Window};
+use crate::pci::{Ecam, IoPorts, MAX_DEVICES, PciRoot, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
@@ -161,7 +161,7 @@ impl Machine {
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),
-                ports: Arc::new(ports(&stop, parts.serial)?),
+                ports: Arc::new(ports(&root, &stop, parts.serial)?),
             },
             vm,
             root,
@@ -332,8 +332,12 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
     Ok(bus)
 }
 
-fn ports(stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
+fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
+    if root.last_bus() > 0 {
+        let len = layout::PORTS_END - layout::PCI_PORTS;
+        bus.add(layout::PCI_PORTS, len, Arc::new(IoPorts(root.clone())))?;
+    }
     let power = Arc::new(Power(stop.clone()));
     bus.add(
         layout::PORT_SLEEP_CONTROL.into(),

@@ -112,4 +112,9 @@ fn large_bar_is_where_the_processor_s_address_bits_allow() {
         &said,
         "0000:01:00.0 has 0x0000001000000000 0x00000010ffffffff",
     );
+    // Its ports, which the root port passes on.
+    says(
+        &said,
+        "0000:01:00.0 has 0x0000000000001000 0x00000000000010ff",
+    );
 }

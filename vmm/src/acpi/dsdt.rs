@@ -65,7 +65,7 @@ fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
     Scope::new("_SB_".into(), vec![device]).to_aml_bytes(aml);
 }
 
-#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
+#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB, and ports
 fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
     let buses = AddressSpace::new_bus_number(0u16, u16::from(platform.last_bus));
     let window32 = AddressSpace::new_memory(
@@ -84,7 +84,15 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
             None,
         )
     });
+    let ports = AddressSpace::new_io(
+        layout::PCI_PORTS as u16,
+        (layout::PORTS_END - 1) as u16,
+        None,
+    );
     let mut resources: Vec<&dyn Aml> = vec![&buses, &window32];
+    if platform.last_bus > 0 {
+        resources.push(&ports);
+    }
     if let Some(window64) = &window64 {
         resources.push(window64);
     }

@@ -113,6 +113,7 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
                  Package (0x04) { 0x0005FFFF, Zero, Zero, 0x10 }, \
                  Package (0x04) { 0x0006FFFF, Zero, Zero, 0x11 } })",
                 "0x0002, // Range Maximum 0x0000, // Translation Offset 0x0003, // Length",
+                "0x1000, // Range Minimum 0xFFFF, // Range Maximum 0x0000, // Translation Offset 0xF000,",
                 "0xC0000000, // Range Minimum 0xDFFFFFFF, // Range Maximum",
                 "0x0000001000000000, // Range Minimum 0x000000FFFFFFFFFF, // Range Maximum",
                 "0xE0000000, // Address Base 0x00300000, // Address Length",
@@ -176,7 +177,7 @@ fn what_a_machine_does_not_have_is_not_in_the_tables() {
         ..platform()
     };
     let texts = disassembled(&bare);
-    for absent in ["PNP0501", "QWordMemory", "_OSC", "_PRT"] {
+    for absent in ["PNP0501", "QWordMemory", "_OSC", "_PRT", "WordIO"] {
         assert!(!texts["DSDT"].contains(absent), "{absent}");
     }
     assert!(!texts["APIC"].contains("I/O APIC"));

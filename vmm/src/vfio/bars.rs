@@ -123,6 +123,9 @@ pub fn region_of(bar: Bar) -> u32 {
 
 /// The parts of a BAR that are mapped: start and end, whole pages.
 fn mapped_areas(bar: Bar, region: &Region, msix: Option<MsixLayout>) -> Vec<(u64, u64)> {
+    if bar.is_io() {
+        return Vec::new();
+    }
     let trapped = |msix: MsixLayout| {
         [
             (msix.table, msix.table_len()),

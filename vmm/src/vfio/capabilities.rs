@@ -218,7 +218,7 @@ fn keep_msix(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mu
     };
     let fits = |(index, offset): (usize, u64), len: u64| {
         let bar = bars.iter().find(|bar| bar.index == index);
-        bar.is_some_and(|bar| offset + len <= bar.size)
+        bar.is_some_and(|bar| !bar.is_io() && offset + len <= bar.size)
     };
     if !fits(msix.table, msix.table_len()) || !fits(msix.pending, msix.pending_len()) {
         return false;

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The capability list is short: what is not known to be for the guest to drive is
-//! not in it and reads as zero ([`super::capabilities`]). I/O BARs and the expansion ROM are
-//! hidden too. The device itself decodes memory all the time; whether the guest
+//! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too. The
+//! device itself decodes memory and ports all the time; whether the guest
 //! sees its BARs depends on the guest's command register alone.
 
 use std::io;
@@ -46,6 +46,7 @@ const INTERRUPT_PIN: usize = 0x3d;
 const HEADER_END: usize = 0x40;
 
 /// Command register bits.
+const PORTS: u16 = 1;
 const MEMORY: u16 = 1 << 1;
 const MASTER: u16 = 1 << 2;
 const PARITY: u16 = 1 << 6;
@@ -60,6 +61,8 @@ const INTA: u8 = 1;
 const MULTI_FUNCTION: u8 = 1 << 7;
 /// BAR flags.
 const BAR_IO: u8 = 1;
+const BAR_IO_FLAGS: u8 = 0b11;
+const BAR_MEMORY_FLAGS: u8 = 0b1111;
 const BAR_64: u8 = 0b100;
 const BAR_PREFETCHABLE: u8 = 0b1000;
 
@@ -77,7 +80,7 @@ pub enum ConfigError {
     BarSize(usize, u64),
 }
 
-/// A memory BAR.
+/// A BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bar {
     /// Its number, which is also its VFIO region.
@@ -88,8 +91,23 @@ pub struct Bar {
 }
 
 impl Bar {
+    /// Whether it is of I/O ports.
+    #[must_use]
+    pub fn is_io(self) -> bool {
+        self.flags & BAR_IO != 0
+    }
+
     fn is_64(self) -> bool {
-        self.flags & 0b110 == BAR_64
+        !self.is_io() && self.flags & 0b110 == BAR_64
+    }
+
+    /// Bits of its register that are no address.
+    fn flag_bits(self) -> u64 {
+        u64::from(if self.is_io() {
+            BAR_IO_FLAGS
+        } else {
+            BAR_MEMORY_FLAGS
+        })
     }
 
     /// What it asks of the guest's address space.
@@ -98,10 +116,10 @@ impl Bar {
         let prefetchable = self.is_64() && self.flags & BAR_PREFETCHABLE != 0;
         BarRequest {
             size: self.size,
-            window: if prefetchable {
-                BridgeWindow::Prefetchable
-            } else {
-                BridgeWindow::Memory
+            window: match prefetchable {
+                _ if self.is_io() => BridgeWindow::Ports,
+                true => BridgeWindow::Prefetchable,
+                false => BridgeWindow::Memory,
             },
         }
     }
@@ -161,9 +179,12 @@ impl GuestConfig {
         if kind != 0 {
             return Err(ConfigError::Bridge(kind));
         }
-        let bars = memory_bars(&bytes.ours, sizes)?;
+        let bars = bars(&bytes.ours, sizes)?;
         let has_intx = bytes.ours[INTERRUPT_PIN] != 0;
         header(&mut bytes);
+        if bars.iter().any(|bar| bar.is_io()) {
+            bytes.writable[COMMAND] |= PORTS.to_le_bytes()[0];
+        }
         let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
         if bytes.ours[capabilities::POINTER] != 0 {
@@ -181,7 +202,7 @@ impl GuestConfig {
         })
     }
 
-    /// Its memory BARs.
+    /// Its BARs.
     #[must_use]
     pub fn bars(&self) -> &[Bar] {
         &self.bars
@@ -209,7 +230,7 @@ impl GuestConfig {
         };
         let command = self.u16_at(COMMAND);
         self.has_intx
-            && command & (MEMORY | MASTER) != 0
+            && command & (PORTS | MEMORY | MASTER) != 0
             && command & NO_INTX == 0
             && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
             && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
@@ -221,31 +242,39 @@ impl GuestConfig {
         self.layout.link.unwrap_or(NO_LINK)
     }
 
-    /// Puts the BARs where they have been placed, in their order.
+    /// Puts the BARs where they have been placed, in their order. An I/O BAR without a place is
+    /// not shown.
     pub fn set_bars(&mut self, addresses: &[u64]) {
         let Bytes { ours, writable, .. } = &mut *self.bytes;
         for (bar, address) in self.bars.iter().zip(addresses) {
+            if bar.is_io() && *address == 0 {
+                continue;
+            }
             let at = BAR0 + 4 * bar.index;
             let len = if bar.is_64() { 8 } else { 4 };
             let value = address | u64::from(bar.flags);
             copy(ours, at, &value.to_le_bytes()[..len]);
-            let mask = !(bar.size - 1) & !0xf;
+            let mask = !(bar.size - 1) & !bar.flag_bits();
             copy(writable, at, &mask.to_le_bytes()[..len]);
         }
     }
 
-    /// Where a BAR is now, by its place among [`Self::bars`]: nowhere while memory space
-    /// is disabled.
+    /// Where a BAR is now, by its place among [`Self::bars`]: nowhere while memory space, or
+    /// I/O space, is disabled.
     #[must_use]
     pub fn bar_address(&self, place: usize) -> Option<u64> {
         let bar = self.bars.get(place)?;
-        if self.u16_at(COMMAND) & MEMORY == 0 {
+        let enable = if bar.is_io() { PORTS } else { MEMORY };
+        if self.u16_at(COMMAND) & enable == 0 {
             return None;
         }
         let at = BAR0 + 4 * bar.index;
-        let low = self.u32_at(at) & !0xf;
+        let low = u64::from(self.u32_at(at)) & !bar.flag_bits();
+        if bar.is_io() && low == 0 {
+            return None;
+        }
         let high = if bar.is_64() { self.u32_at(at + 4) } else { 0 };
-        Some(u64::from(high) << 32 | u64::from(low))
+        Some(u64::from(high) << 32 | low)
     }
 
     /// Reads. Bytes past the end are 0, the header of "no extended capability".
@@ -307,7 +336,7 @@ impl GuestConfig {
         self.sync_command(device)
     }
 
-    /// Has the device decode memory, and do what the guest's command register says of
+    /// Has the device decode memory and ports, and do what the guest's command register says of
     /// the rest. To be called once at the start, and after a reset.
     ///
     /// # Errors
@@ -316,7 +345,9 @@ impl GuestConfig {
     pub fn sync_command(&mut self, device: &dyn Access) -> io::Result<()> {
         let guest = self.u16_at(COMMAND) & (MASTER | PARITY | SERR);
         let no_intx = if self.wants_intx() { 0 } else { NO_INTX };
-        let command = guest | MEMORY | no_intx;
+        let has_ports = self.bars.iter().any(|bar| bar.is_io());
+        let ports = if has_ports { PORTS } else { 0 };
+        let command = guest | MEMORY | ports | no_intx;
         if command != self.command {
             device.write(CONFIG_REGION, COMMAND as u64, &command.to_le_bytes())?;
             self.command = command;
@@ -341,7 +372,7 @@ impl GuestConfig {
     }
 }
 
-/// Has a device forget the guest: no DMA, no memory, no interrupt.
+/// Has a device forget the guest: no DMA, no memory, no ports, no interrupt.
 ///
 /// # Errors
 ///
@@ -375,16 +406,16 @@ fn header(bytes: &mut Bytes) {
     source[STATUS + 1] = Source::DeviceWritable;
 }
 
-fn memory_bars(space: &[u8; SIZE], sizes: [u64; BARS]) -> Result<Vec<Bar>, ConfigError> {
+fn bars(space: &[u8; SIZE], sizes: [u64; BARS]) -> Result<Vec<Bar>, ConfigError> {
     let mut bars = Vec::new();
     let mut upper_half = false;
     for (index, size) in sizes.into_iter().enumerate() {
         if std::mem::take(&mut upper_half) || size == 0 {
             continue;
         }
-        let flags = space[BAR0 + 4 * index] & 0xf;
+        let mut flags = space[BAR0 + 4 * index] & BAR_MEMORY_FLAGS;
         if flags & BAR_IO != 0 {
-            continue;
+            flags = BAR_IO;
         }
         if !size.is_power_of_two() {
             return Err(ConfigError::BarSize(index, size));

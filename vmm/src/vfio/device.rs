@@ -165,6 +165,13 @@ impl VfioPci {
             .map(|bar| (*bar, regions.get(bar.index).cloned().unwrap_or_default()))
             .collect();
         config.set_bars(addresses);
+        let mut places = bars.iter().zip(addresses);
+        if places.any(|((bar, _), port)| bar.is_io() && *port == 0) {
+            tracing::warn!(
+                device = address,
+                "no I/O ports are left for it: it has none"
+            );
+        }
         config
             .sync_command(&*device)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
@@ -187,13 +194,24 @@ impl VfioPci {
         })
     }
 
-    /// The BAR that covers an address, by its place, and the offset in it.
+    /// The BAR of memory that covers an address, by its place, and the offset in it.
     #[must_use]
     pub fn bar_at(&self, address: u64) -> Option<(usize, u64)> {
-        self.bars.iter().enumerate().find_map(|(place, (bar, at))| {
+        self.find(address, false)
+    }
+
+    /// The I/O BAR that covers a port, by its place, and the offset in it.
+    #[must_use]
+    pub fn io_bar_at(&self, port: u64) -> Option<(usize, u64)> {
+        self.find(port, true)
+    }
+
+    fn find(&self, address: u64, is_io: bool) -> Option<(usize, u64)> {
+        let mut bars = self.bars.iter().enumerate();
+        bars.find_map(|(place, (bar, at))| {
             // `NOWHERE` is above every address.
             let offset = address.checked_sub(at.load(Ordering::Acquire))?;
-            (offset < bar.size).then_some((place, offset))
+            (bar.is_io() == is_io && offset < bar.size).then_some((place, offset))
         })
     }
 

@@ -34,6 +34,8 @@ pub const VECTORS: u16 = 16;
 pub struct State {
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
+    /// BAR 5.
+    pub ports: [u8; 0x20],
     pub sizes: [u64; 6],
     /// Of BAR 0,
     pub mappable: Vec<(u64, u64)>,
@@ -75,6 +77,7 @@ impl Default for Mock {
         Self(Mutex::new(State {
             config: space(),
             bar: vec![0; 0x8000],
+            ports: [0; 0x20],
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             mappable: vec![(0, BAR0_SIZE)],
             unmappable: None,
@@ -123,9 +126,10 @@ impl State {
         if self.is_gone {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let bytes = match region {
+        let bytes: &mut [u8] = match region {
             CONFIG_REGION => &mut self.config,
             0 => &mut self.bar,
+            5 => &mut self.ports,
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
         let start = usize::try_from(offset).unwrap();

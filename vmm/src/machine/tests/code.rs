@@ -74,9 +74,13 @@ impl Code {
 
     fn compare(self, address: u64, value: u32, jump: u8) -> Self {
         let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
-        // Back over everything but the first jump.
-        let distance = i32::try_from(code.0.len() + 6 - 2).unwrap();
-        code.bytes(&[0x0f, jump], &[(-distance).cast_unsigned()])
+        code.or_fail(jump)
+    }
+
+    /// Jumps back over everything but the first jump.
+    fn or_fail(self, jump: u8) -> Self {
+        let distance = i32::try_from(self.0.len() + 6 - 2).unwrap();
+        self.bytes(&[0x0f, jump], &[(-distance).cast_unsigned()])
     }
 
     /// Until the bits are clear: `test dword [address], bits; jnz` to itself.
@@ -91,9 +95,9 @@ impl Code {
         code.bytes(&[0x0f, 0x84], &[(-16i32).cast_unsigned()])
     }
 
-    /// Memory space and bus mastering, of the port and of the device.
+    /// I/O and memory space and bus mastering, of the port and of the device.
     pub fn enable(self) -> Self {
-        self.store(PORT_CONFIG + 4, 6).store(CONFIG + 4, 6)
+        self.store(PORT_CONFIG + 4, 7).store(CONFIG + 4, 7)
     }
 
     /// Four bytes by DMA.
@@ -135,6 +139,19 @@ impl Code {
     pub fn wait_for(self, address: u64, value: u32) -> Self {
         let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
         code.bytes(&[0x0f, 0x85], &[(-16i32).cast_unsigned()])
+    }
+
+    /// `mov dx, port; mov al, value; out dx, al`
+    pub fn output(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.bytes(&[0x66, 0xba, low, high, 0xb0, value, 0xee], &[])
+    }
+
+    /// `mov dx, port; in al, dx; cmp al, value; jne fail`
+    pub fn expect_port(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.bytes(&[0x66, 0xba, low, high, 0xec, 0x3c, value], &[])
+            .or_fail(0x85)
     }
 
     /// Turns interrupts on, with a handler of a line which stores these words, adds one to

@@ -332,6 +332,30 @@ fn large_bar_is_reached_up_to_its_last_byte() {
     }
 }
 
+/// "pci-testdev" of QEMU (`docs/specs/pci-testdev.rst`): a byte to its first port begins a test,
+/// whose name is in the ports from 16 on, or ends it when there is no such test.
+const TESTDEV: (&str, &str) = ("0x1b36", "0x0005");
+const PORT: u16 = 0x1000;
+
+#[test]
+fn guest_reaches_the_ports() {
+    let Some(address) = bound(TESTDEV) else {
+        return;
+    };
+    let code = Code::new()
+        .expect_port(PORT + 16, 0xff)
+        .enable()
+        .output(PORT, 0)
+        .expect_port(PORT + 16, b'p')
+        .output(PORT, 0xff)
+        .expect_port(PORT + 16, 0)
+        .power_off();
+    let Some(exits) = run_with(&address, &code) else {
+        return;
+    };
+    assert_eq!((exits.port_reads, exits.port_writes), (3, 3));
+}
+
 /// Slot control and status of the root port; status is the upper half.
 const SLOT: u64 = PORT_CONFIG + 0x58;
 const PRESENT: u32 = 1 << 22;

@@ -55,7 +55,11 @@ fn identity_is_the_device_s_and_its_traps_are_gone() {
         0x100,
         "INTA, without a number"
     );
-    assert_eq!(u32_of(&config, &mock, 0x24), 0, "no I/O BAR");
+    assert_eq!(
+        u32_of(&config, &mock, 0x24),
+        0,
+        "the I/O BAR has no place yet"
+    );
 }
 
 #[test]
@@ -75,10 +79,11 @@ fn bars_are_ours() {
     let (mut config, mock) = (config(), Mock::default());
     let requests: Vec<_> = config.bars().iter().map(|bar| bar.request()).collect();
     let sizes: Vec<_> = requests.iter().map(|request| request.size).collect();
-    assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100]);
+    assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100, 0x20]);
     assert_eq!(requests[0].window, BridgeWindow::Memory);
     assert_eq!(requests[1].window, BridgeWindow::Prefetchable);
-    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000]);
+    assert_eq!(requests[3].window, BridgeWindow::Ports);
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0x1000]);
     assert_eq!(config.bar_address(1), None, "memory space is off");
     config.write(&mock, COMMAND, &[2, 0]).unwrap();
     assert_eq!(config.bar_address(0), Some(0xc010_0000));
@@ -88,6 +93,7 @@ fn bars_are_ours() {
         (0x10, 0xffff_8004),
         (0x18, 0xf000_000c),
         (0x20, 0xffff_ff00),
+        (0x24, 0xffff_ffe1),
     ] {
         config.write(&mock, register, &[0xff; 4]).unwrap();
         assert_eq!(u32_of(&config, &mock, register), size);
@@ -95,6 +101,36 @@ fn bars_are_ours() {
     config.write(&mock, 0x1c, &[0xff; 4]).unwrap();
     assert_eq!(config.bar_address(1), Some(0xffff_ffff_f000_0000));
     assert!(mock.state().config_writes.iter().all(|(at, _)| *at == 4));
+}
+
+#[test]
+fn ports_are_where_the_guest_has_them_while_it_has_them_on() {
+    let (mut config, mock) = (config(), Mock::default());
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0x1000]);
+    config.write(&mock, COMMAND, &[2]).unwrap();
+    assert_eq!(config.bar_address(3), None);
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(
+        (config.bar_address(3), config.bar_address(0)),
+        (Some(0x1000), None)
+    );
+    config.write(&mock, 0x24, &[0xff, 0x2f]).unwrap();
+    assert_eq!(config.bar_address(3), Some(0x2fe0));
+    // Without a place it is not there, and stays so.
+    let mut config = GuestConfig::new(&mock::space(), BAR_SIZES).unwrap();
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0]);
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    config.write(&mock, 0x24, &[0xff; 4]).unwrap();
+    assert_eq!(u32_of(&config, &mock, 0x24), 0);
+    assert_eq!(config.bar_address(3), None);
+    // A device without any has no such bit.
+    let mut sizes = BAR_SIZES;
+    sizes[5] = 0;
+    let mut config = GuestConfig::new(&mock::space(), sizes).unwrap();
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(config.byte(COMMAND), 0);
+    let written = mock.state().config_writes.last().cloned();
+    assert_eq!(written, Some((4, vec![2, 4])));
 }
 
 #[test]
@@ -108,8 +144,8 @@ fn device_decodes_memory_whatever_the_guest_says() {
         .iter()
         .map(|(at, value)| (*at, u16::from_le_bytes([value[0], value[1]])))
         .collect();
-    // Memory on and INTx off, bus master and errors as the guest has them.
-    assert_eq!(words, [(4, 0x402), (4, 0x546), (4, 0x402)]);
+    // Memory and ports on and INTx off, bus master and errors as the guest has them.
+    assert_eq!(words, [(4, 0x403), (4, 0x547), (4, 0x403)]);
     assert_eq!(u32_of(&config, &mock, COMMAND) & 0xffff, 0);
 }
 
@@ -299,7 +335,7 @@ proptest! {
         for (at, data) in &mock.state().config_writes {
             prop_assert!((*at..).take(data.len()).all(allowed), "{at:#x} {data:?}");
             if *at == 4 {
-                prop_assert_eq!(data[0] & 2, 2, "memory stays on");
+                prop_assert_eq!(data[0] & 3, 3, "memory and ports stay on");
             }
         }
         if let Some((_, data)) = mock.state().config_writes.iter().rfind(|(at, _)| *at == 4) {

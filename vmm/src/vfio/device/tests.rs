@@ -9,7 +9,7 @@ const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 const BAR0: u64 = WINDOW32_PORTS;
 const COMMAND: usize = 4;
 /// Places of the mock's BARs.
-const ADDRESSES: [u64; 3] = [BAR0, 64 * GIB, BAR0 + 0x10_0000];
+const ADDRESSES: [u64; 4] = [BAR0, 64 * GIB, BAR0 + 0x10_0000, 0x1000];
 
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
@@ -33,7 +33,7 @@ fn device_is_reset_before_it_is_looked_at() {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
     assert!(endpoint.was_reset());
     assert_eq!(mock.state().resets, 1);
-    assert_eq!(endpoint.requests().len(), 3);
+    assert_eq!(endpoint.requests().len(), 4);
     mock.state().is_gone = true;
     let error = Endpoint::open("0000:01:00.0", mock).err().unwrap();
     let start = "PCI device 0000:01:00.0: cannot read its configuration space: ";
@@ -60,6 +60,21 @@ fn registers_are_in_the_guest_while_memory_space_is_on() {
     function.config_write(COMMAND, &[0, 0]);
     assert_eq!(function.bar_at(0x10_0000), None);
     assert_eq!(mock.state().resets, 1);
+}
+
+#[test]
+fn ports_and_addresses_are_told_apart() {
+    let Some((function, _)) = function() else {
+        return;
+    };
+    assert_eq!(function.io_bar_at(0x1000), None);
+    function.config_write(COMMAND, &[7, 0]);
+    assert_eq!(function.io_bar_at(0x101f), Some((3, 0x1f)));
+    assert_eq!(function.io_bar_at(0x1020), None);
+    assert_eq!(function.bar_at(0x1000), None);
+    assert_eq!(function.io_bar_at(BAR0), None);
+    function.withdraw();
+    assert_eq!(function.io_bar_at(0x1000), None);
 }
 
 #[test]
@@ -313,12 +328,12 @@ fn line_is_on_while_the_guest_uses_the_device_without_messages() {
     let command = || mock.state().config_writes.last().cloned();
     assert_eq!(
         command(),
-        Some((4, vec![2, 4])),
+        Some((4, vec![3, 4])),
         "the guest does not use it"
     );
     function.config_write(COMMAND, &[6, 0]);
     assert_eq!(mock.calls(), LINE_ON);
-    assert_eq!(command(), Some((4, vec![6, 0])));
+    assert_eq!(command(), Some((4, vec![7, 0])));
     assert!(mock.signal(Irq::Intx, 0));
     function.config_write(0x0c, &[8]);
     assert_eq!(mock.calls(), [""; 0], "it is on");
@@ -333,7 +348,7 @@ fn line_is_on_while_the_guest_uses_the_device_without_messages() {
     assert_eq!(mock.calls(), [&["Msi off"][..], &LINE_ON].concat());
     function.config_write(COMMAND, &[6, 4]);
     assert_eq!(mock.calls(), ["Intx off"]);
-    assert_eq!(command(), Some((4, vec![6, 4])));
+    assert_eq!(command(), Some((4, vec![7, 4])));
     function.config_write(COMMAND, &[6, 0]);
     assert_eq!(mock.calls(), LINE_ON);
     function.stop();
