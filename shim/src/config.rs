@@ -86,6 +86,8 @@ pub struct Config {
     pub pod_disks: u8,
     /// Devices of the host that containers which join a pod can bring.
     pub pci_slots: u8,
+    /// Whether guests see the expansion ROMs of devices.
+    pub pci_roms: bool,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -170,6 +172,7 @@ impl Config {
             hugepages: false,
             pod_disks: 0,
             pci_slots: 0,
+            pci_roms: false,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -298,7 +301,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 21] = [
+const KEYS: [Key; 22] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -308,6 +311,7 @@ const KEYS: [Key; 21] = [
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
     key!(pci_slots, 0..=8),
+    key!(pci_roms, bool),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nacre_protocol::vm::PciOptions;
 use vm_memory::GuestMemoryBackend;
 
 use crate::acpi::{self, AcpiError, Platform};
@@ -53,6 +54,8 @@ pub struct Parts {
     /// Empty slots for devices of the host that come later. All of `memory` is pinned as
     /// long as there are any.
     pub pci_slots: u8,
+    /// What there is with devices of the host only if it is wanted.
+    pub pci: PciOptions,
     /// Output of a serial port; none is there without it.
     pub serial: Option<File>,
 }
@@ -106,6 +109,7 @@ pub struct Machine {
     space: Option<AddressSpace>,
     window64: Option<(u64, u64)>,
     pci_slots: u8,
+    pci: PciOptions,
 }
 
 impl Machine {
@@ -127,7 +131,7 @@ impl Machine {
         let mut space = None;
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let attached = devices.attach(&vm, &mut space)?;
+                let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
                 let (root_ports, session) = attached.place(&vm, &mut placement)?;
                 (root_ports, Some(session))
             }
@@ -171,6 +175,7 @@ impl Machine {
             space,
             window64,
             pci_slots: parts.pci_slots,
+            pci: parts.pci,
         })
     }
 
@@ -192,7 +197,8 @@ impl Machine {
         let first = usize::from(self.root.last_bus() - self.pci_slots);
         let (vm, root, stop) = (&self.vm, &self.root, &self.stop);
         let (space, hot_plug) = if self.pci_slots > 0 {
-            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop);
+            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop)
+                .with_roms(self.pci.roms);
             (None, Some(hotplug::Worker::start(slots)?))
         } else {
             (self.space, None)

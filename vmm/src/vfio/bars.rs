@@ -123,7 +123,7 @@ pub fn region_of(bar: Bar) -> u32 {
 
 /// The parts of a BAR that are mapped: start and end, whole pages.
 fn mapped_areas(bar: Bar, region: &Region, msix: Option<MsixLayout>) -> Vec<(u64, u64)> {
-    if bar.is_io() {
+    if bar.is_io() || bar.is_rom() {
         return Vec::new();
     }
     let trapped = |msix: MsixLayout| {

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The capability list is short: what is not known to be for the guest to drive is
-//! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too. The
-//! device itself decodes memory and ports all the time; whether the guest
+//! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too,
+//! unless it is asked for. The device itself decodes memory and ports all the time; whether the guest
 //! sees its BARs depends on the guest's command register alone.
 
 use std::io;
@@ -31,6 +31,8 @@ pub const CONVENTIONAL_SIZE: usize = 256;
 const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
 pub const BARS: usize = 6;
+/// The expansion ROM's place after them, as VFIO counts.
+pub const ROM_INDEX: usize = 6;
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
@@ -63,6 +65,9 @@ const MULTI_FUNCTION: u8 = 1 << 7;
 const BAR_IO: u8 = 1;
 const BAR_IO_FLAGS: u8 = 0b11;
 const BAR_MEMORY_FLAGS: u8 = 0b1111;
+/// The ROM's register: whether it answers, and bits that are no address.
+const ROM_ENABLE: u32 = 1;
+const ROM_FLAGS: u64 = 0x7ff;
 const BAR_64: u8 = 0b100;
 const BAR_PREFETCHABLE: u8 = 0b1000;
 
@@ -80,7 +85,7 @@ pub enum ConfigError {
     BarSize(usize, u64),
 }
 
-/// A BAR.
+/// A BAR, or the expansion ROM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bar {
     /// Its number, which is also its VFIO region.
@@ -97,17 +102,31 @@ impl Bar {
         self.flags & BAR_IO != 0
     }
 
+    /// Whether it is the expansion ROM.
+    #[must_use]
+    pub fn is_rom(self) -> bool {
+        self.index == ROM_INDEX
+    }
+
+    fn register(self) -> usize {
+        if self.is_rom() {
+            ROM
+        } else {
+            BAR0 + 4 * self.index
+        }
+    }
+
     fn is_64(self) -> bool {
         !self.is_io() && self.flags & 0b110 == BAR_64
     }
 
     /// Bits of its register that are no address.
     fn flag_bits(self) -> u64 {
-        u64::from(if self.is_io() {
-            BAR_IO_FLAGS
-        } else {
-            BAR_MEMORY_FLAGS
-        })
+        match self.flags & BAR_IO {
+            _ if self.is_rom() => ROM_FLAGS,
+            0 => BAR_MEMORY_FLAGS.into(),
+            _ => BAR_IO_FLAGS.into(),
+        }
     }
 
     /// What it asks of the guest's address space.
@@ -202,7 +221,18 @@ impl GuestConfig {
         })
     }
 
-    /// Its BARs.
+    /// Shows its expansion ROM of `size` bytes, 0 if it has none.
+    pub fn show_rom(&mut self, size: u64) {
+        if size.is_power_of_two() && size > ROM_FLAGS {
+            self.bars.push(Bar {
+                index: ROM_INDEX,
+                size,
+                flags: 0,
+            });
+        }
+    }
+
+    /// Its BARs, and the ROM if that is shown.
     #[must_use]
     pub fn bars(&self) -> &[Bar] {
         &self.bars
@@ -250,17 +280,18 @@ impl GuestConfig {
             if bar.is_io() && *address == 0 {
                 continue;
             }
-            let at = BAR0 + 4 * bar.index;
+            let at = bar.register();
             let len = if bar.is_64() { 8 } else { 4 };
             let value = address | u64::from(bar.flags);
             copy(ours, at, &value.to_le_bytes()[..len]);
-            let mask = !(bar.size - 1) & !bar.flag_bits();
+            let enable = if bar.is_rom() { ROM_ENABLE } else { 0 };
+            let mask = !(bar.size - 1) & !bar.flag_bits() | u64::from(enable);
             copy(writable, at, &mask.to_le_bytes()[..len]);
         }
     }
 
     /// Where a BAR is now, by its place among [`Self::bars`]: nowhere while memory space, or
-    /// I/O space, is disabled.
+    /// I/O space, is disabled, and the ROM while it is itself.
     #[must_use]
     pub fn bar_address(&self, place: usize) -> Option<u64> {
         let bar = self.bars.get(place)?;
@@ -268,7 +299,10 @@ impl GuestConfig {
         if self.u16_at(COMMAND) & enable == 0 {
             return None;
         }
-        let at = BAR0 + 4 * bar.index;
+        if bar.is_rom() && self.u32_at(ROM) & ROM_ENABLE == 0 {
+            return None;
+        }
+        let at = bar.register();
         let low = u64::from(self.u32_at(at)) & !bar.flag_bits();
         if bar.is_io() && low == 0 {
             return None;

@@ -17,7 +17,7 @@ use super::VfioError;
 use super::access::{Access, CONFIG_REGION, Region};
 use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
-use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, SIZE};
+use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
 use super::interrupts::Interrupts;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
@@ -87,6 +87,14 @@ impl Endpoint {
         self.was_reset
     }
 
+    /// The same with its expansion ROM, if it has one, among the BARs.
+    #[must_use]
+    pub fn with_rom(mut self) -> Self {
+        let rom = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
+        self.config.show_rom(rom);
+        self
+    }
+
     /// Notes that it was, by its bus.
     pub fn was_reset_with_others(&mut self) {
         self.was_reset = true;
@@ -112,6 +120,17 @@ fn read_space(device: &dyn Access) -> io::Result<Vec<u8>> {
     Ok(space)
 }
 
+/// What the ROM holds, if it is shown. It is read once: a device may need the decoder of its
+/// ROM for its BARs (PCI Local Bus 3.0, 6.2.5.2).
+fn read_rom(device: &dyn Access, bars: &[(Bar, Region)]) -> io::Result<Vec<u8>> {
+    let Some((rom, _)) = bars.iter().find(|(bar, _)| bar.is_rom()) else {
+        return Ok(Vec::new());
+    };
+    let mut bytes = vec![0; usize::try_from(rom.size).map_err(io::Error::other)?];
+    device.read(region_of(*rom), 0, &mut bytes)?;
+    Ok(bytes)
+}
+
 /// A function behind a root port.
 pub struct VfioPci {
     address: String,
@@ -120,6 +139,8 @@ pub struct VfioPci {
     /// function of an address takes none.
     bars: Vec<(Bar, AtomicU64)>,
     msix: Option<MsixLayout>,
+    /// What is read of the ROM.
+    rom: Vec<u8>,
     state: Mutex<State>,
 }
 
@@ -135,6 +156,7 @@ enum Owner {
     Device,
     Table(u64),
     Pending(u64),
+    Rom,
 }
 
 impl VfioPci {
@@ -175,6 +197,8 @@ impl VfioPci {
         config
             .sync_command(&*device)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
+        let rom = read_rom(&*device, &bars)
+            .map_err(VfioError::device(&address, "read its expansion ROM"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
         Ok(Self {
@@ -185,6 +209,7 @@ impl VfioPci {
                 .map(|(bar, _)| (bar, AtomicU64::new(NOWHERE)))
                 .collect(),
             msix: layout.msix,
+            rom,
             state: Mutex::new(State {
                 interrupts: Interrupts::new(vm, &config, lines::of_bus(bus)),
                 config,
@@ -250,6 +275,12 @@ impl VfioPci {
         match self.owner(bar, offset) {
             Owner::Table(offset) => self.lock().interrupts.read_table(offset, data),
             Owner::Pending(offset) => self.lock().interrupts.read_pending(offset, data),
+            Owner::Rom => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                for (byte, at) in data.iter_mut().zip(start..) {
+                    *byte = self.rom.get(at).copied().unwrap_or(0xff);
+                }
+            }
             Owner::Device => {
                 let result = self.device.read(region_of(*bar), offset, data);
                 if result.is_err() {
@@ -270,7 +301,7 @@ impl VfioPci {
                 let device = &*self.device;
                 self.lock().interrupts.write_table(offset, data, device)
             }
-            Owner::Pending(_) => Ok(()),
+            Owner::Pending(_) | Owner::Rom => Ok(()),
             Owner::Device => self.device.write(region_of(*bar), offset, data),
         };
         if result.is_err() {
@@ -308,6 +339,9 @@ impl VfioPci {
     }
 
     fn owner(&self, bar: &Bar, offset: u64) -> Owner {
+        if bar.is_rom() {
+            return Owner::Rom;
+        }
         let Some(msix) = self.msix else {
             return Owner::Device;
         };

@@ -34,8 +34,10 @@ pub const VECTORS: u16 = 16;
 pub struct State {
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
-    /// BAR 5.
+    /// BAR 5,
     pub ports: [u8; 0x20],
+    /// and the expansion ROM.
+    pub rom: Vec<u8>,
     pub sizes: [u64; 6],
     /// Of BAR 0,
     pub mappable: Vec<(u64, u64)>,
@@ -78,6 +80,7 @@ impl Default for Mock {
             config: space(),
             bar: vec![0; 0x8000],
             ports: [0; 0x20],
+            rom: (0..=255).cycle().take(0x1000).collect(),
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             mappable: vec![(0, BAR0_SIZE)],
             unmappable: None,
@@ -130,6 +133,7 @@ impl State {
             CONFIG_REGION => &mut self.config,
             0 => &mut self.bar,
             5 => &mut self.ports,
+            6 => &mut self.rom,
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
         let start = usize::try_from(offset).unwrap();
@@ -145,6 +149,7 @@ impl Access for Mock {
         let state = self.state();
         let size = match index {
             CONFIG_REGION => state.config.len() as u64,
+            6 => state.rom.len() as u64,
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {

@@ -213,7 +213,7 @@ impl Passthrough {
     }
 
     /// Gives the devices to `vm`, in the address space that others are in already, or in
-    /// a new one: the guest's memory is pinned from then on.
+    /// a new one: the guest's memory is pinned from then on. It sees their expansion ROMs, or not.
     ///
     /// # Errors
     ///
@@ -223,6 +223,7 @@ impl Passthrough {
         self,
         vm: &Arc<Vm>,
         space: &mut Option<AddressSpace>,
+        roms: bool,
     ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
@@ -250,9 +251,10 @@ impl Passthrough {
             .map(|(address, device)| {
                 let device =
                     VfioFile::new(device).map_err(VfioError::device(&address, "ask what it is"))?;
-                Endpoint::open(&address, Arc::new(device))
+                let endpoint = Endpoint::open(&address, Arc::new(device))?;
+                Ok(if roms { endpoint.with_rom() } else { endpoint })
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
         let attached = Attached {
             endpoints,

@@ -88,9 +88,16 @@ pub fn run(code: &[u8]) -> Option<Exits> {
 
 /// Runs `code` in a guest with the device at `address`.
 pub fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
+    run_as(&[address], PciOptions::default(), code)
+}
+
+/// Runs `code` in a guest with the devices at these addresses, behind root ports in this order.
+fn run_as(addresses: &[&str], pci: PciOptions, code: &[u8]) -> Option<Exits> {
     let mut parts = parts(code, 1)?;
-    let device = DeviceNodes::of(address).unwrap();
-    parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());
+    let devices = addresses.iter().map(|address| DeviceNodes::of(address));
+    let devices = devices.collect::<std::io::Result<Vec<_>>>().unwrap();
+    parts.passthrough = Some(open::by_groups(Path::new("/dev"), &devices).unwrap());
+    parts.pci = pci;
     let (outcome, exits) = end_of(Machine::new(parts).unwrap());
     assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
     Some(exits)
@@ -354,6 +361,38 @@ fn guest_reaches_the_ports() {
         return;
     };
     assert_eq!((exits.port_reads, exits.port_writes), (3, 3));
+}
+
+/// The testdev's ROM, after its first BAR of a page: how it begins.
+const ROM: u64 = BAR + 0x1000;
+const ROM_REGISTER: u64 = CONFIG + 0x30;
+const ROM_SIGNATURE: u32 = 0xcb04_aa55;
+
+#[test]
+fn guest_sees_the_rom_only_if_it_is_shown() {
+    let Some(address) = bound(TESTDEV) else {
+        return;
+    };
+    let hidden = Code::new()
+        .enable()
+        .store(ROM_REGISTER, u32::MAX)
+        .expect(ROM_REGISTER, 0)
+        .power_off();
+    let enabled = u32::try_from(ROM).unwrap() | 1;
+    let shown = Code::new()
+        .enable()
+        .expect(ROM_REGISTER, enabled - 1)
+        .expect(ROM, u32::MAX)
+        .store(ROM_REGISTER, enabled)
+        .expect(ROM, ROM_SIGNATURE)
+        .store(ROM, 0)
+        .expect(ROM, ROM_SIGNATURE)
+        .power_off();
+    for (roms, code) in [(false, hidden), (true, shown)] {
+        if run_as(&[&address], PciOptions { roms }, &code).is_none() {
+            return;
+        }
+    }
 }
 
 /// Slot control and status of the root port; status is the upper half.

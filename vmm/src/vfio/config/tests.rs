@@ -134,6 +134,40 @@ fn ports_are_where_the_guest_has_them_while_it_has_them_on() {
 }
 
 #[test]
+fn rom_answers_where_it_is_while_it_is_on() {
+    let (mut config, mock) = (config(), Mock::default());
+    for none in [0, 0x400, 0x1800] {
+        config.show_rom(none);
+    }
+    assert_eq!(config.bars().len(), 4);
+    config.show_rom(0x1_0000);
+    let request = config.bars()[4].request();
+    assert_eq!(
+        (request.size, request.window),
+        (0x1_0000, BridgeWindow::Memory)
+    );
+    config.set_bars(&[
+        0xc010_0000,
+        0x20_0000_0000,
+        0xc010_8000,
+        0x1000,
+        0xc012_0000,
+    ]);
+    assert_eq!(u32_of(&config, &mock, ROM), 0xc012_0000, "off");
+    config.write(&mock, COMMAND, &[3]).unwrap();
+    assert_eq!(config.bar_address(4), None);
+    config.write(&mock, ROM, &[0xff; 4]).unwrap();
+    assert_eq!(u32_of(&config, &mock, ROM), 0xffff_0001);
+    config
+        .write(&mock, ROM, &0xc013_0001_u32.to_le_bytes())
+        .unwrap();
+    assert_eq!(config.bar_address(4), Some(0xc013_0000));
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(config.bar_address(4), None);
+    assert!(mock.state().config_writes.iter().all(|(at, _)| *at == 4));
+}
+
+#[test]
 fn device_decodes_memory_whatever_the_guest_says() {
     let (mut config, mock) = (config(), Mock::default());
     config.sync_command(&mock).unwrap();

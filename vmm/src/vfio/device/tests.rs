@@ -78,6 +78,38 @@ fn ports_and_addresses_are_told_apart() {
 }
 
 #[test]
+fn rom_is_read_once_and_never_written() {
+    let Some(vm) = test_vm() else { return };
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let endpoint = endpoint.with_rom();
+    let rom = BAR0 + 0x20_0000;
+    let addresses = [&ADDRESSES[..], &[rom]].concat();
+    let function = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64).unwrap();
+    let before = std::mem::take(&mut mock.state().rom);
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(function.bar_at(rom), None, "off");
+    function.config_write(0x30, &[1]);
+    assert_eq!(function.bar_at(rom + 0xffc), Some((4, 0xffc)));
+    function.bar_write(4, 0, &[9; 4]);
+    for (offset, expected) in [(0, &before[..4]), (0xffe, &[0xfe, 0xff, 0xff, 0xff][..])] {
+        let mut data = [0; 4];
+        function.bar_read(4, offset, &mut data);
+        assert_eq!(data, expected);
+    }
+    // One that does not let itself be read is not passed on with it.
+    mock.state().rom = before;
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let endpoint = endpoint.with_rom();
+    mock.state().rom.clear();
+    let error = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64)
+        .err()
+        .unwrap();
+    let start = "PCI device 0000:01:00.0: cannot read its expansion ROM: ";
+    assert!(error.to_string().starts_with(start), "{error}");
+}
+
+#[test]
 fn only_what_the_device_says_can_be_mapped_is_mapped() {
     let Some(vm) = test_vm() else { return };
     let mock = Arc::new(Mock::default());
