@@ -241,6 +241,9 @@ pub struct Passthrough {
 pub struct PciOptions {
     /// The guest sees their expansion ROMs.
     pub roms: bool,
+    /// Of several, each reaches the others' registers and memory by DMA. Not those that come later,
+    /// and not with [`Iommu::Iommufd`].
+    pub peers: bool,
 }
 
 /// Where the guest finds a device, by its position in [`Passthrough::devices`]. Slots follow

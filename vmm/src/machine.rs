@@ -132,7 +132,8 @@ impl Machine {
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
                 let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
-                let (root_ports, session) = attached.place(&vm, &mut placement)?;
+                let peers = space.as_ref().filter(|_| parts.pci.peers);
+                let (root_ports, session) = attached.place(&vm, &mut placement, peers)?;
                 (root_ports, Some(session))
             }
             None => (Vec::new(), None),

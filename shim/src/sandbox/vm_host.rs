@@ -259,6 +259,7 @@ impl VmHost {
             pci_slots,
             pci: PciOptions {
                 roms: self.config.pci_roms,
+                peers: self.config.pci_peers,
             },
             uid,
         };

@@ -98,6 +98,10 @@ fn linux_keeps_the_buses_and_bars_it_finds() {
     assert!(log.contains("map_calls=1"), "one region of memory: {log}");
     let bytes = format!("bytes_mapped={}", 256u64 << 20);
     assert!(log.contains(&bytes), "all of the guest's memory: {log}");
+    assert!(
+        log.contains("bar_bytes_mapped=0"),
+        "nobody asked for transfers between them: {log}"
+    );
     before.await_return();
 }
 

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::access::{Access, Region};
 use super::capabilities::MsixLayout;
 use super::config::Bar;
+use super::sys::DmaRange;
 use crate::layout;
 use crate::vm::{DeviceMemory, PAGE_SIZE, Vm, VmError};
 
@@ -86,6 +87,19 @@ impl BarMap {
             result = result.and(self.vm.move_device_memory(&mut area.memory, to));
         }
         result
+    }
+
+    /// The mapped parts of a BAR, for other devices' DMA, when it is at `address`.
+    pub fn dma_ranges(&self, place: usize, address: u64) -> impl Iterator<Item = DmaRange> {
+        let areas = self.bars.get(place).into_iter().flatten();
+        areas.map(move |area| {
+            let (host, len) = area.memory.mapped();
+            DmaRange {
+                iova: address + area.offset,
+                len,
+                host,
+            }
+        })
     }
 
     /// Where the mapped parts of a BAR are.

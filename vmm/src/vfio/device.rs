@@ -19,6 +19,7 @@ use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
 use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
 use super::interrupts::Interrupts;
+use super::peers::Reachable;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
 use crate::virtio::complaints::Complaints;
@@ -217,6 +218,15 @@ impl VfioPci {
                 complaints: Complaints::new("a PCI device of the host"),
             }),
         })
+    }
+
+    /// What others can reach of its BARs where these are at `addresses`.
+    #[must_use]
+    pub fn reachable(&self, addresses: &[u64]) -> Reachable {
+        let state = self.lock();
+        let places = addresses.iter().enumerate();
+        let ranges = places.flat_map(|(place, address)| state.map.dma_ranges(place, *address));
+        (self.address.clone(), ranges.collect())
     }
 
     /// The BAR of memory that covers an address, by its place, and the offset in it.

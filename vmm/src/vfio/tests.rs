@@ -19,7 +19,7 @@ fn bus(mocks: &[Arc<Mock>]) -> Option<(Arc<PciRoot>, Session)> {
 }
 
 fn place(vm: &Arc<Vm>, mocks: &[Arc<Mock>]) -> Result<(Vec<Port>, Session), VfioError> {
-    attached(mocks).place(vm, &mut Placement::new(WINDOW64, 37))
+    attached(mocks).place(vm, &mut Placement::new(WINDOW64, 37), None)
 }
 
 pub(super) fn attached(mocks: &[Arc<Mock>]) -> Attached {

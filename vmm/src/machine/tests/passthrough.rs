@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::code::*;
 use super::*;
+use crate::layout::{ECAM_BUS_SIZE, ECAM_START};
 use crate::vfio::hotplug::Job;
 use crate::vfio::mock;
 use crate::vfio::open::{self, DeviceNodes};
@@ -389,7 +390,46 @@ fn guest_sees_the_rom_only_if_it_is_shown() {
         .expect(ROM, ROM_SIGNATURE)
         .power_off();
     for (roms, code) in [(false, hidden), (true, shown)] {
-        if run_as(&[&address], PciOptions { roms }, &code).is_none() {
+        let options = PciOptions {
+            roms,
+            ..PciOptions::default()
+        };
+        if run_as(&[&address], options, &code).is_none() {
+            return;
+        }
+    }
+}
+
+/// The second device's BAR, port and configuration space.
+const SECOND_BAR: u64 = BAR + layout::MIB;
+const SECOND_PORT_CONFIG: u64 = ECAM_START + (2 << 15);
+const SECOND_CONFIG: u64 = ECAM_START + 2 * ECAM_BUS_SIZE;
+
+/// One device writes a register of another, if they may reach each other; else it faults.
+#[test]
+fn device_reaches_another_one_only_if_it_may() {
+    let (Some(edu), Some(nvme)) = (bound(EDU), bound(NVME)) else {
+        return;
+    };
+    let register = SECOND_BAR + (CONFIGURATION - BAR);
+    let code = |found: u32| {
+        Code::new()
+            .enable()
+            .store(SECOND_PORT_CONFIG + 4, 6)
+            .store(SECOND_CONFIG + 4, 6)
+            .expect(register, 0)
+            .store(INSIDE.into(), CANARY)
+            .dma(INSIDE, BUFFER, 0)
+            .dma(BUFFER, u32::try_from(register).unwrap(), TO_MEMORY)
+            .expect(register, found)
+            .power_off()
+    };
+    for (peers, found) in [(false, 0), (true, CANARY)] {
+        let options = PciOptions {
+            peers,
+            ..PciOptions::default()
+        };
+        if run_as(&[&edu, &nvme], options, &code(found)).is_none() {
             return;
         }
     }

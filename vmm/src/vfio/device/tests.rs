@@ -110,6 +110,18 @@ fn rom_is_read_once_and_never_written() {
 }
 
 #[test]
+fn others_reach_what_the_guest_has_mapped() {
+    let Some((function, _)) = function() else {
+        return;
+    };
+    let (address, ranges) = function.reachable(&ADDRESSES);
+    assert_eq!(address, "0000:01:00.0");
+    let places: Vec<_> = ranges.iter().map(|range| (range.iova, range.len)).collect();
+    assert_eq!(places, [(BAR0, 0x2000), (BAR0 + 0x4000, 0x4000)]);
+    assert!(ranges.iter().all(|range| range.host != 0));
+}
+
+#[test]
 fn only_what_the_device_says_can_be_mapped_is_mapped() {
     let Some(vm) = test_vm() else { return };
     let mock = Arc::new(Mock::default());
