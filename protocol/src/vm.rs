@@ -159,6 +159,8 @@ pub struct VmConfig {
     /// Empty slots for more of them, which [`Request::Plug`] fills; memory is as if they
     /// were there already.
     pub pci_slots: u8,
+    /// What there is with them only if it is wanted.
+    pub pci: PciOptions,
     /// virtio-fs device.
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
@@ -268,6 +270,16 @@ pub struct Passthrough {
     /// At least one; each is behind a root port of its own, in this order. The
     /// guest finds the first at `0000:01:00.0`, the second at `0000:02:00.0`, and so on.
     pub devices: Vec<PciDevice>,
+}
+
+/// What devices of the host have in a guest only if it is wanted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciOptions {
+    /// The guest sees their expansion ROMs.
+    pub roms: bool,
+    /// Of several, each reaches the others' registers and memory by DMA. Not those that come later,
+    /// and not with [`Iommu::Iommufd`].
+    pub peers: bool,
 }
 
 /// Where the guest finds a device, by its position in [`Passthrough::devices`]. Slots follow

@@ -88,6 +88,10 @@ pub struct Config {
     pub pod_disks: u8,
     /// Devices of the host that containers which join a pod can bring.
     pub pci_slots: u8,
+    /// Whether guests see the expansion ROMs of devices.
+    pub pci_roms: bool,
+    /// Whether devices of a pod reach each other's BARs by DMA.
+    pub pci_peers: bool,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -173,6 +177,8 @@ impl Config {
             hugepages: false,
             pod_disks: 0,
             pci_slots: 0,
+            pci_roms: false,
+            pci_peers: false,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -301,7 +307,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 22] = [
+const KEYS: [Key; 24] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -312,6 +318,8 @@ const KEYS: [Key; 22] = [
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
     key!(pci_slots, 0..=8),
+    key!(pci_roms, bool),
+    key!(pci_peers, bool),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),

@@ -142,9 +142,22 @@ add_devices() {
   add_nvme switched bus=port3
   add_nvme first addr=0x12.0,multifunction=on
   add_nvme second addr=0x12.1
-  qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14
+  make_rom
+  qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device "pci-testdev,membar=4G,romfile=$work/rom.bin,addr=0x14"
     -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
     -object memory-backend-ram,id=large,size=4G,share=on,reserve=off -device ivshmem-plain,memdev=large,addr=0x17)
+}
+
+# An expansion ROM of 2 KiB that the kernel takes for one: a signature, where its data structure is,
+# and in that what it is for, its length in units of 512 bytes, and that it is the last image
+# (PCI Firmware 3.3, 5.1).
+make_rom() {
+  {
+    printf '\x55\xaa\x04\xcb'
+    head -c 20 /dev/zero
+    printf '\x1c\0\0\0PCIR\x36\x1b\x05\0\0\0\x18\0\0\0\0\0\x04\0\0\0\0\x80\0\0'
+  } >"$work/rom.bin"
+  truncate -s 2048 "$work/rom.bin"
 }
 
 # add_nvme NAME PLACE: a disk of 64 MiB, empty at each boot.

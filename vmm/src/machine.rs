@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nacre_protocol::vm::PciOptions;
 use vm_memory::GuestMemoryBackend;
 
 use crate::acpi::{self, AcpiError, Platform};
@@ -19,7 +20,7 @@ use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
 use crate::pci::placement::Placement;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Place, Port, Slot, Window};
+use crate::pci::{Ecam, IoPorts, MAX_DEVICES, PciRoot, Place, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
@@ -53,6 +54,8 @@ pub struct Parts {
     /// Empty slots for devices of the host that come later. All of `memory` is pinned as
     /// long as there are any.
     pub pci_slots: u8,
+    /// What there is with devices of the host only if it is wanted.
+    pub pci: PciOptions,
     /// Output of a serial port; none is there without it.
     pub serial: Option<File>,
 }
@@ -109,6 +112,7 @@ pub struct Machine {
     space: Option<AddressSpace>,
     window64: Option<(u64, u64)>,
     pci_slots: u8,
+    pci: PciOptions,
 }
 
 impl Machine {
@@ -120,7 +124,8 @@ impl Machine {
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         check(&parts)?;
         let kvm = vm::kvm_from(parts.kvm);
-        let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
+        let has_lines = parts.passthrough.is_some() || parts.pci_slots > 0;
+        let vm = Arc::new(Vm::new(&kvm, parts.memory, has_lines)?);
         let stop = Arc::new(Stop::new()?);
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let bits = cpuid.physical_bits();
@@ -129,17 +134,20 @@ impl Machine {
         let mut space = None;
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let attached = devices.attach(&vm, &mut space)?;
-                let (root_ports, session) = attached.place(&vm, &mut placement)?;
+                let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
+                let peers = space.as_ref().filter(|_| parts.pci.peers);
+                let (root_ports, session) = attached.place(&vm, &mut placement, peers)?;
                 (root_ports, Some(session))
             }
             None => (Vec::new(), None),
         };
         let root_ports = with_slots(&vm, root_ports, parts.pci_slots, &mut placement)?;
+        let first_port = u8::try_from(parts.devices.len() + 1).unwrap_or(u8::MAX);
         let root = pci_root(&vm, parts.devices, root_ports)?;
         let platform = Platform {
             vcpus: parts.vcpus,
             last_bus: root.last_bus(),
+            first_port,
             hot_plug: parts.pci_slots > 0,
             window64,
             serial: parts.serial.is_some(),
@@ -161,7 +169,7 @@ impl Machine {
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),
-                ports: Arc::new(ports(&stop, parts.serial)?),
+                ports: Arc::new(ports(&root, &stop, parts.serial)?),
             },
             vm,
             root,
@@ -171,6 +179,7 @@ impl Machine {
             space,
             window64,
             pci_slots: parts.pci_slots,
+            pci: parts.pci,
         })
     }
 
@@ -192,7 +201,8 @@ impl Machine {
         let first = usize::from(self.root.last_bus() - self.pci_slots);
         let (vm, root, stop) = (&self.vm, &self.root, &self.stop);
         let (space, hot_plug) = if self.pci_slots > 0 {
-            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop);
+            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop)
+                .with_roms(self.pci.roms);
             (None, Some(hotplug::Worker::start(slots)?))
         } else {
             (self.space, None)
@@ -358,8 +368,12 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
     Ok(bus)
 }
 
-fn ports(stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
+fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
+    if root.last_bus() > 0 {
+        let len = layout::PORTS_END - layout::PCI_PORTS;
+        bus.add(layout::PCI_PORTS, len, Arc::new(IoPorts(root.clone())))?;
+    }
     let power = Arc::new(Power(stop.clone()));
     bus.add(
         layout::PORT_SLEEP_CONTROL.into(),

@@ -179,6 +179,7 @@ fn build(
         devices: devices.devices,
         passthrough,
         pci_slots: config.pci_slots,
+        pci: config.pci,
         serial: devices.serial,
     })?;
     let answers = Answers::new()?;

@@ -178,7 +178,7 @@ impl Host {
         match self {
             Self::Vm(host) => host.hang_timeout(),
             #[cfg(test)]
-            Self::Fake(_) => Duration::ZERO,
+            Self::Fake(host) => host.hang_timeout,
         }
     }
 

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::vm::PciOptions;
 use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
@@ -254,6 +255,10 @@ impl VmHost {
             size,
             hugepages: self.config.hugepages,
             pci_slots,
+            pci: PciOptions {
+                roms: self.config.pci_roms,
+                peers: self.config.pci_peers,
+            },
             uid,
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;

@@ -33,6 +33,7 @@ fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
         devices: Vec::new(),
         passthrough: None,
         pci_slots: 0,
+        pci: PciOptions::default(),
         serial: None,
     })
 }
@@ -134,6 +135,7 @@ fn impossible_machines_are_refused() {
             devices: Vec::new(),
             passthrough: None,
             pci_slots: 0,
+            pci: PciOptions::default(),
             serial: None,
         };
         let error = Machine::new(parts).err().unwrap().to_string();
@@ -141,4 +143,6 @@ fn impossible_machines_are_refused() {
     }
 }
 
+mod code;
+mod lines;
 mod passthrough;

@@ -5,6 +5,7 @@
 //! ```text
 //!   ECAM window --bus, slot--> VirtioPci, RootPort or VfioPci::{config_read, config_write}
 //!   32/64-bit windows --BAR match--> VirtioPci or VfioPci::{bar_read, bar_write}
+//!   I/O ports --BAR match--> VfioPci::{bar_read, bar_write}
 //! ```
 //!
 //! BARs are assigned when a device is added and Linux keeps them, but the guest
@@ -403,6 +404,38 @@ impl BusDevice for Window {
             BarTarget::Virtio(device, offset) => device.bar_write(offset, data),
             BarTarget::Endpoint(device, bar, offset) => device.bar_write(bar, offset, data),
         });
+    }
+}
+
+/// The I/O ports that root ports pass on, from [`layout::PCI_PORTS`] on.
+pub struct IoPorts(pub Arc<PciRoot>);
+
+impl IoPorts {
+    /// Does `access` where an I/O BAR covers an offset, once.
+    fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
+        let port = layout::PCI_PORTS + offset;
+        self.0.ports().any(|root_port| {
+            let device = root_port.device();
+            let found = device
+                .as_ref()
+                .and_then(|device| Some((device, device.io_bar_at(port)?)));
+            found
+                .map(|(device, (bar, at))| access(device, bar, at))
+                .is_some()
+        })
+    }
+}
+
+impl BusDevice for IoPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let found = self.access(offset, |device, bar, at| device.bar_read(bar, at, data));
+        if !found {
+            data.fill(0xff);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.access(offset, |device, bar, at| device.bar_write(bar, at, data));
     }
 }
 

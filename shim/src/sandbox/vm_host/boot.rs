@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, PciOptions, SharedDir, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
@@ -39,6 +39,7 @@ pub(super) struct BootConfig<'a> {
     pub(super) size: Size,
     pub(super) hugepages: bool,
     pub(super) pci_slots: u8,
+    pub(super) pci: PciOptions,
     /// The monitor's.
     pub(super) uid: u32,
 }
@@ -87,6 +88,7 @@ impl BootFds {
                 .as_ref()
                 .map(|devices| devices.describe(&mut list)),
             pci_slots: boot.pci_slots,
+            pci: boot.pci,
             shared_dir: self.socket.as_ref().map(|socket| SharedDir {
                 tag: SHARED_TAG.into(),
                 socket: list.push(socket.as_fd()),
