@@ -261,6 +261,8 @@ pub struct StatusRequest {}
 /// `runtime.v1.RuntimeHandlerFeatures`.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct RuntimeHandlerFeatures {
+    #[prost(bool, tag = "1")]
+    pub recursive_read_only_mounts: bool,
     #[prost(bool, tag = "2")]
     pub user_namespaces: bool,
 }
