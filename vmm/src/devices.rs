@@ -162,7 +162,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use nacre_protocol::channel::{Channel, FdList};
-    use nacre_protocol::vm::{Jail, Memory, Request};
+    use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
 
     /// A configuration, and its descriptors as a monitor gets them.
     fn config(with_console: bool, disks: usize) -> (VmConfig, Fds) {
@@ -192,6 +192,7 @@ mod tests {
             nics: Vec::new(),
             passthrough: None,
             pci_slots: 0,
+            pci: PciOptions::default(),
             shared_dir: None,
             console: with_console.then_some(fd),
         };

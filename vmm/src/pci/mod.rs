@@ -415,7 +415,7 @@ impl IoPorts {
     fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
         let port = layout::PCI_PORTS + offset;
         self.0.ports().any(|root_port| {
-            let device = root_port.device();
+            let device = root_port.device.look();
             let found = device
                 .as_ref()
                 .and_then(|device| Some((device, device.io_bar_at(port)?)));
