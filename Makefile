@@ -55,7 +55,7 @@ stage: build kernel
 
 # The monitor without shim and agent, for tests and the demonstration.
 stage-boot: stage
-	@cargo build --locked -p nacre-vmm --example boot
+	@cargo build --locked --workspace --exclude nacre-tests --example boot
 	@install -m 755 -s target/debug/examples/boot $(STAGE)$(PREFIX)/bin/boot
 
 install: stage
@@ -65,9 +65,9 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# Everything that needs no VM.
+# Everything that needs no VM. cargo builds the agent, which has tests of its program,
+# before it runs the first test.
 unit: setup
-	cargo build --locked -p nacre-agent
 	NACRE_TEST_AGENT=$(CURDIR)/target/debug/nacre-agent RUST_BACKTRACE=1 \
 	  cargo test --locked --workspace --exclude nacre-tests
 	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel

@@ -169,12 +169,7 @@ async fn a_create_that_nobody_waits_for_is_given_up() {
     host.hangs = true;
     let fixture = Fixture::on(host).await;
     let shutdown = async {
-        let machine = loop {
-            if let Some(machine) = lock(&fixture.machine).clone() {
-                break machine;
-            }
-            tokio::task::yield_now().await;
-        };
+        let machine = fixture.machine_made().await;
         // The first ping and the container.
         machine.held(2).await;
         for (id, ends) in [("another", false), ("c", true)] {
