@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
-.PHONY: setup build build-shim build-agent test unit lint demo bench long soak lab e2e lab-containers lab-pods lab-itself driver-images install kernel stage stage-boot clean
+.PHONY: setup build build-shim build-agent test unit lint demo bench long soak lab e2e lab-containers lab-more lab-pods lab-devices lab-itself driver-images install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -86,7 +86,7 @@ install-wire = cargo build --release --locked -p nacre-wire && \
 # Their lines begin with the lab's name. E2E='name' runs the tests that match, LABS=pods
 # those of one lab. LAB=host runs them on this host but for the lab's own and its devices',
 # see tests/lab/README.md.
-LABS := containers pods itself
+LABS := containers pods devices more itself
 
 e2e: stage-boot driver-images
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
@@ -108,8 +108,8 @@ endif
 # $(1), and its output with names.
 told = $(1) 2>&1 | tee target/e2e/$@.log | sed -u 's/^/$(@:lab-%=%): /'
 
-lab-pods: options := --devices
-lab-containers lab-pods:
+lab-devices: options := --devices
+lab-containers lab-more lab-pods lab-devices:
 	@$(call told,$(IN_LAB) run --timeout 4500 $(options) $(STAGE) -- bash -c "$$(cat tests/e2e.sh)" e2e $(@:lab-%=%) $(E2E))
 
 lab-itself:

@@ -19,6 +19,7 @@
 : "${here:?}" "${cache:?}"
 readonly SUITE=trixie                    # the lab
 readonly MACHINE_SUITE=trixie-backports  # QEMU, what it needs comes from either
+readonly OLDEST_QEMU=10.2                # see above
 readonly CONTAINERD_SUITE=forky          # containerd 2; its package needs only libc
 readonly DISK_SIZE=8G
 
@@ -130,6 +131,15 @@ unpack_machine() {
       tar -x -C "$build/machine" --exclude='./usr/share/doc' --exclude='./usr/share/man' --exclude='./usr/share/locale'
   done
   in_root apt-get clean
+  check_qemu
+}
+
+check_qemu() {
+  local version
+  version=$(machine_run "$build/machine" usr/bin/qemu-system-x86_64 --version | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p')
+  echo "QEMU $version"
+  printf '%s\n' "$OLDEST_QEMU" "$version" | sort --version-sort --check=quiet ||
+    { echo "QEMU $OLDEST_QEMU is needed: does the mirror have $MACHINE_SUITE?" >&2; return 1; }
 }
 
 make_images() {

@@ -8,8 +8,8 @@
 #
 #   exit CODE STDOUT-BYTES STDERR-BYTES OUT-BYTES
 #
-# whose counts tell when the other files are complete. A fourth one, alive, gets a line
-# every few seconds: a machine that sends none for as long as a boot may take stands still.
+# whose counts tell when the other files are complete. One more, alive, gets a line every
+# few seconds: a machine that sends none for as long as a boot may take stands still.
 
 : "${here:?}" "${cache:?}"
 
@@ -99,13 +99,14 @@ forget_old_logs() {
 #
 # SMAP costs a fifth of the time: each access to a user's memory ends two blocks of
 # translated code, and what is between them is translated for each of its states.
+# Mitigations cost a fourteenth: each return is a jump through a thunk with them.
 #
 # A page of a guest's memory that comes in costs faults in two page tables and a VM
 # exit, all of them slow here: 2 MiB at a time make a pod's start nearly twice as fast.
 # Under --count it is 4 KiB, as on most hosts.
 describe_machine() {
   local tree=$disk/machine processors=$((smp + 1)) special=' isolcpus=0 LARGE_PAGES=1'
-  local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable unknown_nmi_panic"
+  local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable unknown_nmi_panic mitigations=off"
   local accel=tcg,thread=multi,tb-size=1024
   qemu=("$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/usr/bin/qemu-system-x86_64"
     -L "$tree/usr/share/qemu" -L "$tree/usr/share/seabios" -nodefaults -no-user-config -display none -no-reboot
@@ -173,11 +174,11 @@ add_port() {
 
 # Boots a machine with `start_$1`, and another one with more patience when it is not
 # up in time, unless $deadline has come first, or when its kernel panics before. Some
-# machines do one or the other while their kernel starts, before anything of ours runs in
-# them: QEMU's emulation loses the end of a timer interrupt. In one that was looked at,
-# the first processor's local APIC (`info lapic 0`) had the timer's vector in service for
-# good, though no handler ran, so that nothing of its priority or below reached that
-# processor again. Each log is kept.
+# machines of QEMU 10.0 did one or the other while their kernel started, before anything of
+# ours ran in them. In one that was looked at, the first processor's local APIC (`info lapic
+# 0`) had the timer's vector in service for good, though no handler ran, so that nothing of
+# its priority or below reached that processor again. Of newer ones none was seen yet in a
+# few dozen boots. Each log is kept.
 boot() {
   local try why
   for try in 1 2 3; do
@@ -257,6 +258,8 @@ lab_run() {
   mkfifo "$work/monitor.in" "$work/monitor.out"
   qemu+=(-chardev "pipe,id=monitor,path=$work/monitor" -mon chardev=monitor)
   boot in_background
+  # That it is up is a sign of life, too.
+  [[ ! -e $work/alive ]] || touch "$work/alive"
   await_status
   stop_machine
   case $status in

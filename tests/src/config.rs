@@ -36,6 +36,18 @@ impl Changed {
         fs::write(CONFIG, after.join("\n")).expect("/etc is writable");
         Self { before }
     }
+
+    /// Takes the file away.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    #[must_use]
+    pub fn removed() -> Self {
+        let before = fs::read_to_string(CONFIG).expect("there is a configuration");
+        fs::remove_file(CONFIG).expect("/etc is writable");
+        Self { before }
+    }
 }
 
 impl Drop for Changed {

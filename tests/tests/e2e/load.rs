@@ -10,7 +10,7 @@ use crate::failures::Changed;
 #[test]
 #[ignore = "twenty machines take the lab's one emulated processor for minutes: make long"]
 fn twenty_machines_at_once() {
-    // Two processors that are slow take their time for twenty kernels.
+    // One emulated processor takes its time for twenty kernels.
     let _boot = Changed::new("boot_timeout_seconds", "500");
     let _hang = Changed::new("hang_timeout_seconds", "500");
     // What is made once for so many is made by the first twenty.
