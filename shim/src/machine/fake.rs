@@ -171,8 +171,9 @@ impl Machine for FakeMachine {
         Ok(FREE_SLOT)
     }
 
-    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
-        lock(&self.journal).push(format!("no card in {slot}"));
+    async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError> {
+        let how = if is_let_go { "" } else { ", by force" };
+        lock(&self.journal).push(format!("no card in {slot}{how}"));
         Ok(())
     }
 

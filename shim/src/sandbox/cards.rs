@@ -172,11 +172,12 @@ impl Follower {
                 ..Default::default()
             };
             let context = ttrpc::context::with_duration(GUEST_TIMEOUT);
-            if let Err(error) = self.agent.remove_card(context, &request).await {
-                let error = agent_message(&error);
+            let let_go = self.agent.remove_card(context, &request).await;
+            if let Err(error) = &let_go {
+                let error = agent_message(error);
                 warn!(card, error, "the guest does not let go of its network card");
             }
-            match self.machine.remove_nic(slot).await {
+            match self.machine.remove_nic(slot, let_go.is_ok()).await {
                 Ok(()) => info!(card, "network card taken out"),
                 Err(error) => warn!(card, error = chain(&error), "network card not taken out"),
             }

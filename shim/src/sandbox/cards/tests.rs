@@ -141,7 +141,7 @@ async fn card_that_the_guest_keeps_is_taken_out_all_the_same() {
     scene.machine.keeps_cards();
     pod.ip("link delete eth0");
     scene
-        .notes(&["guest keeps 0000:00:05.0", "no card in 5"])
+        .notes(&["guest keeps 0000:00:05.0", "no card in 5, by force"])
         .await;
 }
 
