@@ -261,12 +261,16 @@ fn in_netns<T: Send>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let inside = || {
             setns(netns, CloneFlags::CLONE_NEWNET)
                 .map_err(io::Error::from)
                 .map_err(system("enter the pod's network namespace"))?;
             work()
-        });
+        };
+        // A pod may have as many threads as its limit of processes says.
+        let worker = std::thread::Builder::new()
+            .spawn_scoped(scope, inside)
+            .map_err(system("start a thread"))?;
         worker.join().unwrap_or_else(|_| {
             Err(system("finish the network")(io::Error::other(
                 "the thread panicked",

@@ -195,6 +195,32 @@ fn macvlan_and_ipvlan_with_ipv6_alone() {
     }
 }
 
+/// As one whose guest has had the monitor make as many threads as there may be. The
+/// shim goes on, and catches up when there is room again.
+#[test]
+fn pod_at_its_limit_of_processes_lives_and_catches_up() {
+    let mut scene = Scene::new();
+    let netns = Netns::new("full");
+    netns.veth("eth0", "e2e-full", 1500);
+    netns.ip("link set eth0 up");
+    netns.ip("addr add 10.77.0.5/24 dev eth0");
+    let id = netns.start(&mut scene);
+    let limit = format!("/sys/fs/cgroup/default/{id}/pids.max");
+    fs::write(&limit, "1").unwrap();
+    netns.ip("addr add 10.79.0.5/24 dev eth0");
+    let log = format!("/run/nacre/default/{id}/log");
+    eventually("the shim cannot look", || {
+        fs::read_to_string(&log)
+            .unwrap()
+            .contains("cannot start a thread")
+    });
+    fs::write(&limit, "max").unwrap();
+    eventually("the guest has another address", || {
+        let said = scene.exec(&id, &[], &["ip", "addr", "show", "dev", "eth0"]);
+        said.stdout.contains("10.79.0.5/24")
+    });
+}
+
 /// As a CNI plugin gives an interface to a pod that runs, and takes it away again.
 #[test]
 fn interface_comes_and_goes_while_the_container_runs() {
