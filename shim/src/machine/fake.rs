@@ -223,9 +223,16 @@ impl FakeMachine {
         self.disks.send_replace(disks);
     }
 
-    /// From now on it takes no network cards.
-    pub fn refuses_cards(&self) {
-        self.is_full.store(true, Ordering::Relaxed);
+    /// Whether it takes no network cards from now on.
+    pub fn refuses_cards(&self, is_full: bool) {
+        self.is_full.store(is_full, Ordering::Relaxed);
+    }
+
+    /// The guest does not do all it is told of the network, so many times from now on.
+    pub fn refuses_network(&self, times: u32) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.refusals.store(times, Ordering::Relaxed);
+        }
     }
 
     /// From now on the guest lets go of none.
