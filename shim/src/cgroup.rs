@@ -85,11 +85,28 @@ pub enum CgroupError {
         /// Why.
         source: BusError,
     },
-    /// The pod's unit is somebody's, with processes.
+    /// The pod's group or unit is somebody's, with processes.
     #[error(
-        "systemd has a unit {0} already, in which processes run; end them, or choose another id"
+        "there is a cgroup {0} already, in which processes run; end them, or choose another id or \
+         cgroup path"
     )]
     Exists(String),
+    /// The group is also that of what outlives it.
+    #[error(
+        "{} is the shim's own cgroup, which is not removed; choose another cgroup path", .0.display()
+    )]
+    Inside(PathBuf),
+    /// systemd's tree is not the one that is seen here.
+    #[error(
+        "systemd has put the pod into {}, and not into {}; are cgroups mounted here as on the host?",
+        actual.display(), expected.display()
+    )]
+    Elsewhere {
+        /// Where its spec says.
+        expected: PathBuf,
+        /// Where it is.
+        actual: PathBuf,
+    },
     /// A file operation failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -238,13 +255,13 @@ pub struct PodCgroup {
 }
 
 impl PodCgroup {
-    /// Makes the group with its parents, sets its limits and enters it. A group that is
-    /// there already is taken over. May block for as long as systemd is busy.
+    /// Makes the group with its parents, sets its limits and enters it. One that is there
+    /// already is taken over if it has no processes. May block for as long as systemd is busy.
     ///
     /// # Errors
     ///
-    /// `BadPath`, `NotV2`, `Exists`, `Systemd` or `Io`; a limit that cannot be set is an error too.
-    /// Nothing is left then.
+    /// `BadPath`, `NotV2`, `Exists`, `Systemd`, `Elsewhere` or `Io`; a limit that cannot be set is
+    /// an error too. Nothing is left then.
     pub fn create(cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
         let root = Path::new(CGROUP_ROOT);
         let stat = statfs(root).map_err(|e| failed("look at", root)(e.into()))?;
@@ -357,7 +374,15 @@ impl Group {
     /// Makes it, with the shim in it.
     fn make(&self, root: &Path, place: &Place, limits: &Limits) -> Result<File, CgroupError> {
         match &self.scope {
-            Some(scope) => scope.start(self.shim.pid, limits)?,
+            Some(scope) => {
+                scope.start(self.shim.pid, limits)?;
+                if !self.shim.is_in(&self.path) {
+                    return Err(self.shim.elsewhere(&self.path));
+                }
+            }
+            None if is_populated(&self.path) => {
+                return Err(CgroupError::Exists(self.path.display().to_string()));
+            }
             None => make_directories(root, place)?,
         }
         let dir = File::options()
@@ -431,6 +456,12 @@ impl Group {
         }
         remove_directory(&self.path)
     }
+}
+
+/// Whether there are processes in a group or below it.
+fn is_populated(group: &Path) -> bool {
+    let events = fs::read_to_string(group.join("cgroup.events"));
+    events.is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
 }
 
 fn make_directories(root: &Path, place: &Place) -> Result<(), CgroupError> {
