@@ -507,18 +507,26 @@ impl VmHost {
             None
         };
         let run_dir = self.run_dir.clone();
-        let result = blocking(move || {
+        let is_removed = blocking(move || {
             if is_gone {
                 run_dir.claims().release(&run_dir);
             }
-            if let Some(mut child) = virtiofsd {
-                child.kill()?;
-                child.wait()?;
+            if let Some(mut child) = virtiofsd
+                && let Err(error) = child.kill().and_then(|()| child.wait())
+            {
+                warn!(%error, "virtiofsd does not end");
             }
-            cgroup.map_or(Ok(()), |cgroup| cgroup.remove().map_err(io::Error::other))
+            let removed = cgroup.map(|cgroup| cgroup.remove());
+            if let Some(Err(error)) = &removed {
+                warn!(error = chain(error), "cgroup stays");
+            }
+            matches!(removed, Some(Ok(())))
         });
-        if let Err(error) = result.await {
-            warn!(error = chain(&error), "teardown incomplete");
+        // Its name may be another's from now on.
+        if is_removed.await
+            && let Err(error) = self.record(|parts| parts.state.cgroup = None)
+        {
+            warn!(error = chain(&error), "state not written");
         }
     }
 }
