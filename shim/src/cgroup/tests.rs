@@ -5,6 +5,7 @@ use std::process::{Child, Command};
 use super::bus::testing::{Answer, FakeBus};
 use super::bus::{Body, Message};
 use super::*;
+use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 #[test]

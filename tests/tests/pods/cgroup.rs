@@ -58,13 +58,20 @@ fn holds_the_pod(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
 fn a_pod_below_a_slice(scene: &PodScene) {
     let pod = scene.pod("sliced").in_slice().limits(256, 1).run();
     let app = pod.container("app", SLEEP);
-    let app = app.resources(|resources| resources.memory_limit_in_bytes = 256 << 20);
+    let app = app.resources(|resources| {
+        resources.memory_limit_in_bytes = 256 << 20;
+        // As a burstable pod's.
+        resources.oom_score_adj = 700;
+    });
     let app = app.start();
     let parent = pod.config.linux.as_ref().unwrap().cgroup_parent.clone();
     assert!(parent.ends_with(".slice"), "{parent}");
     let parent = PathBuf::from(format!("/sys/fs/cgroup{parent}"));
     let group = parent.join(format!("cri-containerd-{}.scope", pod.id));
-    holds_the_pod(&pod, &group);
+    for (pid, kind) in holds_the_pod(&pod, &group) {
+        let score = read(format!("/proc/{pid}/oom_score_adj"));
+        assert_eq!(score.trim() == "700", kind != "shim", "{kind}: {score}");
+    }
     app.exec(&["echo", "here"]).exits(0).prints("here\n");
     let limit = read(group.join("memory.max"));
     assert_ne!(limit.trim(), "max");
