@@ -72,7 +72,9 @@ const MOUNTS: [Mount; 8] = [
 /// Kernel parameters. The shim gives the addresses, so the guest neither asks
 /// routers for some nor doubts those it is given; a missing file is a kernel
 /// without IPv6.
-const SYSCTLS: [(&str, &str); 5] = [
+const SYSCTLS: [(&str, &str); 6] = [
+    // As on hosts with systemd: with its first address a subnet does not lose the others.
+    ("net/ipv4/conf/all/promote_secondaries", "1"),
     ("net/ipv6/conf/all/accept_ra", "0"),
     ("net/ipv6/conf/default/accept_ra", "0"),
     ("net/ipv6/conf/default/accept_dad", "0"),

@@ -4,6 +4,8 @@
 //! Interfaces are found by their cards, whose places on the PCI bus both sides know. IPv6
 //! addresses are set without duplicate address detection: the host's interface
 //! has done it, and a tentative address would refuse connections for a second.
+//!
+//! What cannot be done does not keep the rest from being done.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,9 +20,11 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use crate::error::{Context, Error, Result};
 
 mod card;
+mod first;
 mod rules;
 
 use card::Card;
+use first::FirstError;
 
 const SYS: &str = "/sys";
 
@@ -59,34 +63,39 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// `InvalidArgument` for addresses that do not parse, `NotFound` for
+    /// The first of several: `InvalidArgument` for addresses that do not parse, `NotFound` for
     /// interfaces that do not exist, else what the kernel says.
     pub async fn configure(&mut self, config: &NetworkConfig) -> Result<()> {
+        let mut first = FirstError::default();
         let mut cards = Vec::new();
         for interface in &config.interfaces {
-            cards.push(card::find(Path::new(SYS), &interface.card).await?);
+            let card = card::find(Path::new(SYS), &interface.card).await;
+            cards.extend(first.of(card).map(|card| (interface, card)));
         }
-        for (card, name) in in_the_way(&config.interfaces, &cards) {
+        for (card, name) in in_the_way(&cards) {
             let link = LinkUnspec::new_with_index(card.index).name(name);
             let request = self.handle.link().set(link.build());
-            netlink(request.execute().await, || {
+            first.of(netlink(request.execute().await, || {
                 format!("interface {}", card.name)
-            })?;
+            }));
         }
-        for (interface, card) in config.interfaces.iter().zip(&cards) {
-            self.set_interface(interface, card).await?;
+        for (interface, card) in &cards {
+            first.of(self.set_interface(interface, card).await);
+            for address in &interface.addresses {
+                first.of(self.add_address(card.index, address).await);
+            }
         }
         let (on_link, by_gateway) = by_dependence(&config.routes);
         for route in on_link.into_iter().chain(by_gateway) {
-            self.add_route(route).await?;
+            first.of(self.add_route(route).await);
         }
         for rule in &config.rules {
-            self.add_rule(rule).await?;
+            first.of(self.add_rule(rule).await);
         }
         for neighbor in &config.neighbors {
-            self.add_neighbor(neighbor).await?;
+            first.of(self.add_neighbor(neighbor).await);
         }
-        Ok(())
+        first.result()
     }
 
     /// Takes away what is there of it, in the reverse order. Of interfaces that is
@@ -96,22 +105,25 @@ impl Network {
     ///
     /// Those of [`Self::configure`], but not that something is gone.
     pub async fn take_away(&mut self, config: &NetworkConfig) -> Result<()> {
+        let mut first = FirstError::default();
         for neighbor in &config.neighbors {
-            unless_gone(self.remove_neighbor(neighbor).await)?;
+            first.of(unless_gone(self.remove_neighbor(neighbor).await));
         }
         for rule in &config.rules {
-            unless_gone(self.remove_rule(rule).await)?;
+            first.of(unless_gone(self.remove_rule(rule).await));
         }
         let (on_link, by_gateway) = by_dependence(&config.routes);
         for route in by_gateway.into_iter().chain(on_link) {
-            unless_gone(self.remove_route(route).await)?;
+            first.of(unless_gone(self.remove_route(route).await));
         }
         for interface in &config.interfaces {
             for address in &interface.addresses {
-                unless_gone(self.remove_address(&interface.card, address).await)?;
+                first.of(unless_gone(
+                    self.remove_address(&interface.card, address).await,
+                ));
             }
         }
-        Ok(())
+        first.result()
     }
 
     async fn set_interface(&mut self, interface: &Interface, card: &Card) -> Result<()> {
@@ -130,20 +142,20 @@ impl Network {
         }
         let what = || format!("interface {} ({})", interface.name, interface.card);
         let request = self.handle.link().set(link.up().build());
-        netlink(request.execute().await, what)?;
-        for address in &interface.addresses {
-            let (ip, prefix) = parse_cidr(address)?;
-            let mut request = self.handle.address().add(index, ip, prefix).replace();
-            if ip.is_ipv6() {
-                let message = request.message_mut();
-                message.header.flags |= AddressHeaderFlags::Nodad;
-                message
-                    .attributes
-                    .push(AddressAttribute::Flags(AddressFlags::Nodad));
-            }
-            netlink(request.execute().await, || format!("address {address}"))?;
+        netlink(request.execute().await, what)
+    }
+
+    async fn add_address(&self, index: u32, address: &str) -> Result<()> {
+        let (ip, prefix) = parse_cidr(address)?;
+        let mut request = self.handle.address().add(index, ip, prefix).replace();
+        if ip.is_ipv6() {
+            let message = request.message_mut();
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message
+                .attributes
+                .push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
-        Ok(())
+        netlink(request.execute().await, || format!("address {address}"))
     }
 
     async fn remove_address(&self, card: &str, address: &str) -> Result<()> {
@@ -229,14 +241,10 @@ impl Network {
 
 /// Cards that have the name another is to get, for the kernel has named them as it
 /// found them, and other names for them.
-fn in_the_way<'a>(
-    interfaces: &'a [Interface],
-    cards: &'a [Card],
-) -> impl Iterator<Item = (&'a Card, String)> {
-    let named = interfaces.iter().zip(cards);
-    named.filter_map(move |(interface, card)| {
-        let mut others = interfaces.iter().filter(|one| one.card != interface.card);
-        let is_wanted = others.any(|other| other.name == card.name);
+fn in_the_way<'a>(cards: &'a [(&Interface, Card)]) -> impl Iterator<Item = (&'a Card, String)> {
+    cards.iter().filter_map(move |(interface, card)| {
+        let mut others = cards.iter().filter(|(one, _)| one.card != interface.card);
+        let is_wanted = others.any(|(other, _)| other.name == card.name);
         is_wanted.then(|| (card, format!("card{}", card.index)))
     })
 }
@@ -419,7 +427,8 @@ mod tests {
             interface("5", "eth0"),
         ];
         let cards = [card(2, "eth0"), card(3, "eth1"), card(4, "eth2")];
-        let moved = in_the_way(&interfaces, &cards);
+        let cards: Vec<_> = interfaces.iter().zip(cards).collect();
+        let moved = in_the_way(&cards);
         let moved: Vec<_> = moved.map(|(card, name)| (card.index, name)).collect();
         assert_eq!(moved, [(2, "card2".to_owned())]);
     }
@@ -433,6 +442,56 @@ mod tests {
         assert!(unless_gone(failed(libc::ESRCH)).is_ok());
         assert!(unless_gone(Err(Error::NotFound("interface".into()))).is_ok());
         assert!(unless_gone(failed(libc::EPERM)).is_err());
+    }
+
+    /// In a network namespace of its own.
+    #[test]
+    fn what_cannot_be_done_keeps_nothing_from_being_done() {
+        let worker = std::thread::spawn(|| {
+            if let Err(errno) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
+                eprintln!("skipped: no network namespace: {errno}");
+                return;
+            }
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().build().unwrap();
+            runtime.block_on(half_of_what_is_told_can_be_done());
+        });
+        worker.join().unwrap();
+    }
+
+    async fn half_of_what_is_told_can_be_done() {
+        let mut network = Network::connect().unwrap();
+        let rule = Rule {
+            priority: 700,
+            table: 300,
+            action: 1,
+            ..Rule::default()
+        };
+        let config = NetworkConfig {
+            routes: vec![Route {
+                device: "none".into(),
+                ..Route::default()
+            }],
+            rules: vec![rule],
+            neighbors: vec![Neighbor {
+                address: "nowhere".into(),
+                ..Neighbor::default()
+            }],
+            ..NetworkConfig::default()
+        };
+        let error = network.configure(&config).await.unwrap_err().full();
+        assert!(error.contains("interface none"), "the first: {error}");
+        assert!(has_rule(&network, 700).await);
+        let error = network.take_away(&config).await.unwrap_err().full();
+        assert!(error.contains("nowhere"), "{error}");
+        assert!(!has_rule(&network, 700).await);
+    }
+
+    async fn has_rule(network: &Network, priority: u32) -> bool {
+        let rules = network.handle.rule().get(rtnetlink::IpVersion::V4);
+        let rules: Vec<_> = rules.execute().try_collect().await.unwrap();
+        let wanted = netlink_packet_route::rule::RuleAttribute::Priority(priority);
+        rules.iter().any(|rule| rule.attributes.contains(&wanted))
     }
 
     #[test]

@@ -47,8 +47,9 @@ impl Agent for Service {
         request: UpdateNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         let mut network = Network::connect()?;
-        network.take_away(&request.removed).await?;
-        network.configure(&request.added).await?;
+        let taken_away = network.take_away(&request.removed).await;
+        let configured = network.configure(&request.added).await;
+        taken_away.and(configured)?;
         Ok(Empty::default())
     }
 

@@ -81,6 +81,8 @@ pub enum Request {
         number: u64,
         /// Where it is on bus 0.
         slot: u8,
+        /// Whether the guest has let go of it. Else nothing comes into its slot any more.
+        is_let_go: bool,
     },
 }
 

@@ -36,13 +36,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 use crate::error::chain;
 
 mod bus;
 mod cpus;
 mod huge_pages;
+mod limits;
 mod place;
 mod resident;
 mod systemd;
@@ -54,6 +54,7 @@ use systemd::{Scope, Systemd};
 
 pub use cpus::NumberList;
 pub use huge_pages::HugePages;
+pub use limits::Limits;
 pub(crate) use resident::{join, start_outside};
 
 /// Where cgroup v2 is mounted.
@@ -63,8 +64,6 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "memory", "pids", "io", "hugetlb"];
 /// How long killed processes may take to be gone.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
-/// CPU period where the spec names a quota only; the kernel's default.
-const DEFAULT_PERIOD_USEC: u64 = 100_000;
 
 /// Errors of this module.
 #[derive(Debug, thiserror::Error)]
@@ -85,11 +84,28 @@ pub enum CgroupError {
         /// Why.
         source: BusError,
     },
-    /// The pod's unit is somebody's, with processes.
+    /// The pod's group or unit is somebody's, with processes.
     #[error(
-        "systemd has a unit {0} already, in which processes run; end them, or choose another id"
+        "there is a cgroup {0} already, in which processes run; end them, or choose another id or \
+         cgroup path"
     )]
     Exists(String),
+    /// The group is also that of what outlives it.
+    #[error(
+        "{} is the shim's own cgroup, which is not removed; choose another cgroup path", .0.display()
+    )]
+    Inside(PathBuf),
+    /// systemd's tree is not the one that is seen here.
+    #[error(
+        "systemd has put the pod into {}, and not into {}; are cgroups mounted here as on the host?",
+        actual.display(), expected.display()
+    )]
+    Elsewhere {
+        /// Where its spec says.
+        expected: PathBuf,
+        /// Where it is.
+        actual: PathBuf,
+    },
     /// A file operation failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -111,125 +127,6 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Cgroup
     }
 }
 
-/// What a container, or a pod, may use.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Memory in bytes.
-    pub memory_bytes: Option<u64>,
-    /// CPU time per period, both in microseconds.
-    pub cpu: Option<(u64, u64)>,
-    /// Processors of the host it may run on.
-    pub cpus: Option<NumberList>,
-    /// Memory nodes of the host its memory may be on.
-    pub mems: Option<NumberList>,
-    /// Memory in huge pages of the guest, beside the other.
-    pub huge_pages: HugePages,
-}
-
-impl Limits {
-    /// The limits of a spec's resources.
-    pub fn of(spec: &Spec) -> Self {
-        let linux = spec.linux().as_ref();
-        let resources = linux.and_then(|linux| linux.resources().as_ref());
-        resources.map_or_else(Self::default, |resources| {
-            Self::default().updated_by(resources)
-        })
-    }
-
-    /// These limits with those that `resources` name put in their place. Negative
-    /// values lift a limit; zero and what is not named leave it, as everywhere in
-    /// OCI.
-    #[must_use]
-    pub fn updated_by(self, resources: &LinuxResources) -> Self {
-        let memory = resources.memory().as_ref().and_then(LinuxMemory::limit);
-        let cpu = resources.cpu().as_ref();
-        let period = cpu.and_then(LinuxCpu::period).filter(|period| *period > 0);
-        let period = period.unwrap_or(DEFAULT_PERIOD_USEC);
-        let quota = cpu.and_then(LinuxCpu::quota);
-        Self {
-            memory_bytes: updated(self.memory_bytes, memory),
-            cpu: match quota {
-                None | Some(0) => self.cpu,
-                Some(quota) => u64::try_from(quota).ok().map(|quota| (quota, period)),
-            },
-            cpus: listed(cpu.and_then(|cpu| cpu.cpus().as_deref())).or(self.cpus),
-            mems: listed(cpu.and_then(|cpu| cpu.mems().as_deref())).or(self.mems),
-            huge_pages: self.huge_pages.updated_by(resources),
-        }
-    }
-
-    /// Of each of two limits the one that allows more.
-    #[must_use]
-    pub fn or_more(self, other: Self) -> Self {
-        let share = |(quota, period): (u64, u64)| u128::from(quota) * 1000 / u128::from(period);
-        Self {
-            memory_bytes: self
-                .memory_bytes
-                .zip(other.memory_bytes)
-                .map(|(a, b)| a.max(b)),
-            cpu: self
-                .cpu
-                .zip(other.cpu)
-                .map(|(a, b)| if share(a) > share(b) { a } else { b }),
-            cpus: self.cpus.zip(other.cpus).map(|(a, b)| a.or(b)),
-            mems: self.mems.zip(other.mems).map(|(a, b)| a.or(b)),
-            huge_pages: self.huge_pages.with(other.huge_pages, u64::max),
-        }
-    }
-
-    /// What containers with these limits may use together: no limit where one of
-    /// them has none.
-    pub fn together(containers: &[Self]) -> Self {
-        let scaled = |(quota, period): (u64, u64)| {
-            let usec = u128::from(quota) * u128::from(DEFAULT_PERIOD_USEC) / u128::from(period);
-            u64::try_from(usec).unwrap_or(u64::MAX)
-        };
-        match containers {
-            [] => Self::default(),
-            [one] => *one,
-            many => Self {
-                memory_bytes: sum(many.iter().map(|limits| limits.memory_bytes)),
-                cpu: sum(many.iter().map(|limits| limits.cpu.map(scaled)))
-                    .map(|quota| (quota, DEFAULT_PERIOD_USEC)),
-                cpus: union(many.iter().map(|limits| limits.cpus)),
-                mems: union(many.iter().map(|limits| limits.mems)),
-                huge_pages: many
-                    .iter()
-                    .map(|limits| limits.huge_pages)
-                    .fold(HugePages::default(), |sum, pages| {
-                        sum.with(pages, u64::saturating_add)
-                    }),
-            },
-        }
-    }
-}
-
-fn updated(before: Option<u64>, change: Option<i64>) -> Option<u64> {
-    match change {
-        None | Some(0) => before,
-        Some(value) => u64::try_from(value).ok(),
-    }
-}
-
-/// An empty list names nothing, one that cannot be read is told of.
-fn listed(text: Option<&str>) -> Option<NumberList> {
-    let text = text.filter(|text| !text.is_empty())?;
-    let list = NumberList::parse(text);
-    if list.is_none() {
-        tracing::warn!(text, "no list of processors or memory nodes: left out");
-    }
-    list
-}
-
-fn union(mut lists: impl Iterator<Item = Option<NumberList>>) -> Option<NumberList> {
-    let first = lists.next()??;
-    lists.try_fold(first, |all, list| Some(all.or(list?)))
-}
-
-fn sum(mut values: impl Iterator<Item = Option<u64>>) -> Option<u64> {
-    values.try_fold(0u64, |sum, value| Some(sum.saturating_add(value?)))
-}
-
 /// The cgroup of a pod.
 #[derive(Debug)]
 pub struct PodCgroup {
@@ -238,13 +135,13 @@ pub struct PodCgroup {
 }
 
 impl PodCgroup {
-    /// Makes the group with its parents, sets its limits and enters it. A group that is
-    /// there already is taken over. May block for as long as systemd is busy.
+    /// Makes the group with its parents, sets its limits and enters it. One that is there
+    /// already is taken over if it has no processes. May block for as long as systemd is busy.
     ///
     /// # Errors
     ///
-    /// `BadPath`, `NotV2`, `Exists`, `Systemd` or `Io`; a limit that cannot be set is an error too.
-    /// Nothing is left then.
+    /// `BadPath`, `NotV2`, `Exists`, `Systemd`, `Elsewhere` or `Io`; a limit that cannot be set is
+    /// an error too. Nothing is left then.
     pub fn create(cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
         let root = Path::new(CGROUP_ROOT);
         let stat = statfs(root).map_err(|e| failed("look at", root)(e.into()))?;
@@ -357,7 +254,15 @@ impl Group {
     /// Makes it, with the shim in it.
     fn make(&self, root: &Path, place: &Place, limits: &Limits) -> Result<File, CgroupError> {
         match &self.scope {
-            Some(scope) => scope.start(self.shim.pid, limits)?,
+            Some(scope) => {
+                scope.start(self.shim.pid, limits)?;
+                if !self.shim.is_in(&self.path) {
+                    return Err(self.shim.elsewhere(&self.path));
+                }
+            }
+            None if is_populated(&self.path) => {
+                return Err(CgroupError::Exists(self.path.display().to_string()));
+            }
             None => make_directories(root, place)?,
         }
         let dir = File::options()
@@ -431,6 +336,12 @@ impl Group {
         }
         remove_directory(&self.path)
     }
+}
+
+/// Whether there are processes in a group or below it.
+fn is_populated(group: &Path) -> bool {
+    let events = fs::read_to_string(group.join("cgroup.events"));
+    events.is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
 }
 
 fn make_directories(root: &Path, place: &Place) -> Result<(), CgroupError> {

@@ -220,11 +220,12 @@ impl Runner {
 /// what it shared of the process's root and working directory (setns(2)).
 fn within<T: Send>(mounts: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
+        let inside = || -> io::Result<T> {
             unshare(CloneFlags::CLONE_FS)?;
             setns(mounts, CloneFlags::CLONE_NEWNS)?;
             Ok(work())
-        });
+        };
+        let thread = std::thread::Builder::new().spawn_scoped(scope, inside)?;
         thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
 }

@@ -24,6 +24,7 @@ pub mod hooks;
 pub mod machine;
 pub mod network;
 pub mod oci;
+mod oom;
 pub mod rundir;
 pub mod sandbox;
 pub mod storage;

@@ -19,9 +19,13 @@ mod terminal;
 mod watchdog;
 
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 pub use config::{CONFIG, Changed};
 pub use deaths::{five_seconds, process_of, spawn};
@@ -178,6 +182,19 @@ impl Containerd {
         let mut command = Command::new(self.program);
         command.args(["--address", self.address]).args(arguments);
         command
+    }
+
+    /// Its line of `/proc/PID/cgroup`.
+    ///
+    /// # Panics
+    ///
+    /// When it does not run.
+    #[must_use]
+    pub fn cgroup(&self) -> String {
+        let socket = UnixStream::connect(self.address).expect("containerd listens");
+        let listener = getsockopt(&socket, PeerCredentials).expect("sockets have users");
+        let path = format!("/proc/{}/cgroup", listener.pid());
+        std::fs::read_to_string(path).expect("containerd runs")
     }
 
     /// Runs its `ctr` to the end.

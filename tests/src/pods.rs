@@ -46,6 +46,9 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// of systemd, for which a directory is enough here.
 const CGROUP_PARENTS: [&str; 2] = ["/kubepods", "/kubepods.slice"];
 
+/// That may take all the time they have, before a scene with a limit of its own is ended.
+const CALLS: u32 = 4;
+
 /// One test's pods.
 pub struct PodScene {
     cri: Cri,
@@ -103,6 +106,7 @@ impl PodScene {
     pub fn within(limit: Duration) -> Self {
         let mut scene = Self::new();
         scene.cri = scene.cri.within(limit);
+        scene._watchdog = Watchdog::within(CALLS * limit);
         scene
     }
 

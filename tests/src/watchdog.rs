@@ -16,12 +16,17 @@ pub struct Watchdog {
 
 impl Watchdog {
     pub fn new() -> Self {
+        Self::within(LIMIT)
+    }
+
+    /// For a test that may take so long.
+    pub fn within(limit: Duration) -> Self {
         let test = thread::current().name().unwrap_or_default().to_owned();
         let (alive, dropped) = channel();
         thread::spawn(move || {
-            if dropped.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            if dropped.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 // Not eprintln, which a test's output capture would swallow.
-                let _ = writeln!(io::stderr(), "\n{test} hangs: not done after {LIMIT:?}");
+                let _ = writeln!(io::stderr(), "\n{test} hangs: not done after {limit:?}");
                 std::process::abort();
             }
         });

@@ -161,14 +161,18 @@ mod tests {
 
     use std::os::fd::AsFd;
 
+    use crate::virtio::fs;
+
     use nacre_protocol::channel::{Channel, FdList};
     use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
 
     /// A configuration, and its descriptors as a monitor gets them.
-    fn config(with_console: bool, disks: usize) -> (VmConfig, Fds) {
+    fn config(with_console: bool, is_shared: bool, disks: usize) -> (VmConfig, Fds) {
         let file = tempfile::tempfile().unwrap();
+        let file_server = fs::tests::back_end();
         let mut list = FdList::default();
         let fd = list.push(file.as_fd());
+        let socket = list.push(file_server.as_fd());
         let disk = |index: usize| Disk {
             serial: format!("slot{index}"),
             read_only: false,
@@ -193,7 +197,10 @@ mod tests {
             passthrough: None,
             pci_slots: 0,
             pci: PciOptions::default(),
-            shared_dir: None,
+            shared_dir: is_shared.then(|| SharedDir {
+                tag: "shared".into(),
+                socket,
+            }),
             console: with_console.then_some(fd),
         };
         let (near, mut far) = Channel::pair().unwrap();
@@ -205,8 +212,13 @@ mod tests {
 
     #[test]
     fn network_interfaces_are_where_the_shim_takes_them_to_be() {
-        for (with_console, disks) in [(false, 0), (false, 2), (true, 1)] {
-            let (config, mut fds) = config(with_console, disks);
+        for (with_console, is_shared, disks) in [
+            (false, false, 0),
+            (false, true, 2),
+            (true, false, 1),
+            (true, true, 3),
+        ] {
+            let (config, mut fds) = config(with_console, is_shared, disks);
             let built = build(&config, &mut fds, None, |_, _| {}).unwrap();
             // The first device is in slot 1.
             let next = built.devices.len() + 1;

@@ -274,14 +274,18 @@ impl Running {
         Ok(number)
     }
 
-    /// Takes a virtio device out of its slot, whether the guest has let go of it or not.
-    /// Nothing works for it any more when this returns.
+    /// Takes a virtio device out of its slot, whether the guest has let go of it or not; if
+    /// not, the slot stays as it is to the end. Nothing works for it any more when this returns.
     ///
     /// # Errors
     ///
     /// When there is none.
-    pub fn remove(&self, number: u8) -> Result<(), MachineError> {
-        let device = self.root.take(number);
+    pub fn remove(&self, number: u8, is_let_go: bool) -> Result<(), MachineError> {
+        let device = if is_let_go {
+            self.root.take(number)
+        } else {
+            self.root.take_by_force(number)
+        };
         device.ok_or(MachineError::NoDevice(number))?.retire();
         Ok(())
     }

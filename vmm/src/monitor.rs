@@ -285,8 +285,12 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
             let slot = device.and_then(|device| Ok(running.add(Box::new(device))?));
             answer(peers, number, slot);
         }
-        Request::RemoveNic { number, slot } => {
-            let removed = running.remove(slot).map_err(MonitorError::from);
+        Request::RemoveNic {
+            number,
+            slot,
+            is_let_go,
+        } => {
+            let removed = running.remove(slot, is_let_go).map_err(MonitorError::from);
             answer(peers, number, removed.map(|()| slot));
         }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),

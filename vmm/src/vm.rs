@@ -180,7 +180,10 @@ impl Vm {
         };
         // SAFETY: the page is mapped, and stays so as long as `self`, longer than
         // the VM it is given to.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::new(what))?;
+        let added = unsafe { self.fd.set_user_memory_region(region) };
+        added
+            .inspect_err(|_| self.slots.give_back(slot))
+            .map_err(VmError::new(what))?;
         let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         pages.push(page.clone());
         Ok(ReadOnlyPage {
@@ -386,6 +389,18 @@ mod tests {
             page.slot
         });
         assert!(slots.iter().all(|slot| *slot == slots[0]), "{slots:?}");
+    }
+
+    #[test]
+    fn a_page_that_is_refused_takes_no_slot() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let slots = [(); 2].map(|()| {
+            assert!(vm.add_read_only_page(layout::ECAM_START + 1).is_err());
+            vm.new_slot()
+        });
+        assert_eq!(slots[0] + 1, slots[1]);
     }
 
     #[test]

@@ -27,6 +27,11 @@ use crate::task::{Pod, console, sandboxed, service};
 /// How long the last events may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a thread for what blocks waits for more: to the end of any pod. Where a further one
+/// cannot be made, as in a pod at its limit of processes, tokio has those take over that are
+/// there, and panics if there are none.
+const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 /// Runs the daemon until its pod is shut down.
 pub fn serve(args: &Args) -> Result<(), BootstrapError> {
     let config = Config::load()?;
@@ -35,6 +40,7 @@ pub fn serve(args: &Args) -> Result<(), BootstrapError> {
     become_daemon()?;
     // One thread: a pod's shim mostly sleeps, and copies at most a few streams.
     tokio::runtime::Builder::new_current_thread()
+        .thread_keep_alive(THREAD_KEEP_ALIVE)
         .enable_all()
         .build()
         .map_err(BootstrapError::io("start the runtime"))?

@@ -13,9 +13,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 mod wire;
 
@@ -98,8 +101,7 @@ impl Bus {
     ///
     /// `Io`, among them [`BusError::is_absence`]; `Authentication`.
     pub fn connect(socket: &Path, deadline: Instant) -> Result<Self, BusError> {
-        let stream = UnixStream::connect(socket).map_err(failed("connect to the bus"))?;
-        let mut stream = Timed { stream, deadline };
+        let mut stream = Timed::connect(socket, deadline).map_err(failed("connect to the bus"))?;
         stream
             .authenticate()
             .map_err(failed("talk to the bus"))?
@@ -163,6 +165,25 @@ struct Timed {
 }
 
 impl Timed {
+    /// Where nobody accepts, and as many as may wait already, connect(2) blocks as a write does
+    /// (socket(7), `SO_SNDTIMEO`).
+    fn connect(path: &Path, deadline: Instant) -> io::Result<Self> {
+        let stream = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        let stream = Self {
+            stream: stream.into(),
+            deadline,
+        };
+        stream.stream.set_write_timeout(Some(stream.rest()?))?;
+        let connected = connect(stream.stream.as_raw_fd(), &UnixAddr::new(path)?);
+        connected.map_err(|errno| told(errno.into()))?;
+        Ok(stream)
+    }
+
     /// What the bus says where it refuses is inside.
     fn authenticate(&mut self) -> io::Result<Result<(), String>> {
         let uid = nix::unistd::geteuid().to_string();
@@ -296,6 +317,24 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("bus");
         let _silent = UnixListener::bind(&path).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(50);
+        let error = Bus::connect(&path, deadline).unwrap_err();
+        let BusError::Io { source, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+        assert!(!error.is_absence());
+    }
+
+    #[test]
+    fn who_does_not_accept_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bus");
+        let listener = UnixListener::bind(&path).unwrap();
+        // Then one may wait.
+        let backlog = nix::sys::socket::Backlog::new(0).unwrap();
+        nix::sys::socket::listen(&listener, backlog).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
         let deadline = Instant::now() + Duration::from_millis(50);
         let error = Bus::connect(&path, deadline).unwrap_err();
         let BusError::Io { source, .. } = &error else {

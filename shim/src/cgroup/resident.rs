@@ -37,6 +37,8 @@ pub(super) struct Resident {
     root: PathBuf,
     /// Where it came from; unknown of one that is in no pod's group.
     home: Option<PathBuf>,
+    /// Whether it is at home or in this group, wherever that is.
+    is_its: bool,
 }
 
 impl Resident {
@@ -46,7 +48,10 @@ impl Resident {
             let home = group_of(Path::new(CGROUP_ROOT), std::process::id())?;
             HOME.get_or_init(|| home);
         }
-        Ok(Self::present())
+        Ok(Self {
+            is_its: true,
+            ..Self::present()
+        })
     }
 
     /// This process, wherever it is.
@@ -55,6 +60,7 @@ impl Resident {
             pid: std::process::id(),
             root: CGROUP_ROOT.into(),
             home: HOME.get().cloned(),
+            is_its: false,
         }
     }
 
@@ -64,6 +70,7 @@ impl Resident {
             pid,
             root: root.into(),
             home: Some(group_of(root, pid).unwrap()),
+            is_its: true,
         }
     }
 
@@ -77,14 +84,38 @@ impl Resident {
         write(&procs, &self.pid.to_string()).map_err(failed("write", &procs))
     }
 
-    /// Goes back to where it came from if it is in `group`.
+    /// Goes back to where it came from: whoever kills what is left in `group` would kill it
+    /// otherwise.
+    ///
+    /// # Errors
+    ///
+    /// `Inside`: it came from there, and is there still.
     pub fn leave(&self, group: &Path) -> Result<(), CgroupError> {
-        if group_of(&self.root, self.pid)? != group {
-            return Ok(());
+        let now = group_of(&self.root, self.pid)?;
+        let home = self.home.as_deref().unwrap_or(&self.root);
+        if now != home && (self.is_its || now == group) {
+            self.enter(home).or_else(|_| self.enter(&self.root))?;
         }
-        match &self.home {
-            Some(home) => self.enter(home).or_else(|_| self.enter(&self.root)),
-            None => self.enter(&self.root),
+        if self.is_in(group) {
+            return Err(CgroupError::Inside(group.into()));
+        }
+        Ok(())
+    }
+
+    /// Whether it is in `group`, which need not be there.
+    pub fn is_in(&self, group: &Path) -> bool {
+        let pids = fs::read_to_string(group.join(PROCS)).unwrap_or_default();
+        pids.lines().any(|line| line.parse() == Ok(self.pid))
+    }
+
+    /// Says that it is not where systemd was to put it.
+    pub fn elsewhere(&self, expected: &Path) -> CgroupError {
+        match group_of(&self.root, self.pid) {
+            Ok(actual) => CgroupError::Elsewhere {
+                expected: expected.into(),
+                actual,
+            },
+            Err(error) => error,
         }
     }
 }

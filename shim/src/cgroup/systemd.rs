@@ -11,13 +11,12 @@
 //! its last process is; it is stopped all the same, so that its name is free again
 //! when a pod's end has been told.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::bus::{Body, Bus, BusError, Message, Method, Property, Value};
 use super::place::Unit;
-use super::{CgroupError, Limits};
+use super::{CgroupError, Limits, is_populated};
 
 /// There while the host runs systemd (sd_booted(3)).
 const BOOTED: &str = "/run/systemd/system";
@@ -32,11 +31,14 @@ const DRIVER_PATH: &str = "/org/freedesktop/DBus";
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const SCOPE: &str = "org.freedesktop.systemd1.Scope";
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 const JOB_REMOVED: &str = "JobRemoved";
 const JOBS: &str = "type='signal',sender='org.freedesktop.systemd1',\
                     interface='org.freedesktop.systemd1.Manager',member='JobRemoved'";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+const UNKNOWN_OBJECT: &str = "org.freedesktop.DBus.Error.UnknownObject";
 /// A job's result if it did what it was to do.
 const DONE: &str = "done";
 /// A new job takes the place of one that waits.
@@ -85,14 +87,14 @@ impl Scope {
     /// `Exists`; `Systemd`: it cannot be asked, or says no.
     pub fn start(&self, pid: u32, limits: &Limits) -> Result<(), CgroupError> {
         let started = match self.try_start(pid, limits) {
-            Err(error) if error.is_named(UNIT_EXISTS) => {
-                if self.is_populated() {
-                    return Err(CgroupError::Exists(self.unit.name.clone()));
-                }
+            Err(error) if error.is_named(UNIT_EXISTS) => match self.is_anothers() {
+                Ok(true) => return Err(CgroupError::Exists(self.unit.name.clone())),
                 // Such as that of a container that is started again at once.
-                self.try_stop(START_TIMEOUT)
-                    .and_then(|()| self.try_start(pid, limits))
-            }
+                Ok(false) => self
+                    .try_stop(START_TIMEOUT)
+                    .and_then(|()| self.try_start(pid, limits)),
+                Err(error) => Err(error),
+            },
             result => result,
         };
         started.map_err(self.failed("make"))
@@ -164,9 +166,12 @@ impl Scope {
         ]
     }
 
-    fn is_populated(&self) -> bool {
-        let events = fs::read_to_string(self.group.join("cgroup.events"));
-        events.is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+    /// Whether the unit of this name has processes, or a group that is not the one it is to
+    /// have: names are systemd's, whatever the slice.
+    fn is_anothers(&self) -> Result<bool, BusError> {
+        let group = Manager::connect(&self.systemd, START_TIMEOUT)?.group_of(&self.unit.name)?;
+        let is_ours = self.group.ends_with(group.trim_start_matches('/'));
+        Ok(!group.is_empty() && (!is_ours || is_populated(&self.group)))
     }
 
     fn failed(&self, action: &'static str) -> impl FnOnce(BusError) -> CgroupError {
@@ -250,6 +255,27 @@ impl Manager {
             member,
         };
         self.bus.call(&method, body)
+    }
+
+    /// The group that a scope has; an empty one if there is no such scope, or it does not run.
+    fn group_of(&mut self, unit: &str) -> Result<String, BusError> {
+        let found = self.call("GetUnit", &Body::default().text(unit));
+        let path = match found {
+            Err(error) if error.is_named(NO_SUCH_UNIT) => return Ok(String::new()),
+            answer => answer?.arguments("o")?.text()?,
+        };
+        let get = Method {
+            destination: SYSTEMD,
+            path: &path,
+            interface: PROPERTIES,
+            member: "Get",
+        };
+        let body = Body::default().text(SCOPE).text("ControlGroup");
+        match self.bus.call(&get, &body) {
+            // Gone since.
+            Err(error) if error.is_named(UNKNOWN_OBJECT) => Ok(String::new()),
+            answer => answer?.arguments("v")?.text_variant(),
+        }
     }
 
     /// Calls a method whose result is a job, and waits for that job's end.

@@ -5,6 +5,7 @@ use std::process::{Child, Command};
 use super::bus::testing::{Answer, FakeBus};
 use super::bus::{Body, Message};
 use super::*;
+use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 #[test]
@@ -198,7 +199,7 @@ fn a_list_is_lifted_to_what_the_group_above_has() {
 }
 
 /// A systemd that makes plain directories.
-fn with_plain_directories(root: &Path) -> (FakeBus, Systemd) {
+fn with_plain_directories(root: &Path, procs: String) -> (FakeBus, Systemd) {
     let directory = root.join("a.slice/a-b.slice/nacre-pod.scope");
     let job = || Body::default().path("/job/1");
     let removed = || {
@@ -216,6 +217,7 @@ fn with_plain_directories(root: &Path) -> (FakeBus, Systemd) {
             for file in ["memory.max", "cpu.max"] {
                 fs::write(directory.join(file), "").unwrap();
             }
+            fs::write(directory.join("cgroup.procs"), &procs).unwrap();
             vec![Answer::Return(job()), signal()]
         }
         "StopUnit" => {
@@ -234,8 +236,8 @@ fn with_plain_directories(root: &Path) -> (FakeBus, Systemd) {
 #[test]
 fn a_unit_is_systemd_s_to_make_limit_and_end() {
     let root = tempfile::tempdir().unwrap();
-    let (bus, systemd) = with_plain_directories(root.path());
     let shim = Process::new();
+    let (bus, systemd) = with_plain_directories(root.path(), format!("1\n{}\n", shim.pid()));
     let (group, place) = group(root.path(), "a-b.slice:nacre:pod", Some(systemd), &shim);
     let limits = Limits {
         memory_bytes: Some(4096),
@@ -252,9 +254,52 @@ fn a_unit_is_systemd_s_to_make_limit_and_end() {
     assert_eq!(memory(), "max");
     assert_eq!(bus.take_calls("SetUnitProperties").len(), 1);
 
+    let error = cgroup.remove().unwrap_err();
+    assert!(matches!(error, CgroupError::Inside(_)), "{error}");
+    fs::write(cgroup.path().join("cgroup.procs"), "1\n").unwrap();
     cgroup.remove().unwrap();
     assert_eq!(bus.take_calls("StopUnit").len(), 1);
     assert!(!cgroup.path().exists());
+}
+
+/// Such as in a container with another part of the tree at its root.
+#[test]
+fn a_unit_that_is_elsewhere_is_none() {
+    let root = tempfile::tempdir().unwrap();
+    let shim = Process::new();
+    let (bus, systemd) = with_plain_directories(root.path(), "1\n".into());
+    let (group, place) = group(root.path(), "a-b.slice:nacre:pod", Some(systemd), &shim);
+    let made = PodCgroup::make(group, root.path(), &place, &Limits::default());
+    let error = made.unwrap_err().to_string();
+    let actual = shim.group();
+    for part in [actual.as_str(), "/a.slice/a-b.slice/nacre-pod.scope"] {
+        assert!(error.contains(part), "no {part} in: {error}");
+    }
+    assert_eq!(bus.take_calls("StopUnit").len(), 1);
+}
+
+/// Plain files in the place of a cgroup's.
+#[test]
+fn a_group_with_processes_is_another_s() {
+    let root = tempfile::tempdir().unwrap();
+    let shim = Process::new();
+    let (group, place) = group(root.path(), "/pod", None, &shim);
+    fs::create_dir(&group.path).unwrap();
+    let path = group.path.clone();
+    for (file, text) in [
+        ("cgroup.events", "populated 1\nfrozen 0\n"),
+        ("cgroup.kill", ""),
+        ("memory.max", ""),
+        ("cpu.max", ""),
+    ] {
+        fs::write(path.join(file), text).unwrap();
+    }
+    let made = PodCgroup::make(group, root.path(), &place, &Limits::default());
+    let error = made.unwrap_err();
+    assert!(matches!(error, CgroupError::Exists(_)), "{error}");
+    for file in ["cgroup.kill", "memory.max"] {
+        assert_eq!(fs::read_to_string(path.join(file)).unwrap(), "", "{file}");
+    }
 }
 
 /// The first writable cgroup v2 mount, also on hosts that have v1 as well.
@@ -333,21 +378,22 @@ fn a_group_that_cannot_be_limited_is_not_left() {
     assert_eq!(shim.group(), home);
 }
 
-/// Else it would kill itself. Plain files in the place of a cgroup's.
+/// It would kill itself, and containerd. Plain files in the place of a cgroup's.
 #[test]
-fn who_cannot_leave_a_group_does_not_remove_it() {
+fn who_is_at_home_in_a_group_does_not_remove_it() {
     let root = tempfile::tempdir().unwrap();
     let shim = Process::new();
     let path = root.path().join(shim.group().trim_start_matches('/'));
     fs::create_dir_all(&path).unwrap();
     let kill = path.join("cgroup.kill");
     fs::write(&kill, "").unwrap();
+    fs::write(path.join("cgroup.procs"), format!("{}\n", shim.pid())).unwrap();
     let group = Group {
         path,
         scope: None,
         shim: Resident::at_home(root.path(), shim.pid()),
     };
     let error = group.remove().unwrap_err();
-    assert!(error.to_string().contains("cgroup.procs"), "{error}");
+    assert!(matches!(error, CgroupError::Inside(_)), "{error}");
     assert_eq!(fs::read_to_string(&kill).unwrap(), "", "nobody is killed");
 }

@@ -171,8 +171,9 @@ impl Machine for FakeMachine {
         Ok(FREE_SLOT)
     }
 
-    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
-        lock(&self.journal).push(format!("no card in {slot}"));
+    async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError> {
+        let how = if is_let_go { "" } else { ", by force" };
+        lock(&self.journal).push(format!("no card in {slot}{how}"));
         Ok(())
     }
 
@@ -222,9 +223,16 @@ impl FakeMachine {
         self.disks.send_replace(disks);
     }
 
-    /// From now on it takes no network cards.
-    pub fn refuses_cards(&self) {
-        self.is_full.store(true, Ordering::Relaxed);
+    /// Whether it takes no network cards from now on.
+    pub fn refuses_cards(&self, is_full: bool) {
+        self.is_full.store(is_full, Ordering::Relaxed);
+    }
+
+    /// The guest does not do all it is told of the network, so many times from now on.
+    pub fn refuses_network(&self, times: u32) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.refusals.store(times, Ordering::Relaxed);
+        }
     }
 
     /// From now on the guest lets go of none.

@@ -156,9 +156,9 @@ pub trait Machine: Send + Sync {
     /// the guest finds it when it looks.
     async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError>;
 
-    /// Takes the network card out of a slot, whether the guest has let go of it or not.
-    /// The machine has nothing of it open when this returns.
-    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError>;
+    /// Takes the network card out of a slot, whether the guest has let go of it or not; if
+    /// not, no other comes into that slot. The machine has nothing of it open when this returns.
+    async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;

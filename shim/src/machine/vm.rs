@@ -41,6 +41,8 @@ const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a disk may take to have no request under way: longer than a device of the
 /// host that has not been given up takes.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 40 });
+/// How long the monitor may take to put a network card in, or take it out.
+const CARD_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -321,14 +323,18 @@ impl Machine for VmMachine {
         let mut fds = FdList::default();
         let nic = nic.describe(&mut fds);
         let add = self.ask(&fds, |number| Request::AddNic { number, nic });
-        let slot = add.await?.map_err(MachineError::Nic)?;
+        let slot = card_answer(add).await?;
         u8::try_from(slot).map_err(|_| MachineError::Nic(format!("no slot {slot}")))
     }
 
-    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
+    async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError> {
         let fds = FdList::default();
-        let remove = self.ask(&fds, |number| Request::RemoveNic { number, slot });
-        remove.await?.map(drop).map_err(MachineError::Nic)
+        let remove = self.ask(&fds, |number| Request::RemoveNic {
+            number,
+            slot,
+            is_let_go,
+        });
+        card_answer(remove).await.map(drop)
     }
 
     async fn stopped(&self) -> Stop {
@@ -342,6 +348,21 @@ impl Machine for VmMachine {
 
     fn kill(&self) {
         kill_pidfd(self.pidfd.as_fd());
+    }
+}
+
+/// What the monitor answers of a network card, in time. After that nobody knows whether the
+/// machine has it.
+async fn card_answer(
+    answer: impl Future<Output = Result<Answer, MachineError>>,
+) -> Result<u64, MachineError> {
+    match tokio::time::timeout(CARD_LIMIT, answer).await {
+        Ok(answer) => answer?.map_err(MachineError::Nic),
+        Err(_) => {
+            let seconds = CARD_LIMIT.as_secs();
+            let reason = format!("the monitor does not answer within {seconds} s");
+            Err(MachineError::Nic(reason))
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nacre_protocol::agent::{Interface, NetworkConfig};
 use nix::errno::Errno;
@@ -26,6 +27,10 @@ const GROUPS: libc::c_int = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV6_ROUTE
     | 1 << (libc::RTNLGRP_IPV6_RULE - 1);
+
+/// What follows a change so soon belongs to it: a CNI plugin makes a dozen. And so often, at
+/// most, is looked, whatever the guest does: its driver's settings are changes of a tap.
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// Hears of changes in a namespace.
 pub struct Changes(AsyncFd<OwnedFd>);
@@ -47,7 +52,7 @@ impl Changes {
         Ok(Self(socket.map_err(system("watch a netlink socket"))?))
     }
 
-    /// Returns when something has changed since the last call.
+    /// Returns when something has changed since the last call, a little later.
     ///
     /// # Errors
     ///
@@ -55,21 +60,14 @@ impl Changes {
     pub async fn next(&self) -> io::Result<()> {
         loop {
             let mut guard = self.0.readable().await?;
-            let mut has_changed = false;
-            loop {
-                match take(guard.get_inner()) {
-                    // Or what was told is lost, which also tells that there was something.
-                    Ok(()) | Err(Errno::ENOBUFS) => has_changed = true,
-                    Err(Errno::EINTR) => {}
-                    Err(Errno::EAGAIN) => break,
-                    Err(errno) => return Err(errno.into()),
-                }
-            }
+            let has_changed = drain(guard.get_inner())?;
             guard.clear_ready();
             if has_changed {
-                return Ok(());
+                break;
             }
         }
+        tokio::time::sleep(SETTLE).await;
+        drain(self.0.get_ref()).map(drop)
     }
 }
 
@@ -87,28 +85,46 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Takes all messages off the socket; whether there were some.
+fn drain(socket: &OwnedFd) -> io::Result<bool> {
+    let mut has_changed = false;
+    loop {
+        match take(socket) {
+            // Or what was told is lost, which also tells that there was something.
+            Ok(()) | Err(Errno::ENOBUFS) => has_changed = true,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(has_changed),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 /// Takes a message off the socket; what does not fit is lost with it.
 fn take(socket: &OwnedFd) -> Result<(), Errno> {
     let mut start = [0; 16];
     recv(socket.as_raw_fd(), &mut start, MsgFlags::empty()).map(drop)
 }
 
-/// What is to be taken away from a guest with `given`, and what it is to get, so that
-/// it has `wanted`. An interface is known by its card; with its card goes, unasked, all
-/// that is configured of it ([`forget`]).
-pub fn difference(given: &NetworkConfig, wanted: &NetworkConfig) -> (NetworkConfig, NetworkConfig) {
-    let removed = NetworkConfig {
+/// What is to be taken away from a guest that may have `possible`, so that it has no more
+/// than `wanted`. An interface is known by its card; with its card goes, unasked, all that is
+/// configured of it ([`forget`]).
+pub fn surplus(possible: &NetworkConfig, wanted: &NetworkConfig) -> NetworkConfig {
+    NetworkConfig {
         interfaces: wanted
             .interfaces
             .iter()
-            .filter_map(|new| without(find(given, new)?, new))
+            .filter_map(|new| without(find(possible, new)?, new))
             .collect(),
-        routes: missing(&given.routes, &wanted.routes),
-        rules: missing(&given.rules, &wanted.rules),
-        neighbors: missing(&given.neighbors, &wanted.neighbors),
+        routes: missing(&possible.routes, &wanted.routes),
+        rules: missing(&possible.rules, &wanted.rules),
+        neighbors: missing(&possible.neighbors, &wanted.neighbors),
         ..Default::default()
-    };
-    let added = NetworkConfig {
+    }
+}
+
+/// What a guest with `given` is to get, so that it has all that is `wanted`.
+pub fn lack(given: &NetworkConfig, wanted: &NetworkConfig) -> NetworkConfig {
+    NetworkConfig {
         interfaces: wanted
             .interfaces
             .iter()
@@ -121,8 +137,26 @@ pub fn difference(given: &NetworkConfig, wanted: &NetworkConfig) -> (NetworkConf
         rules: missing(&wanted.rules, &given.rules),
         neighbors: missing(&wanted.neighbors, &given.neighbors),
         ..Default::default()
-    };
-    (removed, added)
+    }
+}
+
+/// A guest that may have `possible` may have what was `added` as well.
+pub fn join(possible: &mut NetworkConfig, added: &NetworkConfig) {
+    for new in &added.interfaces {
+        let mut interfaces = possible.interfaces.iter_mut();
+        match interfaces.find(|old| old.card == new.card) {
+            Some(old) => {
+                let addresses = missing(&old.addresses, &new.addresses);
+                *old = new.clone();
+                old.addresses.extend(addresses);
+            }
+            None => possible.interfaces.push(new.clone()),
+        }
+    }
+    let more = lack(possible, added);
+    possible.routes.extend(more.routes);
+    possible.rules.extend(more.rules);
+    possible.neighbors.extend(more.neighbors);
 }
 
 /// A guest with `given` has lost a card, and with it what was configured of it.
@@ -216,9 +250,8 @@ mod tests {
             ],
             &[route("eth2", "z"), route("eth0", "y")],
         );
-        let (removed, added) = difference(&given, &wanted);
         let gone = config(&[interface("5", "eth0", &["a"])], &[route("eth0", "x")]);
-        assert_eq!(removed, gone);
+        assert_eq!(surplus(&given, &wanted), gone);
         let new = config(
             &[
                 interface("5", "eth0", &["d"]),
@@ -227,9 +260,31 @@ mod tests {
             ],
             &[route("eth2", "z")],
         );
-        assert_eq!(added, new);
+        assert_eq!(lack(&given, &wanted), new);
         let nothing = NetworkConfig::default();
-        assert_eq!(difference(&wanted, &wanted), (nothing.clone(), nothing));
+        assert_eq!(surplus(&wanted, &wanted), nothing);
+        assert_eq!(lack(&wanted, &wanted), nothing);
+    }
+
+    #[test]
+    fn what_may_be_there_is_what_was_and_what_was_given() {
+        let mut possible = config(
+            &[interface("5", "eth0", &["a", "b"])],
+            &[route("eth0", "x")],
+        );
+        let added = config(
+            &[interface("5", "net0", &["c"]), interface("6", "eth1", &[])],
+            &[route("eth0", "x"), route("eth0", "y")],
+        );
+        join(&mut possible, &added);
+        let all = config(
+            &[
+                interface("5", "net0", &["c", "a", "b"]),
+                interface("6", "eth1", &[]),
+            ],
+            &[route("eth0", "x"), route("eth0", "y")],
+        );
+        assert_eq!(possible, all);
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //!
 //! ```text
 //!            pod's network namespace on the host              |  guest
-//!  node ---- eth0 (veth) --ingress: redirect--> tap_eth0 -----|-> eth0
-//!            eth0 (veth) <--redirect :ingress-- tap_eth0 <----|-- same MAC, MTU, addresses, routes
+//!  node ---- eth0 (veth) --ingress: redirect--> tap_2 --------|-> eth0
+//!            eth0 (veth) <--redirect :ingress-- tap_2 <-------|-- same MAC, MTU, addresses, routes
 //! ```
 //!
 //! The redirect is a tc filter on the ingress hook, which comes before the
@@ -97,6 +97,8 @@ pub struct PodNetwork {
     pub nics: Vec<HostNic>,
     /// What the agent configures, the interfaces in the order of their devices.
     pub config: NetworkConfig,
+    /// Other interfaces that are up, of which it was said that the VM does not get them.
+    pub others: Vec<String>,
 }
 
 /// A virtio-net device to be.
@@ -162,7 +164,8 @@ pub fn complain<'a>(others: impl IntoIterator<Item = &'a String>) {
     for interface in others {
         tracing::warn!(
             interface,
-            "not a veth, macvlan or ipvlan: the VM does not get it"
+            "not a veth, macvlan or ipvlan with a MAC address and an MTU up to 65535: the VM does \
+             not get it"
         );
     }
 }
@@ -188,8 +191,11 @@ pub fn prepare(netns: &File, queues: u16) -> Result<PodNetwork, NetworkError> {
         for link in &seen.links {
             nics.push(join_one(netlink, link, queues).await?);
         }
-        let config = seen.config;
-        Ok(PodNetwork { nics, config })
+        Ok(PodNetwork {
+            nics,
+            config: seen.config,
+            others: seen.others,
+        })
     })
 }
 
@@ -211,15 +217,37 @@ pub fn join(netns: &File, link: &Link, queues: u16) -> Result<HostNic, NetworkEr
     with_netlink(netns, async |netlink| join_one(netlink, link, queues).await)
 }
 
+/// Joins an interface of `netns` to its tap, which is there. Blocks, as [`prepare`] does.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn rejoin(netns: &File, link: &Link) -> Result<(), NetworkError> {
+    with_netlink(netns, async |netlink| {
+        netlink.join(link, &link.tap_name()).await
+    })
+}
+
+/// Undoes the part of [`join`] that does not go with the taps: frames that come to the
+/// interface are the namespace's again.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn part(netns: &File, link: &Link) -> Result<(), NetworkError> {
+    with_netlink(netns, async |netlink| netlink.part(link).await)
+}
+
 async fn join_one(netlink: &Netlink, link: &Link, queues: u16) -> Result<HostNic, NetworkError> {
     let taps = tap::open(&link.tap_name(), queues)?;
+    let vhost = tap::open_vhost(queues)?;
     netlink.join(link, &link.tap_name()).await?;
     Ok(HostNic {
         index: link.index,
         mac: link.mac,
         mtu: link.mtu,
         taps,
-        vhost: tap::open_vhost(queues)?,
+        vhost,
     })
 }
 
@@ -261,12 +289,16 @@ fn in_netns<T: Send>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let inside = || {
             setns(netns, CloneFlags::CLONE_NEWNET)
                 .map_err(io::Error::from)
                 .map_err(system("enter the pod's network namespace"))?;
             work()
-        });
+        };
+        // A pod may have as many threads as its limit of processes says.
+        let worker = std::thread::Builder::new()
+            .spawn_scoped(scope, inside)
+            .map_err(system("start a thread"))?;
         worker.join().unwrap_or_else(|_| {
             Err(system("finish the network")(io::Error::other(
                 "the thread panicked",

@@ -22,8 +22,6 @@ use rtnetlink::{Handle, IpVersion, LinkUnspec};
 
 use super::{NetworkError, system};
 
-/// Longest interface name (`IFNAMSIZ` less the terminator).
-const MAX_NAME_BYTES: usize = 15;
 /// Every protocol (linux/if_ether.h), in network order as tcm_info has it.
 const ETH_P_ALL: u16 = 0x0003u16.to_be();
 /// Handle of the ingress queueing discipline, `ffff:`.
@@ -34,12 +32,15 @@ const DEFAULT_MTU: u32 = 1500;
 /// An interface a VM can stand in for.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// Its index, which no other of its namespace ever has.
+    /// Its index, which no other of its namespace has as long as it is there.
     pub index: u32,
     /// Its name now.
     pub name: String,
     /// Whether somebody has set it up.
     pub is_up: bool,
+    /// Whether something takes the frames that come to it. The kernel forgets that of one that
+    /// leaves the namespace, also if it comes back.
+    pub is_joined: bool,
     pub(super) mac: [u8; 6],
     pub(super) mtu: u16,
 }
@@ -55,15 +56,9 @@ enum Found {
 }
 
 impl Link {
-    /// Name of its tap: `tap_` and as much of the name as fits. Interfaces whose
-    /// first 11 bytes agree would clash, so the index takes over for long ones.
+    /// Name of its tap. Its own may be another's later, and be too long.
     pub(super) fn tap_name(&self) -> String {
-        let name = format!("tap_{}", self.name);
-        if name.len() <= MAX_NAME_BYTES {
-            name
-        } else {
-            format!("tap_{}", self.index)
-        }
+        format!("tap_{}", self.index)
     }
 }
 
@@ -88,13 +83,23 @@ impl Netlink {
         let messages = collect("list interfaces", self.handle.link().get().execute()).await?;
         let (mut links, mut others) = (Vec::new(), Vec::new());
         for message in messages {
-            match link(&message)? {
+            match link(&message) {
                 Found::Link(link) => links.push(link),
                 Found::Other(name) => others.push(name),
                 Found::Nothing => {}
             }
         }
         links.sort_by_key(|link| link.index);
+        let hooks = collect("list ingress hooks", self.handle.qdisc().get().execute()).await?;
+        for hook in hooks
+            .iter()
+            .filter(|hook| hook.header.parent == TcHandle::INGRESS)
+        {
+            let of_it = |link: &&mut Link| i32::try_from(link.index) == Ok(hook.header.index);
+            if let Some(link) = links.iter_mut().find(of_it) {
+                link.is_joined = true;
+            }
+        }
         Ok((links, others))
     }
 
@@ -116,15 +121,26 @@ impl Netlink {
             .build();
         let set = self.handle.link().set(settings).execute().await;
         set.map_err(refused("set up", tap))?;
-        self.redirect(link.index, index, &link.name).await?;
-        self.redirect(index, link.index, tap).await
+        // The interface's own is the last: nothing of a failure stays with it.
+        self.redirect(index, link.index, tap).await?;
+        self.redirect(link.index, index, &link.name).await
+    }
+
+    /// Lets the namespace have the frames that come to `link` again.
+    pub async fn part(&self, link: &Link) -> Result<(), NetworkError> {
+        self.remove_hook(interface_index(link.index, &link.name)?)
+            .await
+            .map_err(refused("remove the ingress hook of", &link.name))
+    }
+
+    async fn remove_hook(&self, index: i32) -> Result<(), rtnetlink::Error> {
+        let mut delete = self.handle.qdisc().del(index);
+        delete.message_mut().header.parent = TcHandle::INGRESS;
+        delete.execute().await
     }
 
     async fn redirect(&self, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
-        let index = i32::try_from(from).map_err(|_| NetworkError::Interface {
-            interface: name.into(),
-            what: "index",
-        })?;
+        let index = interface_index(from, name)?;
         let add = || self.handle.qdisc().add(index).ingress().execute();
         if let Err(error) = add().await {
             if !is_existing(&error) {
@@ -132,10 +148,7 @@ impl Netlink {
             }
             // Left by an earlier VM of this namespace, with a filter that points
             // to a tap that is gone.
-            let mut delete = self.handle.qdisc().del(index);
-            delete.message_mut().header.parent = TcHandle::INGRESS;
-            delete
-                .execute()
+            self.remove_hook(index)
                 .await
                 .map_err(refused("remove the old ingress hook of", name))?;
             add()
@@ -244,6 +257,13 @@ fn refused(action: &'static str, interface: &str) -> impl FnOnce(rtnetlink::Erro
     }
 }
 
+fn interface_index(index: u32, name: &str) -> Result<i32, NetworkError> {
+    i32::try_from(index).map_err(|_| NetworkError::Interface {
+        interface: name.into(),
+        what: "index",
+    })
+}
+
 fn is_existing(error: &rtnetlink::Error) -> bool {
     matches!(error, rtnetlink::Error::NetlinkError(message)
         if message.raw_code() == -libc::EEXIST)
@@ -265,7 +285,7 @@ fn names(links: &[Link]) -> Names<'_> {
 
 /// An interface if it is one of those CNI plugins make for pods. Others (the
 /// loopback, our own taps, a kernel's fallback tunnels, a device moved in whole) stay.
-fn link(message: &LinkMessage) -> Result<Found, NetworkError> {
+fn link(message: &LinkMessage) -> Found {
     let mut name = String::new();
     let mut mac = None;
     let mut mtu = DEFAULT_MTU;
@@ -285,23 +305,24 @@ fn link(message: &LinkMessage) -> Result<Found, NetworkError> {
     let is_up = message.header.flags.contains(LinkFlags::Up);
     if !is_known || message.header.link_layer_type != LinkLayerType::Ether {
         let is_expected = !is_tap && !message.header.flags.contains(LinkFlags::Loopback);
-        return Ok(if is_up && is_expected {
+        return if is_up && is_expected {
             Found::Other(name)
         } else {
             Found::Nothing
-        });
+        };
     }
-    let missing = |what| NetworkError::Interface {
-        interface: name.clone(),
-        what,
-    };
-    Ok(Found::Link(Link {
-        index: message.header.index,
-        is_up,
-        mac: mac.ok_or_else(|| missing("MAC address"))?,
-        mtu: u16::try_from(mtu).map_err(|_| missing("MTU"))?,
-        name,
-    }))
+    match (mac, u16::try_from(mtu)) {
+        (Some(mac), Ok(mtu)) => Found::Link(Link {
+            index: message.header.index,
+            is_up,
+            is_joined: false,
+            mac,
+            mtu,
+            name,
+        }),
+        _ if is_up => Found::Other(name),
+        _ => Found::Nothing,
+    }
 }
 
 fn is_pod_kind(info: &LinkInfo) -> bool {
@@ -404,4 +425,34 @@ fn neighbor(message: &NeighbourMessage, names: &Names<'_>) -> Option<agent::Neig
 
 fn mac_text(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The others are the VM's all the same.
+    #[test]
+    fn interface_that_no_card_can_stand_for_is_a_stranger() {
+        let found = |mac: &[u8], mtu, flags| {
+            let mut message = LinkMessage::default();
+            message.header.link_layer_type = LinkLayerType::Ether;
+            message.header.flags = flags;
+            message.attributes = vec![
+                LinkAttribute::IfName("net1".into()),
+                LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]),
+                LinkAttribute::Address(mac.to_vec()),
+                LinkAttribute::Mtu(mtu),
+            ];
+            link(&message)
+        };
+        let up = LinkFlags::Up;
+        assert!(matches!(found(&[2; 6], 65535, up), Found::Link(link) if link.mtu == 65535));
+        assert!(matches!(found(&[2; 6], 65536, up), Found::Other(name) if name == "net1"));
+        assert!(matches!(found(&[2; 8], 1500, up), Found::Other(_)));
+        assert!(matches!(
+            found(&[], 1500, LinkFlags::empty()),
+            Found::Nothing
+        ));
+    }
 }

@@ -228,12 +228,45 @@ fn taps_are_no_strangers() {
     let Some(netns) = Netns::new() else { return };
     netns.ip("link add br7 type bridge");
     netns.ip("link set br7 up");
-    let tap = netns.run(|| tap::open("tap_eth0", 1).unwrap());
-    netns.ip("link set tap_eth0 up");
+    let tap = netns.run(|| tap::open("tap_2", 1).unwrap());
+    netns.ip("link set tap_2 up");
     let seen = look(&netns.0).unwrap();
     drop(tap);
     assert_eq!(seen.others, ["br7"]);
     assert!(seen.links.is_empty());
+}
+
+#[test]
+fn an_interface_is_renamed_and_another_has_its_name() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let first = prepare(&pod.0, 1).unwrap();
+    pod.ip("link set eth0 down");
+    pod.ip("link set eth0 name eth1");
+    pod.ip("link add eth0 type veth peer name far0");
+    let links = look(&pod.0).unwrap().links;
+    let second = links.iter().find(|link| link.name == "eth0").unwrap();
+    let second = join(&pod.0, second, 1).unwrap();
+    assert_ne!(first.nics[0].index, second.index);
+}
+
+#[tokio::test]
+async fn what_changes_at_once_is_heard_of_once() {
+    let Some(netns) = Netns::new() else { return };
+    let changes = follow::Changes::of(&netns.0).unwrap();
+    netns.ip("addr add 192.0.2.1/32 dev lo");
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        // The first has been heard of, and nothing else goes on in this thread meanwhile.
+        netns.ip("addr add 192.0.2.2/32 dev lo");
+    };
+    let (heard, ()) = tokio::join!(changes.next(), later);
+    heard.unwrap();
+    let again = tokio::time::timeout(Duration::from_millis(300), changes.next()).await;
+    assert!(again.is_err(), "twice");
+    netns.ip("addr del 192.0.2.2/32 dev lo");
+    changes.next().await.unwrap();
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! ```text
 //! something has changed there -> look
 //!   an interface is gone:         the guest lets go of its card, which is taken out
+//!   one was gone meanwhile:       joined to its tap again
 //!   one is up that has no card:   joined to a tap, a card put in
 //!   else what the guest has
 //!   differs from what it should:  the agent is told
@@ -10,6 +11,11 @@
 //! So an interface that a plugin adds to a running pod comes with its addresses, routes,
 //! rules and neighbours, whichever it gets when, and goes when the plugin takes it away.
 //! It comes when it is up, as plugins rename before that.
+//!
+//! What the guest does not do of what it is told is in doubt: it is told all again, a second
+//! later and then more and more seldom, and all that it may have and should not is taken
+//! away from it. What it says and how often is its own affair, so only the first of several
+//! refusals is a line in the log.
 //!
 //! Cards are put in at bus 0, where nothing tells the guest; it looks there when the
 //! agent is told of an interface whose card it does not know. The guest's own hot-plug
@@ -22,26 +28,35 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nacre_protocol::agent::{NetworkConfig, RemoveCardRequest, UpdateNetworkRequest};
+use nacre_protocol::agent::{Interface, NetworkConfig, RemoveCardRequest, UpdateNetworkRequest};
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::vm::slot_address;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{SandboxError, blocking};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::network::follow::{Changes, difference, forget};
-use crate::network::{self, Link, NetworkError, PodNetwork, Seen};
+use crate::network::follow::{self, Changes, forget, lack, surplus};
+use crate::network::{self, HostNic, Link, NetworkError, PodNetwork, Seen};
 use crate::task::agent_message;
 
 /// Time the guest has to let go of a card, or to be told what has changed.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(20);
+/// Until what it did not do is tried again, the first time;
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// each time twice as long, but no longer than this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// A machine's cards and what its guest knows of them.
 #[derive(Debug)]
 pub struct Cards {
     cards: Vec<Card>,
+    /// What the guest has,
     given: NetworkConfig,
+    /// and what it may have, which is more after it refused something.
+    possible: NetworkConfig,
+    /// Interfaces that the machine does not get.
+    others: HashSet<String>,
 }
 
 #[derive(Debug)]
@@ -50,21 +65,51 @@ struct Card {
     index: u32,
     /// On bus 0.
     slot: u8,
+    /// That it was made with.
+    mtu: u16,
+    /// Whether it is known that its interface's is larger by now.
+    is_outgrown: bool,
+}
+
+impl Card {
+    fn new(nic: &HostNic, slot: u8) -> Self {
+        Self {
+            index: nic.index,
+            slot,
+            mtu: nic.mtu,
+            is_outgrown: false,
+        }
+    }
+
+    /// Has the guest's interface have no larger MTU than the card, which its kernel would
+    /// refuse (virtio 1.2, 5.1.4.2).
+    fn bound(&mut self, interface: &mut Interface) {
+        let most = u32::from(self.mtu);
+        if interface.mtu > most && !self.is_outgrown {
+            let (name, mtu) = (&interface.name, interface.mtu);
+            warn!(name, mtu, most, "the guest's network card keeps its MTU");
+            self.is_outgrown = true;
+        }
+        interface.mtu = interface.mtu.min(most);
+    }
 }
 
 impl Cards {
     /// Those of a machine that boots with `network`, in slots from `first_slot` on.
     pub fn new(network: PodNetwork, first_slot: u8) -> Self {
-        let indices = network.nics.iter().map(|nic| nic.index);
-        let cards = indices
-            .zip(first_slot..=u8::MAX)
-            .map(|(index, slot)| Card { index, slot });
-        let cards: Vec<_> = cards.collect();
+        let nics = network.nics.iter().zip(first_slot..=u8::MAX);
+        let cards: Vec<_> = nics.map(|(nic, slot)| Card::new(nic, slot)).collect();
         let mut given = network.config;
         for (interface, card) in given.interfaces.iter_mut().zip(&cards) {
             interface.card = slot_address(card.slot);
         }
-        Self { cards, given }
+        let possible = given.clone();
+        Self {
+            cards,
+            given,
+            possible,
+            others: network.others.into_iter().collect(),
+        }
     }
 
     /// What the guest is to be given first.
@@ -78,11 +123,14 @@ impl Cards {
 
     /// What the guest should have of `seen`: all of the interfaces with cards, and the
     /// rules.
-    fn wanted(&self, seen: Seen) -> NetworkConfig {
+    fn wanted(&mut self, seen: Seen) -> NetworkConfig {
         let mut wanted = seen.config;
         for (interface, link) in wanted.interfaces.iter_mut().zip(&seen.links) {
-            let card = self.cards.iter().find(|card| card.index == link.index);
-            interface.card = card.map_or_else(String::new, |card| slot_address(card.slot));
+            let mut cards = self.cards.iter_mut();
+            if let Some(card) = cards.find(|card| card.index == link.index) {
+                interface.card = slot_address(card.slot);
+                card.bound(interface);
+            }
         }
         wanted.interfaces.retain(|one| !one.card.is_empty());
         let names = wanted.interfaces.iter().map(|one| one.name.clone());
@@ -90,6 +138,19 @@ impl Cards {
         wanted.routes.retain(|one| names.contains(&one.device));
         wanted.neighbors.retain(|one| names.contains(&one.device));
         wanted
+    }
+
+    /// The guest is told to have `added` as well: until it says that it has, it may have any
+    /// part of it, and of what it had.
+    fn doubt(&mut self, added: &NetworkConfig) {
+        follow::join(&mut self.possible, added);
+        self.given = NetworkConfig::default();
+    }
+
+    /// It has this.
+    fn trust(&mut self, config: NetworkConfig) {
+        self.possible.clone_from(&config);
+        self.given = config;
     }
 }
 
@@ -122,20 +183,25 @@ impl Follower {
     }
 
     async fn keep_up(&mut self) -> Result<(), NetworkError> {
-        let changes = Changes::of(&self.netns)?;
-        let mut complained = Complained::default();
+        let netns = self.netns.clone();
+        let changes = blocking(move || Changes::of(&netns)).await?;
+        let mut complained = Complained {
+            others: std::mem::take(&mut self.cards.others),
+            refused: HashSet::new(),
+        };
+        let mut pause = None;
         loop {
-            if let Err(error) = self.catch_up(&mut complained).await {
-                let error = chain(&error);
-                warn!(error, "the guest's network is not as the pod's");
-            }
-            changes
-                .next()
-                .await
-                .map_err(|source| NetworkError::System {
+            pause = match self.catch_up(&mut complained).await {
+                Ok(()) => None,
+                Err(error) => Some(behind(&error, pause)),
+            };
+            tokio::select! {
+                heard = changes.next() => heard.map_err(|source| NetworkError::System {
                     action: "hear of changes of the pod's network",
                     source,
-                })?;
+                })?,
+                () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => (),
+            }
         }
     }
 
@@ -143,7 +209,10 @@ impl Follower {
         let netns = self.netns.clone();
         let seen = blocking(move || network::look(&netns)).await?;
         complained.of(&seen);
-        self.take_out(&seen).await;
+        if self.take_out(&seen).await {
+            complained.refused.clear();
+        }
+        let rejoined = self.rejoin(&seen).await;
         for link in &seen.links {
             // One that was refused is not tried again at its own tap's coming and going.
             let is_new = !self.cards.has(link) && !complained.refused.contains(&link.index);
@@ -156,53 +225,81 @@ impl Follower {
                 complained.refused.insert(link.index);
             }
         }
-        self.tell(seen).await
+        let told = self.tell(seen).await;
+        rejoined.and(told)
     }
 
-    async fn take_out(&mut self, seen: &Seen) {
+    /// Joins interfaces to their cards that are no more.
+    async fn rejoin(&self, seen: &Seen) -> Result<(), SandboxError> {
+        let parted = |link: &&Link| self.cards.has(link) && !link.is_joined;
+        for link in seen.links.iter().filter(parted) {
+            let (netns, parted) = (self.netns.clone(), link.clone());
+            blocking(move || network::rejoin(&netns, &parted)).await?;
+            info!(interface = link.name, "joined to its card again");
+        }
+        Ok(())
+    }
+
+    /// Takes out the cards of interfaces that are gone; whether there were some.
+    async fn take_out(&mut self, seen: &Seen) -> bool {
         let is_there = |card: &Card| seen.links.iter().any(|link| link.index == card.index);
         let cards = std::mem::take(&mut self.cards.cards);
         let (kept, gone): (_, Vec<Card>) = cards.into_iter().partition(is_there);
         self.cards.cards = kept;
+        let is_any = !gone.is_empty();
         for Card { slot, .. } in gone {
             let card = slot_address(slot);
             forget(&mut self.cards.given, &card);
+            forget(&mut self.cards.possible, &card);
             let request = RemoveCardRequest {
                 card: card.clone(),
                 ..Default::default()
             };
             let context = ttrpc::context::with_duration(GUEST_TIMEOUT);
-            if let Err(error) = self.agent.remove_card(context, &request).await {
-                let error = agent_message(&error);
+            let let_go = self.agent.remove_card(context, &request).await;
+            if let Err(error) = &let_go {
+                let error = agent_message(error);
                 warn!(card, error, "the guest does not let go of its network card");
             }
-            match self.machine.remove_nic(slot).await {
+            match self.machine.remove_nic(slot, let_go.is_ok()).await {
                 Ok(()) => info!(card, "network card taken out"),
                 Err(error) => warn!(card, error = chain(&error), "network card not taken out"),
             }
         }
+        is_any
     }
 
     async fn put_in(&mut self, link: &Link) -> Result<(), SandboxError> {
         let (netns, queues) = (self.netns.clone(), self.queues);
         let joined = link.clone();
         let nic = blocking(move || network::join(&netns, &joined, queues)).await?;
-        let slot = self.machine.add_nic(&nic).await?;
-        info!(interface = link.name, slot, "network card put in");
-        let index = link.index;
-        self.cards.cards.push(Card { index, slot });
-        Ok(())
+        match self.machine.add_nic(&nic).await {
+            Ok(slot) => {
+                info!(interface = link.name, slot, "network card put in");
+                self.cards.cards.push(Card::new(&nic, slot));
+                Ok(())
+            }
+            Err(error) => {
+                let (netns, parted) = (self.netns.clone(), link.clone());
+                if let Err(error) = blocking(move || network::part(&netns, &parted)).await {
+                    let (interface, error) = (&link.name, chain(&error));
+                    warn!(interface, error, "frames to an interface are lost");
+                }
+                Err(error.into())
+            }
+        }
     }
 
-    /// Tells the agent what has changed. What it does not take, it is told again with
-    /// the next change.
+    /// Tells the agent what has changed.
     async fn tell(&mut self, seen: Seen) -> Result<(), SandboxError> {
         let wanted = self.cards.wanted(seen);
-        let (removed, added) = difference(&self.cards.given, &wanted);
+        let removed = surplus(&self.cards.possible, &wanted);
+        let added = lack(&self.cards.given, &wanted);
         let nothing = NetworkConfig::default();
         if removed == nothing && added == nothing {
             return Ok(());
         }
+        self.cards.doubt(&added);
         let request = UpdateNetworkRequest {
             removed: Some(removed).into(),
             added: Some(added).into(),
@@ -214,17 +311,36 @@ impl Follower {
             what: "change the network",
             answer,
         })?;
-        self.cards.given = wanted;
+        self.cards.trust(wanted);
         Ok(())
     }
 }
 
+/// Says that the guest's network is not as the pod's, after a pause since the last failure if
+/// that was one, too; how long the next one is.
+fn behind(error: &SandboxError, pause: Option<Duration>) -> Duration {
+    let error = chain(error);
+    match pause {
+        None => {
+            warn!(
+                error,
+                "the guest's network is not as the pod's; tried again"
+            );
+            FIRST_PAUSE
+        }
+        Some(pause) => {
+            debug!(error, "the guest's network is still not as the pod's");
+            (pause * 2).min(LONGEST_PAUSE)
+        }
+    }
+}
+
 /// What was said once already.
-#[derive(Default)]
 struct Complained {
     /// Interfaces no machine gets.
     others: HashSet<String>,
-    /// Those that this one did not get, by their indices, which are not used again.
+    /// Those that this one did not get, by their indices, as long as they are up and it has no
+    /// more room than then.
     refused: HashSet<u32>,
 }
 
@@ -233,6 +349,11 @@ impl Complained {
         let new = seen.others.iter();
         network::complain(new.filter(|other| !self.others.contains(*other)));
         self.others = seen.others.iter().cloned().collect();
+        let is_up = |index: &u32| {
+            let mut links = seen.links.iter();
+            links.any(|link| link.index == *index && link.is_up)
+        };
+        self.refused.retain(is_up);
     }
 }
 

@@ -127,7 +127,7 @@ impl Machine for Silent {
         Err(MachineError::Stopped(Stop::Died))
     }
 
-    async fn remove_nic(&self, _: u8) -> Result<(), MachineError> {
+    async fn remove_nic(&self, _: u8, _: bool) -> Result<(), MachineError> {
         Err(MachineError::Stopped(Stop::Died))
     }
 

@@ -44,6 +44,7 @@ use crate::hooks;
 use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
 use crate::network::PodNetwork;
 use crate::oci::{self, kubernetes};
+use crate::oom;
 use crate::rundir::{DEATH_WAIT, Proc, RunDir, RunDirError, State};
 use crate::storage::{self, Prepared, StorageError};
 use crate::virtiofsd;
@@ -70,6 +71,8 @@ struct Parts {
     devices: Vec<AssignedDevice>,
     /// Slots for devices of containers that join the pod.
     pci_slots: u8,
+    /// What its containers ask for.
+    oom_score_adj: Option<i32>,
     state: State,
 }
 
@@ -77,6 +80,17 @@ impl Parts {
     /// Whether devices of the host reach the pod's memory, or may later.
     fn is_pinned(&self) -> bool {
         !self.devices.is_empty() || self.pci_slots > 0
+    }
+
+    /// Has the host's kernel end the machine before the shim.
+    fn expose(&self) {
+        let monitor = self.machine.as_ref().map(|machine| machine.pid());
+        let file_server = self.virtiofsd.as_ref().map(Child::id);
+        for pid in monitor.into_iter().chain(file_server) {
+            if let Err(error) = oom::expose(pid, self.oom_score_adj) {
+                warn!(pid, %error, "oom_score_adj stays as it is");
+            }
+        }
     }
 }
 
@@ -353,7 +367,9 @@ impl VmHost {
         memory_mib: u32,
     ) -> Result<(), SandboxError> {
         let (cgroup, is_pinned) = {
-            let parts = crate::task::lock(&self.parts);
+            let mut parts = crate::task::lock(&self.parts);
+            parts.oom_score_adj = Limits::together(containers).oom_score_adj;
+            parts.expose();
             (parts.cgroup.clone(), parts.is_pinned())
         };
         let Some(cgroup) = cgroup else {
@@ -379,7 +395,14 @@ impl VmHost {
             .and_then(|linux| linux.cgroups_path().clone())
             .map(|path| path.display().to_string())
             .filter(|path| !path.is_empty());
+        // The sandbox container asks for itself, which is no process.
+        let oom_score_adj = if kubernetes::is_sandbox(spec) {
+            None
+        } else {
+            Limits::of(spec).oom_score_adj
+        };
         self.record(|parts| {
+            parts.oom_score_adj = oom_score_adj;
             parts.state.uid = Some(uid);
             parts.state.cgroup.clone_from(&path);
             parts.state.netns.clone_from(&netns.path);
@@ -422,6 +445,7 @@ impl VmHost {
         self.record(|parts| {
             parts.state.monitor = Proc::of(machine.pid());
             parts.machine = Some(machine.clone());
+            parts.expose();
         })?;
         Ok(machine)
     }
@@ -437,6 +461,7 @@ impl VmHost {
         self.record(|parts| {
             parts.state.virtiofsd = Proc::of(child.id());
             parts.virtiofsd = Some(child);
+            parts.expose();
         })?;
         Ok(socket)
     }
@@ -507,18 +532,26 @@ impl VmHost {
             None
         };
         let run_dir = self.run_dir.clone();
-        let result = blocking(move || {
+        let is_removed = blocking(move || {
             if is_gone {
                 run_dir.claims().release(&run_dir);
             }
-            if let Some(mut child) = virtiofsd {
-                child.kill()?;
-                child.wait()?;
+            if let Some(mut child) = virtiofsd
+                && let Err(error) = child.kill().and_then(|()| child.wait())
+            {
+                warn!(%error, "virtiofsd does not end");
             }
-            cgroup.map_or(Ok(()), |cgroup| cgroup.remove().map_err(io::Error::other))
+            let removed = cgroup.map(|cgroup| cgroup.remove());
+            if let Some(Err(error)) = &removed {
+                warn!(error = chain(error), "cgroup stays");
+            }
+            matches!(removed, Some(Ok(())))
         });
-        if let Err(error) = result.await {
-            warn!(error = chain(&error), "teardown incomplete");
+        // Its name may be another's from now on.
+        if is_removed.await
+            && let Err(error) = self.record(|parts| parts.state.cgroup = None)
+        {
+            warn!(error = chain(&error), "state not written");
         }
     }
 }

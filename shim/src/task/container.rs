@@ -25,7 +25,6 @@ use nacre_protocol::guest::START_SECONDS;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info};
-use ttrpc::context::with_duration;
 
 use super::TaskError;
 use super::io::{StdioPaths, Streams};

@@ -18,9 +18,10 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use crate::cgroup;
+use crate::sandbox::blocking;
 
 /// The program's descriptors: stdout, stderr, ready.
 const FIRST_FD: RawFd = 3;
@@ -77,14 +78,24 @@ pub async fn spawn(uri: &str, owner: Owner<'_>) -> io::Result<(pipe::Sender, pip
     // the parent keeps open until after the spawn; it allocates nothing.
     unsafe { command.pre_exec(move || inherit(raw)) };
     // Dropped, it is still reaped by the runtime when it ends.
-    let mut program = command.spawn()?;
-    drop(inherited);
+    let mut program = start(command, inherited).await?;
     if let Err(error) = wait_ready(File::from(OwnedFd::from(ready_read))).await {
         // Nobody would end it; it may have ended by itself.
         let _ = program.start_kill();
         return Err(error);
     }
     Ok((sender(stdout)?, sender(stderr)?))
+}
+
+/// Starts a program with what is open for it until then. That waits for its execve, before
+/// which it moves to another cgroup: milliseconds, and on a busy host many more.
+async fn start(mut command: Command, inherited: impl Send + 'static) -> io::Result<Child> {
+    blocking(move || {
+        let child = command.spawn();
+        drop(inherited);
+        child
+    })
+    .await
 }
 
 fn inherit(fds: [RawFd; 3]) -> io::Result<()> {
@@ -208,6 +219,33 @@ mod tests {
         while Path::new(&process).exists() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Nothing else would go on in the shim meanwhile.
+    #[tokio::test]
+    async fn a_program_that_is_slow_to_start_holds_nobody_up() {
+        let (ready, go_on) = io::pipe().unwrap();
+        let fd = ready.as_raw_fd();
+        let wait = move || {
+            let mut fd = libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one descriptor, which is here.
+            match unsafe { libc::poll(&raw mut fd, 1, 20_000) } {
+                1 => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+            }
+        };
+        let mut command = Command::new("true");
+        // SAFETY: between fork and exec the closure makes one system call.
+        unsafe { command.pre_exec(wait) };
+        let started = tokio::spawn(start(command, ready));
+        tokio::task::yield_now().await;
+        io::Write::write_all(&mut &go_on, b"x").unwrap();
+        let mut child = started.await.unwrap().unwrap();
+        assert!(child.wait().await.unwrap().success());
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use nacre_tests::Scene;
+use nacre_tests::{CONTAINERD_2, Scene};
 use serde_json::{Value, json};
 
 const DIRECTORY: &str = "/tmp/e2e-hooks";
@@ -93,7 +93,7 @@ fn what_a_hook_leaves_is_the_host_s_and_not_the_pod_s() {
     let unmounted = Command::new("umount").arg(&mounted).output().unwrap();
     assert!(unmounted.status.success(), "{unmounted:?}");
     let group = fs::read_to_string(Path::new(DIRECTORY).join("group")).unwrap();
-    assert_eq!(group, "0::/system.slice/containerd.service\n");
+    assert_eq!(group, CONTAINERD_2.cgroup());
 }
 
 #[test]

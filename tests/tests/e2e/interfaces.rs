@@ -41,6 +41,13 @@ impl Netns {
         run("nsenter", &all).exits(0);
     }
 
+    /// Writes a file as it is in it.
+    fn write(&self, file: &str, text: &str) {
+        let option = format!("--net={}", self.path.display());
+        let script = format!("echo {text} > {file}");
+        run("nsenter", &[&option, "sh", "-c", &script]).exits(0);
+    }
+
     /// Moves an interface of the host into it, as `name`.
     fn take(&self, link: &str, name: &str) {
         let path = self.path.display();
@@ -188,6 +195,32 @@ fn macvlan_and_ipvlan_with_ipv6_alone() {
     }
 }
 
+/// As one whose guest has had the monitor make as many threads as there may be. The
+/// shim goes on, and catches up when there is room again.
+#[test]
+fn pod_at_its_limit_of_processes_lives_and_catches_up() {
+    let mut scene = Scene::new();
+    let netns = Netns::new("full");
+    netns.veth("eth0", "e2e-full", 1500);
+    netns.ip("link set eth0 up");
+    netns.ip("addr add 10.77.0.5/24 dev eth0");
+    let id = netns.start(&mut scene);
+    let limit = format!("/sys/fs/cgroup/default/{id}/pids.max");
+    fs::write(&limit, "1").unwrap();
+    netns.ip("addr add 10.79.0.5/24 dev eth0");
+    let log = format!("/run/nacre/default/{id}/log");
+    eventually("the shim cannot look", || {
+        fs::read_to_string(&log)
+            .unwrap()
+            .contains("cannot start a thread")
+    });
+    fs::write(&limit, "max").unwrap();
+    eventually("the guest has another address", || {
+        let said = scene.exec(&id, &[], &["ip", "addr", "show", "dev", "eth0"]);
+        said.stdout.contains("10.79.0.5/24")
+    });
+}
+
 /// As a CNI plugin gives an interface to a pod that runs, and takes it away again.
 #[test]
 fn interface_comes_and_goes_while_the_container_runs() {
@@ -197,6 +230,8 @@ fn interface_comes_and_goes_while_the_container_runs() {
     Netns::host("addr add 10.77.0.1/24 dev e2e-first");
     netns.ip("link set eth0 up");
     netns.ip("addr add 10.77.0.5/24 dev eth0");
+    let promote = "/proc/sys/net/ipv4/conf/eth0/promote_secondaries";
+    netns.write(promote, "1");
     let id = netns.start(&mut scene);
     let shell = |script: &str| scene.exec(&id, &[], &["sh", "-c", script]);
 
@@ -238,6 +273,12 @@ fn interface_comes_and_goes_while_the_container_runs() {
         shell("ip addr show dev eth0")
             .stdout
             .contains("10.77.0.6/24")
+    });
+    run("ping", &["-c", "2", "-W", "20", "10.77.0.6"]).exits(0);
+    // As plugins replace it: the other is the first of its subnet then, on both sides.
+    netns.ip("addr del 10.77.0.5/24 dev eth0");
+    eventually("the guest has the other address alone", || {
+        !shell("ip addr show dev eth0").stdout.contains("10.77.0.5")
     });
     run("ping", &["-c", "2", "-W", "20", "10.77.0.6"]).exits(0);
     Netns::host("link delete e2e-first");

@@ -158,6 +158,29 @@ fn memory_grows_beyond_the_machine_and_is_given_back() {
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 
+fn oom_score_adj(pid: &str) -> i32 {
+    let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// Also when containerd's unit spares it and all that it starts.
+#[test]
+fn the_kernel_prefers_the_machine_to_the_shim() {
+    let mut scene = Scene::new();
+    for wanted in [None, Some(700)] {
+        let id = scene.start_spec(|spec| {
+            if let Some(wanted) = wanted {
+                spec["process"]["oomScoreAdj"] = json!(wanted);
+            }
+            spec["process"]["args"] = json!(["sleep", "3600"]);
+        });
+        let monitor = pid_of(&scene, &id);
+        let shim = oom_score_adj(&status_of(&monitor)["PPid"]);
+        let expected = wanted.unwrap_or(i32::MIN).max(shim + 100);
+        assert_eq!(oom_score_adj(&monitor), expected);
+    }
+}
+
 /// As when the overhead is not enough.
 #[test]
 fn a_full_cgroup_ends_the_machine_and_not_the_shim() {

@@ -25,32 +25,36 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// What each process in a pod's cgroup is, by pid. Fails the test when one is not the pod's.
-#[track_caller]
+/// What each process in a pod's cgroup is, by pid.
 fn processes(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
     let monitor = pod.monitor();
     let kind = |pid: u32| {
-        let line = read(format!("/proc/{pid}/cmdline")).replace('\0', " ");
-        match line {
+        // One that is gone has none.
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+        Some(match line.replace('\0', " ") {
             _ if pid == monitor => "monitor",
             line if line.contains("virtiofsd") => "virtiofsd",
             line if line.contains(&pod.id) && line.ends_with("serve ") => "shim",
-            line => panic!("{line} is not the pod's"),
-        }
+            _ => "another",
+        })
     };
     let pids = read(group.join("cgroup.procs"));
     let pids = pids.lines().map(|pid| pid.parse().unwrap());
-    pids.map(|pid| (pid, kind(pid))).collect()
+    pids.filter_map(|pid| Some((pid, kind(pid)?))).collect()
 }
 
-/// Fails the test unless the pod's group is there, and shim, monitor and file server are in it.
+/// Fails the test unless the pod's group is there, and shim, monitor and file server are in it,
+/// and nothing else that stays.
 #[track_caller]
 fn holds_the_pod(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
     assert_eq!(pod.cgroup(), group);
-    let processes = processes(pod, group);
-    let kinds: BTreeSet<&str> = processes.values().copied().collect();
-    assert_eq!(kinds, BTreeSet::from(["monitor", "shim", "virtiofsd"]));
-    processes
+    let mut all = BTreeMap::new();
+    eventually("the pod's processes alone are in its group", || {
+        all = processes(pod, group);
+        let kinds: BTreeSet<&str> = all.values().copied().collect();
+        kinds == BTreeSet::from(["monitor", "shim", "virtiofsd"])
+    });
+    all
 }
 
 /// kubeadm's default is the systemd driver: the pod's parent is a slice then, and what
@@ -58,13 +62,20 @@ fn holds_the_pod(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
 fn a_pod_below_a_slice(scene: &PodScene) {
     let pod = scene.pod("sliced").in_slice().limits(256, 1).run();
     let app = pod.container("app", SLEEP);
-    let app = app.resources(|resources| resources.memory_limit_in_bytes = 256 << 20);
+    let app = app.resources(|resources| {
+        resources.memory_limit_in_bytes = 256 << 20;
+        // As a burstable pod's.
+        resources.oom_score_adj = 700;
+    });
     let app = app.start();
     let parent = pod.config.linux.as_ref().unwrap().cgroup_parent.clone();
     assert!(parent.ends_with(".slice"), "{parent}");
     let parent = PathBuf::from(format!("/sys/fs/cgroup{parent}"));
     let group = parent.join(format!("cri-containerd-{}.scope", pod.id));
-    holds_the_pod(&pod, &group);
+    for (pid, kind) in holds_the_pod(&pod, &group) {
+        let score = read(format!("/proc/{pid}/oom_score_adj"));
+        assert_eq!(score.trim() == "700", kind != "shim", "{kind}: {score}");
+    }
     app.exec(&["echo", "here"]).exits(0).prints("here\n");
     let limit = read(group.join("memory.max"));
     assert_ne!(limit.trim(), "max");

@@ -6,12 +6,15 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::run;
 
 const MANY: u64 = 64 << 20;
 const MORE: u64 = 1 << 30;
+/// Time for a transfer of so many.
+const LONG: Duration = Duration::from_secs(900);
 /// The lab's bridge; and where the servers listen.
 const HOST: &str = "10.88.0.1:7100";
 const PORT: u16 = 7100;
@@ -139,8 +142,17 @@ fn host_sends(protocol: &str, to: &str, bytes: u64) {
     println!("from the host: {}", sent.exits(0).stdout);
 }
 
+/// With enough time for a transfer.
+fn scene_for(bytes: u64) -> PodScene {
+    if bytes > MANY {
+        PodScene::within(LONG)
+    } else {
+        PodScene::new()
+    }
+}
+
 fn tcp_between_pods(bytes: u64) {
-    let scene = PodScene::new();
+    let scene = scene_for(bytes);
     let program = program(&scene);
     let [one, other] = ["one", "other"].map(|name| Peer::start(&scene, &program, name));
     one.is_offloaded(FROM, || one.sends("tcp", &other.address(), bytes));
@@ -148,7 +160,7 @@ fn tcp_between_pods(bytes: u64) {
 }
 
 fn tcp_between_pod_and_host(bytes: u64) {
-    let scene = PodScene::new();
+    let scene = scene_for(bytes);
     let pod = Peer::start(&scene, &program(&scene), "pod");
     let _host = HostServer::start();
     pod.is_offloaded(FROM, || pod.sends("tcp", HOST, bytes));
@@ -157,7 +169,7 @@ fn tcp_between_pod_and_host(bytes: u64) {
 
 /// That the senders have the kernel cut datagrams takes checksum offload.
 fn udp_between_pods(bytes: u64) {
-    let scene = PodScene::new();
+    let scene = scene_for(bytes);
     let program = program(&scene);
     let [one, other] = ["one", "other"].map(|name| Peer::start(&scene, &program, name));
     one.sends("udp", &other.address(), bytes);
@@ -165,7 +177,7 @@ fn udp_between_pods(bytes: u64) {
 }
 
 fn udp_between_pod_and_host(bytes: u64) {
-    let scene = PodScene::new();
+    let scene = scene_for(bytes);
     let pod = Peer::start(&scene, &program(&scene), "pod");
     let _host = HostServer::start();
     pod.sends("udp", HOST, bytes);

@@ -113,8 +113,9 @@ impl Sender {
                     self.first = next;
                     silences = 0;
                 }
-                // Of a datagram that came twice.
-                Some((next, _)) if next < self.first => continue,
+                // Of a question that came twice. If it were sent again for that, there would be
+                // two answers to each burst from then on.
+                Some((next, _)) if next <= self.first => continue,
                 _ => silences += 1,
             }
             ensure!(silences < MAX_SILENCES, "nothing arrives any more");
@@ -220,6 +221,11 @@ mod tests {
 
     /// A receiver that does not hear each datagram for which `loses` says so.
     fn lossy(loses: impl Fn(u32) -> bool + Send + 'static) -> SocketAddr {
+        receiver(loses, 1)
+    }
+
+    /// The same, which says all so many times.
+    fn receiver(loses: impl Fn(u32) -> bool + Send + 'static, times: usize) -> SocketAddr {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = socket.local_addr().unwrap();
         std::thread::spawn(move || {
@@ -231,11 +237,20 @@ mod tests {
                     continue;
                 }
                 if let Some(answer) = take(&mut transfers, &datagram[..len]) {
-                    socket.send_to(&answer, from).unwrap();
+                    for _ in 0..times {
+                        socket.send_to(&answer, from).unwrap();
+                    }
                 }
             }
         });
         address
+    }
+
+    #[test]
+    fn what_is_answered_twice_is_not_sent_again() {
+        let address = receiver(|_| false, 2);
+        let bytes = 4 * (BURST * PAYLOAD) as u64;
+        assert_eq!(send(address, bytes).unwrap(), 0);
     }
 
     #[test]

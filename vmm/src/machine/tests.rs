@@ -101,18 +101,30 @@ fn running_vcpus_are_stopped() {
 
 #[test]
 fn devices_come_and_go_while_vcpus_run() {
-    // jmp to itself
-    let Some(mut parts) = parts(&[0xeb, 0xfe], 1) else {
+    // mov eax, [id of what is in slot 2]; mov eax, [its status]; jmp back
+    let mut code = Vec::new();
+    for address in [
+        layout::ECAM_START + (2 << 15),
+        PciRoot::bar_address(2) + 0x14,
+    ] {
+        code.push(0xa1);
+        code.extend(u32::try_from(address).unwrap().to_le_bytes());
+    }
+    code.extend([0xeb, 0xf4]);
+    let Some(mut parts) = parts(&code, 1) else {
         return;
     };
     parts.devices = vec![Box::new(Rng::new())];
     let running = Machine::new(parts).unwrap().start().unwrap();
     for _ in 0..3 {
         assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 2);
-        running.remove(2).unwrap();
-        let error = running.remove(2).unwrap_err().to_string();
+        running.remove(2, true).unwrap();
+        let error = running.remove(2, true).unwrap_err().to_string();
         assert_eq!(error, "no virtio device is in slot 2 of bus 0");
     }
+    assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 2);
+    running.remove(2, false).unwrap();
+    assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 3);
     while running.add(Box::new(Rng::new())).is_ok() {}
     let error = running.add(Box::new(Rng::new())).unwrap_err().to_string();
     assert_eq!(error, "32 devices: the bus has room for 31");

@@ -20,8 +20,14 @@
 //!
 //! Virtio devices may come and go while the guest runs, too. Nothing on bus 0 tells the
 //! guest of that, as a hot-plug slot does: who asks for it has the guest look, or let go.
+//! What a guest has not let go of can be taken by force ([`PciRoot::take_by_force`]). No other
+//! device comes into that slot, which the guest would take for the one it knows. It reads
+//! as empty, and where its BAR was, as zeros: Linux resets a device that it lets go of, and waits,
+//! for ever and with its PCI buses locked, until the status is 0 (virtio 1.2, 4.1.4.3.2).
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::bus::BusDevice;
 use crate::layout;
@@ -62,6 +68,8 @@ pub struct PciRoot {
     bridge: ConfigSpace,
     /// What is on bus 0 from slot 1 on,
     slots: Vec<Slot>,
+    /// and the slots whose device was taken by force, with the last address of its BAR.
+    lost: Mutex<BTreeMap<u8, Option<u64>>>,
 }
 
 /// and what a slot holds.
@@ -165,6 +173,7 @@ impl PciRoot {
         Self {
             bridge: ConfigSpace::new(BRIDGE_VENDOR, BRIDGE_DEVICE, BRIDGE_CLASS),
             slots,
+            lost: Mutex::default(),
         }
     }
 
@@ -195,8 +204,8 @@ impl PciRoot {
     #[must_use]
     pub fn empty_slot(&self) -> Option<u8> {
         let slots = (1..).zip(&self.slots);
-        let mut empty = slots.filter(|(_, slot)| match slot {
-            Slot::Virtio(place) => place.look().is_none(),
+        let mut empty = slots.filter(|(number, slot)| match slot {
+            Slot::Virtio(place) => !self.lost().contains_key(number) && place.look().is_none(),
             Slot::Port(_) => false,
         });
         empty.next().map(|(number, _)| number)
@@ -206,13 +215,15 @@ impl PciRoot {
     ///
     /// # Errors
     ///
-    /// When there is no memory, or no slot of memory, for its configuration.
+    /// When there is no such slot; no memory, or no slot of memory, for its configuration.
     pub fn insert(&self, number: u8, device: VirtioPci) -> Result<(), VmError> {
-        if let Some(place) = self.virtio(number) {
-            let mut place = place.own();
-            device.map_config(config_address(number))?;
-            *place = Some(Box::new(device));
-        }
+        let place = self.virtio(number).ok_or_else(|| VmError {
+            what: "find the slot of a device",
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+        let mut place = place.own();
+        device.map_config(config_address(number))?;
+        *place = Some(Box::new(device));
         Ok(())
     }
 
@@ -220,6 +231,26 @@ impl PciRoot {
     pub fn take(&self, number: u8) -> Option<VirtioPci> {
         let device = self.virtio(number)?.own().take()?;
         Some(*device)
+    }
+
+    /// Takes a virtio device out of its slot, which the guest has still.
+    pub fn take_by_force(&self, number: u8) -> Option<VirtioPci> {
+        let mut place = self.virtio(number)?.own();
+        let bar = place.as_ref()?.bar_address();
+        // Whoever finds no device there any more, finds this.
+        self.lost().insert(number, bar);
+        Some(*place.take()?)
+    }
+
+    /// Whether the BAR of a device that was taken by force was there.
+    fn is_lost(&self, address: u64) -> bool {
+        let lost = self.lost();
+        let mut bars = lost.values().flatten();
+        bars.any(|bar| offset_in_bar(*bar, address).is_some())
+    }
+
+    fn lost(&self) -> MutexGuard<'_, BTreeMap<u8, Option<u64>>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn virtio(&self, number: u8) -> Option<&Place<VirtioPci>> {
@@ -395,7 +426,8 @@ impl BusDevice for Window {
             BarTarget::Endpoint(device, bar, offset) => device.bar_read(bar, offset, data),
         });
         if !found {
-            data.fill(0xff);
+            let is_lost = self.root.is_lost(self.start + offset);
+            data.fill(if is_lost { 0 } else { 0xff });
         }
     }
 
@@ -440,7 +472,11 @@ impl BusDevice for IoPorts {
 }
 
 fn virtio_offset(device: &VirtioPci, address: u64) -> Option<u64> {
-    let offset = address.checked_sub(device.bar_address()?)?;
+    offset_in_bar(device.bar_address()?, address)
+}
+
+fn offset_in_bar(bar: u64, address: u64) -> Option<u64> {
+    let offset = address.checked_sub(bar)?;
     (offset < BAR_SIZE).then_some(offset)
 }
 
@@ -507,6 +543,48 @@ mod tests {
         }
         assert_eq!(id(31), 0x1044_1af4);
         assert!(root.take(0).is_none() && root.take(32).is_none());
+        let device = VirtioPci::new(&vm, Box::new(Rng::new()), layout::WINDOW32_START).unwrap();
+        assert!(root.insert(32, device).is_err());
+    }
+
+    /// As Linux does when it lets go of a device later than it had time for: resets it, and
+    /// waits for that.
+    #[test]
+    fn slot_of_a_device_that_was_taken_by_force_is_not_used_again() {
+        let Some(vm) = test_vm() else { return };
+        let root = Arc::new(PciRoot::new(Vec::new()));
+        let ecam = Ecam(root.clone());
+        let window = Window {
+            root: root.clone(),
+            start: layout::WINDOW32_START,
+        };
+        let add = || {
+            let number = root.empty_slot().unwrap();
+            let bar = PciRoot::bar_address(number);
+            let device = VirtioPci::new(&vm, Box::new(Rng::new()), bar).unwrap();
+            root.insert(number, device).unwrap();
+            let command = u64::from(number) << SLOT_SHIFT | config::COMMAND as u64;
+            ecam.write(command, &[2, 0]);
+            number
+        };
+        assert_eq!([add(), add()], [1, 2]);
+        root.take_by_force(1).unwrap().retire();
+        assert!(root.take_by_force(1).is_none());
+        let mut id = [0; 4];
+        ecam.read(1 << SLOT_SHIFT, &mut id);
+        assert_eq!(id, [0xff; 4], "nothing to find");
+        let status = |number: u64| {
+            let status = (number - 1) * BAR_SIZE + 0x14;
+            window.write(status, &[1]);
+            window.write(status, &[0]);
+            let mut data = [1];
+            window.read(status, &mut data);
+            data[0]
+        };
+        assert_eq!([status(1), status(2), status(3)], [0, 0, 0xff]);
+        assert_eq!(add(), 3);
+        root.take(2).unwrap().retire();
+        assert_eq!(add(), 2);
     }
 
     #[test]

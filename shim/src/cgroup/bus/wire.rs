@@ -393,6 +393,18 @@ impl<'a> Reader<'a> {
         self.terminated(length)
     }
 
+    /// A `v` with an `s` in it.
+    ///
+    /// # Errors
+    ///
+    /// `Malformed`.
+    pub fn text_variant(&mut self) -> Result<String, BusError> {
+        match self.signature()?.as_str() {
+            "s" => self.text(),
+            _ => Err(BusError::Malformed("a property of another type")),
+        }
+    }
+
     fn signature(&mut self) -> Result<String, BusError> {
         let [length] = self.take()?;
         self.terminated(length.into())

@@ -1,5 +1,7 @@
 //! What systemd is asked, on a bus where a script is systemd.
 
+use std::fs;
+
 use super::*;
 use crate::cgroup::NumberList;
 use crate::cgroup::bus::testing::{Answer, FakeBus};
@@ -163,10 +165,13 @@ fn a_job_that_fails_is_an_error_with_the_unit_s_name() {
     assert!(text.contains(UNIT) && text.contains("(failed)"), "{text}");
 }
 
-/// Refuses a unit as long as there is the one before.
-fn with_the_one_before() -> impl FnMut(&Message) -> Vec<Answer> + Send + 'static {
+/// Refuses a unit as long as there is the one before, whose group is `group`.
+fn with_the_one_before(group: &str) -> impl FnMut(&Message) -> Vec<Answer> + Send + 'static {
     let mut exists = true;
+    let group = group.to_owned();
     move |call| match call.name() {
+        "GetUnit" => vec![Answer::Return(Body::default().path("/unit"))],
+        "Get" => vec![Answer::Return(Body::default().variant(&group))],
         "StartTransientUnit" if exists => vec![Answer::Error(UNIT_EXISTS, "it was loaded")],
         "StopUnit" => {
             exists = false;
@@ -178,22 +183,44 @@ fn with_the_one_before() -> impl FnMut(&Message) -> Vec<Answer> + Send + 'static
 
 #[test]
 fn what_is_left_of_one_before_is_ended_first() {
-    let host = Host::new(with_the_one_before()).populated(0);
-    host.scope.start(1, &Limits::default()).unwrap();
-    assert_eq!(host.bus.take_calls("StartTransientUnit").len(), 2);
-    let stop = &host.bus.take_calls("StopUnit")[0];
-    stop.assert_arguments(&Body::default().text(UNIT).text("replace"));
+    // It has a group without processes, or none any more.
+    for group in ["/cri-containerd-abc.scope", ""] {
+        let host = Host::new(with_the_one_before(group)).populated(0);
+        host.scope.start(1, &Limits::default()).unwrap();
+        assert_eq!(host.bus.take_calls("StartTransientUnit").len(), 2);
+        let stop = &host.bus.take_calls("StopUnit")[0];
+        stop.assert_arguments(&Body::default().text(UNIT).text("replace"));
+        let get = &host.bus.take_calls("Get")[0];
+        get.assert_arguments(&Body::default().text(SCOPE).text("ControlGroup"));
+    }
+}
+
+/// It has processes, or is in another slice, where its processes are not seen.
+#[test]
+fn another_s_is_left_alone() {
+    let elsewhere = "/user.slice/cri-containerd-abc.scope";
+    for (group, populated) in [("/cri-containerd-abc.scope", 1), (elsewhere, 0)] {
+        let host = Host::new(with_the_one_before(group)).populated(populated);
+        let error = host.scope.start(1, &Limits::default()).unwrap_err();
+        assert!(
+            matches!(&error, CgroupError::Exists(unit) if unit == UNIT),
+            "{error}"
+        );
+        assert!(host.bus.take_calls("StopUnit").is_empty());
+    }
 }
 
 #[test]
-fn another_s_with_processes_is_left_alone() {
-    let host = Host::new(with_the_one_before()).populated(1);
-    let error = host.scope.start(1, &Limits::default()).unwrap_err();
-    assert!(
-        matches!(&error, CgroupError::Exists(unit) if unit == UNIT),
-        "{error}"
-    );
-    assert!(host.bus.take_calls("StopUnit").is_empty());
+fn unit_that_is_gone_meanwhile_is_made() {
+    let mut exists = true;
+    let host = Host::new(move |call| match call.name() {
+        "StartTransientUnit" if std::mem::take(&mut exists) => {
+            vec![Answer::Error(UNIT_EXISTS, "it was loaded")]
+        }
+        "GetUnit" | "StopUnit" => vec![Answer::Error(NO_SUCH_UNIT, "not loaded")],
+        _ => obliging(call),
+    });
+    host.scope.start(1, &Limits::default()).unwrap();
 }
 
 #[test]

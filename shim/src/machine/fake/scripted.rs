@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -50,6 +50,8 @@ pub struct Agent {
     pub held: watch::Sender<u32>,
     /// Whether it lets go of no network card.
     pub keeps_cards: AtomicBool,
+    /// How many changes of the network it refuses yet.
+    pub refusals: AtomicU32,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
     /// By how much the guest's clock is ahead of the host's.
@@ -395,14 +397,24 @@ impl agent_ttrpc::Agent for Service {
     ) -> Result<Empty> {
         for (sign, config) in [('-', &request.removed), ('+', &request.added)] {
             let interfaces = config.interfaces.iter().map(|interface| {
-                let addresses = interface.addresses.join(" ");
-                format!("{} {} {addresses}", interface.name, interface.card)
+                let what = match interface.addresses.as_slice() {
+                    [] => format!("mtu {}", interface.mtu),
+                    addresses => addresses.join(" "),
+                };
+                format!("{} {} {what}", interface.name, interface.card)
             });
             let routes = config.routes.iter();
             let routes = routes.map(|route| format!("{} {}", route.destination, route.device));
             let lines = interfaces.chain(routes);
             let lines = lines.map(|line| format!("guest {sign}{line}"));
             lock(&self.0.journal).extend(lines);
+        }
+        let less = |refusals: u32| refusals.checked_sub(1);
+        let refusals = &self.0.refusals;
+        let refused = refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        if refused.is_ok() {
+            lock(&self.0.journal).push("guest refuses".into());
+            return Err(get_rpc_status(Code::INTERNAL, "busy"));
         }
         Ok(Empty::new())
     }

@@ -233,8 +233,9 @@ async fn network_cards_are_answered_with_a_slot_or_a_reason() {
         };
         let slot = machine.add_nic(&nic).await;
         let mad = machine.add_nic(&nic).await;
-        let refused = machine.remove_nic(9).await;
-        let wrong = [mad.unwrap_err(), refused.unwrap_err()];
+        let refused = machine.remove_nic(9, false).await;
+        let late = machine.remove_nic(9, true).await;
+        let wrong = [mad.unwrap_err(), refused.unwrap_err(), late.unwrap_err()];
         (slot.unwrap(), wrong.map(|error| error.to_string()))
     });
     let monitor = tokio::task::spawn_blocking(move || {
@@ -249,13 +250,21 @@ async fn network_cards_are_answered_with_a_slot_or_a_reason() {
             answer(&monitor, number, result);
         }
         let (request, _) = monitor.recv::<Request>().unwrap();
-        let Request::RemoveNic { number, slot: 9 } = request else {
+        let Request::RemoveNic {
+            number,
+            slot: 9,
+            is_let_go: false,
+        } = request
+        else {
             panic!("{request:?}");
         };
         answer(&monitor, number, Err("not there".into()));
+        // It is there, and says nothing to the last.
+        monitor
     });
-    let (slot, [mad, refused]) = shim.await.unwrap();
+    let (slot, [mad, refused, late]) = shim.await.unwrap();
     monitor.await.unwrap();
+    assert_eq!(late, "network card: the monitor does not answer within 1 s");
     assert_eq!(slot, 8);
     assert_eq!(mad, "network card: no slot 1099511627776");
     assert_eq!(refused, "network card: not there");

@@ -72,12 +72,12 @@ pub(super) fn open_netns(spec: &Spec, container_id: &str) -> Result<NetNs, Sandb
 /// A network namespace that lives as long as something refers to it. A thread
 /// makes it, since the caller must stay where it is.
 fn new_netns() -> io::Result<File> {
-    std::thread::spawn(|| {
+    let thread = std::thread::Builder::new().spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET)?;
         File::open("/proc/thread-self/ns/net")
-    })
-    .join()
-    .map_err(|_| io::Error::other("the thread that makes the namespace died"))?
+    })?;
+    let died = |_| io::Error::other("the thread that makes the namespace died");
+    thread.join().map_err(died)?
 }
 
 #[cfg(test)]

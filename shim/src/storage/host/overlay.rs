@@ -48,11 +48,12 @@ fn mount_with(target: &Path, flags: MsFlags, data: &str) -> Result<(), Errno> {
 /// is a thread's own only after unshare(2), hence the thread.
 fn mount_from(parent: &Path, target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let inside = || {
             unshare(CloneFlags::CLONE_FS)?;
             nix::unistd::chdir(parent)?;
             mount_with(target, flags, data)
-        });
+        };
+        let worker = std::thread::Builder::new().spawn_scoped(scope, inside)?;
         match worker.join() {
             Ok(result) => result.map_err(io::Error::from),
             Err(_) => Err(io::Error::other("mount thread panicked")),

@@ -16,7 +16,7 @@
 //! the monitor, which sees the connection hang up, ends the machine.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io;
 use std::net::Shutdown;

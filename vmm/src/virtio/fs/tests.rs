@@ -240,6 +240,11 @@ fn start(back_end: FakeBackEnd) -> (Bench, OwnedFd) {
     (bench, near.into())
 }
 
+/// A back end that works until it is not needed any more.
+pub fn back_end() -> OwnedFd {
+    start(FakeBackEnd::new()).1
+}
+
 fn activation(memory: &GuestMemory, features: u64, drivers: &[Driver<'_>; 2]) -> Activation {
     Activation {
         memory: memory.clone(),

@@ -31,6 +31,14 @@ impl Body {
         self
     }
 
+    /// Adds a `v` with an `s` in it.
+    pub(crate) fn variant(mut self, text: &str) -> Self {
+        self.signature.push('v');
+        self.bytes.signature("s");
+        self.bytes.text(text);
+        self
+    }
+
     /// Adds a `u`.
     pub(crate) fn number(mut self, number: u32) -> Self {
         self.signature.push('u');
