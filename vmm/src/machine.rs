@@ -371,8 +371,8 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
 fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
     if root.last_bus() > 0 {
-        let len = layout::PORTS_END - layout::PCI_PORTS;
-        bus.add(layout::PCI_PORTS, len, Arc::new(IoPorts(root.clone())))?;
+        let len = layout::IO_END - layout::IO_START;
+        bus.add(layout::IO_START, len, Arc::new(IoPorts(root.clone())))?;
     }
     let power = Arc::new(Power(stop.clone()));
     bus.add(

@@ -84,11 +84,7 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
             None,
         )
     });
-    let ports = AddressSpace::new_io(
-        layout::PCI_PORTS as u16,
-        (layout::PORTS_END - 1) as u16,
-        None,
-    );
+    let ports = AddressSpace::new_io(layout::IO_START as u16, (layout::IO_END - 1) as u16, None);
     let mut resources: Vec<&dyn Aml> = vec![&buses, &window32];
     if platform.last_bus > 0 {
         resources.push(&ports);

@@ -407,13 +407,13 @@ impl BusDevice for Window {
     }
 }
 
-/// The I/O ports that root ports pass on, from [`layout::PCI_PORTS`] on.
+/// The I/O ports that root ports pass on, from [`layout::IO_START`] on.
 pub struct IoPorts(pub Arc<PciRoot>);
 
 impl IoPorts {
     /// Does `access` where an I/O BAR covers an offset, once.
     fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
-        let port = layout::PCI_PORTS + offset;
+        let port = layout::IO_START + offset;
         self.0.ports().any(|root_port| {
             let device = root_port.device.look();
             let found = device

@@ -173,7 +173,7 @@ impl Port {
         config.set_buses(0, bus, bus);
         config.set_window(BridgeWindow::Memory, placed.memory);
         config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
-        config.set_window(BridgeWindow::Ports, placed.ports);
+        config.set_window(BridgeWindow::Io, placed.io);
         let (body, writable) = express(has_slot);
         let express = config.add_capability(CAPABILITY, &body, &writable);
         config.put(express + LINK_CAPABILITIES + 3, &[bus]);
@@ -259,7 +259,7 @@ mod tests {
             bars: Vec::new(),
             memory: Some((0xc010_0000, 0xc020_0000)),
             prefetchable: Some((64 * GIB, 65 * GIB)),
-            ports: Some((0x1000, 0x2000)),
+            io: Some((0x1000, 0x2000)),
         };
         RootPort::new(2, link, &placed)
     }

@@ -116,7 +116,7 @@ fn ports_lead_to_the_device_that_has_them() {
             base <= port && port + 0x1f <= limit,
             "{port:#x} {window:#x}"
         );
-        let offset = u64::from(port) - layout::PCI_PORTS + 4;
+        let offset = u64::from(port) - layout::IO_START + 4;
         ports.write(offset, &[9]);
         ports.read(offset, &mut byte);
         assert_eq!((mock.state().ports[4], byte), (0, [0xff]), "they are off");

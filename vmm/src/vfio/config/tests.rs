@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::pci::config::BridgeWindow;
 use crate::vfio::mock::{self, Mock};
 
 const BAR_SIZES: [u64; BARS] = [0x8000, 0, 0x1000_0000, 0, 0x100, 0x20];
@@ -82,7 +83,7 @@ fn bars_are_ours() {
     assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100, 0x20]);
     assert_eq!(requests[0].window, BridgeWindow::Memory);
     assert_eq!(requests[1].window, BridgeWindow::Prefetchable);
-    assert_eq!(requests[3].window, BridgeWindow::Ports);
+    assert_eq!(requests[3].window, BridgeWindow::Io);
     config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0x1000]);
     assert_eq!(config.bar_address(1), None, "memory space is off");
     config.write(&mock, COMMAND, &[2, 0]).unwrap();
