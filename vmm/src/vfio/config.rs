@@ -294,20 +294,22 @@ impl GuestConfig {
     /// The device's.
     pub fn write(&mut self, device: &dyn Access, register: usize, data: &[u8]) -> io::Result<()> {
         let Bytes { ours, writable, .. } = &mut *self.bytes;
-        for (value, at) in data.iter().zip(register..SIZE) {
-            ours[at] = ours[at] & !writable[at] | value & writable[at];
+        let mut data = data.to_vec();
+        for (value, at) in data.iter_mut().zip(register..SIZE) {
+            *value &= writable[at];
+            ours[at] = ours[at] & !writable[at] | *value;
         }
         let passed_on = self
             .sources(register, data.len())
             .filter(|source| *source == Source::DeviceWritable)
             .count();
         if passed_on == data.len() {
-            device.write(CONFIG_REGION, register as u64, data)?;
-        } else {
-            for (value, at) in data.chunks(1).zip(register..SIZE) {
-                if self.bytes.source[at] == Source::DeviceWritable {
-                    device.write(CONFIG_REGION, at as u64, value)?;
-                }
+            device.write(CONFIG_REGION, register as u64, &data)?;
+            return self.sync_command(device);
+        }
+        for (value, at) in data.chunks(1).zip(register..SIZE) {
+            if self.bytes.source[at] == Source::DeviceWritable {
+                device.write(CONFIG_REGION, at as u64, value)?;
             }
         }
         self.sync_command(device)

@@ -197,7 +197,9 @@ fn link_is_shown_and_not_driven() {
     assert_eq!(u32_of(&config, &mock, at + 0x0c), 8 << 4 | 4, "no ASPM");
     config.write(&mock, at + 0x10, &[0xff, 0xff]).unwrap();
     assert_eq!(u32_of(&config, &mock, at + 0x10) & 0xffff, 0);
-    config.write(&mock, at + 0x08, &[0x3f, 0x50]).unwrap();
+    // Function-level reset is neither offered nor begun.
+    assert_eq!(u32_of(&config, &mock, at + 0x04), 0x8002);
+    config.write(&mock, at + 0x08, &[0x3f, 0xd0]).unwrap();
     assert_eq!(
         mock.state().config_writes.last(),
         Some(&(at as u64 + 8, vec![0x3f, 0x50]))
@@ -372,9 +374,9 @@ proptest! {
             if *at == 4 {
                 prop_assert_eq!(data[0] & 3, 3, "memory and ports stay on");
             }
-        }
-        if let Some((_, data)) = mock.state().config_writes.iter().rfind(|(at, _)| *at == 4) {
-            prop_assert_eq!(data[1] & 4 == 0, config.wants_intx());
+            let mut bytes = (*at..).zip(data);
+            let reset = bytes.find(|(at, _)| *at == mock::EXPRESS as u64 + 9);
+            prop_assert!(reset.is_none_or(|(_, byte)| byte & 0x80 == 0), "a reset begins");
         }
         prop_assert_eq!(list(&config, &mock), [0x05, 0x10, 0x11, 0x09]);
     }
