@@ -132,6 +132,12 @@ impl Port {
         &self.room
     }
 
+    /// The line of its device.
+    #[must_use]
+    pub fn line(&self) -> u32 {
+        self.root.line()
+    }
+
     /// Whether there is a device.
     #[must_use]
     pub fn is_taken(&self) -> bool {
@@ -234,6 +240,17 @@ impl PciRoot {
     #[must_use]
     pub fn last_bus(&self) -> u8 {
         u8::try_from(self.ports().count()).unwrap_or(u8::MAX)
+    }
+
+    /// The slot of each root port, and the line of what is behind it.
+    #[must_use]
+    pub fn lines(&self) -> Vec<(u8, u32)> {
+        let slots = (1..).zip(&self.slots);
+        let lines = slots.filter_map(|(number, slot)| match slot {
+            Slot::Virtio(_) => None,
+            Slot::Port(port) => Some((number, port.line())),
+        });
+        lines.collect()
     }
 
     /// The root ports, in the order of their buses.

@@ -189,8 +189,21 @@ impl GuestConfig {
         self.has_intx
     }
 
-    /// Whether the device is to raise its line: once the guest has a use for the device, until
-    /// it turns the line off or has messages instead (PCI Express base 6.1.4.3).
+    /// Hides its interrupt line.
+    pub fn hide_intx(&mut self) {
+        self.has_intx = false;
+        self.bytes.ours[INTERRUPT_PIN] = 0;
+    }
+
+    /// What of the device the guest uses: bits of the command register.
+    #[must_use]
+    pub fn in_use(&self) -> u16 {
+        self.u16_at(COMMAND) & (IO_SPACE | MEMORY_SPACE | MASTER)
+    }
+
+    /// Whether somebody is to listen to its line: while the guest uses the device and has no
+    /// messages instead (PCI Express base 6.1.4.3). That the guest turns the line off changes
+    /// nothing here, since drivers may do so at each interrupt.
     #[must_use]
     pub fn wants_intx(&self) -> bool {
         let Layout { msi, msix, .. } = self.layout;

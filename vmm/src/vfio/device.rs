@@ -23,7 +23,7 @@ use super::peers::Reachable;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
 use crate::virtio::complaints::Complaints;
-use crate::vm::{Vm, lines};
+use crate::vm::Vm;
 
 /// A BAR's address while it answers nowhere.
 const NOWHERE: u64 = u64::MAX;
@@ -161,8 +161,8 @@ enum Owner {
 }
 
 impl VfioPci {
-    /// `endpoint` on bus `bus`, whose BARs go to `addresses`; the guest may move them within
-    /// its 32-bit window and `window64`.
+    /// `endpoint`, whose INTx is `line` of the guest's and whose BARs go to `addresses`; the guest may move
+    /// them within its 32-bit window and `window64`.
     ///
     /// # Errors
     ///
@@ -170,7 +170,7 @@ impl VfioPci {
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
-        bus: u8,
+        line: u32,
         addresses: &[u64],
         window64: Option<(u64, u64)>,
     ) -> Result<Self, VfioError> {
@@ -188,6 +188,9 @@ impl VfioPci {
             .map(|bar| (*bar, regions.get(bar.index).cloned().unwrap_or_default()))
             .collect();
         config.set_bars(addresses);
+        if !vm.has_lines() {
+            config.hide_intx();
+        }
         let mut places = bars.iter().zip(addresses);
         if places.any(|((bar, _), port)| bar.is_io() && *port == 0) {
             tracing::warn!(
@@ -212,7 +215,7 @@ impl VfioPci {
             msix: layout.msix,
             rom,
             state: Mutex::new(State {
-                interrupts: Interrupts::new(vm, &config, lines::of_bus(bus)),
+                interrupts: Interrupts::new(vm, &config, line),
                 config,
                 map,
                 complaints: Complaints::new("a PCI device of the host"),

@@ -132,14 +132,14 @@ impl Slots {
         for (index, endpoint) in endpoints.into_iter().enumerate() {
             let slot = slots.get(index).copied().unwrap_or(u8::MAX);
             let port = self.port(slot).filter(|port| !port.is_taken());
-            let room = port.ok_or(VfioError::Slot(slot))?.room();
-            let places = room.fit(&endpoint.requests()).map_err(|source| {
+            let port = port.ok_or(VfioError::Slot(slot))?;
+            let places = port.room().fit(&endpoint.requests()).map_err(|source| {
                 let address = endpoint.address().to_owned();
                 VfioError::Room { address, source }
             })?;
             session.arm(&endpoint)?;
             let link = endpoint.link();
-            let device = VfioPci::new(&self.vm, endpoint, self.bus(slot), &places, self.window64)?;
+            let device = VfioPci::new(&self.vm, endpoint, port.line(), &places, self.window64)?;
             ready.push((slot, device, link));
         }
         let watch = session.watch(self.stop.clone())?;
@@ -178,12 +178,6 @@ impl Slots {
 
     fn port(&self, slot: u8) -> Option<&Port> {
         self.root.ports().nth(self.first + usize::from(slot))
-    }
-
-    /// The bus behind a slot's port, as it is before the guest gives it another number.
-    fn bus(&self, slot: u8) -> u8 {
-        let ports_before = u8::try_from(self.first).unwrap_or(u8::MAX);
-        ports_before.saturating_add(slot).saturating_add(1)
     }
 
     /// When the machine has ended and its devices were stopped.

@@ -59,7 +59,7 @@ impl Intx {
         };
         let Events { raise, again } = &events;
         self.vm
-            .add_line(raise, again, self.line)
+            .add_resample_irqfd(raise, again, self.line)
             .map_err(io::Error::other)?;
         self.events = Some(events);
         let result = self.attach(device);

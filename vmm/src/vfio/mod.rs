@@ -367,7 +367,13 @@ impl Attached {
         for (bus, (endpoint, placed)) in (1..).zip(placed) {
             session.arm(&endpoint)?;
             let root = RootPort::new(bus, endpoint.link(), &placed);
-            let device = VfioPci::new(vm, endpoint, bus, &placed.bars, placement.window64())?;
+            let device = VfioPci::new(
+                vm,
+                endpoint,
+                root.line(),
+                &placed.bars,
+                placement.window64(),
+            )?;
             reachable.push(device.reachable(&placed.bars));
             ports.push(Port::with(root, device));
         }

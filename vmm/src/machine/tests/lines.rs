@@ -8,21 +8,25 @@ use super::*;
 use crate::vfio::mock;
 use crate::vm::{MsiRoute, lines};
 
+/// That of the first device.
+const LINE: u32 = lines::OF_PCI.start;
 /// What "edu" is told when its interrupt was served.
 const ACKNOWLEDGE: u64 = BAR + 0x64;
 
 /// Whoever raised a line hears when the guest has served it, and raises it again.
 #[test]
 fn line_is_raised_until_the_guest_has_served_it() {
-    let line = lines::of_bus(1);
-    let code = Code::new().serve(line, &[]).wait_for(COUNT, 2).power_off();
+    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
     let Some(mut parts) = parts(&code, 1) else {
         return;
     };
     parts.pci_slots = 1;
     let running = Machine::new(parts).unwrap().start().unwrap();
-    let [raise, again] = [(), ()].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
-    running.vm.add_line(&raise, &again, line).unwrap();
+    let [trigger, resample] = [(), ()].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+    running
+        .vm
+        .add_resample_irqfd(&trigger, &resample, LINE)
+        .unwrap();
     // KVM is told all routes again with each new one.
     let message = MsiRoute {
         address: layout::LAPIC.into(),
@@ -33,9 +37,9 @@ fn line_is_raised_until_the_guest_has_served_it() {
         .route(running.vm.new_gsi().unwrap(), message)
         .unwrap();
     for _ in 0..2 {
-        raise.write(1).unwrap();
-        mock::wait_for(&again);
-        again.read().unwrap();
+        trigger.write(1).unwrap();
+        mock::wait_for(&resample);
+        resample.read().unwrap();
     }
     mock::wait_for(running.stop_handle().event());
     let stop = running.stop_handle().clone();
@@ -49,7 +53,7 @@ fn line_is_raised_until_the_guest_has_served_it() {
 fn intx_reaches_the_guest_each_time() {
     let code = Code::new()
         .enable()
-        .serve(lines::of_bus(1), &[(ACKNOWLEDGE, 1)])
+        .serve(LINE, &[(ACKNOWLEDGE, 1)])
         .store(BAR + RAISE, 1)
         .wait_for(COUNT, 1)
         .store(BAR + RAISE, 1)

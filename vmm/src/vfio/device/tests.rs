@@ -1,25 +1,26 @@
-use crate::vm::test_vm;
-
 use super::*;
 use crate::layout::{GIB, WINDOW32_PORTS};
 use crate::vfio::access::Irq;
 use crate::vfio::mock::{self, Mock};
+use crate::vm::lines::OF_PCI;
+use crate::vm::test_vm;
 
 const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 const BAR0: u64 = WINDOW32_PORTS;
 const COMMAND: usize = 4;
+const LINE: u32 = OF_PCI.start;
 /// Places of the mock's BARs.
 const ADDRESSES: [u64; 4] = [BAR0, 64 * GIB, BAR0 + 0x10_0000, 0x1000];
 
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
     let mock = Arc::new(Mock::default());
-    Some((function_in(&test_vm()?, &mock), mock))
+    Some((function_in(&crate::vm::test_vm_with_lines()?, &mock), mock))
 }
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    VfioPci::new(vm, endpoint, 1, &ADDRESSES, WINDOW64).unwrap()
+    VfioPci::new(vm, endpoint, LINE, &ADDRESSES, WINDOW64).unwrap()
 }
 
 /// Where the mapped parts of BAR 0 are.
@@ -341,7 +342,7 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
         set_vector(function, 255, 0);
         assert_eq!(mock.calls(), ["Msix 0+256 []", "Msix 255+1 [255]"]);
     }
-    assert_eq!(vm.new_gsi().unwrap(), lines::PINS + 32);
+    assert_eq!(vm.new_gsi().unwrap(), 32);
     // When a guest has used all up, what has a route keeps it and nothing else breaks.
     while vm.new_gsi().is_ok() {}
     let (function, mock) = &functions[0];
@@ -420,20 +421,28 @@ fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
 
 #[test]
 fn devices_share_a_line_where_there_are_many() {
-    let Some(vm) = test_vm() else { return };
-    let count = u8::try_from(lines::PINS).unwrap();
+    let Some(vm) = crate::vm::test_vm_with_lines() else {
+        return;
+    };
+    let count = u8::try_from(OF_PCI.end).unwrap();
     let functions: Vec<_> = (1..=count)
         .map(|bus| {
             let mock = Arc::new(Mock::default());
             let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-            let function = VfioPci::new(&vm, endpoint, bus, &[BAR0; 3], WINDOW64).unwrap();
+            let function = VfioPci::new(
+                &vm,
+                endpoint,
+                LINE + u32::from(bus) % 8,
+                &[BAR0; 3],
+                WINDOW64,
+            )
+            .unwrap();
             function.config_write(COMMAND, &[4, 0]);
             assert_eq!(mock.calls(), LINE_ON);
             function
         })
         .collect();
     drop(functions);
-    assert_eq!([1, 8, 9, 31].map(lines::of_bus), [16, 23, 16, 22]);
 }
 
 #[test]
