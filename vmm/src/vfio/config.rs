@@ -275,10 +275,11 @@ impl GuestConfig {
     pub fn read(&self, device: &dyn Access, register: usize, data: &mut [u8]) -> io::Result<()> {
         let mut live = [0xff; MAX_ACCESS];
         let len = data.len().min(MAX_ACCESS);
+        let status = (register..register + len).position(|at| self.has_intx && at == STATUS);
         let ours = self
             .sources(register, len)
             .all(|source| source == Source::Ours);
-        let result = if ours {
+        let result = if ours && status.is_none() {
             Ok(())
         } else {
             device.read(CONFIG_REGION, register as u64, &mut live[..len])
@@ -292,6 +293,10 @@ impl GuestConfig {
                 Source::Ours => self.bytes.ours[at],
                 Source::Device | Source::DeviceWritable => live,
             };
+        }
+        // On a line that is shared it tells whose interrupt it is.
+        if let (Ok(()), Some(at)) = (&result, status) {
+            data[at] |= live[at] & STATUS_INTX;
         }
         result
     }

@@ -275,7 +275,7 @@ pub fn space() -> Vec<u8> {
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x00, &[0x34, 0x12, 0x78, 0x56]);
     // Memory on, bus master, a capability list; multi-function; INTA.
-    put(0x04, &[0x06, 0, 0x18, 0]);
+    put(0x04, &[0x06, 0, 0x10, 0]);
     put(0x08, &[1, 2, 8, 1]);
     put(0x0e, &[0x80]);
     put(0x10, &0xfe00_0004_u32.to_le_bytes());

@@ -307,6 +307,31 @@ fn line_is_wanted_by_a_guest_that_uses_the_device_without_messages() {
 }
 
 #[test]
+fn interrupt_that_is_pending_shows() {
+    let (config, mock) = (config(), Mock::default());
+    let status = |config: &GuestConfig, register: usize, len: usize| {
+        let mut bytes = [0; 8];
+        config.read(&mock, register, &mut bytes[..len]).unwrap();
+        bytes[STATUS - register]
+    };
+    let ways = [(STATUS, 1), (STATUS, 2), (COMMAND, 4), (COMMAND, 8)];
+    for (register, len) in ways {
+        assert_eq!(status(&config, register, len), 0x10, "a capability list");
+    }
+    mock.state().config[STATUS] |= 8;
+    for (register, len) in ways {
+        assert_eq!(status(&config, register, len), 0x18);
+    }
+    let mut without = GuestConfig::new(&mock::space(), BAR_SIZES).unwrap();
+    without.hide_intx();
+    assert_eq!(status(&without, COMMAND, 4), 0x10);
+    mock.state().is_gone = true;
+    let mut byte = [0];
+    assert!(config.read(&mock, STATUS, &mut byte).is_err());
+    assert_eq!(byte, [0x10], "nothing is said of one");
+}
+
+#[test]
 fn lists_that_are_circles_or_lead_astray_end() {
     let mut space = mock::space();
     space[mock::VENDOR + 1] = 0x50;
