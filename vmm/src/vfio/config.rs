@@ -164,11 +164,9 @@ impl GuestConfig {
         })
     }
 
-    /// Shows its expansion ROM of `size` bytes, 0 if it has none.
+    /// Shows its expansion ROM of `size` bytes, which are such as [`is_rom_size`] allows.
     pub fn show_rom(&mut self, size: u64) {
-        if is_rom_size(size) {
-            self.bars.push(Bar::rom(size));
-        }
+        self.bars.push(Bar::rom(size));
     }
 
     /// Its BARs, and the ROM if that is shown.

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::VfioError;
-use super::access::{Access, CONFIG_REGION, Region};
+use super::access::{Access, CONFIG_REGION, ROM_REGION, Region};
 use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
 use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
@@ -34,6 +34,8 @@ pub struct Endpoint {
     device: Arc<dyn Access>,
     config: GuestConfig,
     regions: Vec<Region>,
+    /// What is read of the expansion ROM, if that is shown.
+    rom: Vec<u8>,
     was_reset: bool,
 }
 
@@ -66,6 +68,7 @@ impl Endpoint {
             device,
             config,
             regions,
+            rom: Vec::new(),
             was_reset,
         })
     }
@@ -88,12 +91,42 @@ impl Endpoint {
         self.was_reset
     }
 
-    /// The same with its expansion ROM, if it has one, among the BARs.
+    /// The same with its expansion ROM among the BARs, if it has one that can be read.
     #[must_use]
     pub fn with_rom(mut self) -> Self {
-        let rom = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
-        self.config.show_rom(rom);
+        let size = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
+        if size == 0 {
+            return self;
+        }
+        match self.read_rom(size) {
+            Ok(rom) => {
+                self.config.show_rom(size);
+                self.rom = rom;
+            }
+            Err(error) => tracing::warn!(
+                device = self.address,
+                %error,
+                "the expansion ROM cannot be read: the guest does not see it"
+            ),
+        }
         self
+    }
+
+    /// It is read once: a device may need the decoder of its ROM for its BARs (PCI Local Bus 3.0,
+    /// 6.2.5.2).
+    fn read_rom(&mut self, size: u64) -> io::Result<Vec<u8>> {
+        let Some(len) = usize::try_from(size)
+            .ok()
+            .filter(|_| config::is_rom_size(size))
+        else {
+            let what = format!("it has {size:#x} bytes, which no ROM has");
+            return Err(io::Error::other(what));
+        };
+        // The ROM answers only while memory does.
+        self.config.sync_command(&*self.device)?;
+        let mut bytes = vec![0; len];
+        self.device.read(ROM_REGION, 0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Notes that it was, by its bus.
@@ -119,17 +152,6 @@ fn read_space(device: &dyn Access) -> io::Result<Vec<u8>> {
     let mut space = vec![0; size.clamp(CONVENTIONAL_SIZE, SIZE)];
     device.read(CONFIG_REGION, 0, &mut space)?;
     Ok(space)
-}
-
-/// What the ROM holds, if it is shown. It is read once: a device may need the decoder of its
-/// ROM for its BARs (PCI Local Bus 3.0, 6.2.5.2).
-fn read_rom(device: &dyn Access, bars: &[(Bar, Region)]) -> io::Result<Vec<u8>> {
-    let Some((rom, _)) = bars.iter().find(|(bar, _)| bar.is_rom()) else {
-        return Ok(Vec::new());
-    };
-    let mut bytes = vec![0; usize::try_from(rom.size).map_err(io::Error::other)?];
-    device.read(region_of(*rom), 0, &mut bytes)?;
-    Ok(bytes)
 }
 
 /// A function behind a root port.
@@ -179,6 +201,7 @@ impl VfioPci {
             device,
             mut config,
             regions,
+            rom,
             ..
         } = endpoint;
         let layout = *config.layout();
@@ -201,8 +224,6 @@ impl VfioPci {
         config
             .sync_command(&*device)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
-        let rom = read_rom(&*device, &bars)
-            .map_err(VfioError::device(&address, "read its expansion ROM"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
         Ok(Self {

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 use nix::poll::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, CONFIG_REGION, Irq, IrqError, Neighbor, Region};
+use super::access::{Access, CONFIG_REGION, Irq, IrqError, Neighbor, ROM_REGION, Region};
 use crate::vm::Mapping;
 
 /// Offsets of the capabilities in [`space`].
@@ -129,11 +129,14 @@ impl State {
         if self.is_gone {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
+        if region == ROM_REGION && self.config[4] & 2 == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let bytes: &mut [u8] = match region {
             CONFIG_REGION => &mut self.config,
             0 => &mut self.bar,
             5 => &mut self.ports,
-            6 => &mut self.rom,
+            ROM_REGION => &mut self.rom,
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
         let start = usize::try_from(offset).unwrap();
@@ -149,7 +152,7 @@ impl Access for Mock {
         let state = self.state();
         let size = match index {
             CONFIG_REGION => state.config.len() as u64,
-            6 => state.rom.len() as u64,
+            ROM_REGION => state.rom.len() as u64,
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {

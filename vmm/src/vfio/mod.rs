@@ -267,11 +267,13 @@ impl Passthrough {
             .map(|(address, device)| {
                 let device =
                     VfioFile::new(device).map_err(VfioError::device(&address, "ask what it is"))?;
-                let endpoint = Endpoint::open(&address, Arc::new(device))?;
-                Ok(if roms { endpoint.with_rom() } else { endpoint })
+                Endpoint::open(&address, Arc::new(device))
             })
             .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
+        if roms {
+            endpoints = endpoints.into_iter().map(Endpoint::with_rom).collect();
+        }
         let attached = Attached {
             endpoints,
             known: Some(known),

@@ -137,10 +137,10 @@ fn ports_are_where_the_guest_has_them_while_it_has_them_on() {
 #[test]
 fn rom_answers_where_it_is_while_it_is_on() {
     let (mut config, mock) = (config(), Mock::default());
-    for none in [0, 0x400, 0x1800] {
-        config.show_rom(none);
+    for (size, is_possible) in [(0x800, true), (16 << 20, true), (0, false), (0x400, false)] {
+        assert_eq!(is_rom_size(size), is_possible, "{size:#x}");
     }
-    assert_eq!(config.bars().len(), 4);
+    assert!(!is_rom_size(0x1800) && !is_rom_size(32 << 20));
     config.show_rom(0x1_0000);
     let request = config.bars()[4].request();
     assert_eq!(

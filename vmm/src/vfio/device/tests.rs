@@ -82,12 +82,13 @@ fn ports_and_addresses_are_told_apart() {
 fn rom_is_read_once_and_never_written() {
     let Some(vm) = test_vm() else { return };
     let mock = Arc::new(Mock::default());
+    mock.state().config[COMMAND] = 0;
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
     let endpoint = endpoint.with_rom();
     let rom = BAR0 + 0x20_0000;
     let addresses = [&ADDRESSES[..], &[rom]].concat();
-    let function = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64).unwrap();
     let before = std::mem::take(&mut mock.state().rom);
+    let function = VfioPci::new(&vm, endpoint, LINE, &addresses, WINDOW64).unwrap();
     function.config_write(COMMAND, &[6, 0]);
     assert_eq!(function.bar_at(rom), None, "off");
     function.config_write(0x30, &[1]);
@@ -98,16 +99,26 @@ fn rom_is_read_once_and_never_written() {
         function.bar_read(4, offset, &mut data);
         assert_eq!(data, expected);
     }
-    // One that does not let itself be read is not passed on with it.
-    mock.state().rom = before;
-    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    let endpoint = endpoint.with_rom();
-    mock.state().rom.clear();
-    let error = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64)
-        .err()
-        .unwrap();
-    let start = "PCI device 0000:01:00.0: cannot read its expansion ROM: ";
-    assert!(error.to_string().starts_with(start), "{error}");
+}
+
+#[test]
+fn rom_that_cannot_be_had_is_not_shown() {
+    let mock = Arc::new(Mock::default());
+    let requests = |size, is_gone| {
+        mock.state().rom.resize(size, 0);
+        let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+        mock.state().is_gone = is_gone;
+        let endpoint = endpoint.with_rom();
+        mock.state().is_gone = false;
+        endpoint.requests().len()
+    };
+    assert_eq!(requests(0x1000, false), 5);
+    assert_eq!(requests(0x1000, true), 4, "it cannot be read");
+    // None, and sizes that no ROM has.
+    for size in [0, 0x400, 0x1800, 32 << 20] {
+        assert_eq!(requests(size, false), 4, "{size:#x}");
+    }
+    assert_eq!(requests(16 << 20, false), 5);
 }
 
 #[test]
