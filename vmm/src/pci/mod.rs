@@ -150,14 +150,33 @@ impl Port {
         self.root.set_present(Some(link));
     }
 
-    /// Takes the device out, whether the guest has let go of it or not, and stops it.
-    pub fn unplug(&self) {
+    /// Takes the device out, whether the guest has let go of it or not: it is quiet, and has yet to
+    /// be reset.
+    #[must_use]
+    pub fn unplug(&self) -> Option<Box<VfioPci>> {
         let device = self.device.own().take();
-        if let Some(device) = device {
+        if let Some(device) = &device {
             device.withdraw();
-            device.stop();
+            device.quiesce();
         }
         self.root.set_present(None);
+        device
+    }
+
+    /// Does `access` if a BAR of the device covers an address, by `find`.
+    fn access(
+        &self,
+        find: fn(&VfioPci, u64) -> Option<(usize, u64)>,
+        address: u64,
+        access: impl FnOnce(&VfioPci, usize, u64),
+    ) -> bool {
+        let device = self.device.look();
+        let found = device
+            .as_ref()
+            .and_then(|device| Some((device, find(device, address)?)));
+        found
+            .map(|(device, (bar, at))| access(device, bar, at))
+            .is_some()
     }
 }
 
@@ -267,8 +286,14 @@ impl PciRoot {
         layout::WINDOW32_START + u64::from(number - 1) * BAR_SIZE
     }
 
-    /// Stops all devices.
+    /// Stops all devices. Those of the host are all quiet before the first is reset, which another
+    /// one could write to.
     pub fn reset(&self) {
+        for port in self.ports() {
+            if let Some(device) = &*port.device.look() {
+                device.quiesce();
+            }
+        }
         for slot in &self.slots {
             match slot {
                 Slot::Virtio(place) => {
@@ -278,7 +303,7 @@ impl PciRoot {
                 }
                 Slot::Port(port) => {
                     if let Some(device) = &*port.device.look() {
-                        device.stop();
+                        device.reset();
                     }
                 }
             }
@@ -386,15 +411,9 @@ impl Window {
                     .map(|(device, at)| access(BarTarget::Virtio(device, at)))
                     .is_some()
             }
-            Slot::Port(port) => {
-                let device = port.device.look();
-                let found = device
-                    .as_ref()
-                    .and_then(|device| Some((device, device.bar_at(address)?)));
-                found
-                    .map(|(device, (bar, at))| access(BarTarget::Endpoint(device, bar, at)))
-                    .is_some()
-            }
+            Slot::Port(port) => port.access(VfioPci::bar_at, address, |device, bar, at| {
+                access(BarTarget::Endpoint(device, bar, at));
+            }),
         })
     }
 }
@@ -431,15 +450,8 @@ impl IoPorts {
     /// Does `access` where an I/O BAR covers an offset, once.
     fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
         let port = layout::IO_START + offset;
-        self.0.ports().any(|root_port| {
-            let device = root_port.device.look();
-            let found = device
-                .as_ref()
-                .and_then(|device| Some((device, device.io_bar_at(port)?)));
-            found
-                .map(|(device, (bar, at))| access(device, bar, at))
-                .is_some()
-        })
+        let mut ports = self.0.ports();
+        ports.any(|root_port| root_port.access(VfioPci::io_bar_at, port, &mut access))
     }
 }
 

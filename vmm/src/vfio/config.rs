@@ -13,7 +13,8 @@
 //! The capability list is short: what is not known to be for the guest to drive is
 //! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too,
 //! unless it is asked for. The device itself decodes memory and ports all the time; whether the guest
-//! sees its BARs depends on the guest's command register alone.
+//! sees its BARs depends on the guest's command register alone. It raises its line only while somebody
+//! of ours listens. Function-level reset is hidden: it would reset the device and not our half.
 
 use std::io;
 use std::ops::Range;
@@ -208,10 +209,8 @@ impl GuestConfig {
         let on = |control: Option<usize>, bit| {
             control.is_some_and(|control| self.u16_at(control) & bit != 0)
         };
-        let command = self.u16_at(COMMAND);
         self.has_intx
-            && command & (IO_SPACE | MEMORY_SPACE | MASTER) != 0
-            && command & INTX_DISABLE == 0
+            && self.in_use() != 0
             && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
             && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
     }
@@ -303,7 +302,7 @@ impl GuestConfig {
         self.bytes.source.iter().skip(register).take(len).copied()
     }
 
-    /// Writes what the guest may.
+    /// Writes what the guest may; [`Self::sync_command`] is to follow.
     ///
     /// # Errors
     ///
@@ -320,29 +319,34 @@ impl GuestConfig {
             .filter(|source| *source == Source::DeviceWritable)
             .count();
         if passed_on == data.len() {
-            device.write(CONFIG_REGION, register as u64, &data)?;
-            return self.sync_command(device);
+            return device.write(CONFIG_REGION, register as u64, &data);
         }
         for (value, at) in data.chunks(1).zip(register..SIZE) {
             if self.bytes.source[at] == Source::DeviceWritable {
                 device.write(CONFIG_REGION, at as u64, value)?;
             }
         }
-        self.sync_command(device)
+        Ok(())
     }
 
     /// Has the device decode memory and ports, and do what the guest's command register says of
-    /// the rest. To be called once at the start, and after a reset.
+    /// the rest. Its line is let loose only if somebody listens to it (`has_listener`): else it would
+    /// interrupt the host, which gives up a line that nobody serves, with all devices that share it.
     ///
     /// # Errors
     ///
     /// The device's.
-    pub fn sync_command(&mut self, device: &dyn Access) -> io::Result<()> {
-        let guest = self.u16_at(COMMAND) & (MASTER | PARITY | SERR);
-        let no_intx = if self.wants_intx() { 0 } else { INTX_DISABLE };
+    pub fn sync_command(&mut self, device: &dyn Access, has_listener: bool) -> io::Result<()> {
+        let guest = self.u16_at(COMMAND);
+        let is_loose = has_listener && self.wants_intx();
+        let no_intx = if is_loose {
+            guest & INTX_DISABLE
+        } else {
+            INTX_DISABLE
+        };
         let has_ports = self.bars.iter().any(|bar| bar.is_io());
         let ports = if has_ports { IO_SPACE } else { 0 };
-        let command = guest | MEMORY_SPACE | ports | no_intx;
+        let command = guest & (MASTER | PARITY | SERR) | MEMORY_SPACE | ports | no_intx;
         if command != self.command {
             device.write(CONFIG_REGION, COMMAND as u64, &command.to_le_bytes())?;
             self.command = command;

@@ -1,8 +1,8 @@
 //! A PCI function of the host, as its guest sees it.
 //!
 //! ```text
-//!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> stop (reset)
-//!                                                                          +-unplugged-> withdraw, stop
+//!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> quiesce, reset
+//!                                                                    +-unplugged-> withdraw, quiesce, reset
 //! ```
 //!
 //! One lock guards a function's configuration, interrupts and mappings; an access
@@ -123,7 +123,7 @@ impl Endpoint {
             return Err(io::Error::other(what));
         };
         // The ROM answers only while memory does.
-        self.config.sync_command(&*self.device)?;
+        self.config.sync_command(&*self.device, false)?;
         let mut bytes = vec![0; len];
         self.device.read(ROM_REGION, 0, &mut bytes)?;
         Ok(bytes)
@@ -222,7 +222,7 @@ impl VfioPci {
             );
         }
         config
-            .sync_command(&*device)
+            .sync_command(&*device, false)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
@@ -297,8 +297,16 @@ impl VfioPci {
         let State {
             config, interrupts, ..
         } = &mut *state;
-        let result = interrupts.config_changed(config, &*self.device);
-        self.note(&mut state, result);
+        let device = &*self.device;
+        // Nobody may stop to listen to a line that is loose, nor may it be before somebody listens.
+        let results = [
+            config.sync_command(device, interrupts.line_is_on()),
+            interrupts.config_changed(config, device),
+            config.sync_command(device, interrupts.line_is_on()),
+        ];
+        for result in results {
+            self.note(&mut state, result);
+        }
     }
 
     /// Reads a BAR where no memory slot is.
@@ -354,14 +362,18 @@ impl VfioPci {
         }
     }
 
-    /// Takes the device from a guest that does not drive it any more: no interrupts, no
-    /// DMA, and nothing of the guest in it as far as it can be reset.
-    pub fn stop(&self) {
+    /// Takes the device from a guest that does not drive it any more: no DMA, and no interrupts.
+    pub fn quiesce(&self) {
         let mut state = self.lock();
-        let result = state.interrupts.stop(&*self.device);
-        self.note(&mut state, result);
         let result = config::silence(&*self.device);
         self.note(&mut state, result);
+        let result = state.interrupts.stop(&*self.device);
+        self.note(&mut state, result);
+    }
+
+    /// Leaves nothing of the guest in it, as far as it can be reset. Others of the pod, which might
+    /// write to it still, are quiet by then.
+    pub fn reset(&self) {
         match self.device.reset() {
             Ok(was_reset) => {
                 tracing::info!(device = self.address, was_reset, "PCI device released");

@@ -158,10 +158,11 @@ impl Slots {
         let at = plugged.position(|(of, _)| of == slots);
         let first = slots.first().copied().unwrap_or(u8::MAX);
         let (slots, watch) = self.plugged.remove(at.ok_or(VfioError::Slot(first))?);
-        for slot in &slots {
-            if let Some(port) = self.port(*slot) {
-                port.unplug();
-            }
+        let ports = slots.iter().filter_map(|slot| self.port(*slot));
+        let devices: Vec<_> = ports.filter_map(Port::unplug).collect();
+        // Quiet by now, all of them: what could write to the others is not left.
+        for device in devices {
+            device.reset();
         }
         watch.stop();
         self.leave_space();

@@ -5,11 +5,18 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::code::*;
 use super::passthrough::{RAISE, run};
 use super::*;
-use crate::vfio::mock;
+use crate::vfio::access::Irq;
+use crate::vfio::device::{Endpoint, VfioPci};
+use crate::vfio::mock::{self, Mock};
 use crate::vm::{MsiRoute, lines};
 
 /// That of the first device.
 const LINE: u32 = lines::OF_PCI.start;
+/// Command and status of the device: I/O, memory, bus mastering; Interrupt Disable and Interrupt Status.
+const COMMAND: u64 = CONFIG + 4;
+const IN_USE: u32 = 7;
+const INTX_DISABLE: u32 = 1 << 10;
+const INTX_PENDING: u32 = 1 << 19;
 /// What "edu" is told when its interrupt was served.
 const ACKNOWLEDGE: u64 = BAR + 0x64;
 
@@ -48,7 +55,37 @@ fn line_is_raised_until_the_guest_has_served_it() {
     assert_eq!(stop.outcome(), Some(&outcome));
 }
 
-/// A second interrupt comes only if the host has unmasked the line after the first.
+/// The same with a device, whose host side masks the line each time.
+#[test]
+fn device_raises_its_line_again_once_it_is_unmasked() {
+    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
+    let Some(mut parts) = parts(&code, 1) else {
+        return;
+    };
+    parts.pci_slots = 1;
+    let running = Machine::new(parts).unwrap().start().unwrap();
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let addresses = [BAR, 64 * layout::GIB, BAR + 0x10_0000, 0x1000];
+    let device = VfioPci::new(&running.vm, endpoint, LINE, &addresses, None).unwrap();
+    // Bus mastering alone: registers are no matter.
+    device.config_write(4, &[4, 0]);
+    let unmask = mock.state().unmask.as_ref().unwrap().try_clone().unwrap();
+    for _ in 0..2 {
+        assert!(mock.signal(Irq::Intx, 0));
+        mock::wait_for(&unmask);
+        unmask.read().unwrap();
+    }
+    mock::wait_for(running.stop_handle().event());
+    let stop = running.stop_handle().clone();
+    device.quiesce();
+    running.stop();
+    let outcome = Outcome::Stopped(StopReason::Shutdown);
+    assert_eq!(stop.outcome(), Some(&outcome));
+}
+
+/// A second interrupt comes only if the host has unmasked the line after the first; a third, at a time when
+/// the guest has masked it, is pending until then.
 #[test]
 fn intx_reaches_the_guest_each_time() {
     let code = Code::new()
@@ -58,8 +95,13 @@ fn intx_reaches_the_guest_each_time() {
         .wait_for(COUNT, 1)
         .store(BAR + RAISE, 1)
         .wait_for(COUNT, 2)
+        .store(COMMAND, IN_USE | INTX_DISABLE)
+        .store(BAR + RAISE, 1)
+        .wait_set(COMMAND, INTX_PENDING)
+        .expect(COUNT, 2)
+        .store(COMMAND, IN_USE)
+        .wait_for(COUNT, 3)
         .power_off();
     let Some(exits) = run(&code) else { return };
-    let counts = (exits.mmio_reads, exits.mmio_writes);
-    assert_eq!(counts, (0, 2), "configuration only");
+    assert_eq!(exits.mmio_writes, 4, "configuration only");
 }

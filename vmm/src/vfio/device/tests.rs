@@ -15,7 +15,7 @@ const ADDRESSES: [u64; 4] = [BAR0, 64 * GIB, BAR0 + 0x10_0000, 0x1000];
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
     let mock = Arc::new(Mock::default());
-    Some((function_in(&crate::vm::test_vm_with_lines()?, &mock), mock))
+    Some((function_in(&test_vm()?, &mock), mock))
 }
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
@@ -262,6 +262,19 @@ fn msi_has_as_many_vectors_as_the_guest_enables() {
     assert_eq!(mock.calls(), ["Msi off"]);
 }
 
+/// What was not turned on as a whole is turned off all the same, or the line could not be turned on.
+#[test]
+fn msi_of_fewer_vectors_is_turned_off() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().free_vectors = 1;
+    function.config_write(mock::MSI + 2, &[1 | 1 << 4, 0]);
+    assert_eq!(mock.calls(), ["Msi 0+2 has 1", "Msi 0+1 [0]"]);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    assert_eq!(mock.calls(), ["Msi off"]);
+}
+
 #[test]
 fn host_with_fewer_vectors_turns_on_those_it_has() {
     let Some((function, mock)) = function() else {
@@ -325,19 +338,6 @@ fn what_failed_is_done_with_the_next_write() {
 }
 
 #[test]
-fn interrupts_that_stay_on_do_not_keep_the_others_on() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    function.config_write(mock::MSI + 2, &[1, 0]);
-    function.config_write(mock::MSIX + 3, &[0x80]);
-    mock.calls();
-    mock.state().stuck = Some(Irq::Msi);
-    assert!(function.lock().interrupts.stop(&*mock).is_err());
-    assert_eq!(mock.calls(), ["Msi off", "Msix off"]);
-}
-
-#[test]
 fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     let Some(vm) = test_vm() else { return };
     // With 256 vectors of MSI-X each: far more than there are routes.
@@ -374,88 +374,6 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     assert_eq!(mock.calls(), ["Msix off"]);
 }
 
-const LINE_ON: [&str; 2] = ["Intx 0+1 [0]", "Intx unmasked by an event"];
-
-#[test]
-fn line_is_on_while_the_guest_uses_the_device_without_messages() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    let command = || mock.state().config_writes.last().cloned();
-    assert_eq!(
-        command(),
-        Some((4, vec![3, 4])),
-        "the guest does not use it"
-    );
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), LINE_ON);
-    assert_eq!(command(), Some((4, vec![7, 0])));
-    assert!(mock.signal(Irq::Intx, 0));
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), [""; 0], "it is on");
-    // The kernel has one kind on at a time.
-    function.config_write(mock::MSIX + 3, &[0x80]);
-    assert_eq!(mock.calls(), ["Intx off", "Msix 0+16 []"]);
-    function.config_write(mock::MSIX + 3, &[0]);
-    assert_eq!(mock.calls(), [&["Msix off"][..], &LINE_ON].concat());
-    function.config_write(mock::MSI + 2, &[1, 0]);
-    assert_eq!(mock.calls(), ["Intx off", "Msi 0+1 [0]"]);
-    function.config_write(mock::MSI + 2, &[0, 0]);
-    assert_eq!(mock.calls(), [&["Msi off"][..], &LINE_ON].concat());
-    function.config_write(COMMAND, &[6, 4]);
-    assert_eq!(mock.calls(), ["Intx off"]);
-    assert_eq!(command(), Some((4, vec![7, 4])));
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), LINE_ON);
-    function.stop();
-    assert_eq!(mock.calls(), ["Intx off"]);
-}
-
-#[test]
-fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    mock.state().is_never_unmasked = true;
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
-    mock.state().is_never_unmasked = false;
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), LINE_ON);
-    mock.state().stuck = Some(Irq::Intx);
-    function.config_write(COMMAND, &[0, 0]);
-    mock.state().stuck = None;
-    function.config_write(0x0c, &[8]);
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
-}
-
-#[test]
-fn devices_share_a_line_where_there_are_many() {
-    let Some(vm) = crate::vm::test_vm_with_lines() else {
-        return;
-    };
-    let count = u8::try_from(OF_PCI.end).unwrap();
-    let functions: Vec<_> = (1..=count)
-        .map(|bus| {
-            let mock = Arc::new(Mock::default());
-            let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-            let function = VfioPci::new(
-                &vm,
-                endpoint,
-                LINE + u32::from(bus) % 8,
-                &[BAR0; 3],
-                WINDOW64,
-            )
-            .unwrap();
-            function.config_write(COMMAND, &[4, 0]);
-            assert_eq!(mock.calls(), LINE_ON);
-            function
-        })
-        .collect();
-    drop(functions);
-}
-
 #[test]
 fn stopped_device_is_silent_and_reset() {
     let Some((function, mock)) = function() else {
@@ -465,9 +383,12 @@ fn stopped_device_is_silent_and_reset() {
     function.config_write(COMMAND, &[6, 0]);
     function.config_write(mock::MSIX + 3, &[0x80]);
     mock.calls();
-    function.stop();
+    function.quiesce();
+    function.reset();
     assert_eq!(mock.calls(), ["Msix off"]);
     let state = mock.state();
     assert_eq!(state.config_writes.last(), Some(&(4, vec![0, 4])));
     assert_eq!(state.resets, 2);
 }
+
+mod line;

@@ -1,11 +1,16 @@
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{GIB, WINDOW32_START};
 use crate::pci::{Slot, Window};
 use crate::stop::Outcome;
+use crate::vfio::access::Irq;
+use crate::vfio::container::Container;
 use crate::vfio::mock::{self, Mock};
 use crate::vfio::tests::{WINDOW64, attached, config, write};
-use crate::vm::test_vm;
+use crate::vm::{lines, test_vm, test_vm_with_lines};
 
 /// Registers of a root port: of its PCI Express capability, which is the first.
 const PORT_EXPRESS: u64 = 0x40;
@@ -113,6 +118,70 @@ fn devices_come_and_go_without_end() {
     }
 }
 
+/// As those of a group do, which may reach each other.
+#[test]
+fn devices_that_go_together_are_quiet_before_one_is_reset() {
+    let Some(mut slots) = slots(2) else { return };
+    let mocks = [Arc::new(Mock::default()), Arc::new(Mock::default())];
+    slots.show(&[0, 1], attached(&mocks)).unwrap();
+    let journal = Mock::share_journal(&mocks);
+    slots.unplug(&[0, 1]).unwrap();
+    assert_eq!(
+        *journal.lock().unwrap(),
+        ["quiet", "quiet", "reset", "reset"]
+    );
+}
+
+#[test]
+fn device_that_goes_leaves_its_line() {
+    let Some(vm) = test_vm_with_lines() else {
+        return;
+    };
+    let mut slots = slots_of(&vm, 2);
+    let mock = Arc::new(Mock::default());
+    slots
+        .show(&[1], attached(std::slice::from_ref(&mock)))
+        .unwrap();
+    configure(&slots, 2);
+    let event = mock.event(Irq::Intx, 0).unwrap();
+    let line = lines::OF_PCI.start + 1;
+    assert!(vm.add_irqfd(&event, line).is_err(), "KVM has it already");
+    slots.unplug(&[1]).unwrap();
+    vm.add_irqfd(&event, line).unwrap();
+    assert!(!mock.state().was_loose);
+}
+
+/// What comes later reaches what the devices reach that are there from the start: the memory, and with
+/// `pci_peers` their BARs.
+#[test]
+fn a_device_that_comes_joins_the_address_space_of_the_others() {
+    let [Some(first), Some(second)] = [slots(1), slots(1)] else {
+        return;
+    };
+    if first.vm.attach_vfio(std::iter::empty()).is_err() {
+        eprintln!("skipped: KVM has no VFIO");
+        return;
+    }
+    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let devices = || Passthrough {
+        container: Container::Groups {
+            container: null(),
+            groups: Vec::new(),
+        },
+        devices: vec![("0000:01:00.0".into(), null())],
+    };
+    let plug = |mut slots: Slots, space: Option<AddressSpace>| {
+        (slots.space_stays, slots.space) = (space.is_some(), space);
+        let error = slots.plug(&[0], devices()).unwrap_err().to_string();
+        (error, slots.space.is_some())
+    };
+    let (error, stays) = plug(first, Some(AddressSpace::Ioas(null(), 1)));
+    let joins = "PCI device 0000:01:00.0: cannot bind it to /dev/iommu: ";
+    assert!(error.starts_with(joins) && stays, "{error}");
+    let (error, stays) = plug(second, None);
+    assert!(error.starts_with("mapping 32 MiB") && !stays, "{error}");
+}
+
 #[test]
 fn what_does_not_fit_leaves_nothing() {
     let Some(mut slots) = slots(1) else { return };
@@ -140,7 +209,7 @@ fn slots_are_one_device_s_and_only_those_there_are() {
     assert_eq!(status(&slots, 2), 0);
     assert_eq!(Arc::strong_count(&mocks[1]), 1);
     assert!(slots.unplug(&[0, 1]).is_err(), "they did not come together");
-    assert!(mocks[0].signal(crate::vfio::access::Irq::Request, 0));
+    assert!(mocks[0].signal(Irq::Request, 0));
 }
 
 #[test]
