@@ -327,6 +327,10 @@ fn check(parts: &Parts) -> Result<(), MachineError> {
     if devices > MAX_DEVICES {
         return Err(MachineError::Devices(devices));
     }
+    let passed_on = parts.passthrough.as_ref();
+    if parts.pci.peers && passed_on.is_some_and(Passthrough::cannot_be_peers) {
+        return Err(VfioError::NoPeers.into());
+    }
     Ok(())
 }
 

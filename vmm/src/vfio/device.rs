@@ -250,7 +250,10 @@ impl VfioPci {
         let state = self.lock();
         let places = addresses.iter().enumerate();
         let ranges = places.flat_map(|(place, address)| state.map.dma_ranges(place, *address));
-        (self.address.clone(), ranges.collect())
+        Reachable {
+            address: self.address.clone(),
+            ranges: ranges.collect(),
+        }
     }
 
     /// The BAR of memory that covers an address, by its place, and the offset in it.

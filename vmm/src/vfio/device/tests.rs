@@ -126,7 +126,7 @@ fn others_reach_what_the_guest_has_mapped() {
     let Some((function, _)) = function() else {
         return;
     };
-    let (address, ranges) = function.reachable(&ADDRESSES);
+    let Reachable { address, ranges } = function.reachable(&ADDRESSES);
     assert_eq!(address, "0000:01:00.0");
     let places: Vec<_> = ranges.iter().map(|range| (range.iova, range.len)).collect();
     assert_eq!(places, [(BAR0, 0x2000), (BAR0 + 0x4000, 0x4000)]);
