@@ -279,8 +279,8 @@ pub struct Passthrough {
 pub struct PciOptions {
     /// The guest sees their expansion ROMs.
     pub roms: bool,
-    /// Of several, each reaches the others' registers and memory by DMA. Not those that come later,
-    /// and not with [`Iommu::Iommufd`].
+    /// Of several, each reaches the others' registers and memory by DMA. Those that come later reach
+    /// them too, and are not reached. Not with [`Iommu::Iommufd`].
     pub peers: bool,
 }
 

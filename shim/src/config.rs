@@ -13,6 +13,7 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use nacre_protocol::vm::PciOptions;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -138,6 +139,14 @@ impl Config {
     /// An unreadable file, or the first mistake in it.
     pub fn load() -> Result<Self, ConfigError> {
         Self::load_from(&Self::path())
+    }
+
+    /// What guests with PCI devices have only if it is wanted.
+    pub fn pci_options(&self) -> PciOptions {
+        PciOptions {
+            roms: self.pci_roms,
+            peers: self.pci_peers,
+        }
     }
 
     /// The file [`Config::load`] reads.
@@ -489,6 +498,16 @@ mod tests {
         assert_eq!(config.default_vcpus, 16);
         assert_eq!(config.log_level, "debug");
         assert_eq!(config.kernel, Config::default().kernel);
+    }
+
+    #[test]
+    fn options_of_devices_are_those_of_the_keys() {
+        for (key, roms, peers) in [("pci_roms", true, false), ("pci_peers", false, true)] {
+            let mut config = Config::default();
+            assert_eq!(config.pci_options(), PciOptions::default());
+            config.apply(&format!("{key} = true"), "f.toml").unwrap();
+            assert_eq!(config.pci_options(), PciOptions { roms, peers });
+        }
     }
 
     #[test]

@@ -85,9 +85,9 @@ pub const PORT_PVPANIC: u16 = 0x505;
 /// First serial port.
 pub const PORT_SERIAL: u16 = 0x3f8;
 /// I/O BARs of the host's devices, behind everything of ours (exclusive end).
-pub const PCI_PORTS: u64 = 0x1000;
+pub const IO_START: u64 = 0x1000;
 /// End of the I/O ports there are.
-pub const PORTS_END: u64 = 0x1_0000;
+pub const IO_END: u64 = 0x1_0000;
 /// Registers of a serial port.
 pub const SERIAL_PORTS: u16 = 8;
 

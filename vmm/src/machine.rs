@@ -29,7 +29,7 @@ use crate::vcpu::{self, Buses, Cpuid, Exits, MAX_VCPUS, Vcpu, VcpuError, VcpuThr
 use crate::vfio::{AddressSpace, Passthrough, Session, VfioError, Watch, hotplug};
 use crate::virtio::transport::{TransportError, VirtioPci};
 use crate::virtio::{GuestMemory, VirtioDevice};
-use crate::vm::{self, Vm, VmError};
+use crate::vm::{self, IrqChip, Vm, VmError};
 
 /// What a machine is made of.
 pub struct Parts {
@@ -124,8 +124,11 @@ impl Machine {
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         check(&parts)?;
         let kvm = vm::kvm_from(parts.kvm);
-        let has_lines = parts.passthrough.is_some() || parts.pci_slots > 0;
-        let vm = Arc::new(Vm::new(&kvm, parts.memory, has_lines)?);
+        let irq_chip = match &parts.passthrough {
+            None if parts.pci_slots == 0 => IrqChip::Split,
+            _ => IrqChip::Full,
+        };
+        let vm = Arc::new(Vm::new(&kvm, parts.memory, irq_chip)?);
         let stop = Arc::new(Stop::new()?);
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let bits = cpuid.physical_bits();
@@ -142,12 +145,15 @@ impl Machine {
             None => (Vec::new(), None),
         };
         let root_ports = with_slots(&vm, root_ports, parts.pci_slots, &mut placement)?;
-        let first_port = u8::try_from(parts.devices.len() + 1).unwrap_or(u8::MAX);
         let root = pci_root(&vm, parts.devices, root_ports)?;
         let platform = Platform {
             vcpus: parts.vcpus,
             last_bus: root.last_bus(),
-            first_port,
+            lines: if vm.has_lines() {
+                root.lines()
+            } else {
+                Vec::new()
+            },
             hot_plug: parts.pci_slots > 0,
             window64,
             serial: parts.serial.is_some(),
@@ -325,6 +331,10 @@ fn check(parts: &Parts) -> Result<(), MachineError> {
     if devices > MAX_DEVICES {
         return Err(MachineError::Devices(devices));
     }
+    let passed_on = parts.passthrough.as_ref();
+    if parts.pci.peers && passed_on.is_some_and(Passthrough::cannot_be_peers) {
+        return Err(VfioError::NoPeers.into());
+    }
     Ok(())
 }
 
@@ -375,8 +385,8 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
 fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
     if root.last_bus() > 0 {
-        let len = layout::PORTS_END - layout::PCI_PORTS;
-        bus.add(layout::PCI_PORTS, len, Arc::new(IoPorts(root.clone())))?;
+        let len = layout::IO_END - layout::IO_START;
+        bus.add(layout::IO_START, len, Arc::new(IoPorts(root.clone())))?;
     }
     let power = Arc::new(Power(stop.clone()));
     bus.add(

@@ -1,8 +1,8 @@
 //! The KVM virtual machine: memory slots, interrupt routes, event descriptors.
 //!
 //! Interrupts are MSIs. KVM emulates the local APICs ("split irqchip") and nothing
-//! else: no PIC or PIT exists, and an I/O APIC only in machines that may get devices of the host,
-//! whose INTx are [`lines`]. A GSI here is only the name
+//! else, but for machines that may get devices of the host, whose INTx are [`lines`]: these have KVM's
+//! whole controller, with an I/O APIC and, since it cannot be left out, a PIC. A GSI here is only the name
 //! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
 //! when it is used for the first time and keeps it as long as the device is there.
 
@@ -69,11 +69,20 @@ pub struct MsiRoute {
     pub data: u32,
 }
 
+/// What of an interrupt controller KVM emulates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IrqChip {
+    /// The local APICs.
+    Split,
+    /// An I/O APIC too, whose pins are [`lines`].
+    Full,
+}
+
 /// A virtual machine without its vCPUs.
 pub struct Vm {
     fd: VmFd,
     gsis: Numbers,
-    has_lines: bool,
+    irq_chip: IrqChip,
     slots: Numbers,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
@@ -102,36 +111,28 @@ impl ReadOnlyPage {
 }
 
 impl Vm {
-    /// Creates a VM that has `memory`, and interrupt [`lines`] or none.
+    /// Creates a VM that has `memory`, and an interrupt controller such as `irq_chip` or, where KVM
+    /// has no I/O APIC, a split one.
     ///
     /// # Errors
     ///
     /// When KVM lacks what we need or refuses the memory.
-    pub fn new(kvm: &Kvm, memory: GuestMemory, has_lines: bool) -> Result<Self, VmError> {
+    pub fn new(kvm: &Kvm, memory: GuestMemory, irq_chip: IrqChip) -> Result<Self, VmError> {
         let fd = kvm.create_vm().map_err(VmError::new("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS)
             .map_err(VmError::new("set the TSS address"))?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(VmError::new("set the identity map"))?;
-        let first_gsi = if has_lines {
-            fd.create_irq_chip().map_err(VmError::new(
-                "make an interrupt controller with an I/O APIC",
-            ))?;
-            lines::PINS
-        } else {
-            // args[0], the routes kept for an IOAPIC in user space, stays 0.
-            fd.enable_cap(&kvm_enable_cap {
-                cap: KVM_CAP_SPLIT_IRQCHIP,
-                ..Default::default()
-            })
-            .map_err(VmError::new("split the interrupt controller"))?;
-            0
+        let irq_chip = made_or_split(irq_chip, |irq_chip| make_irq_chip(&fd, irq_chip))?;
+        let first_gsi = match irq_chip {
+            IrqChip::Split => 0,
+            IrqChip::Full => lines::PINS,
         };
         let max_gsis = u32::try_from(fd.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
         let vm = Self {
             fd,
             gsis: Numbers::new(first_gsi..max_gsis),
-            has_lines,
+            irq_chip,
             slots: Numbers::new(0..u32::MAX),
             routes: Mutex::default(),
             memory,
@@ -223,6 +224,12 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(region) }
     }
 
+    /// Whether it has interrupt [`lines`].
+    #[must_use]
+    pub fn has_lines(&self) -> bool {
+        self.irq_chip == IrqChip::Full
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
@@ -253,7 +260,7 @@ impl Vm {
     pub fn new_gsi(&self) -> Result<u32, VmError> {
         self.gsis.take().ok_or_else(|| VmError {
             what: "find a free interrupt route",
-            source: io::Error::other(format!("all {} are taken", self.gsis.limit())),
+            source: io::Error::other(format!("all {} are taken", self.gsis.count())),
         })
     }
 
@@ -288,7 +295,7 @@ impl Vm {
     }
 
     fn set_routes(&self, routes: &BTreeMap<u32, MsiRoute>) -> Result<(), VmError> {
-        let lines = self.has_lines.then(lines::routes);
+        let lines = self.has_lines().then(lines::routes);
         let entries: Vec<_> = lines
             .into_iter()
             .flatten()
@@ -314,7 +321,7 @@ impl Vm {
             .map_err(VmError::new("add an irqfd"))
     }
 
-    /// Undoes [`Self::add_irqfd`] or [`Self::add_line`]; signals stay in `event`.
+    /// Undoes [`Self::add_irqfd`] or [`Self::add_resample_irqfd`]; signals stay in `event`.
     ///
     /// # Errors
     ///
@@ -348,6 +355,38 @@ impl Vm {
     }
 }
 
+fn make_irq_chip(fd: &VmFd, irq_chip: IrqChip) -> Result<(), VmError> {
+    match irq_chip {
+        // args[0], the routes kept for an I/O APIC in user space, stays 0.
+        IrqChip::Split => fd
+            .enable_cap(&kvm_enable_cap {
+                cap: KVM_CAP_SPLIT_IRQCHIP,
+                ..Default::default()
+            })
+            .map_err(VmError::new("split the interrupt controller")),
+        IrqChip::Full => fd.create_irq_chip().map_err(VmError::new(
+            "make an interrupt controller with an I/O APIC",
+        )),
+    }
+}
+
+/// Has `make` make the controller. A host's kernel may be built without an I/O APIC of KVM's
+/// (`CONFIG_KVM_IOAPIC`), and few devices need a line.
+fn made_or_split(
+    wanted: IrqChip,
+    make: impl Fn(IrqChip) -> Result<(), VmError>,
+) -> Result<IrqChip, VmError> {
+    let made = make(wanted);
+    match (wanted, made) {
+        (IrqChip::Full, Err(error)) => {
+            tracing::warn!(%error, "PCI devices have no interrupt lines, only messages");
+            make(IrqChip::Split)?;
+            Ok(IrqChip::Split)
+        }
+        (wanted, made) => made.map(|()| wanted),
+    }
+}
+
 fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry {
         gsi,
@@ -361,16 +400,27 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
     entry
 }
 
-/// A machine of 32 MiB with nothing but interrupt lines in it; none, with the reason on stderr, where there is
+/// A machine of 32 MiB with nothing in it; none, with the reason on stderr, where there is
 /// no KVM.
 #[cfg(test)]
 pub fn test_vm() -> Option<Arc<Vm>> {
+    test_vm_with(IrqChip::Split)
+}
+
+/// The same with interrupt lines, as those have that may get devices of the host.
+#[cfg(test)]
+pub fn test_vm_with_lines() -> Option<Arc<Vm>> {
+    test_vm_with(IrqChip::Full)
+}
+
+#[cfg(test)]
+fn test_vm_with(irq_chip: IrqChip) -> Option<Arc<Vm>> {
     let Ok(kvm) = Kvm::new() else {
         eprintln!("skipped: no /dev/kvm");
         return None;
     };
     let memory = crate::memory::allocate(32, false).unwrap();
-    Some(Arc::new(Vm::new(&kvm, memory, true).unwrap()))
+    Some(Arc::new(Vm::new(&kvm, memory, irq_chip).unwrap()))
 }
 
 #[cfg(test)]
@@ -405,19 +455,38 @@ mod tests {
 
     #[test]
     fn route_that_is_refused_does_not_spoil_the_others() {
-        let Some(vm) = test_vm() else {
-            return;
-        };
-        let route = |data| MsiRoute {
-            address: 0xfee0_0000,
-            data,
-        };
-        let gsi = vm.new_gsi().unwrap();
-        vm.route(gsi, route(0x41)).unwrap();
-        for _ in 0..2 {
-            assert!(vm.route(vm.gsis.limit(), route(0x42)).is_err());
+        for vm in [test_vm(), test_vm_with_lines()].into_iter().flatten() {
+            let route = |data| MsiRoute {
+                address: 0xfee0_0000,
+                data,
+            };
+            let gsi = vm.new_gsi().unwrap();
+            vm.route(gsi, route(0x41)).unwrap();
+            for _ in 0..2 {
+                assert!(vm.route(vm.gsis.limit(), route(0x42)).is_err());
+            }
+            vm.route(gsi, route(0x43)).unwrap();
+            vm.route(vm.gsis.limit() - 1, route(0x44)).unwrap();
         }
-        vm.route(gsi, route(0x43)).unwrap();
-        vm.route(vm.gsis.limit() - 1, route(0x44)).unwrap();
+    }
+
+    #[test]
+    fn host_without_an_io_apic_has_a_machine_all_the_same() {
+        let make = |refused: &[IrqChip], irq_chip| {
+            if refused.contains(&irq_chip) {
+                return Err(VmError::new("make it")(Errno::new(libc::ENOTTY)));
+            }
+            Ok(())
+        };
+        for (wanted, refused, made) in [
+            (IrqChip::Full, &[][..], Some(IrqChip::Full)),
+            (IrqChip::Full, &[IrqChip::Full], Some(IrqChip::Split)),
+            (IrqChip::Split, &[IrqChip::Full], Some(IrqChip::Split)),
+            (IrqChip::Split, &[IrqChip::Split], None),
+            (IrqChip::Full, &[IrqChip::Full, IrqChip::Split], None),
+        ] {
+            let result = made_or_split(wanted, |irq_chip| make(refused, irq_chip));
+            assert_eq!(result.ok(), made);
+        }
     }
 }

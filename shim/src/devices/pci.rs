@@ -166,6 +166,12 @@ impl Function {
         name.replace('_', "-").ends_with(VFIO_DRIVER)
     }
 
+    /// How large its BARs of memory are together.
+    pub fn memory_bytes(&self) -> u64 {
+        let memory = self.bars.iter().filter(|bar| !bar.is_io);
+        memory.map(|bar| bar.size).fold(0, u64::saturating_add)
+    }
+
     /// Its driver, or "none".
     pub fn driver_name(&self) -> &str {
         self.driver.as_deref().unwrap_or("none")

@@ -123,6 +123,8 @@ pub struct AssignedDevice {
     pub group_node: PathBuf,
     /// To be opened where the host has iommufd: its own.
     pub device_node: Option<PathBuf>,
+    /// What its BARs of memory have together.
+    pub bar_bytes: u64,
 }
 
 /// Opens devices for a monitor, whose others are in `container`.
@@ -229,6 +231,7 @@ fn device(system: &System, group: u32, function: &Function) -> AssignedDevice {
         group,
         device_node: own.map(|name| nodes.join("devices").join(name)),
         group_node: nodes.join(group.to_string()),
+        bar_bytes: function.memory_bytes(),
     }
 }
 

@@ -28,6 +28,9 @@ const PAGES_PER_TABLE: u64 = 512;
 const PINNED_TABLES: u64 = 3;
 /// What any host pins in a second, clearing the pages included.
 const PINNED_MIB_PER_SECOND: u32 = 512;
+/// What it maps of BARs for other devices in a second, a page of 4 KiB at a time: kernels before 6.12 know
+/// no larger ones there. The monitor has a page table for each 2 MiB then.
+const BARS_MIB_PER_SECOND: u64 = 2048;
 /// The host's huge pages, of which a machine has whole ones.
 const HUGE_PAGE_MIB: u32 = 2;
 /// As the configuration's own limits.
@@ -46,19 +49,23 @@ pub struct Size {
     pub growth_mib: u32,
     /// Devices of the host reach it, so all of it is there from the start.
     pub is_pinned: bool,
+    /// What they reach of each other's BARs.
+    pub peer_bars_mib: u64,
 }
 
-/// What pinning a machine's memory may take.
+/// What pinning a machine's memory may take, and mapping what its devices reach besides.
 pub fn pin_time(size: Size) -> Duration {
-    if size.is_pinned {
-        Duration::from_secs(size.memory_mib.div_ceil(PINNED_MIB_PER_SECOND).into())
-    } else {
-        Duration::ZERO
+    if !size.is_pinned {
+        return Duration::ZERO;
     }
+    let memory = size.memory_mib.div_ceil(PINNED_MIB_PER_SECOND);
+    let bars = size.peer_bars_mib.div_ceil(BARS_MIB_PER_SECOND);
+    Duration::from_secs(u64::from(memory) + bars)
 }
 
-/// The size for a pod whose first container has `spec`. `is_pinned`: it has devices.
-pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
+/// The size for a pod whose first container has `spec`. `is_pinned`: it has devices, which reach
+/// `peer_bars_mib` of each other.
+pub fn size_of(spec: &Spec, is_pinned: bool, peer_bars_mib: u64, config: &Config) -> Size {
     let empty = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&empty);
     let memory_mib = annotated(annotations, MEMORY)
@@ -87,6 +94,7 @@ pub fn size_of(spec: &Spec, is_pinned: bool, config: &Config) -> Size {
             growth_of(memory_mib, host_memory_mib())
         },
         is_pinned,
+        peer_bars_mib,
     }
 }
 
@@ -141,19 +149,22 @@ fn mib_for(bytes: u64) -> u32 {
 /// The host's limits for a pod with these containers and a machine of
 /// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
 /// is part of that, but for a machine with devices: it fills its memory at once, and there
-/// are page tables for all of it. Of processor time there is an overhead too, else
-/// containers that use all of theirs would leave the shim none to manage them with.
+/// are page tables for all of it, and for what they reach of each other. Of processor time there
+/// is an overhead too, else containers that use all of theirs would leave the shim none to manage
+/// them with.
 /// A container without a limit lifts that of the pod.
 pub fn host_limits(
     containers: &[Limits],
     memory_mib: u32,
     is_pinned: bool,
+    peer_bars_mib: u64,
     config: &Config,
 ) -> Limits {
     let together = Limits::together(containers);
     let memory_mib = u64::from(memory_mib);
     let mib = if is_pinned {
-        memory_mib + (memory_mib * PINNED_TABLES).div_ceil(PAGES_PER_TABLE)
+        let tables = (memory_mib * PINNED_TABLES).saturating_add(peer_bars_mib);
+        memory_mib + tables.div_ceil(PAGES_PER_TABLE)
     } else {
         memory_mib.saturating_sub(GUEST_RESERVE_MIB)
     };
@@ -208,7 +219,7 @@ mod tests {
             .unwrap()
             .extend(value.as_object().unwrap().clone());
         let spec: Spec = serde_json::from_value(spec).unwrap();
-        let size = size_of(&spec, false, &Config::default());
+        let size = size_of(&spec, false, 0, &Config::default());
         (size.vcpus, size.memory_mib)
     }
 
@@ -241,14 +252,14 @@ mod tests {
             ..Config::default()
         };
         let spec = Spec::default();
-        let [free, pinned] = [false, true].map(|pinned| size_of(&spec, pinned, &config));
+        let [free, pinned] = [false, true].map(|pinned| size_of(&spec, pinned, 0, &config));
         assert!(free.growth_mib > 0);
         assert_eq!((pinned.growth_mib, pinned.is_pinned), (0, true));
         config.hugepages = true;
-        assert_eq!(size_of(&spec, false, &config).growth_mib, 0);
+        assert_eq!(size_of(&spec, false, 0, &config).growth_mib, 0);
         // Only whole huge pages are a machine's.
         config.default_memory_mib = 201;
-        assert_eq!(size_of(&spec, false, &config).memory_mib, 202);
+        assert_eq!(size_of(&spec, false, 0, &config).memory_mib, 202);
     }
 
     #[test]
@@ -258,14 +269,18 @@ mod tests {
             memory_bytes: Some(2000 << 20),
             ..Limits::default()
         }];
-        let bytes = |pinned| host_limits(&limit, 2064, pinned, &config).memory_bytes;
+        let bytes = |pinned, bars| host_limits(&limit, 2064, pinned, bars, &config).memory_bytes;
         let overhead = u64::from(config.overhead_memory_mib);
-        assert_eq!(bytes(false), Some((2000 + overhead) << 20));
-        assert_eq!(bytes(true), Some((2064 + 13 + overhead) << 20));
+        assert_eq!(bytes(false, 0), Some((2000 + overhead) << 20));
+        assert_eq!(bytes(true, 0), Some((2064 + 13 + overhead) << 20));
+        // Two BARs of 128 GiB.
+        assert_eq!(bytes(true, 256 << 10), Some((2064 + 525 + overhead) << 20));
 
-        let mut size = size_of(&Spec::default(), true, &config);
+        let mut size = size_of(&Spec::default(), true, 0, &config);
         size.memory_mib = 64 << 10;
         assert_eq!(pin_time(size), Duration::from_secs(128));
+        size.peer_bars_mib = 256 << 10;
+        assert_eq!(pin_time(size), Duration::from_secs(128 + 128));
         size.is_pinned = false;
         assert_eq!(pin_time(size), Duration::ZERO);
     }
@@ -281,7 +296,7 @@ mod tests {
         let both = [limit(256), limit(512)];
         assert_eq!(memory_of(&both, false, &config), 832);
         let overhead = u64::from(config.overhead_memory_mib);
-        let host = host_limits(&both, 832, false, &config);
+        let host = host_limits(&both, 832, false, 0, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
         let millis = u64::from(config.overhead_cpu_millis);
         assert_eq!(host.cpu, Some((100_000 + 100 * millis, 100_000)));
@@ -290,7 +305,7 @@ mod tests {
         assert_eq!(memory_of(&one_without, false, &config), default);
         assert_eq!(memory_of(&one_without, true, &config), 128);
         assert_eq!(
-            host_limits(&one_without, default, false, &config),
+            host_limits(&one_without, default, false, 0, &config),
             Limits::default()
         );
         assert_eq!(

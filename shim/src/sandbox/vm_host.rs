@@ -28,7 +28,6 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
-use nacre_protocol::vm::PciOptions;
 use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
@@ -91,6 +90,15 @@ impl Parts {
                 warn!(pid, %error, "oom_score_adj stays as it is");
             }
         }
+    }
+
+    /// What the devices reach of each other's BARs. Those that come later are not reached.
+    fn peer_bars_mib(&self, config: &Config) -> u64 {
+        if !config.pci_peers || self.devices.len() < 2 {
+            return 0;
+        }
+        let bytes = self.devices.iter().map(|device| device.bar_bytes);
+        bytes.fold(0, u64::saturating_add).div_ceil(1 << 20)
     }
 }
 
@@ -269,10 +277,7 @@ impl VmHost {
             size,
             hugepages: self.config.hugepages,
             pci_slots,
-            pci: PciOptions {
-                roms: self.config.pci_roms,
-                peers: self.config.pci_peers,
-            },
+            pci: self.config.pci_options(),
             uid,
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
@@ -366,22 +371,24 @@ impl VmHost {
         containers: &[Limits],
         memory_mib: u32,
     ) -> Result<(), SandboxError> {
-        let (cgroup, is_pinned) = {
+        let (cgroup, is_pinned, bars_mib) = {
             let mut parts = crate::task::lock(&self.parts);
             parts.oom_score_adj = Limits::together(containers).oom_score_adj;
             parts.expose();
-            (parts.cgroup.clone(), parts.is_pinned())
+            let bars_mib = parts.peer_bars_mib(&self.config);
+            (parts.cgroup.clone(), parts.is_pinned(), bars_mib)
         };
         let Some(cgroup) = cgroup else {
             return Ok(());
         };
-        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        let limits = host_limits(containers, memory_mib, is_pinned, bars_mib, &self.config);
         Ok(blocking(move || cgroup.set_limits(&limits)).await?)
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
-        let is_pinned = crate::task::lock(&self.parts).is_pinned();
-        size_of(spec, is_pinned, &self.config)
+        let parts = crate::task::lock(&self.parts);
+        let bars_mib = parts.peer_bars_mib(&self.config);
+        size_of(spec, parts.is_pinned(), bars_mib, &self.config)
     }
 
     /// The monitor's uid and the pod's cgroup.
@@ -410,7 +417,14 @@ impl VmHost {
         if let Some(path) = path {
             let size = self.size_of(spec);
             let containers = [Limits::of(spec)];
-            let limits = host_limits(&containers, size.memory_mib, size.is_pinned, &self.config);
+            let Size {
+                memory_mib,
+                is_pinned,
+                peer_bars_mib,
+                ..
+            } = size;
+            let config = &self.config;
+            let limits = host_limits(&containers, memory_mib, is_pinned, peer_bars_mib, config);
             let cgroup = blocking(move || PodCgroup::create(&path, &limits)).await;
             if let Err(CgroupError::Exists(_)) = &cgroup {
                 // Another's, which is not to be cleaned up.

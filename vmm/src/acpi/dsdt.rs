@@ -9,7 +9,6 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE};
-use crate::vm::lines;
 use crate::{layout, power};
 
 /// Length of a table header, all a DSDT has besides AML.
@@ -30,14 +29,14 @@ const OSC_CONTROL: u8 = 8;
 const PRESENT: u8 = 0xf;
 
 /// What differs from one machine to the next.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Platform {
     /// vCPUs.
     pub vcpus: u8,
-    /// Highest bus number: there are as many root ports,
+    /// Highest bus number: there are as many root ports.
     pub last_bus: u8,
-    /// from this slot of bus 0 on.
-    pub first_port: u8,
+    /// Their slots of bus 0, and the interrupt line of what is behind each; none in a machine without lines.
+    pub lines: Vec<(u8, u32)>,
     /// Whether there are root ports with hot-plug slots.
     pub hot_plug: bool,
     /// 64-bit window for BARs, end exclusive.
@@ -84,11 +83,7 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
             None,
         )
     });
-    let ports = AddressSpace::new_io(
-        layout::PCI_PORTS as u16,
-        (layout::PORTS_END - 1) as u16,
-        None,
-    );
+    let ports = AddressSpace::new_io(layout::IO_START as u16, (layout::IO_END - 1) as u16, None);
     let mut resources: Vec<&dyn Aml> = vec![&buses, &window32];
     if platform.last_bus > 0 {
         resources.push(&ports);
@@ -105,8 +100,8 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
         Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
     ];
     let mut device = children(&names);
-    let lines = Lines(*platform);
-    if platform.last_bus > 0 {
+    let lines = Lines(&platform.lines);
+    if !platform.lines.is_empty() {
         device.push(&lines);
     }
     let native_hot_plug = NativeHotPlug;
@@ -118,14 +113,14 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
 
 /// `_PRT` (ACPI 6.5, 6.2.13): which line the INTA of each root port is, and with that the one of the
 /// device behind it, the first of its bus.
-struct Lines(Platform);
+struct Lines<'a>(&'a [(u8, u32)]);
 
-impl Aml for Lines {
+impl Aml for Lines<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let ports = (self.0.first_port..).zip(1..=self.0.last_bus);
         // A slot's address and any function; no link device.
+        let ports = self.0.iter();
         let entries: Vec<_> = ports
-            .map(|(slot, bus)| (u32::from(slot) << 16 | 0xffff, lines::of_bus(bus)))
+            .map(|(slot, line)| (u32::from(*slot) << 16 | 0xffff, *line))
             .collect();
         let entries: Vec<_> = entries
             .iter()

@@ -1,10 +1,10 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5, 4.1): RSDP, XSDT, FADT,
 //! MADT, MCFG and DSDT.
 //!
-//! No PIC, no power-management timer, no CMOS clock, no VGA, no 8042,
+//! No power-management timer, no CMOS clock, no VGA, no 8042,
 //! and each absence is said in the table that has a flag for it, so that Linux
-//! does not probe. Interrupts are MSIs, and lines of an I/O APIC where there are root ports;
-//! the FADT's sleep and reset registers are
+//! does not probe. Interrupts are MSIs, and in machines with lines those of an I/O APIC; hardware-reduced
+//! means that there is no PIC, and Linux leaves the one alone that KVM has there then; the FADT's sleep and reset registers are
 //! those of [`crate::power`].
 
 use acpi_tables::Aml;
@@ -128,7 +128,7 @@ fn madt(platform: &Platform) -> MADT {
     for id in 0..platform.vcpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    if platform.last_bus > 0 {
+    if !platform.lines.is_empty() {
         madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
     }
     madt

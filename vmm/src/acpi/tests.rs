@@ -9,7 +9,7 @@ fn platform() -> Platform {
     Platform {
         vcpus: 4,
         last_bus: 2,
-        first_port: 5,
+        lines: vec![(5, 16), (6, 17)],
         hot_plug: true,
         window64: Some((64 << 30, 1 << 40)),
         serial: true,
@@ -174,11 +174,20 @@ fn what_a_machine_does_not_have_is_not_in_the_tables() {
         serial: false,
         hot_plug: false,
         last_bus: 0,
+        lines: Vec::new(),
         ..platform()
     };
     let texts = disassembled(&bare);
     for absent in ["PNP0501", "QWordMemory", "_OSC", "_PRT", "WordIO"] {
         assert!(!texts["DSDT"].contains(absent), "{absent}");
     }
+    assert!(!texts["APIC"].contains("I/O APIC"));
+    // Devices of the host on one whose KVM has no I/O APIC.
+    let without_lines = Platform {
+        lines: Vec::new(),
+        ..platform()
+    };
+    let texts = disassembled(&without_lines);
+    assert!(texts["DSDT"].contains("WordIO") && !texts["DSDT"].contains("_PRT"));
     assert!(!texts["APIC"].contains("I/O APIC"));
 }

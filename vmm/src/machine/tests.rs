@@ -155,6 +155,18 @@ fn impossible_machines_are_refused() {
     }
 }
 
+/// Before memory is pinned and devices are reset for nothing.
+#[test]
+fn devices_of_iommufd_are_no_peers() {
+    let Some(mut parts) = parts(&[], 1) else {
+        return;
+    };
+    parts.pci.peers = true;
+    parts.passthrough = Some(Passthrough::of_iommufd(2));
+    let error = Machine::new(parts).err().unwrap().to_string();
+    assert!(error.starts_with("pci_peers in nacre.toml asks"), "{error}");
+}
+
 mod code;
 mod lines;
 mod passthrough;

@@ -19,7 +19,7 @@ const HEADER_TYPE: usize = 0x0e;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// Command: I/O space, memory space, bus master.
-const COMMAND_PORTS: u8 = 1;
+const COMMAND_IO: u8 = 1;
 const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_MASTER: u8 = 1 << 2;
 /// Command, second byte: interrupt disable.
@@ -49,7 +49,7 @@ pub enum BridgeWindow {
     /// Of 64 bits, for BARs that are prefetchable.
     Prefetchable,
     /// Of I/O ports.
-    Ports,
+    Io,
 }
 
 /// Configuration space of one function.
@@ -134,7 +134,7 @@ impl ConfigSpace {
         };
         let [mut base_word, mut limit_word] = [word(base), word(limit)];
         let at = match window {
-            BridgeWindow::Ports => return self.set_ports(range),
+            BridgeWindow::Io => return self.set_io(range),
             BridgeWindow::Memory => MEMORY_BASE,
             BridgeWindow::Prefetchable => {
                 base_word[0] |= WINDOW_64;
@@ -151,12 +151,12 @@ impl ConfigSpace {
     }
 
     /// Its 16 address bits end at each 4096th port.
-    fn set_ports(&mut self, range: Option<(u64, u64)>) {
+    fn set_io(&mut self, range: Option<(u64, u64)>) {
         let Some((start, end)) = range else { return };
         let byte = |port: u64| port.to_le_bytes()[1] & 0xf0;
         self.put(PORT_BASE, &[byte(start), byte(end - 1)]);
         self.allow(PORT_BASE, &[0xf0, 0xf0]);
-        self.writable[COMMAND] |= COMMAND_PORTS;
+        self.writable[COMMAND] |= COMMAND_IO;
     }
 
     /// Appends a capability and returns its offset. `body` is what follows id and
@@ -309,12 +309,12 @@ mod tests {
     #[test]
     fn bridge_has_a_window_of_ports_if_it_is_given_one() {
         let mut bridge = ConfigSpace::bridge(1, 2, [0, 4, 6]);
-        bridge.set_window(BridgeWindow::Ports, None);
+        bridge.set_window(BridgeWindow::Io, None);
         bridge.write(PORT_BASE, &[0xff; 2]);
         bridge.write(COMMAND, &[0xff]);
         assert_eq!(u32_at(&bridge, PORT_BASE), 0, "there is none");
         assert_eq!(bridge.byte(COMMAND), 6);
-        bridge.set_window(BridgeWindow::Ports, Some((0x2000, 0x4000)));
+        bridge.set_window(BridgeWindow::Io, Some((0x2000, 0x4000)));
         assert_eq!(u32_at(&bridge, PORT_BASE), 0x3020);
         bridge.write(PORT_BASE, &[0xff; 2]);
         bridge.write(COMMAND, &[0xff]);

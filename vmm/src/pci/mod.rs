@@ -140,6 +140,12 @@ impl Port {
         &self.room
     }
 
+    /// The line of its device.
+    #[must_use]
+    pub fn line(&self) -> u32 {
+        self.root.line()
+    }
+
     /// Whether there is a device.
     #[must_use]
     pub fn is_taken(&self) -> bool {
@@ -152,14 +158,33 @@ impl Port {
         self.root.set_present(Some(link));
     }
 
-    /// Takes the device out, whether the guest has let go of it or not, and stops it.
-    pub fn unplug(&self) {
+    /// Takes the device out, whether the guest has let go of it or not: it is quiet, and has yet to
+    /// be reset.
+    #[must_use]
+    pub fn unplug(&self) -> Option<Box<VfioPci>> {
         let device = self.device.own().take();
-        if let Some(device) = device {
+        if let Some(device) = &device {
             device.withdraw();
-            device.stop();
+            device.quiesce();
         }
         self.root.set_present(None);
+        device
+    }
+
+    /// Does `access` if a BAR of the device covers an address, by `find`.
+    fn access(
+        &self,
+        find: fn(&VfioPci, u64) -> Option<(usize, u64)>,
+        address: u64,
+        access: impl FnOnce(&VfioPci, usize, u64),
+    ) -> bool {
+        let device = self.device.look();
+        let found = device
+            .as_ref()
+            .and_then(|device| Some((device, find(device, address)?)));
+        found
+            .map(|(device, (bar, at))| access(device, bar, at))
+            .is_some()
     }
 }
 
@@ -267,6 +292,17 @@ impl PciRoot {
         u8::try_from(self.ports().count()).unwrap_or(u8::MAX)
     }
 
+    /// The slot of each root port, and the line of what is behind it.
+    #[must_use]
+    pub fn lines(&self) -> Vec<(u8, u32)> {
+        let slots = (1..).zip(&self.slots);
+        let lines = slots.filter_map(|(number, slot)| match slot {
+            Slot::Virtio(_) => None,
+            Slot::Port(port) => Some((number, port.line())),
+        });
+        lines.collect()
+    }
+
     /// The root ports, in the order of their buses.
     pub fn ports(&self) -> impl Iterator<Item = &Port> {
         self.slots.iter().filter_map(|slot| match slot {
@@ -281,8 +317,14 @@ impl PciRoot {
         layout::WINDOW32_START + u64::from(number - 1) * BAR_SIZE
     }
 
-    /// Stops all devices.
+    /// Stops all devices. Those of the host are all quiet before the first is reset, which another
+    /// one could write to.
     pub fn reset(&self) {
+        for port in self.ports() {
+            if let Some(device) = &*port.device.look() {
+                device.quiesce();
+            }
+        }
         for slot in &self.slots {
             match slot {
                 Slot::Virtio(place) => {
@@ -292,7 +334,7 @@ impl PciRoot {
                 }
                 Slot::Port(port) => {
                     if let Some(device) = &*port.device.look() {
-                        device.stop();
+                        device.reset();
                     }
                 }
             }
@@ -400,15 +442,9 @@ impl Window {
                     .map(|(device, at)| access(BarTarget::Virtio(device, at)))
                     .is_some()
             }
-            Slot::Port(port) => {
-                let device = port.device.look();
-                let found = device
-                    .as_ref()
-                    .and_then(|device| Some((device, device.bar_at(address)?)));
-                found
-                    .map(|(device, (bar, at))| access(BarTarget::Endpoint(device, bar, at)))
-                    .is_some()
-            }
+            Slot::Port(port) => port.access(VfioPci::bar_at, address, |device, bar, at| {
+                access(BarTarget::Endpoint(device, bar, at));
+            }),
         })
     }
 }
@@ -439,22 +475,15 @@ impl BusDevice for Window {
     }
 }
 
-/// The I/O ports that root ports pass on, from [`layout::PCI_PORTS`] on.
+/// The I/O ports that root ports pass on, from [`layout::IO_START`] on.
 pub struct IoPorts(pub Arc<PciRoot>);
 
 impl IoPorts {
     /// Does `access` where an I/O BAR covers an offset, once.
     fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
-        let port = layout::PCI_PORTS + offset;
-        self.0.ports().any(|root_port| {
-            let device = root_port.device.look();
-            let found = device
-                .as_ref()
-                .and_then(|device| Some((device, device.io_bar_at(port)?)));
-            found
-                .map(|(device, (bar, at))| access(device, bar, at))
-                .is_some()
-        })
+        let port = layout::IO_START + offset;
+        let mut ports = self.0.ports();
+        ports.any(|root_port| root_port.access(VfioPci::io_bar_at, port, &mut access))
     }
 }
 

@@ -29,7 +29,7 @@ const PAGE: u64 = 0x1000;
 /// Granularity of a bridge's windows of memory,
 const WINDOW_ALIGN: u64 = MIB;
 /// and of ports.
-const PORTS_ALIGN: u64 = 0x1000;
+const IO_ALIGN: u64 = 0x1000;
 
 /// There is no room.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -101,7 +101,7 @@ pub struct Placed {
     /// What the port's prefetchable window covers, end exclusive.
     pub prefetchable: Option<(u64, u64)>,
     /// The ports it passes on, end exclusive.
-    pub ports: Option<(u64, u64)>,
+    pub io: Option<(u64, u64)>,
 }
 
 /// A window that is filled from its start.
@@ -118,7 +118,7 @@ struct Space {
 pub struct Placement {
     below: Space,
     above: Space,
-    ports: Space,
+    io: Space,
     bits: u8,
 }
 
@@ -135,7 +135,7 @@ impl Placement {
                 layout::WINDOW32_END,
             ),
             above: Space::new(BridgeWindow::Prefetchable, start, end),
-            ports: Space::new(BridgeWindow::Ports, layout::PCI_PORTS, layout::PORTS_END),
+            io: Space::new(BridgeWindow::Io, layout::IO_START, layout::IO_END),
             bits: physical_bits,
         }
     }
@@ -155,7 +155,7 @@ impl Placement {
         };
         placed.memory = self.below.place(requests, &mut placed.bars);
         placed.prefetchable = self.above.place(requests, &mut placed.bars);
-        placed.ports = self.ports.place_or_leave(requests, &mut placed.bars);
+        placed.io = self.io.place_or_leave(requests, &mut placed.bars);
         placed
     }
 
@@ -172,13 +172,13 @@ impl Placement {
         let below = self.below.share(count_of_shares);
         let below = below.ok_or(PlacementError::NoSlots(count))?;
         let above = self.above.share(count_of_shares);
-        let ports = self.ports.share(count_of_shares);
+        let io = self.io.share(count_of_shares);
         let nth = |share: (u64, u64), n: u64| (share.0 + n * share.1, share.0 + (n + 1) * share.1);
         let placed = (0..count_of_shares).map(|n| Placed {
             bars: Vec::new(),
             memory: Some(nth(below, n)),
             prefetchable: above.map(|share| nth(share, n)),
-            ports: ports.map(|share| nth(share, n)),
+            io: io.map(|share| nth(share, n)),
         });
         Ok(placed.collect())
     }
@@ -236,8 +236,8 @@ impl Placed {
                 *address += start;
             }
         }
-        let (start, end) = self.ports.unwrap_or_default();
-        Space::new(BridgeWindow::Ports, start, end).place_or_leave(requests, &mut bars);
+        let (start, end) = self.io.unwrap_or_default();
+        Space::new(BridgeWindow::Io, start, end).place_or_leave(requests, &mut bars);
         Ok(bars)
     }
 }
@@ -256,7 +256,7 @@ impl Space {
     fn align(&self) -> u64 {
         match self.window {
             BridgeWindow::Memory | BridgeWindow::Prefetchable => WINDOW_ALIGN,
-            BridgeWindow::Ports => PORTS_ALIGN,
+            BridgeWindow::Io => IO_ALIGN,
         }
     }
 
@@ -264,7 +264,7 @@ impl Space {
     fn room(&self) -> u64 {
         match self.window {
             BridgeWindow::Memory | BridgeWindow::Prefetchable => PAGE,
-            BridgeWindow::Ports => 1,
+            BridgeWindow::Io => 1,
         }
     }
 
@@ -358,7 +358,7 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use BridgeWindow::{Memory, Ports, Prefetchable};
+    use BridgeWindow::{Io, Memory, Prefetchable};
 
     const WINDOW: Option<(u64, u64)> = Some((64 * GIB, 1024 * GIB));
 
@@ -383,7 +383,7 @@ mod tests {
             let range = match bar.window {
                 Memory => placed.memory.unwrap(),
                 Prefetchable => placed.prefetchable.unwrap(),
-                Ports => unreachable!("none was asked for"),
+                Io => unreachable!("none was asked for"),
             };
             assert!(range.0 <= *address && address + bar.size <= range.1);
             assert_eq!((range.0 % MIB, range.1 % MIB), (0, 0));
@@ -483,28 +483,24 @@ mod tests {
     #[test]
     fn devices_that_find_no_ports_left_are_placed_without() {
         let mut placement = Placement::new(WINDOW, 40);
-        let bars = [
-            request(0x20, Ports),
-            request(0x100, Ports),
-            request(16, Memory),
-        ];
+        let bars = [request(0x20, Io), request(0x100, Io), request(16, Memory)];
         let placed = placement.place(&bars);
         assert_eq!(placed.bars[..2], [0x1100, 0x1000]);
-        assert_eq!(placed.ports, Some((0x1000, 0x2000)));
+        assert_eq!(placed.io, Some((0x1000, 0x2000)));
         let shares = placement.share(2).unwrap();
-        assert_eq!(shares[0].ports, Some((0x4000, 0x8000)));
-        assert_eq!(shares[1].ports, Some((0x8000, 0xc000)));
+        assert_eq!(shares[0].io, Some((0x4000, 0x8000)));
+        assert_eq!(shares[1].io, Some((0x8000, 0xc000)));
         assert_eq!(shares[1].fit(&bars).unwrap()[..2], [0x8100, 0x8000]);
-        assert_eq!(shares[1].fit(&[request(0x8000, Ports)]), Ok(vec![0]));
+        assert_eq!(shares[1].fit(&[request(0x8000, Io)]), Ok(vec![0]));
         for start in (0x2000..0x1_0000).step_by(0x1000) {
-            let ports = placement.place(&bars).ports;
-            assert_eq!(ports, Some((start, start + 0x1000)));
+            let io = placement.place(&bars).io;
+            assert_eq!(io, Some((start, start + 0x1000)));
         }
         let last = placement.place(&bars);
-        assert_eq!((last.ports, &last.bars[..2]), (None, &[0, 0][..]));
+        assert_eq!((last.io, &last.bars[..2]), (None, &[0, 0][..]));
         assert_ne!(last.bars[2], 0);
         assert_eq!(placement.check(), Ok(()));
-        assert_eq!(placement.share(1).unwrap()[0].ports, None);
+        assert_eq!(placement.share(1).unwrap()[0].io, None);
     }
 
     #[test]
@@ -514,7 +510,7 @@ mod tests {
             placement.place(&[
                 request(1 << 63, Prefetchable),
                 request(1 << 63, Memory),
-                request(1 << 63, Ports),
+                request(1 << 63, Io),
             ]);
         }
         assert!(placement.check().is_err());

@@ -4,7 +4,8 @@
 //! It is there so that the guest sees an endpoint where endpoints belong, with a
 //! link and a bus of its own. Bus number and windows are set before the guest
 //! runs, and Linux keeps what it finds. No access control services:
-//! those would promise an isolation between the pod's own devices that nobody checks.
+//! those would promise an isolation between the pod's own devices that nobody checks. The INTx of what is
+//! behind it is a [line](crate::vm::lines) that it has from the start, whatever number its bus gets.
 //!
 //! A port whose device is there from the start has no slot and no interrupt. One that
 //! waits for a device has a hot-plug slot ([`super::slot`]).
@@ -14,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::config::{BridgeWindow, ConfigSpace};
 use super::placement::Placed;
 use super::slot::HotPlug;
+use crate::vm::lines::OF_PCI;
 use crate::vm::{ReadOnlyPage, Vm, VmError};
 
 /// "QEMU PCIe root port", which Linux needs no driver of its own for.
@@ -66,7 +68,10 @@ pub const NO_LINK: Link = Link {
 };
 
 /// A root port.
-pub struct RootPort(Mutex<Port>);
+pub struct RootPort {
+    line: u32,
+    port: Mutex<Port>,
+}
 
 struct Port {
     config: ConfigSpace,
@@ -83,7 +88,10 @@ impl RootPort {
     pub fn new(bus: u8, link: Link, placed: &Placed) -> Self {
         let mut port = Port::new(bus, placed, false);
         port.show_link(link);
-        Self(Mutex::new(port))
+        Self {
+            line: line(bus),
+            port: Mutex::new(port),
+        }
     }
 
     /// The port before bus `bus`, with an empty slot whose devices get what is in the
@@ -95,7 +103,16 @@ impl RootPort {
         port.config.put(port.express + LINK_STATUS, &[0, 0]);
         let at = port.express + SLOT_CAPABILITIES;
         port.hot_plug = Some(HotPlug::new(vm, &mut port.config, at, bus));
-        Self(Mutex::new(port))
+        Self {
+            line: line(bus),
+            port: Mutex::new(port),
+        }
+    }
+
+    /// The line of the device behind it.
+    #[must_use]
+    pub fn line(&self) -> u32 {
+        self.line
     }
 
     /// Shows a device in the slot, with this link, or that there is none any more. The
@@ -163,7 +180,7 @@ impl RootPort {
     }
 
     fn lock(&self) -> MutexGuard<'_, Port> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -173,7 +190,7 @@ impl Port {
         config.set_buses(0, bus, bus);
         config.set_window(BridgeWindow::Memory, placed.memory);
         config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
-        config.set_window(BridgeWindow::Ports, placed.ports);
+        config.set_window(BridgeWindow::Io, placed.io);
         let (body, writable) = express(has_slot);
         let express = config.add_capability(CAPABILITY, &body, &writable);
         config.put(express + LINK_CAPABILITIES + 3, &[bus]);
@@ -218,6 +235,12 @@ impl Port {
     }
 }
 
+/// The line behind the port before `bus`: in turn, so that with many some share one.
+fn line(bus: u8) -> u32 {
+    let count = OF_PCI.end - OF_PCI.start;
+    OF_PCI.start + u32::from(bus.wrapping_sub(1)) % count
+}
+
 /// The PCI Express capability after id and next pointer, and its writable bits, but for
 /// what depends on the device behind the port.
 fn express(has_slot: bool) -> (Vec<u8>, Vec<u8>) {
@@ -259,7 +282,7 @@ mod tests {
             bars: Vec::new(),
             memory: Some((0xc010_0000, 0xc020_0000)),
             prefetchable: Some((64 * GIB, 65 * GIB)),
-            ports: Some((0x1000, 0x2000)),
+            io: Some((0x1000, 0x2000)),
         };
         RootPort::new(2, link, &placed)
     }
@@ -276,6 +299,15 @@ mod tests {
         assert_eq!(u32_at(&port, 0x1c) & 0xffff, 0x1010);
         port.config_write(0x19, &[9]);
         assert_eq!(port.secondary_bus(), 9);
+    }
+
+    #[test]
+    fn ports_share_lines_where_there_are_many() {
+        let line = |bus| RootPort::new(bus, NO_LINK, &Placed::default()).line();
+        assert_eq!([1, 8, 9, 31].map(line), [16, 23, 16, 22]);
+        let port = port(NO_LINK);
+        port.config_write(0x19, &[9]);
+        assert_eq!(port.line(), 17, "whatever its bus is called");
     }
 
     #[test]

@@ -150,10 +150,24 @@ pub fn install_kick_handler() -> io::Result<()> {
 }
 
 fn run(fd: &mut VcpuFd, buses: &Buses, stop: &Stop, exits: &mut Exits) {
-    let page = NonNull::from(fd.get_kvm_run());
     while stop.outcome().is_none() {
         match fd.run() {
-            Ok(exit) => serve(exit, port_width(page), buses, stop, exits),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                let mut data = NonNull::from(data);
+                let width = port_width(fd);
+                // SAFETY: the data is in the vCPU's mapping, in a page behind `kvm_run`: `port_width` has
+                // not referred to it, and it is nobody else's until the vCPU runs again.
+                let exit = VcpuExit::IoIn(port, unsafe { data.as_mut() });
+                serve(exit, width, buses, stop, exits);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let data = NonNull::from(data);
+                let width = port_width(fd);
+                // SAFETY: as above.
+                let exit = VcpuExit::IoOut(port, unsafe { data.as_ref() });
+                serve(exit, width, buses, stop, exits);
+            }
+            Ok(exit) => serve(exit, 1, buses, stop, exits),
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
                 exits.interrupted += 1;
             }
@@ -162,12 +176,11 @@ fn run(fd: &mut VcpuFd, buses: &Buses, stop: &Stop, exits: &mut Exits) {
     }
 }
 
-/// Bytes of each access to a port, if that is why the vCPU has left the kernel: an instruction
-/// may do several (`rep outsw`), which come as one exit.
-fn port_width(page: NonNull<kvm_run>) -> usize {
-    // SAFETY: the page is mapped as long as the vCPU's descriptor is open, and the vCPU does not
-    // run; any bytes are a size.
-    let size = unsafe { (*page.as_ptr()).__bindgen_anon_1.io.size };
+/// Bytes of each access to a port, which is why the vCPU has left the kernel: an instruction
+/// may do several (`rep insw`), which come as one exit.
+fn port_width(fd: &mut VcpuFd) -> usize {
+    // SAFETY: any bytes are a size.
+    let size = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };
     usize::from(size).max(1)
 }
 
@@ -206,6 +219,9 @@ fn serve(exit: VcpuExit<'_>, width: usize, buses: &Buses, stop: &Stop, exits: &m
 mod tests {
     use std::sync::Mutex;
 
+    use kvm_ioctls::Kvm;
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
     use crate::bus::BusDevice;
 
@@ -221,6 +237,53 @@ mod tests {
         fn write(&self, _: u64, data: &[u8]) {
             self.0.lock().unwrap().push(data.len());
         }
+    }
+
+    /// Ends a machine.
+    struct End(Arc<Stop>);
+
+    impl BusDevice for End {
+        fn read(&self, _: u64, _: &mut [u8]) {}
+        fn write(&self, _: u64, _: &[u8]) {
+            self.0.set(Outcome::Cancelled);
+        }
+    }
+
+    #[test]
+    fn width_of_an_access_is_the_kernel_s() {
+        let Some(vm) = crate::vm::test_vm() else {
+            return;
+        };
+        // mov dx, 0x1000; mov ecx, 3; mov edi, 0x300000; rep insw; in eax, dx; mov dx, 0x2000; out dx, al; hlt
+        let code = [
+            &[
+                0x66, 0xba, 0x00, 0x10, 0xb9, 3, 0, 0, 0, 0xbf, 0, 0, 0x30, 0, 0x66, 0xf3, 0x6d,
+            ][..],
+            &[0xed, 0x66, 0xba, 0x00, 0x20, 0xee, 0xf4],
+        ];
+        let entry = 0x20_0000;
+        let memory = vm.memory();
+        memory
+            .write_slice(&code.concat(), GuestAddress(entry))
+            .unwrap();
+        let cpuid = Cpuid::new(&Kvm::new().unwrap(), 1).unwrap();
+        let mut vcpu = Vcpu::new(&vm, &cpuid, 0, entry).unwrap();
+        let (lengths, stop) = (Arc::new(Lengths::default()), Arc::new(Stop::new().unwrap()));
+        let mut ports = Bus::default();
+        ports.add(0x1000, 1, lengths.clone()).unwrap();
+        ports.add(0x2000, 1, Arc::new(End(stop.clone()))).unwrap();
+        let buses = Buses {
+            mmio: Arc::default(),
+            ports: Arc::new(ports),
+        };
+        run(&mut vcpu.fd, &buses, &stop, &mut Exits::default());
+        assert_eq!(stop.outcome(), Some(&Outcome::Cancelled));
+        assert_eq!(*lengths.0.lock().unwrap(), [2, 2, 2, 4]);
+        let mut filled = [0; 7];
+        memory
+            .read_slice(&mut filled, GuestAddress(0x30_0000))
+            .unwrap();
+        assert_eq!(filled, [7, 7, 7, 7, 7, 7, 0]);
     }
 
     #[test]

@@ -84,6 +84,9 @@ impl fmt::Display for Neighbor {
 /// and the ROM.
 pub const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
+/// The expansion ROM's.
+pub const ROM_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_ROM_REGION_INDEX;
+
 /// A VFIO PCI device.
 pub trait Access: Send + Sync {
     /// What a region is.

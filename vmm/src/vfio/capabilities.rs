@@ -1,8 +1,8 @@
 //! Which of a device's capabilities the guest sees (PCI Express base 7.5 to 7.9).
 //!
 //! An allow-list: MSI and MSI-X, which we emulate; PCI Express, of which the guest
-//! drives device control and nothing of the link; vendor-specific ones, serial
-//! number. Power management, ASPM, VPD, SR-IOV, access control, address translation, resizable
+//! drives device control, but for function-level reset, and nothing of the link; vendor-specific
+//! ones, serial number. Power management, ASPM, VPD, SR-IOV, access control, address translation, resizable
 //! BARs and the rest concern the host, and are not there.
 
 use super::config::{Bar, Bytes, CONVENTIONAL_SIZE, SIZE, Source};
@@ -53,6 +53,9 @@ const DEVICE_CONTROL_2: usize = 0x28;
 const EXPRESS_END: usize = 0x3c;
 /// Up to the link registers: what version 1 has of an endpoint.
 const EXPRESS_1_END: usize = 0x14;
+/// Device capabilities: there is function-level reset; device control, second byte: begin it.
+const FUNCTION_RESET: u32 = 1 << 28;
+const BEGIN_RESET: u8 = 1 << 7;
 /// Flags: the type, of which 0 is an endpoint and 9 one that is part of the root complex.
 const TYPE_MASK: u8 = 0xf0;
 const TYPE_INTEGRATED: u8 = 9 << 4;
@@ -166,7 +169,7 @@ fn keep(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mut Lay
             let len = usize::from(bytes.ours[at + 2]);
             let end = (at + len).min(end);
             if end > at + 2 {
-                bytes.source[at + 2..end].fill(Source::DeviceWritable);
+                bytes.pass_on(at + 2..end);
             }
             true
         }
@@ -242,25 +245,22 @@ fn keep_express(bytes: &mut Bytes, at: usize, end: usize, layout: &mut Layout) -
     }
     bytes.source[at..at + len].fill(Source::Ours);
     let payload = bytes.ours[at + DEVICE_CAPABILITIES] & 7;
+    clear(bytes, at + DEVICE_CAPABILITIES, FUNCTION_RESET);
     if bytes.ours[at + FLAGS] & TYPE_MASK == TYPE_INTEGRATED {
         // An endpoint behind a port has a link.
         put(bytes, at + LINK_CAPABILITIES, &0x11u32.to_le_bytes());
         put(bytes, at + LINK_STATUS, &0x11u16.to_le_bytes());
     }
     bytes.ours[at + FLAGS] &= !TYPE_MASK;
-    let link = u32_at(bytes, at + LINK_CAPABILITIES) & !LINK_POWER;
-    put(bytes, at + LINK_CAPABILITIES, &link.to_le_bytes());
+    clear(bytes, at + LINK_CAPABILITIES, LINK_POWER);
     put(bytes, at + LINK_CONTROL, &[0; 2]);
-    bytes.source[at + DEVICE_CONTROL..at + LINK_CAPABILITIES].fill(Source::DeviceWritable);
+    bytes.pass_on(at + DEVICE_CONTROL..at + LINK_CAPABILITIES);
+    bytes.writable[at + DEVICE_CONTROL + 1] = !BEGIN_RESET;
     if version >= 2 {
-        let capabilities = u32_at(bytes, at + DEVICE_CAPABILITIES_2) & !POWER_2;
-        put(
-            bytes,
-            at + DEVICE_CAPABILITIES_2,
-            &capabilities.to_le_bytes(),
-        );
-        bytes.source[at + DEVICE_CONTROL_2..at + DEVICE_CONTROL_2 + 2].fill(Source::DeviceWritable);
+        clear(bytes, at + DEVICE_CAPABILITIES_2, POWER_2);
+        bytes.pass_on(at + DEVICE_CONTROL_2..at + DEVICE_CONTROL_2 + 2);
     }
+    let link = u32_at(bytes, at + LINK_CAPABILITIES);
     layout.link = Some(Link {
         speed: bytes.ours[at + LINK_CAPABILITIES] & 0xf,
         width: u8::try_from(link >> 4 & 0x3f).unwrap_or(1),
@@ -295,7 +295,7 @@ fn extended(bytes: &mut Bytes, size: usize) {
         let id_and_version = header & 0xf_ffff;
         put(bytes, at, &id_and_version.to_le_bytes());
         if header & 0xffff != u32::from(SERIAL_NUMBER) {
-            bytes.source[at + 8..at + len].fill(Source::DeviceWritable);
+            bytes.pass_on(at + 8..at + len);
         }
         link_to(bytes, last, at);
         last = Some(at);
@@ -349,6 +349,12 @@ fn put(bytes: &mut Bytes, at: usize, value: &[u8]) {
     for (to, from) in bytes.ours.iter_mut().skip(at).zip(value) {
         *to = *from;
     }
+}
+
+/// Hides bits of four bytes.
+fn clear(bytes: &mut Bytes, at: usize, bits: u32) {
+    let value = u32_at(bytes, at) & !bits;
+    put(bytes, at, &value.to_le_bytes());
 }
 
 fn allow(bytes: &mut Bytes, at: usize, mask: &[u8]) {

@@ -13,15 +13,21 @@
 //! The capability list is short: what is not known to be for the guest to drive is
 //! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too,
 //! unless it is asked for. The device itself decodes memory and ports all the time; whether the guest
-//! sees its BARs depends on the guest's command register alone.
+//! sees its BARs depends on the guest's command register alone. It raises its line only while somebody
+//! of ours listens. Function-level reset is hidden: it would reset the device and not our half.
 
 use std::io;
+use std::ops::Range;
 
 use super::access::{Access, CONFIG_REGION};
 use super::capabilities::{self, Layout};
-use crate::pci::config::BridgeWindow;
-use crate::pci::placement::BarRequest;
 use crate::pci::root_port::{Link, NO_LINK};
+
+mod bar;
+
+pub use bar::{Bar, ROM_INDEX, is_rom_size};
+
+use bar::{ROM, bars};
 
 /// Configuration space of a PCI Express function.
 pub const SIZE: usize = 4096;
@@ -31,8 +37,6 @@ pub const CONVENTIONAL_SIZE: usize = 256;
 const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
 pub const BARS: usize = 6;
-/// The expansion ROM's place after them, as VFIO counts.
-pub const ROM_INDEX: usize = 6;
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
@@ -40,20 +44,18 @@ const CACHE_LINE: usize = 0x0c;
 const LATENCY: usize = 0x0d;
 const HEADER_TYPE: usize = 0x0e;
 const BIST: usize = 0x0f;
-const BAR0: usize = 0x10;
 const CIS: usize = 0x28;
-const ROM: usize = 0x30;
 const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 const HEADER_END: usize = 0x40;
 
 /// Command register bits.
-const PORTS: u16 = 1;
-const MEMORY: u16 = 1 << 1;
+const IO_SPACE: u16 = 1;
+const MEMORY_SPACE: u16 = 1 << 1;
 const MASTER: u16 = 1 << 2;
 const PARITY: u16 = 1 << 6;
 const SERR: u16 = 1 << 8;
-const NO_INTX: u16 = 1 << 10;
+const INTX_DISABLE: u16 = 1 << 10;
 /// Status register: an INTx is pending; there is a capability list.
 const STATUS_INTX: u8 = 1 << 3;
 const STATUS_LIST: u8 = 1 << 4;
@@ -61,15 +63,8 @@ const STATUS_LIST: u8 = 1 << 4;
 const INTA: u8 = 1;
 /// Header type: more functions in this slot; what type it is.
 const MULTI_FUNCTION: u8 = 1 << 7;
-/// BAR flags.
-const BAR_IO: u8 = 1;
-const BAR_IO_FLAGS: u8 = 0b11;
-const BAR_MEMORY_FLAGS: u8 = 0b1111;
-/// The ROM's register: whether it answers, and bits that are no address.
+/// The ROM's register: whether it answers.
 const ROM_ENABLE: u32 = 1;
-const ROM_FLAGS: u64 = 0x7ff;
-const BAR_64: u8 = 0b100;
-const BAR_PREFETCHABLE: u8 = 0b1000;
 
 /// A device the guest cannot be given.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -83,65 +78,6 @@ pub enum ConfigError {
     /// VFIO's size of a BAR is not one that hardware has.
     #[error("its BAR {0} has {1:#x} bytes, which is no power of two")]
     BarSize(usize, u64),
-}
-
-/// A BAR, or the expansion ROM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bar {
-    /// Its number, which is also its VFIO region.
-    pub index: usize,
-    /// Bytes, a power of two.
-    pub size: u64,
-    flags: u8,
-}
-
-impl Bar {
-    /// Whether it is of I/O ports.
-    #[must_use]
-    pub fn is_io(self) -> bool {
-        self.flags & BAR_IO != 0
-    }
-
-    /// Whether it is the expansion ROM.
-    #[must_use]
-    pub fn is_rom(self) -> bool {
-        self.index == ROM_INDEX
-    }
-
-    fn register(self) -> usize {
-        if self.is_rom() {
-            ROM
-        } else {
-            BAR0 + 4 * self.index
-        }
-    }
-
-    fn is_64(self) -> bool {
-        !self.is_io() && self.flags & 0b110 == BAR_64
-    }
-
-    /// Bits of its register that are no address.
-    fn flag_bits(self) -> u64 {
-        match self.flags & BAR_IO {
-            _ if self.is_rom() => ROM_FLAGS,
-            0 => BAR_MEMORY_FLAGS.into(),
-            _ => BAR_IO_FLAGS.into(),
-        }
-    }
-
-    /// What it asks of the guest's address space.
-    #[must_use]
-    pub fn request(self) -> BarRequest {
-        let prefetchable = self.is_64() && self.flags & BAR_PREFETCHABLE != 0;
-        BarRequest {
-            size: self.size,
-            window: match prefetchable {
-                _ if self.is_io() => BridgeWindow::Ports,
-                true => BridgeWindow::Prefetchable,
-                false => BridgeWindow::Memory,
-            },
-        }
-    }
 }
 
 /// Where a byte comes from.
@@ -159,10 +95,18 @@ pub enum Source {
 pub struct Bytes {
     /// Ours.
     pub ours: [u8; SIZE],
-    /// Bits of ours that the guest may write.
+    /// Bits that the guest may write, of ours or of what is passed on.
     pub writable: [u8; SIZE],
     /// Whose each byte is.
     pub source: [Source; SIZE],
+}
+
+impl Bytes {
+    /// Leaves bytes to the device, all bits of them.
+    pub fn pass_on(&mut self, range: Range<usize>) {
+        self.source[range.clone()].fill(Source::DeviceWritable);
+        self.writable[range].fill(0xff);
+    }
 }
 
 /// The guest's configuration space of one device.
@@ -202,7 +146,7 @@ impl GuestConfig {
         let has_intx = bytes.ours[INTERRUPT_PIN] != 0;
         header(&mut bytes);
         if bars.iter().any(|bar| bar.is_io()) {
-            bytes.writable[COMMAND] |= PORTS.to_le_bytes()[0];
+            bytes.writable[COMMAND] |= IO_SPACE.to_le_bytes()[0];
         }
         let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
@@ -221,15 +165,9 @@ impl GuestConfig {
         })
     }
 
-    /// Shows its expansion ROM of `size` bytes, 0 if it has none.
+    /// Shows its expansion ROM of `size` bytes, which are such as [`is_rom_size`] allows.
     pub fn show_rom(&mut self, size: u64) {
-        if size.is_power_of_two() && size > ROM_FLAGS {
-            self.bars.push(Bar {
-                index: ROM_INDEX,
-                size,
-                flags: 0,
-            });
-        }
+        self.bars.push(Bar::rom(size));
     }
 
     /// Its BARs, and the ROM if that is shown.
@@ -250,18 +188,29 @@ impl GuestConfig {
         self.has_intx
     }
 
-    /// Whether the device is to raise its line: once the guest has a use for the device, until
-    /// it turns the line off or has messages instead (PCI Express base 6.1.4.3).
+    /// Hides its interrupt line.
+    pub fn hide_intx(&mut self) {
+        self.has_intx = false;
+        self.bytes.ours[INTERRUPT_PIN] = 0;
+    }
+
+    /// What of the device the guest uses: bits of the command register.
+    #[must_use]
+    pub fn in_use(&self) -> u16 {
+        self.u16_at(COMMAND) & (IO_SPACE | MEMORY_SPACE | MASTER)
+    }
+
+    /// Whether somebody is to listen to its line: while the guest uses the device and has no
+    /// messages instead (PCI Express base 6.1.4.3). That the guest turns the line off changes
+    /// nothing here, since drivers may do so at each interrupt.
     #[must_use]
     pub fn wants_intx(&self) -> bool {
         let Layout { msi, msix, .. } = self.layout;
         let on = |control: Option<usize>, bit| {
             control.is_some_and(|control| self.u16_at(control) & bit != 0)
         };
-        let command = self.u16_at(COMMAND);
         self.has_intx
-            && command & (PORTS | MEMORY | MASTER) != 0
-            && command & NO_INTX == 0
+            && self.in_use() != 0
             && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
             && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
     }
@@ -281,8 +230,8 @@ impl GuestConfig {
                 continue;
             }
             let at = bar.register();
-            let len = if bar.is_64() { 8 } else { 4 };
-            let value = address | u64::from(bar.flags);
+            let len = if bar.is_wide() { 8 } else { 4 };
+            let value = address | u64::from(bar.flags());
             copy(ours, at, &value.to_le_bytes()[..len]);
             let enable = if bar.is_rom() { ROM_ENABLE } else { 0 };
             let mask = !(bar.size - 1) & !bar.flag_bits() | u64::from(enable);
@@ -295,7 +244,7 @@ impl GuestConfig {
     #[must_use]
     pub fn bar_address(&self, place: usize) -> Option<u64> {
         let bar = self.bars.get(place)?;
-        let enable = if bar.is_io() { PORTS } else { MEMORY };
+        let enable = if bar.is_io() { IO_SPACE } else { MEMORY_SPACE };
         if self.u16_at(COMMAND) & enable == 0 {
             return None;
         }
@@ -307,7 +256,11 @@ impl GuestConfig {
         if bar.is_io() && low == 0 {
             return None;
         }
-        let high = if bar.is_64() { self.u32_at(at + 4) } else { 0 };
+        let high = if bar.is_wide() {
+            self.u32_at(at + 4)
+        } else {
+            0
+        };
         Some(u64::from(high) << 32 | low)
     }
 
@@ -319,10 +272,11 @@ impl GuestConfig {
     pub fn read(&self, device: &dyn Access, register: usize, data: &mut [u8]) -> io::Result<()> {
         let mut live = [0xff; MAX_ACCESS];
         let len = data.len().min(MAX_ACCESS);
+        let status = (register..register + len).position(|at| self.has_intx && at == STATUS);
         let ours = self
             .sources(register, len)
             .all(|source| source == Source::Ours);
-        let result = if ours {
+        let result = if ours && status.is_none() {
             Ok(())
         } else {
             device.read(CONFIG_REGION, register as u64, &mut live[..len])
@@ -337,6 +291,10 @@ impl GuestConfig {
                 Source::Device | Source::DeviceWritable => live,
             };
         }
+        // On a line that is shared it tells whose interrupt it is.
+        if let (Ok(()), Some(at)) = (&result, status) {
+            data[at] |= live[at] & STATUS_INTX;
+        }
         result
     }
 
@@ -344,44 +302,51 @@ impl GuestConfig {
         self.bytes.source.iter().skip(register).take(len).copied()
     }
 
-    /// Writes what the guest may.
+    /// Writes what the guest may; [`Self::sync_command`] is to follow.
     ///
     /// # Errors
     ///
     /// The device's.
     pub fn write(&mut self, device: &dyn Access, register: usize, data: &[u8]) -> io::Result<()> {
         let Bytes { ours, writable, .. } = &mut *self.bytes;
-        for (value, at) in data.iter().zip(register..SIZE) {
-            ours[at] = ours[at] & !writable[at] | value & writable[at];
+        let mut data = data.to_vec();
+        for (value, at) in data.iter_mut().zip(register..SIZE) {
+            *value &= writable[at];
+            ours[at] = ours[at] & !writable[at] | *value;
         }
         let passed_on = self
             .sources(register, data.len())
             .filter(|source| *source == Source::DeviceWritable)
             .count();
         if passed_on == data.len() {
-            device.write(CONFIG_REGION, register as u64, data)?;
-        } else {
-            for (value, at) in data.chunks(1).zip(register..SIZE) {
-                if self.bytes.source[at] == Source::DeviceWritable {
-                    device.write(CONFIG_REGION, at as u64, value)?;
-                }
+            return device.write(CONFIG_REGION, register as u64, &data);
+        }
+        for (value, at) in data.chunks(1).zip(register..SIZE) {
+            if self.bytes.source[at] == Source::DeviceWritable {
+                device.write(CONFIG_REGION, at as u64, value)?;
             }
         }
-        self.sync_command(device)
+        Ok(())
     }
 
     /// Has the device decode memory and ports, and do what the guest's command register says of
-    /// the rest. To be called once at the start, and after a reset.
+    /// the rest. Its line is let loose only if somebody listens to it (`has_listener`): else it would
+    /// interrupt the host, which gives up a line that nobody serves, with all devices that share it.
     ///
     /// # Errors
     ///
     /// The device's.
-    pub fn sync_command(&mut self, device: &dyn Access) -> io::Result<()> {
-        let guest = self.u16_at(COMMAND) & (MASTER | PARITY | SERR);
-        let no_intx = if self.wants_intx() { 0 } else { NO_INTX };
+    pub fn sync_command(&mut self, device: &dyn Access, has_listener: bool) -> io::Result<()> {
+        let guest = self.u16_at(COMMAND);
+        let is_loose = has_listener && self.wants_intx();
+        let no_intx = if is_loose {
+            guest & INTX_DISABLE
+        } else {
+            INTX_DISABLE
+        };
         let has_ports = self.bars.iter().any(|bar| bar.is_io());
-        let ports = if has_ports { PORTS } else { 0 };
-        let command = guest | MEMORY | ports | no_intx;
+        let ports = if has_ports { IO_SPACE } else { 0 };
+        let command = guest & (MASTER | PARITY | SERR) | MEMORY_SPACE | ports | no_intx;
         if command != self.command {
             device.write(CONFIG_REGION, COMMAND as u64, &command.to_le_bytes())?;
             self.command = command;
@@ -412,17 +377,12 @@ impl GuestConfig {
 ///
 /// The device's.
 pub fn silence(device: &dyn Access) -> io::Result<()> {
-    device.write(CONFIG_REGION, COMMAND as u64, &NO_INTX.to_le_bytes())
+    device.write(CONFIG_REGION, COMMAND as u64, &INTX_DISABLE.to_le_bytes())
 }
 
 /// The header: what it hides, and what of it may be written.
 fn header(bytes: &mut Bytes) {
-    let Bytes {
-        ours,
-        writable,
-        source,
-    } = bytes;
-    ours[HEADER_TYPE] = 0;
+    bytes.ours[HEADER_TYPE] = 0;
     for (start, end) in [
         (COMMAND, COMMAND + 2),
         (CACHE_LINE, LATENCY + 1),
@@ -430,35 +390,14 @@ fn header(bytes: &mut Bytes) {
         (ROM, ROM + 4),
         (INTERRUPT_LINE, HEADER_END),
     ] {
-        ours[start..end].fill(0);
+        bytes.ours[start..end].fill(0);
     }
-    let command = MEMORY | MASTER | PARITY | SERR | NO_INTX;
-    copy(writable, COMMAND, &command.to_le_bytes());
-    writable[CACHE_LINE] = 0xff;
-    writable[INTERRUPT_LINE] = 0xff;
+    let command = MEMORY_SPACE | MASTER | PARITY | SERR | INTX_DISABLE;
+    copy(&mut bytes.writable, COMMAND, &command.to_le_bytes());
+    bytes.writable[CACHE_LINE] = 0xff;
+    bytes.writable[INTERRUPT_LINE] = 0xff;
     // Errors of the bus, cleared by writing ones.
-    source[STATUS + 1] = Source::DeviceWritable;
-}
-
-fn bars(space: &[u8; SIZE], sizes: [u64; BARS]) -> Result<Vec<Bar>, ConfigError> {
-    let mut bars = Vec::new();
-    let mut upper_half = false;
-    for (index, size) in sizes.into_iter().enumerate() {
-        if std::mem::take(&mut upper_half) || size == 0 {
-            continue;
-        }
-        let mut flags = space[BAR0 + 4 * index] & BAR_MEMORY_FLAGS;
-        if flags & BAR_IO != 0 {
-            flags = BAR_IO;
-        }
-        if !size.is_power_of_two() {
-            return Err(ConfigError::BarSize(index, size));
-        }
-        let bar = Bar { index, size, flags };
-        upper_half = bar.is_64() && index + 1 < BARS;
-        bars.push(bar);
-    }
-    Ok(bars)
+    bytes.pass_on(STATUS + 1..STATUS + 2);
 }
 
 fn copy(to: &mut [u8; SIZE], at: usize, from: &[u8]) {

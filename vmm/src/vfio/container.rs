@@ -156,7 +156,7 @@ fn map_regions(
 }
 
 /// What usually is behind an error of mapping.
-fn hint(error: &io::Error) -> &'static str {
+pub(super) fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => {
             "; the memory of a pod with devices is pinned: it must be free, within the pod's \

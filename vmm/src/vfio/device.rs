@@ -1,8 +1,8 @@
 //! A PCI function of the host, as its guest sees it.
 //!
 //! ```text
-//!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> stop (reset)
-//!                                                                          +-unplugged-> withdraw, stop
+//!   Endpoint::open (reset, read configuration) --BARs placed--> VfioPci --guest runs--> quiesce, reset
+//!                                                                    +-unplugged-> withdraw, quiesce, reset
 //! ```
 //!
 //! One lock guards a function's configuration, interrupts and mappings; an access
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::VfioError;
-use super::access::{Access, CONFIG_REGION, Region};
+use super::access::{Access, CONFIG_REGION, ROM_REGION, Region};
 use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
 use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
@@ -23,7 +23,7 @@ use super::peers::Reachable;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
 use crate::virtio::complaints::Complaints;
-use crate::vm::{Vm, lines};
+use crate::vm::Vm;
 
 /// A BAR's address while it answers nowhere.
 const NOWHERE: u64 = u64::MAX;
@@ -34,6 +34,8 @@ pub struct Endpoint {
     device: Arc<dyn Access>,
     config: GuestConfig,
     regions: Vec<Region>,
+    /// What is read of the expansion ROM, if that is shown.
+    rom: Vec<u8>,
     was_reset: bool,
 }
 
@@ -66,6 +68,7 @@ impl Endpoint {
             device,
             config,
             regions,
+            rom: Vec::new(),
             was_reset,
         })
     }
@@ -88,12 +91,42 @@ impl Endpoint {
         self.was_reset
     }
 
-    /// The same with its expansion ROM, if it has one, among the BARs.
+    /// The same with its expansion ROM among the BARs, if it has one that can be read.
     #[must_use]
     pub fn with_rom(mut self) -> Self {
-        let rom = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
-        self.config.show_rom(rom);
+        let size = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
+        if size == 0 {
+            return self;
+        }
+        match self.read_rom(size) {
+            Ok(rom) => {
+                self.config.show_rom(size);
+                self.rom = rom;
+            }
+            Err(error) => tracing::warn!(
+                device = self.address,
+                %error,
+                "the expansion ROM cannot be read: the guest does not see it"
+            ),
+        }
         self
+    }
+
+    /// It is read once: a device may need the decoder of its ROM for its BARs (PCI Local Bus 3.0,
+    /// 6.2.5.2).
+    fn read_rom(&mut self, size: u64) -> io::Result<Vec<u8>> {
+        let Some(len) = usize::try_from(size)
+            .ok()
+            .filter(|_| config::is_rom_size(size))
+        else {
+            let what = format!("it has {size:#x} bytes, which no ROM has");
+            return Err(io::Error::other(what));
+        };
+        // The ROM answers only while memory does.
+        self.config.sync_command(&*self.device, false)?;
+        let mut bytes = vec![0; len];
+        self.device.read(ROM_REGION, 0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Notes that it was, by its bus.
@@ -119,17 +152,6 @@ fn read_space(device: &dyn Access) -> io::Result<Vec<u8>> {
     let mut space = vec![0; size.clamp(CONVENTIONAL_SIZE, SIZE)];
     device.read(CONFIG_REGION, 0, &mut space)?;
     Ok(space)
-}
-
-/// What the ROM holds, if it is shown. It is read once: a device may need the decoder of its
-/// ROM for its BARs (PCI Local Bus 3.0, 6.2.5.2).
-fn read_rom(device: &dyn Access, bars: &[(Bar, Region)]) -> io::Result<Vec<u8>> {
-    let Some((rom, _)) = bars.iter().find(|(bar, _)| bar.is_rom()) else {
-        return Ok(Vec::new());
-    };
-    let mut bytes = vec![0; usize::try_from(rom.size).map_err(io::Error::other)?];
-    device.read(region_of(*rom), 0, &mut bytes)?;
-    Ok(bytes)
 }
 
 /// A function behind a root port.
@@ -161,8 +183,8 @@ enum Owner {
 }
 
 impl VfioPci {
-    /// `endpoint` on bus `bus`, whose BARs go to `addresses`; the guest may move them within
-    /// its 32-bit window and `window64`.
+    /// `endpoint`, whose INTx is `line` of the guest's and whose BARs go to `addresses`; the guest may move
+    /// them within its 32-bit window and `window64`.
     ///
     /// # Errors
     ///
@@ -170,7 +192,7 @@ impl VfioPci {
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
-        bus: u8,
+        line: u32,
         addresses: &[u64],
         window64: Option<(u64, u64)>,
     ) -> Result<Self, VfioError> {
@@ -179,6 +201,7 @@ impl VfioPci {
             device,
             mut config,
             regions,
+            rom,
             ..
         } = endpoint;
         let layout = *config.layout();
@@ -188,6 +211,9 @@ impl VfioPci {
             .map(|bar| (*bar, regions.get(bar.index).cloned().unwrap_or_default()))
             .collect();
         config.set_bars(addresses);
+        if !vm.has_lines() {
+            config.hide_intx();
+        }
         let mut places = bars.iter().zip(addresses);
         if places.any(|((bar, _), port)| bar.is_io() && *port == 0) {
             tracing::warn!(
@@ -196,10 +222,8 @@ impl VfioPci {
             );
         }
         config
-            .sync_command(&*device)
+            .sync_command(&*device, false)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
-        let rom = read_rom(&*device, &bars)
-            .map_err(VfioError::device(&address, "read its expansion ROM"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
         Ok(Self {
@@ -212,7 +236,7 @@ impl VfioPci {
             msix: layout.msix,
             rom,
             state: Mutex::new(State {
-                interrupts: Interrupts::new(vm, &config, lines::of_bus(bus)),
+                interrupts: Interrupts::new(vm, &config, line),
                 config,
                 map,
                 complaints: Complaints::new("a PCI device of the host"),
@@ -226,7 +250,10 @@ impl VfioPci {
         let state = self.lock();
         let places = addresses.iter().enumerate();
         let ranges = places.flat_map(|(place, address)| state.map.dma_ranges(place, *address));
-        (self.address.clone(), ranges.collect())
+        Reachable {
+            address: self.address.clone(),
+            ranges: ranges.collect(),
+        }
     }
 
     /// The BAR of memory that covers an address, by its place, and the offset in it.
@@ -273,8 +300,16 @@ impl VfioPci {
         let State {
             config, interrupts, ..
         } = &mut *state;
-        let result = interrupts.config_changed(config, &*self.device);
-        self.note(&mut state, result);
+        let device = &*self.device;
+        // Nobody may stop to listen to a line that is loose, nor may it be before somebody listens.
+        let results = [
+            config.sync_command(device, interrupts.line_is_on()),
+            interrupts.config_changed(config, device),
+            config.sync_command(device, interrupts.line_is_on()),
+        ];
+        for result in results {
+            self.note(&mut state, result);
+        }
     }
 
     /// Reads a BAR where no memory slot is.
@@ -330,14 +365,18 @@ impl VfioPci {
         }
     }
 
-    /// Takes the device from a guest that does not drive it any more: no interrupts, no
-    /// DMA, and nothing of the guest in it as far as it can be reset.
-    pub fn stop(&self) {
+    /// Takes the device from a guest that does not drive it any more: no DMA, and no interrupts.
+    pub fn quiesce(&self) {
         let mut state = self.lock();
-        let result = state.interrupts.stop(&*self.device);
-        self.note(&mut state, result);
         let result = config::silence(&*self.device);
         self.note(&mut state, result);
+        let result = state.interrupts.stop(&*self.device);
+        self.note(&mut state, result);
+    }
+
+    /// Leaves nothing of the guest in it, as far as it can be reset. Others of the pod, which might
+    /// write to it still, are quiet by then.
+    pub fn reset(&self) {
         match self.device.reset() {
             Ok(was_reset) => {
                 tracing::info!(device = self.address, was_reset, "PCI device released");

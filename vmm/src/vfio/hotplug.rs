@@ -132,14 +132,14 @@ impl Slots {
         for (index, endpoint) in endpoints.into_iter().enumerate() {
             let slot = slots.get(index).copied().unwrap_or(u8::MAX);
             let port = self.port(slot).filter(|port| !port.is_taken());
-            let room = port.ok_or(VfioError::Slot(slot))?.room();
-            let places = room.fit(&endpoint.requests()).map_err(|source| {
+            let port = port.ok_or(VfioError::Slot(slot))?;
+            let places = port.room().fit(&endpoint.requests()).map_err(|source| {
                 let address = endpoint.address().to_owned();
                 VfioError::Room { address, source }
             })?;
             session.arm(&endpoint)?;
             let link = endpoint.link();
-            let device = VfioPci::new(&self.vm, endpoint, self.bus(slot), &places, self.window64)?;
+            let device = VfioPci::new(&self.vm, endpoint, port.line(), &places, self.window64)?;
             ready.push((slot, device, link));
         }
         let watch = session.watch(self.stop.clone())?;
@@ -158,10 +158,11 @@ impl Slots {
         let at = plugged.position(|(of, _)| of == slots);
         let first = slots.first().copied().unwrap_or(u8::MAX);
         let (slots, watch) = self.plugged.remove(at.ok_or(VfioError::Slot(first))?);
-        for slot in &slots {
-            if let Some(port) = self.port(*slot) {
-                port.unplug();
-            }
+        let ports = slots.iter().filter_map(|slot| self.port(*slot));
+        let devices: Vec<_> = ports.filter_map(Port::unplug).collect();
+        // Quiet by now, all of them: what could write to the others is not left.
+        for device in devices {
+            device.reset();
         }
         watch.stop();
         self.leave_space();
@@ -178,12 +179,6 @@ impl Slots {
 
     fn port(&self, slot: u8) -> Option<&Port> {
         self.root.ports().nth(self.first + usize::from(slot))
-    }
-
-    /// The bus behind a slot's port, as it is before the guest gives it another number.
-    fn bus(&self, slot: u8) -> u8 {
-        let ports_before = u8::try_from(self.first).unwrap_or(u8::MAX);
-        ports_before.saturating_add(slot).saturating_add(1)
     }
 
     /// When the machine has ended and its devices were stopped.

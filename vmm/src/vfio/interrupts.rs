@@ -32,20 +32,21 @@ const MSI_ENABLED_VECTORS: u16 = 4;
 pub struct Interrupts {
     intx: Option<Intx>,
     msi: Option<Msi>,
-    msix: Option<(MsixLayout, Line)>,
+    msix: Option<(MsixLayout, Vectors)>,
 }
 
 struct Msi {
     layout: MsiLayout,
-    line: Line,
-    /// Control, address and data at last.
-    seen: (u16, MsiRoute),
+    vectors: Vectors,
+    /// Control, address and data that have taken effect, if the last ones have.
+    seen: Option<(u16, MsiRoute)>,
 }
 
 /// Vectors of one kind.
-struct Line {
+struct Vectors {
     irq: Irq,
-    vectors: Msix,
+    /// KVM's side.
+    table: Msix,
     count: u16,
     /// How many vectors are turned on at the host; 0 when it is off.
     on: u16,
@@ -66,13 +67,13 @@ impl Interrupts {
             };
             Msi {
                 layout,
-                line: Line::new(vm, Irq::Msi, layout.vectors),
-                seen: (0, route),
+                vectors: Vectors::new(vm, Irq::Msi, layout.vectors),
+                seen: Some((0, route)),
             }
         });
         let msix = layout
             .msix
-            .map(|layout| (layout, Line::new(vm, Irq::Msix, layout.vectors)));
+            .map(|layout| (layout, Vectors::new(vm, Irq::Msix, layout.vectors)));
         Self { intx, msi, msix }
     }
 
@@ -91,22 +92,29 @@ impl Interrupts {
         if let Some(msi) = &mut self.msi {
             result = result.and(msi.update(config, device));
         }
-        if let Some((layout, line)) = &mut self.msix {
+        if let Some((layout, vectors)) = &mut self.msix {
             let control = config.u16_at(layout.control);
-            line.vectors.set_control(control);
+            vectors.table.set_control(control);
             let enabled = control & MSIX_ENABLE != 0;
-            result = result.and(line.sync(device, enabled.then_some(line.count)));
+            result = result.and(vectors.sync(device, enabled.then_some(vectors.count)));
         }
+        result?;
         match &mut self.intx {
-            Some(intx) if is_line => result.and(intx.turn_on(device)),
-            _ => result,
+            Some(intx) if is_line => intx.turn_on(device, config.in_use()),
+            _ => Ok(()),
         }
+    }
+
+    /// Whether somebody listens to the device's line.
+    #[must_use]
+    pub fn line_is_on(&self) -> bool {
+        self.intx.as_ref().is_some_and(Intx::is_on)
     }
 
     /// Reads the MSI-X table.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         match &self.msix {
-            Some((_, line)) => line.vectors.read_table(offset, data),
+            Some((_, vectors)) => vectors.table.read_table(offset, data),
             None => data.fill(0),
         }
     }
@@ -117,27 +125,27 @@ impl Interrupts {
     ///
     /// The device's.
     pub fn write_table(&mut self, offset: u64, data: &[u8], device: &dyn Access) -> io::Result<()> {
-        let Some((_, line)) = &mut self.msix else {
+        let Some((_, vectors)) = &mut self.msix else {
             return Ok(());
         };
-        line.vectors.write_table(offset, data);
-        line.arm(device)
+        vectors.table.write_table(offset, data);
+        vectors.arm(device)
     }
 
     /// Reads MSI-X's pending bits.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         match &self.msix {
-            Some((_, line)) => line.vectors.read_pending(offset, data),
+            Some((_, vectors)) => vectors.table.read_pending(offset, data),
             None => data.fill(0),
         }
     }
 
     /// Leaves what the vectors have of KVM's, for good.
     pub fn release(&mut self) {
-        let msi = self.msi.as_mut().map(|msi| &mut msi.line);
-        let msix = self.msix.as_mut().map(|(_, line)| line);
-        for line in [msi, msix].into_iter().flatten() {
-            line.vectors.release();
+        let msi = self.msi.as_mut().map(|msi| &mut msi.vectors);
+        let msix = self.msix.as_mut().map(|(_, vectors)| vectors);
+        for vectors in [msi, msix].into_iter().flatten() {
+            vectors.table.release();
         }
         if let Some(intx) = &mut self.intx {
             intx.release();
@@ -150,11 +158,11 @@ impl Interrupts {
     ///
     /// The device's.
     pub fn stop(&mut self, device: &dyn Access) -> io::Result<()> {
-        let msi = self.msi.as_mut().map(|msi| &mut msi.line);
-        let msix = self.msix.as_mut().map(|(_, line)| line);
+        let msi = self.msi.as_mut().map(|msi| &mut msi.vectors);
+        let msix = self.msix.as_mut().map(|(_, vectors)| vectors);
         let mut result = Ok(());
-        for line in [msi, msix].into_iter().flatten() {
-            result = result.and(line.sync(device, None));
+        for vectors in [msi, msix].into_iter().flatten() {
+            result = result.and(vectors.sync(device, None));
         }
         match &mut self.intx {
             Some(intx) => result.and(intx.turn_off(device)),
@@ -176,32 +184,33 @@ impl Msi {
             data: config.u16_at(control + data).into(),
         };
         let control = config.u16_at(control);
-        if self.seen == (control, route) {
+        if self.seen == Some((control, route)) {
             return Ok(());
         }
+        // What fails is tried again.
+        self.seen = None;
         // Encoded as a power of two; what the device does not have is not enabled.
-        let count = (1u16 << (control >> MSI_ENABLED_VECTORS & 0b111)).min(self.line.count);
-        for vector in 0..self.line.count {
+        let count = (1u16 << (control >> MSI_ENABLED_VECTORS & 0b111)).min(self.vectors.count);
+        for vector in 0..self.vectors.count {
             let data = route.data & !u32::from(count - 1) | u32::from(vector);
-            self.line
-                .vectors
+            self.vectors
+                .table
                 .set_entry(vector, MsiRoute { data, ..route }, vector >= count);
         }
         let enabled = control & MSI_ENABLE != 0;
         let on = if enabled { ENABLE } else { 0 };
-        self.line.vectors.set_control(u16::from_le_bytes([0, on]));
-        self.line.sync(device, enabled.then_some(count))?;
-        // Not before: what failed is tried again.
-        self.seen = (control, route);
+        self.vectors.table.set_control(u16::from_le_bytes([0, on]));
+        self.vectors.sync(device, enabled.then_some(count))?;
+        self.seen = Some((control, route));
         Ok(())
     }
 }
 
-impl Line {
+impl Vectors {
     fn new(vm: &Arc<Vm>, irq: Irq, count: u16) -> Self {
         Self {
             irq,
-            vectors: Msix::new(vm, count),
+            table: Msix::new(vm, count),
             count,
             on: 0,
             armed: vec![false; count.into()],
@@ -276,9 +285,9 @@ impl Line {
 
     /// The event of a vector that is unmasked.
     fn unmasked(&mut self, vector: u16) -> io::Result<Option<Arc<EventFd>>> {
-        if !self.vectors.is_unmasked(vector) {
+        if !self.table.is_unmasked(vector) {
             return Ok(None);
         }
-        self.vectors.event(vector).map_err(io::Error::other)
+        self.table.event(vector).map_err(io::Error::other)
     }
 }

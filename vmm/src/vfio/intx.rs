@@ -4,9 +4,9 @@
 //! events connect it with the guest's ([`crate::vm::lines`]) without this process:
 //!
 //! ```text
-//!   device --> host: masks, --raise--> the guest's line --> the guest serves the device, ends the
-//!      ^                                                    interrupt
-//!      +-------- unmasks <-----------again--------------------+
+//!   device --> host: masks, --trigger--> the guest's line --> the guest serves the device, ends the
+//!      ^                                                      interrupt
+//!      +-------- unmasks <-----------resample-------------------+
 //! ```
 //!
 //! A device that wants more, or whose line another one raised, does so then.
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::access::{Access, Irq};
-use crate::vm::{Vm, VmError};
+use crate::vm::Vm;
 
 /// A device's line.
 pub struct Intx {
@@ -25,11 +25,13 @@ pub struct Intx {
     line: u32,
     /// While it is on.
     events: Option<Events>,
+    /// What the guest used of the device when it could not be turned on.
+    failed: Option<u16>,
 }
 
 struct Events {
-    raise: EventFd,
-    again: EventFd,
+    trigger: EventFd,
+    resample: EventFd,
 }
 
 impl Intx {
@@ -40,44 +42,51 @@ impl Intx {
             vm: vm.clone(),
             line,
             events: None,
+            failed: None,
         }
     }
 
-    /// Lets the device raise the guest's line, if it does not already.
+    /// Whether somebody listens to it.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.events.is_some()
+    }
+
+    /// Lets the device raise the guest's line, if it does not already. What has failed is tried
+    /// again when the guest uses something else of the device (`in_use`), not at its every write.
     ///
     /// # Errors
     ///
-    /// The device's or KVM's; it is off then.
-    pub fn turn_on(&mut self, device: &dyn Access) -> io::Result<()> {
-        if self.events.is_some() {
+    /// The device's or KVM's.
+    pub fn turn_on(&mut self, device: &dyn Access, in_use: u16) -> io::Result<()> {
+        if self.events.is_some() || self.failed == Some(in_use) {
             return Ok(());
         }
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let events = Events {
-            raise: event()?,
-            again: event()?,
-        };
-        let Events { raise, again } = &events;
-        self.vm
-            .add_line(raise, again, self.line)
-            .map_err(io::Error::other)?;
-        self.events = Some(events);
         let result = self.attach(device);
-        if result.is_err() {
-            self.release();
-        }
+        self.failed = result.is_err().then_some(in_use);
         result
     }
 
-    /// What was signalled before the kernel listens to `again`, it finds.
-    fn attach(&self, device: &dyn Access) -> io::Result<()> {
-        let Some(Events { raise, again }) = &self.events else {
-            return Ok(());
+    /// What was signalled before the kernel listens to `resample`, it finds.
+    fn attach(&mut self, device: &dyn Access) -> io::Result<()> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let events = Events {
+            trigger: event()?,
+            resample: event()?,
         };
-        device.set_irqs(Irq::Intx, 0, &[Some(raise)])?;
-        device.unmask_on(again).inspect_err(|_| {
+        let Events { trigger, resample } = &events;
+        self.vm
+            .add_resample_irqfd(trigger, resample, self.line)
+            .map_err(io::Error::other)?;
+        if let Err(error) = device.set_irqs(Irq::Intx, 0, &[Some(trigger)]) {
+            self.leave(&events);
+            return Err(error.into());
+        }
+        let result = device.unmask_on(resample);
+        self.events = Some(events);
+        result.inspect_err(|_| {
             // Of two errors the first is told.
-            let _ = device.disable_irqs(Irq::Intx);
+            let _ = self.turn_off(device);
         })
     }
 
@@ -87,6 +96,7 @@ impl Intx {
     ///
     /// The device's; it is on still.
     pub fn turn_off(&mut self, device: &dyn Access) -> io::Result<()> {
+        self.failed = None;
         if self.events.is_some() {
             device.disable_irqs(Irq::Intx)?;
             self.release();
@@ -96,14 +106,14 @@ impl Intx {
 
     /// Leaves the guest's line.
     pub fn release(&mut self) {
-        if let Some(events) = self.events.take()
-            && let Err(error) = self.leave(&events)
-        {
-            tracing::warn!(%error, "an interrupt line stays attached");
+        if let Some(events) = self.events.take() {
+            self.leave(&events);
         }
     }
 
-    fn leave(&self, events: &Events) -> Result<(), VmError> {
-        self.vm.remove_irqfd(&events.raise, self.line)
+    fn leave(&self, events: &Events) {
+        if let Err(error) = self.vm.remove_irqfd(&events.trigger, self.line) {
+            tracing::warn!(%error, "an interrupt line stays attached");
+        }
     }
 }

@@ -1,14 +1,14 @@
 //! A device for tests: memory for configuration space and BARs, and a record of
-//! what it was told.
+//! what it was told. Of interrupts it takes what VFIO takes (`vfio_pci_intrs.c`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{Access, CONFIG_REGION, Irq, IrqError, Neighbor, Region};
+use super::access::{Access, CONFIG_REGION, Irq, IrqError, Neighbor, ROM_REGION, Region};
 use crate::vm::Mapping;
 
 /// Offsets of the capabilities in [`space`].
@@ -29,6 +29,10 @@ pub const BAR0_SIZE: u64 = 0x8000;
 pub const TABLE: u64 = 0x2000;
 pub const PENDING: u64 = 0x3000;
 pub const VECTORS: u16 = 16;
+/// Bits of the command register.
+const MEMORY_SPACE: u16 = 1 << 1;
+const MASTER: u16 = 1 << 2;
+const INTX_DISABLE: u16 = 1 << 10;
 
 /// What the device holds and has seen.
 pub struct State {
@@ -67,9 +71,15 @@ pub struct State {
     pub config_writes: Vec<(u64, Vec<u8>)>,
     /// Calls about interrupts, in words.
     pub calls: Vec<String>,
+    /// What is done to it and those it shares this with, in order.
+    pub journal: Arc<Mutex<Vec<&'static str>>>,
+    /// INTx, MSI or MSI-X, whichever is on.
+    pub on: Option<Irq>,
+    /// Its line might have interrupted the host at a time when nobody listened.
+    pub was_loose: bool,
     events: Vec<(Irq, u32, EventFd)>,
     /// Unmasks INTx.
-    unmask: Option<EventFd>,
+    pub unmask: Option<EventFd>,
 }
 
 pub struct Mock(Mutex<State>);
@@ -97,6 +107,9 @@ impl Default for Mock {
             bus_resets: 0,
             config_writes: Vec::new(),
             calls: Vec::new(),
+            journal: Arc::default(),
+            on: None,
+            was_loose: false,
             events: Vec::new(),
             unmask: None,
         }))
@@ -110,12 +123,25 @@ impl Mock {
 
     /// Raises an interrupt; `false` if nobody listens.
     pub fn signal(&self, irq: Irq, vector: u32) -> bool {
+        let event = self.event(irq, vector);
+        event.is_some_and(|event| event.write(1).is_ok())
+    }
+
+    /// One journal for several, empty.
+    pub fn share_journal(mocks: &[Arc<Self>]) -> Arc<Mutex<Vec<&'static str>>> {
+        let journal = Arc::default();
+        for mock in mocks {
+            mock.state().journal = Arc::clone(&journal);
+        }
+        journal
+    }
+
+    /// The event of an interrupt, if somebody listens.
+    pub fn event(&self, irq: Irq, vector: u32) -> Option<EventFd> {
         let state = self.state();
-        let found = state
-            .events
-            .iter()
-            .find(|event| (event.0, event.1) == (irq, vector));
-        found.is_some_and(|(_, _, event)| event.write(1).is_ok())
+        let mut events = state.events.iter();
+        let found = events.find(|event| (event.0, event.1) == (irq, vector));
+        found.map(|(_, _, event)| event.try_clone().unwrap())
     }
 
     /// Calls about interrupts since the last time.
@@ -125,15 +151,30 @@ impl Mock {
 }
 
 impl State {
+    /// Its command register.
+    pub fn command(&self) -> u16 {
+        u16::from_le_bytes([self.config[4], self.config[5]])
+    }
+
+    /// To be called after whatever may let the line loose. That it is when VFIO opens it is no matter.
+    fn look_at_line(&mut self) {
+        let is_ours = self.config_writes.iter().any(|(at, _)| *at == 4);
+        let is_loose = self.command() & INTX_DISABLE == 0;
+        self.was_loose |= is_ours && is_loose && self.on != Some(Irq::Intx);
+    }
+
     fn bytes(&mut self, region: u32, offset: u64, len: usize) -> io::Result<&mut [u8]> {
         if self.is_gone {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if region == ROM_REGION && self.command() & MEMORY_SPACE == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let bytes: &mut [u8] = match region {
             CONFIG_REGION => &mut self.config,
             0 => &mut self.bar,
             5 => &mut self.ports,
-            6 => &mut self.rom,
+            ROM_REGION => &mut self.rom,
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
         let start = usize::try_from(offset).unwrap();
@@ -149,7 +190,7 @@ impl Access for Mock {
         let state = self.state();
         let size = match index {
             CONFIG_REGION => state.config.len() as u64,
-            6 => state.rom.len() as u64,
+            ROM_REGION => state.rom.len() as u64,
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {
@@ -173,6 +214,10 @@ impl Access for Mock {
             .copy_from_slice(data);
         if region == CONFIG_REGION {
             state.config_writes.push((offset, data.to_vec()));
+            state.look_at_line();
+            if offset == 4 && state.command() & MASTER == 0 {
+                state.journal.lock().unwrap().push("quiet");
+            }
         }
         Ok(())
     }
@@ -204,7 +249,13 @@ impl Access for Mock {
         }
         let asked = u32::try_from(events.len()).unwrap();
         let available = state.free_vectors;
-        if start == 0 && available < asked {
+        let is_interrupt = matches!(irq, Irq::Intx | Irq::Msi | Irq::Msix);
+        let is_other_on = state.on.is_some_and(|on| on != irq);
+        let is_new = state.on.is_none();
+        if is_interrupt && (is_other_on || is_new && start != 0) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
+        }
+        if is_new && start == 0 && available < asked {
             state
                 .calls
                 .push(format!("{irq:?} 0+{asked} has {available}"));
@@ -217,6 +268,9 @@ impl Access for Mock {
             .zip(events)
             .filter_map(|(vector, event)| Some((vector, (*event)?)))
             .collect();
+        if is_interrupt {
+            state.on = Some(irq);
+        }
         let vectors: Vec<_> = attached.iter().map(|(vector, _)| *vector).collect();
         let call = format!("{irq:?} {start}+{} {vectors:?}", events.len());
         state.calls.push(call);
@@ -228,7 +282,7 @@ impl Access for Mock {
 
     fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
         let mut state = self.state();
-        if state.is_never_unmasked {
+        if state.is_never_unmasked || state.on != Some(Irq::Intx) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         state.calls.push("Intx unmasked by an event".into());
@@ -239,19 +293,25 @@ impl Access for Mock {
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let mut state = self.state();
         state.calls.push(format!("{irq:?} off"));
-        if state.stuck == Some(irq) {
+        if state.is_gone || state.stuck == Some(irq) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
+        if state.on != Some(irq) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.on = None;
         state.events.retain(|event| event.0 != irq);
         if irq == Irq::Intx {
             state.unmask = None;
         }
+        state.look_at_line();
         Ok(())
     }
 
     fn reset(&self) -> io::Result<bool> {
         let mut state = self.state();
         state.resets += u32::from(state.can_reset);
+        state.journal.lock().unwrap().push("reset");
         Ok(state.can_reset)
     }
 
@@ -275,7 +335,7 @@ pub fn space() -> Vec<u8> {
     let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x00, &[0x34, 0x12, 0x78, 0x56]);
     // Memory on, bus master, a capability list; multi-function; INTA.
-    put(0x04, &[0x06, 0, 0x18, 0]);
+    put(0x04, &[0x06, 0, 0x10, 0]);
     put(0x08, &[1, 2, 8, 1]);
     put(0x0e, &[0x80]);
     put(0x10, &0xfe00_0004_u32.to_le_bytes());

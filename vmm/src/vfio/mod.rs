@@ -96,10 +96,16 @@ pub enum VfioError {
         /// and what usually causes it.
         hint: &'static str,
     },
+    /// The devices cannot reach each other by `/dev/iommu`, which maps no BARs.
+    #[error(
+        "pci_peers in nacre.toml asks for PCI devices that reach each other, which /dev/iommu has no way \
+         to: load vfio_iommu_type1, so that there is /dev/vfio/vfio, or set pci_peers = false"
+    )]
+    NoPeers,
     /// The devices cannot reach each other.
     #[error(
-        "PCI device {address}: mapping {mib} MiB of its BARs at {iova:#x} for the pod's other devices: \
-         {source}; pci_peers in nacre.toml asks for it, and /dev/iommu has no way to"
+        "PCI device {address}: mapping {mib} MiB of its BARs at {iova:#x} for the pod's other devices, \
+         as pci_peers in nacre.toml asks: {source}{hint}"
     )]
     Peer {
         /// The device.
@@ -108,8 +114,10 @@ pub enum VfioError {
         mib: u64,
         /// Its address in the guest.
         iova: u64,
-        /// The kernel's answer.
+        /// The kernel's answer,
         source: io::Error,
+        /// and what usually causes it.
+        hint: &'static str,
     },
     /// See the source.
     #[error(transparent)]
@@ -216,10 +224,26 @@ impl Passthrough {
         }
     }
 
+    /// So many devices that are none.
+    #[cfg(test)]
+    pub fn of_iommufd(count: usize) -> Self {
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        Self {
+            container: Container::Iommufd(null()),
+            devices: (0..count).map(|_| (String::new(), null())).collect(),
+        }
+    }
+
     /// How many devices there are.
     #[must_use]
     pub fn len(&self) -> usize {
         self.devices.len()
+    }
+
+    /// Whether there are several that could not reach each other.
+    #[must_use]
+    pub fn cannot_be_peers(&self) -> bool {
+        self.len() > 1 && matches!(self.container, Container::Iommufd(_))
     }
 
     /// Whether there is none.
@@ -267,11 +291,13 @@ impl Passthrough {
             .map(|(address, device)| {
                 let device =
                     VfioFile::new(device).map_err(VfioError::device(&address, "ask what it is"))?;
-                let endpoint = Endpoint::open(&address, Arc::new(device))?;
-                Ok(if roms { endpoint.with_rom() } else { endpoint })
+                Endpoint::open(&address, Arc::new(device))
             })
             .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
+        if roms {
+            endpoints = endpoints.into_iter().map(Endpoint::with_rom).collect();
+        }
         let attached = Attached {
             endpoints,
             known: Some(known),
@@ -367,7 +393,13 @@ impl Attached {
         for (bus, (endpoint, placed)) in (1..).zip(placed) {
             session.arm(&endpoint)?;
             let root = RootPort::new(bus, endpoint.link(), &placed);
-            let device = VfioPci::new(vm, endpoint, bus, &placed.bars, placement.window64())?;
+            let device = VfioPci::new(
+                vm,
+                endpoint,
+                root.line(),
+                &placed.bars,
+                placement.window64(),
+            )?;
             reachable.push(device.reachable(&placed.bars));
             ports.push(Port::with(root, device));
         }

@@ -4,21 +4,32 @@
 //! Only if it is wanted (`pci_peers`), and only with two devices or more: mapping takes time, and the
 //! host's root complex has to pass on what one device sends to another, which not all do. It is done
 //! once, for what is there before the guest runs: a BAR that the guest moves is still
-//! reached where it was, which is nobody else's, and a device that comes later has no part in it.
+//! reached where it was, which is nobody else's. A device that comes later is in the same address space:
+//! it reaches the BARs of the others, and they do not reach its.
+//!
+//! What is mapped stays so. While the kernel resets one of them, or it has failed, the others' transfers to it
+//! end in errors of the bus: so the guest cannot begin a reset ([`super::capabilities`]), and all are
+//! quiet before one is reset at the end.
 
 use super::VfioError;
-use super::container::{AddressSpace, Mapped};
+use super::container::{self, AddressSpace, Mapped};
 use super::sys::DmaRange;
 use crate::layout::MIB;
 
-/// What of a device's BARs others can reach, by its address on the host.
-pub type Reachable = (String, Vec<DmaRange>);
+/// What of a device's BARs others can reach.
+#[derive(Debug)]
+pub struct Reachable {
+    /// The device's address on the host.
+    pub address: String,
+    /// The parts that are mapped.
+    pub ranges: Vec<DmaRange>,
+}
 
 /// Maps the BARs of all of `devices`, if there are others for each.
 ///
 /// # Errors
 ///
-/// The kernel's, with the device it is about; with iommufd always.
+/// The kernel's, with the device it is about.
 pub fn map(space: &AddressSpace, devices: &[Reachable]) -> Result<Mapped, VfioError> {
     map_each(devices, |range| space.map_range(range))
 }
@@ -31,12 +42,13 @@ fn map_each(
     if devices.len() < 2 {
         return Ok(mapped);
     }
-    for (address, ranges) in devices {
+    for Reachable { address, ranges } in devices {
         for range in ranges {
             map(*range).map_err(|source| VfioError::Peer {
                 address: address.clone(),
                 mib: range.len.div_ceil(MIB),
                 iova: range.iova,
+                hint: container::hint(&source),
                 source,
             })?;
             mapped.calls += 1;
@@ -54,7 +66,10 @@ mod tests {
 
     fn device(address: &str, iova: u64, len: u64) -> Reachable {
         let range = DmaRange { iova, len, host: 0 };
-        (address.into(), vec![range])
+        Reachable {
+            address: address.into(),
+            ranges: vec![range],
+        }
     }
 
     #[test]
@@ -80,15 +95,15 @@ mod tests {
             bytes: 0x4000 + (16 << 30),
         };
         assert_eq!(mapped.unwrap(), expected);
-        assert_eq!(ranges, [devices[0].1[0], devices[1].1[0]]);
+        assert_eq!(ranges, [devices[0].ranges[0], devices[1].ranges[0]]);
         let error = map_each(&devices, |range| match range.len {
             0x4000 => Ok(()),
             _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         });
         let text = error.unwrap_err().to_string();
         let start = "PCI device 0000:02:00.0: mapping 16384 MiB of its BARs at 0x1000000000 for the \
-                     pod's other devices: Invalid argument";
+                     pod's other devices, as pci_peers in nacre.toml asks: Invalid argument";
         assert!(text.starts_with(start), "{text}");
-        assert!(text.contains("pci_peers"), "{text}");
+        assert!(text.contains("IOMMU may reserve addresses"), "{text}");
     }
 }

@@ -90,7 +90,7 @@ struct IoasMap {
     iova: u64,
 }
 
-/// A range of guest memory for the devices' DMA.
+/// A range of guest memory, or of another device's BAR, for the devices' DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DmaRange {
     /// Guest physical address, which is the devices' address too.

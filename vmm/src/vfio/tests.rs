@@ -116,7 +116,7 @@ fn ports_lead_to_the_device_that_has_them() {
             base <= port && port + 0x1f <= limit,
             "{port:#x} {window:#x}"
         );
-        let offset = u64::from(port) - layout::PCI_PORTS + 4;
+        let offset = u64::from(port) - layout::IO_START + 4;
         ports.write(offset, &[9]);
         ports.read(offset, &mut byte);
         assert_eq!((mock.state().ports[4], byte), (0, [0xff]), "they are off");
@@ -154,6 +154,38 @@ fn machine_s_end_gives_the_devices_back() {
     root.reset();
     watch.stop();
     assert_eq!(mock.state().resets, 2, "before and after");
+}
+
+/// One that is reset is not written to by another, whose queues are a guest's still.
+#[test]
+fn devices_are_all_quiet_before_one_is_reset() {
+    let mocks = [Arc::new(Mock::default()), Arc::new(Mock::default())];
+    let Some((root, _session)) = bus(&mocks) else {
+        return;
+    };
+    let journal = Mock::share_journal(&mocks);
+    root.reset();
+    assert_eq!(
+        *journal.lock().unwrap(),
+        ["quiet", "quiet", "reset", "reset"]
+    );
+}
+
+#[test]
+fn devices_are_mapped_for_each_other_only_if_they_are_to_be() {
+    let Some(vm) = test_vm() else {
+        return;
+    };
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let space = AddressSpace::Container(null.into());
+    let place = |count: usize, peers| {
+        let mocks: Vec<_> = (0..count).map(|_| Arc::new(Mock::default())).collect();
+        attached(&mocks).place(&vm, &mut Placement::new(WINDOW64, 37), peers)
+    };
+    assert!(place(2, None).is_ok());
+    assert!(place(1, Some(&space)).is_ok(), "there is no other");
+    let error = place(2, Some(&space)).err().unwrap();
+    assert!(matches!(error, VfioError::Peer { .. }), "{error}");
 }
 
 #[test]

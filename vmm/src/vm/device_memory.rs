@@ -8,12 +8,27 @@ use std::sync::{Arc, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 
-use super::{Vm, VmError};
+use super::{PAGE_SIZE, Vm, VmError};
+
+/// The processor's large pages, the largest first.
+const LARGE_PAGES: [usize; 2] = [1 << 30, 2 << 20];
 
 /// A shared mapping that nothing in this process reads or writes.
+///
+/// Its address is as far from the start of a large page as what it maps is, because the kernel, KVM and
+/// the IOMMU use large pages only then: a BAR of 128 GiB in pages of 4 KiB takes 256 MiB of page tables.
 #[derive(Debug)]
 pub struct Mapping {
     address: NonNull<libc::c_void>,
+    len: usize,
+    /// It is in this.
+    _room: Room,
+}
+
+/// Addresses at which nothing else is.
+#[derive(Debug)]
+struct Room {
+    start: NonNull<libc::c_void>,
     len: usize,
 }
 
@@ -29,33 +44,67 @@ impl Mapping {
     ///
     /// Those of mmap(2).
     pub fn new(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<Self> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: a new mapping wherever the kernel has room; nothing else is touched.
+        let align = LARGE_PAGES.into_iter().find(|page| *page <= len);
+        let align = align.unwrap_or(PAGE_SIZE);
+        let room_len = len.checked_add(align - PAGE_SIZE);
+        let room_len = room_len.filter(|_| start.is_multiple_of(PAGE_SIZE));
+        let room = Room::new(room_len.ok_or(io::ErrorKind::InvalidInput)?)?;
+        // Both are multiples of a page, so at most `align - PAGE_SIZE`.
+        let before = start.wrapping_sub(room.start.as_ptr().addr()) & (align - 1);
+        // SAFETY: only addresses of the room are touched, which nobody else has.
         let address = unsafe {
             libc::mmap(
-                ptr::null_mut(),
+                room.start.as_ptr().wrapping_byte_add(before),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
+                libc::MAP_SHARED | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 offset,
             )
         };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(address)
-            .map(|address| Self { address, len })
-            .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+        let address = mapped(address)?;
+        Ok(Self {
+            address,
+            len,
+            _room: room,
+        })
     }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, whole; no VM points into it any more.
-        unsafe { libc::munmap(self.address.as_ptr(), self.len) };
+impl Room {
+    fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping wherever the kernel has room; nothing else is touched.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        let start = mapped(start)?;
+        Ok(Self { start, len })
     }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // SAFETY: our own addresses, with the mapping among them; no VM points into it any more.
+        unsafe { libc::munmap(self.start.as_ptr(), self.len) };
+    }
+}
+
+/// What mmap(2) returned.
+fn mapped(address: *mut libc::c_void) -> io::Result<NonNull<libc::c_void>> {
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(address).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
 /// A memory slot over a [`Mapping`], in the guest's address space or nowhere.
@@ -141,7 +190,7 @@ impl DeviceMemory {
     /// Where its mapping is in this process, and how many bytes it has.
     #[must_use]
     pub fn mapped(&self) -> (u64, u64) {
-        let Mapping { address, len } = &*self.mapping;
+        let Mapping { address, len, .. } = &*self.mapping;
         (address.as_ptr().addr() as u64, *len as u64)
     }
 
@@ -158,6 +207,30 @@ mod tests {
     use crate::layout::WINDOW32_START;
     use crate::vm::test_vm;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn large_pages_of_the_file_are_large_pages_of_the_mapping() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 30).unwrap();
+        for (offset, len, page) in [
+            (0x1000, 0x3000, 0x1000),
+            (0, 4 << 20, 2 << 20),
+            (0x3000, 4 << 20, 2 << 20),
+            (0x1f_f000, 2 << 20, 2 << 20),
+            (0x4000_5000, 1 << 30, 1 << 30),
+            (0x1000, 2 << 30, 1 << 30),
+        ] {
+            let mapping = Mapping::new(file.as_fd(), offset, len).unwrap();
+            let address = mapping.address.as_ptr().addr() as u64;
+            assert_eq!(address % page, offset % page, "{offset:#x}");
+            let line = format!("{address:x}-{:x} rw-s {offset:08x} ", address + len);
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            assert!(maps.contains(&line), "{line} in {maps}");
+        }
+        for (offset, len) in [(1, 4 << 20), (0, u64::MAX), (1 << 63, 4096)] {
+            assert!(Mapping::new(file.as_fd(), offset, len).is_err());
+        }
+    }
 
     #[test]
     fn registers_move_and_never_lie_over_memory() {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 /// See the module.
 #[derive(Debug)]
 pub struct Numbers {
-    limit: u32,
+    range: Range<u32>,
     used: Mutex<Used>,
 }
 
@@ -21,17 +21,23 @@ impl Numbers {
     /// Nobody has any of `range` yet.
     pub fn new(range: Range<u32>) -> Self {
         Self {
-            limit: range.end,
             used: Mutex::new(Used {
                 next: range.start,
                 free: Vec::new(),
             }),
+            range,
         }
     }
 
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.range.end.saturating_sub(self.range.start)
+    }
+
     /// They are below it.
+    #[cfg(test)]
     pub fn limit(&self) -> u32 {
-        self.limit
+        self.range.end
     }
 
     /// One that nobody has, if there is any.
@@ -41,7 +47,7 @@ impl Numbers {
             return Some(number);
         }
         let number = used.next;
-        let is_left = number < self.limit;
+        let is_left = number < self.range.end;
         used.next += u32::from(is_left);
         is_left.then_some(number)
     }
@@ -60,6 +66,7 @@ mod tests {
     #[test]
     fn numbers_are_one_owner_s_and_come_back() {
         let numbers = Numbers::new(7..10);
+        assert_eq!(numbers.count(), 3);
         assert_eq!([numbers.take(), numbers.take()], [Some(7), Some(8)]);
         numbers.give_back(7);
         assert_eq!([numbers.take(), numbers.take()], [Some(7), Some(9)]);

@@ -86,6 +86,7 @@ fn a_group_s_node_stands_for_all_its_devices() {
         group: 4,
         group_node: tree.path("dev/vfio/4"),
         device_node: None,
+        bar_bytes: 0,
     });
     assert_eq!(devices, expected);
 }

@@ -374,6 +374,28 @@ mod tests {
         assert_eq!((size.growth_mib, size.is_pinned), (0, true));
     }
 
+    /// A page table for each 2 MiB of it, and the time to fill them.
+    #[tokio::test]
+    async fn what_devices_reach_of_each_other_is_reckoned_with() {
+        let tree = Tree::new();
+        let none = "0x0 0x0 0x0\n";
+        let large = "0x200000000000 0x201fffffffff 0x14220c\n";
+        let ports = "0xc040 0xc05f 0x40101\n";
+        for address in ["0000:01:00.0", "0000:02:00.0"] {
+            let device = tree.add(address, 0x03_0200);
+            device.group(4).driver("vfio-pci");
+            device.file("resource", &[none, large, ports].concat());
+        }
+        let mut pod = Pod::asks(&tree, "0000:01:00.0");
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        let reached = |pod: &Pod| pod.host.size_of(&pod.config.spec).peer_bars_mib;
+        assert_eq!(reached(&pod), 0);
+        pod.host.config.pci_peers = true;
+        assert_eq!(reached(&pod), 2 * (128 << 10));
+        crate::task::lock(&pod.host.parts).devices.pop();
+        assert_eq!(reached(&pod), 0, "there is no other");
+    }
+
     #[tokio::test]
     async fn what_cannot_be_opened_is_named() {
         let tree = Tree::new();

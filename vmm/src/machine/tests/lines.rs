@@ -5,24 +5,35 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::code::*;
 use super::passthrough::{RAISE, run};
 use super::*;
-use crate::vfio::mock;
+use crate::vfio::access::Irq;
+use crate::vfio::device::{Endpoint, VfioPci};
+use crate::vfio::mock::{self, Mock};
 use crate::vm::{MsiRoute, lines};
 
+/// That of the first device.
+const LINE: u32 = lines::OF_PCI.start;
+/// Command and status of the device: I/O, memory, bus mastering; Interrupt Disable and Interrupt Status.
+const COMMAND: u64 = CONFIG + 4;
+const IN_USE: u32 = 7;
+const INTX_DISABLE: u32 = 1 << 10;
+const INTX_PENDING: u32 = 1 << 19;
 /// What "edu" is told when its interrupt was served.
 const ACKNOWLEDGE: u64 = BAR + 0x64;
 
 /// Whoever raised a line hears when the guest has served it, and raises it again.
 #[test]
 fn line_is_raised_until_the_guest_has_served_it() {
-    let line = lines::of_bus(1);
-    let code = Code::new().serve(line, &[]).wait_for(COUNT, 2).power_off();
+    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
     let Some(mut parts) = parts(&code, 1) else {
         return;
     };
     parts.pci_slots = 1;
     let running = Machine::new(parts).unwrap().start().unwrap();
-    let [raise, again] = [(), ()].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
-    running.vm.add_line(&raise, &again, line).unwrap();
+    let [trigger, resample] = [(), ()].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+    running
+        .vm
+        .add_resample_irqfd(&trigger, &resample, LINE)
+        .unwrap();
     // KVM is told all routes again with each new one.
     let message = MsiRoute {
         address: layout::LAPIC.into(),
@@ -33,9 +44,9 @@ fn line_is_raised_until_the_guest_has_served_it() {
         .route(running.vm.new_gsi().unwrap(), message)
         .unwrap();
     for _ in 0..2 {
-        raise.write(1).unwrap();
-        mock::wait_for(&again);
-        again.read().unwrap();
+        trigger.write(1).unwrap();
+        mock::wait_for(&resample);
+        resample.read().unwrap();
     }
     mock::wait_for(running.stop_handle().event());
     let stop = running.stop_handle().clone();
@@ -44,18 +55,53 @@ fn line_is_raised_until_the_guest_has_served_it() {
     assert_eq!(stop.outcome(), Some(&outcome));
 }
 
-/// A second interrupt comes only if the host has unmasked the line after the first.
+/// The same with a device, whose host side masks the line each time.
+#[test]
+fn device_raises_its_line_again_once_it_is_unmasked() {
+    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
+    let Some(mut parts) = parts(&code, 1) else {
+        return;
+    };
+    parts.pci_slots = 1;
+    let running = Machine::new(parts).unwrap().start().unwrap();
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let addresses = [BAR, 64 * layout::GIB, BAR + 0x10_0000, 0x1000];
+    let device = VfioPci::new(&running.vm, endpoint, LINE, &addresses, None).unwrap();
+    // Bus mastering alone: registers are no matter.
+    device.config_write(4, &[4, 0]);
+    let unmask = mock.state().unmask.as_ref().unwrap().try_clone().unwrap();
+    for _ in 0..2 {
+        assert!(mock.signal(Irq::Intx, 0));
+        mock::wait_for(&unmask);
+        unmask.read().unwrap();
+    }
+    mock::wait_for(running.stop_handle().event());
+    let stop = running.stop_handle().clone();
+    device.quiesce();
+    running.stop();
+    let outcome = Outcome::Stopped(StopReason::Shutdown);
+    assert_eq!(stop.outcome(), Some(&outcome));
+}
+
+/// A second interrupt comes only if the host has unmasked the line after the first; a third, at a time when
+/// the guest has masked it, is pending until then.
 #[test]
 fn intx_reaches_the_guest_each_time() {
     let code = Code::new()
         .enable()
-        .serve(lines::of_bus(1), &[(ACKNOWLEDGE, 1)])
+        .serve(LINE, &[(ACKNOWLEDGE, 1)])
         .store(BAR + RAISE, 1)
         .wait_for(COUNT, 1)
         .store(BAR + RAISE, 1)
         .wait_for(COUNT, 2)
+        .store(COMMAND, IN_USE | INTX_DISABLE)
+        .store(BAR + RAISE, 1)
+        .wait_set(COMMAND, INTX_PENDING)
+        .expect(COUNT, 2)
+        .store(COMMAND, IN_USE)
+        .wait_for(COUNT, 3)
         .power_off();
     let Some(exits) = run(&code) else { return };
-    let counts = (exits.mmio_reads, exits.mmio_writes);
-    assert_eq!(counts, (0, 2), "configuration only");
+    assert_eq!(exits.mmio_writes, 4, "configuration only");
 }

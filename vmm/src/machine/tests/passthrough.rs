@@ -293,7 +293,12 @@ fn device_goes_from_one_guest_to_the_next() {
 const CONFIGURATION: u64 = BAR + 0x14;
 const CANARY: u32 = 0x0046_0000;
 
-/// Of what a guest left in a device that can be reset the next one finds nothing.
+/// Device control in its PCI Express capability, and what begins a function-level reset.
+const DEVICE_CONTROL: u64 = CONFIG + 0x88;
+const BEGIN_RESET: u32 = 1 << 15;
+
+/// Of what a guest left in a device that can be reset the next one finds nothing. It cannot
+/// reset it itself.
 #[test]
 fn what_a_guest_left_in_a_device_is_gone() {
     let Some(address) = bound(NVME) else { return };
@@ -301,6 +306,8 @@ fn what_a_guest_left_in_a_device_is_gone() {
         .enable()
         .expect(CONFIGURATION, 0)
         .store(CONFIGURATION, CANARY)
+        .expect(CONFIGURATION, CANARY)
+        .store(DEVICE_CONTROL, BEGIN_RESET)
         .expect(CONFIGURATION, CANARY)
         .power_off();
     let look = Code::new().enable().expect(CONFIGURATION, 0).power_off();

@@ -1,13 +1,14 @@
-use crate::vm::test_vm;
-
 use super::*;
 use crate::layout::{GIB, WINDOW32_PORTS};
 use crate::vfio::access::Irq;
 use crate::vfio::mock::{self, Mock};
+use crate::vm::lines::OF_PCI;
+use crate::vm::test_vm;
 
 const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 const BAR0: u64 = WINDOW32_PORTS;
 const COMMAND: usize = 4;
+const LINE: u32 = OF_PCI.start;
 /// Places of the mock's BARs.
 const ADDRESSES: [u64; 4] = [BAR0, 64 * GIB, BAR0 + 0x10_0000, 0x1000];
 
@@ -19,7 +20,7 @@ fn function() -> Option<(VfioPci, Arc<Mock>)> {
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    VfioPci::new(vm, endpoint, 1, &ADDRESSES, WINDOW64).unwrap()
+    VfioPci::new(vm, endpoint, LINE, &ADDRESSES, WINDOW64).unwrap()
 }
 
 /// Where the mapped parts of BAR 0 are.
@@ -81,12 +82,13 @@ fn ports_and_addresses_are_told_apart() {
 fn rom_is_read_once_and_never_written() {
     let Some(vm) = test_vm() else { return };
     let mock = Arc::new(Mock::default());
+    mock.state().config[COMMAND] = 0;
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
     let endpoint = endpoint.with_rom();
     let rom = BAR0 + 0x20_0000;
     let addresses = [&ADDRESSES[..], &[rom]].concat();
-    let function = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64).unwrap();
     let before = std::mem::take(&mut mock.state().rom);
+    let function = VfioPci::new(&vm, endpoint, LINE, &addresses, WINDOW64).unwrap();
     function.config_write(COMMAND, &[6, 0]);
     assert_eq!(function.bar_at(rom), None, "off");
     function.config_write(0x30, &[1]);
@@ -97,16 +99,26 @@ fn rom_is_read_once_and_never_written() {
         function.bar_read(4, offset, &mut data);
         assert_eq!(data, expected);
     }
-    // One that does not let itself be read is not passed on with it.
-    mock.state().rom = before;
-    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    let endpoint = endpoint.with_rom();
-    mock.state().rom.clear();
-    let error = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64)
-        .err()
-        .unwrap();
-    let start = "PCI device 0000:01:00.0: cannot read its expansion ROM: ";
-    assert!(error.to_string().starts_with(start), "{error}");
+}
+
+#[test]
+fn rom_that_cannot_be_had_is_not_shown() {
+    let mock = Arc::new(Mock::default());
+    let requests = |size, is_gone| {
+        mock.state().rom.resize(size, 0);
+        let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+        mock.state().is_gone = is_gone;
+        let endpoint = endpoint.with_rom();
+        mock.state().is_gone = false;
+        endpoint.requests().len()
+    };
+    assert_eq!(requests(0x1000, false), 5);
+    assert_eq!(requests(0x1000, true), 4, "it cannot be read");
+    // None, and sizes that no ROM has.
+    for size in [0, 0x400, 0x1800, 32 << 20] {
+        assert_eq!(requests(size, false), 4, "{size:#x}");
+    }
+    assert_eq!(requests(16 << 20, false), 5);
 }
 
 #[test]
@@ -114,7 +126,7 @@ fn others_reach_what_the_guest_has_mapped() {
     let Some((function, _)) = function() else {
         return;
     };
-    let (address, ranges) = function.reachable(&ADDRESSES);
+    let Reachable { address, ranges } = function.reachable(&ADDRESSES);
     assert_eq!(address, "0000:01:00.0");
     let places: Vec<_> = ranges.iter().map(|range| (range.iova, range.len)).collect();
     assert_eq!(places, [(BAR0, 0x2000), (BAR0 + 0x4000, 0x4000)]);
@@ -250,6 +262,19 @@ fn msi_has_as_many_vectors_as_the_guest_enables() {
     assert_eq!(mock.calls(), ["Msi off"]);
 }
 
+/// What was not turned on as a whole is turned off all the same, or the line could not be turned on.
+#[test]
+fn msi_of_fewer_vectors_is_turned_off() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().free_vectors = 1;
+    function.config_write(mock::MSI + 2, &[1 | 1 << 4, 0]);
+    assert_eq!(mock.calls(), ["Msi 0+2 has 1", "Msi 0+1 [0]"]);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    assert_eq!(mock.calls(), ["Msi off"]);
+}
+
 #[test]
 fn host_with_fewer_vectors_turns_on_those_it_has() {
     let Some((function, mock)) = function() else {
@@ -313,19 +338,6 @@ fn what_failed_is_done_with_the_next_write() {
 }
 
 #[test]
-fn interrupts_that_stay_on_do_not_keep_the_others_on() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    function.config_write(mock::MSI + 2, &[1, 0]);
-    function.config_write(mock::MSIX + 3, &[0x80]);
-    mock.calls();
-    mock.state().stuck = Some(Irq::Msi);
-    assert!(function.lock().interrupts.stop(&*mock).is_err());
-    assert_eq!(mock.calls(), ["Msi off", "Msix off"]);
-}
-
-#[test]
 fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     let Some(vm) = test_vm() else { return };
     // With 256 vectors of MSI-X each: far more than there are routes.
@@ -341,7 +353,7 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
         set_vector(function, 255, 0);
         assert_eq!(mock.calls(), ["Msix 0+256 []", "Msix 255+1 [255]"]);
     }
-    assert_eq!(vm.new_gsi().unwrap(), lines::PINS + 32);
+    assert_eq!(vm.new_gsi().unwrap(), 32);
     // When a guest has used all up, what has a route keeps it and nothing else breaks.
     while vm.new_gsi().is_ok() {}
     let (function, mock) = &functions[0];
@@ -362,80 +374,6 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     assert_eq!(mock.calls(), ["Msix off"]);
 }
 
-const LINE_ON: [&str; 2] = ["Intx 0+1 [0]", "Intx unmasked by an event"];
-
-#[test]
-fn line_is_on_while_the_guest_uses_the_device_without_messages() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    let command = || mock.state().config_writes.last().cloned();
-    assert_eq!(
-        command(),
-        Some((4, vec![3, 4])),
-        "the guest does not use it"
-    );
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), LINE_ON);
-    assert_eq!(command(), Some((4, vec![7, 0])));
-    assert!(mock.signal(Irq::Intx, 0));
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), [""; 0], "it is on");
-    // The kernel has one kind on at a time.
-    function.config_write(mock::MSIX + 3, &[0x80]);
-    assert_eq!(mock.calls(), ["Intx off", "Msix 0+16 []"]);
-    function.config_write(mock::MSIX + 3, &[0]);
-    assert_eq!(mock.calls(), [&["Msix off"][..], &LINE_ON].concat());
-    function.config_write(mock::MSI + 2, &[1, 0]);
-    assert_eq!(mock.calls(), ["Intx off", "Msi 0+1 [0]"]);
-    function.config_write(mock::MSI + 2, &[0, 0]);
-    assert_eq!(mock.calls(), [&["Msi off"][..], &LINE_ON].concat());
-    function.config_write(COMMAND, &[6, 4]);
-    assert_eq!(mock.calls(), ["Intx off"]);
-    assert_eq!(command(), Some((4, vec![7, 4])));
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), LINE_ON);
-    function.stop();
-    assert_eq!(mock.calls(), ["Intx off"]);
-}
-
-#[test]
-fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
-    let Some((function, mock)) = function() else {
-        return;
-    };
-    mock.state().is_never_unmasked = true;
-    function.config_write(COMMAND, &[6, 0]);
-    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
-    mock.state().is_never_unmasked = false;
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), LINE_ON);
-    mock.state().stuck = Some(Irq::Intx);
-    function.config_write(COMMAND, &[0, 0]);
-    mock.state().stuck = None;
-    function.config_write(0x0c, &[8]);
-    function.config_write(0x0c, &[8]);
-    assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
-}
-
-#[test]
-fn devices_share_a_line_where_there_are_many() {
-    let Some(vm) = test_vm() else { return };
-    let count = u8::try_from(lines::PINS).unwrap();
-    let functions: Vec<_> = (1..=count)
-        .map(|bus| {
-            let mock = Arc::new(Mock::default());
-            let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-            let function = VfioPci::new(&vm, endpoint, bus, &[BAR0; 3], WINDOW64).unwrap();
-            function.config_write(COMMAND, &[4, 0]);
-            assert_eq!(mock.calls(), LINE_ON);
-            function
-        })
-        .collect();
-    drop(functions);
-    assert_eq!([1, 8, 9, 31].map(lines::of_bus), [16, 23, 16, 22]);
-}
-
 #[test]
 fn stopped_device_is_silent_and_reset() {
     let Some((function, mock)) = function() else {
@@ -445,9 +383,12 @@ fn stopped_device_is_silent_and_reset() {
     function.config_write(COMMAND, &[6, 0]);
     function.config_write(mock::MSIX + 3, &[0x80]);
     mock.calls();
-    function.stop();
+    function.quiesce();
+    function.reset();
     assert_eq!(mock.calls(), ["Msix off"]);
     let state = mock.state();
     assert_eq!(state.config_writes.last(), Some(&(4, vec![0, 4])));
     assert_eq!(state.resets, 2);
 }
+
+mod line;

@@ -1,11 +1,16 @@
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{GIB, WINDOW32_START};
 use crate::pci::{Slot, Window};
 use crate::stop::Outcome;
+use crate::vfio::access::Irq;
+use crate::vfio::container::Container;
 use crate::vfio::mock::{self, Mock};
 use crate::vfio::tests::{WINDOW64, attached, config, write};
-use crate::vm::{lines, test_vm};
+use crate::vm::{lines, test_vm, test_vm_with_lines};
 
 /// Registers of a root port: of its PCI Express capability, which is the first.
 const PORT_EXPRESS: u64 = 0x40;
@@ -16,14 +21,17 @@ const CHANGED: u32 = 1 << 3 | 1 << 8;
 
 /// A machine with so many empty slots, or `None` where there is no KVM.
 fn slots(count: u8) -> Option<Slots> {
-    let vm = test_vm()?;
+    Some(slots_of(&test_vm()?, count))
+}
+
+fn slots_of(vm: &Arc<Vm>, count: u8) -> Slots {
     let mut placement = Placement::new(WINDOW64, 37);
-    let ports = empty_ports(&vm, 1, count, &mut placement).unwrap();
+    let ports = empty_ports(vm, 1, count, &mut placement).unwrap();
     let ports = ports.into_iter().map(|port| Slot::Port(Box::new(port)));
     let root = Arc::new(PciRoot::new(ports.collect()));
-    root.map_config(&vm).unwrap();
+    root.map_config(vm).unwrap();
     let stop = Arc::new(Stop::new().unwrap());
-    Some(Slots::new(&vm, &root, WINDOW64, 0, None, &stop))
+    Slots::new(vm, &root, WINDOW64, 0, None, &stop)
 }
 
 fn status(slots: &Slots, bus: u64) -> u32 {
@@ -87,7 +95,7 @@ fn a_device_comes_is_driven_and_goes() {
 #[test]
 fn devices_come_and_go_without_end() {
     let Some(mut slots) = slots(1) else { return };
-    assert_eq!(slots.vm.new_gsi().unwrap(), lines::PINS);
+    assert_eq!(slots.vm.new_gsi().unwrap(), 0);
     for _ in 0..3 {
         let mock = Arc::new(Mock::default());
         slots
@@ -100,14 +108,78 @@ fn devices_come_and_go_without_end() {
         let mut is_there = mock.calls();
         assert_eq!(is_there.pop().as_deref(), Some("Msix 0+1 [0]"));
         let taken = slots.vm.new_gsi().unwrap();
-        assert_eq!(taken, lines::PINS + 2, "the device has one");
+        assert_eq!(taken, 2, "the device has one");
         slots.unplug(&[0]).unwrap();
         let again = slots.vm.new_gsi().unwrap();
-        assert_eq!(again, lines::PINS + 1, "and not any more");
+        assert_eq!(again, 1, "and not any more");
         for gsi in [taken, again] {
             slots.vm.free_gsi(gsi);
         }
     }
+}
+
+/// As those of a group do, which may reach each other.
+#[test]
+fn devices_that_go_together_are_quiet_before_one_is_reset() {
+    let Some(mut slots) = slots(2) else { return };
+    let mocks = [Arc::new(Mock::default()), Arc::new(Mock::default())];
+    slots.show(&[0, 1], attached(&mocks)).unwrap();
+    let journal = Mock::share_journal(&mocks);
+    slots.unplug(&[0, 1]).unwrap();
+    assert_eq!(
+        *journal.lock().unwrap(),
+        ["quiet", "quiet", "reset", "reset"]
+    );
+}
+
+#[test]
+fn device_that_goes_leaves_its_line() {
+    let Some(vm) = test_vm_with_lines() else {
+        return;
+    };
+    let mut slots = slots_of(&vm, 2);
+    let mock = Arc::new(Mock::default());
+    slots
+        .show(&[1], attached(std::slice::from_ref(&mock)))
+        .unwrap();
+    configure(&slots, 2);
+    let event = mock.event(Irq::Intx, 0).unwrap();
+    let line = lines::OF_PCI.start + 1;
+    assert!(vm.add_irqfd(&event, line).is_err(), "KVM has it already");
+    slots.unplug(&[1]).unwrap();
+    vm.add_irqfd(&event, line).unwrap();
+    assert!(!mock.state().was_loose);
+}
+
+/// What comes later reaches what the devices reach that are there from the start: the memory, and with
+/// `pci_peers` their BARs.
+#[test]
+fn a_device_that_comes_joins_the_address_space_of_the_others() {
+    let [Some(first), Some(second)] = [slots(1), slots(1)] else {
+        return;
+    };
+    if first.vm.attach_vfio(std::iter::empty()).is_err() {
+        eprintln!("skipped: KVM has no VFIO");
+        return;
+    }
+    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let devices = || Passthrough {
+        container: Container::Groups {
+            container: null(),
+            groups: Vec::new(),
+        },
+        devices: vec![("0000:01:00.0".into(), null())],
+    };
+    let plug = |mut slots: Slots, space: Option<AddressSpace>| {
+        (slots.space_stays, slots.space) = (space.is_some(), space);
+        let error = slots.plug(&[0], devices()).unwrap_err().to_string();
+        (error, slots.space.is_some())
+    };
+    let (error, stays) = plug(first, Some(AddressSpace::Ioas(null(), 1)));
+    let joins = "PCI device 0000:01:00.0: cannot bind it to /dev/iommu: ";
+    assert!(error.starts_with(joins) && stays, "{error}");
+    let (error, stays) = plug(second, None);
+    assert!(error.starts_with("mapping 32 MiB") && !stays, "{error}");
 }
 
 #[test]
@@ -137,7 +209,7 @@ fn slots_are_one_device_s_and_only_those_there_are() {
     assert_eq!(status(&slots, 2), 0);
     assert_eq!(Arc::strong_count(&mocks[1]), 1);
     assert!(slots.unplug(&[0, 1]).is_err(), "they did not come together");
-    assert!(mocks[0].signal(crate::vfio::access::Irq::Request, 0));
+    assert!(mocks[0].signal(Irq::Request, 0));
 }
 
 #[test]
