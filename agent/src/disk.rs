@@ -18,6 +18,7 @@ use nix::sys::inotify::AddWatchFlags;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::engine::sys;
 use crate::error::{Context, Error, Result};
 use crate::watch::Watch;
 
@@ -25,7 +26,7 @@ use crate::watch::Watch;
 const LIMIT: Duration = Duration::from_secs(10);
 /// What /sys/block/vdX/size counts in, whatever the disk has.
 const SECTOR_BYTES: u64 = 512;
-/// Between two looks at a disk's size: at first,
+/// Between two looks at a disk: at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// and at most.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -75,17 +76,81 @@ impl DiskRef {
 }
 
 /// Waits until the disk with this serial number has a size and sectors of a size: one
-/// that was made empty gets its bytes later.
+/// that was made empty gets its bytes later. The kernel then knows its partitions if it is
+/// `partitioned`, and in any case none of what the disk was before.
 ///
 /// # Errors
 ///
 /// `NotFound` if there is no such disk, or not in time, else `Io`.
-pub async fn wait_for(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<PathBuf> {
+pub async fn wait_for(
+    serial: &str,
+    size_bytes: u64,
+    sector_bytes: u32,
+    partitioned: bool,
+) -> Result<PathBuf> {
     let disk = DiskRef {
         serial: serial.into(),
         partition: None,
     };
-    HERE.wait_for(&disk, size_bytes, sector_bytes.into()).await
+    let path = HERE.wait_for(&disk, size_bytes, sector_bytes.into());
+    let path = path.await?;
+    if partitioned || HERE.has_partitions(&path)? {
+        let what = format!("look for partitions of {}", path.display());
+        let node = path.clone();
+        unless_busy(move || scan_partitions(&node))
+            .await
+            .context(what)?;
+    }
+    Ok(path)
+}
+
+/// Has the kernel forget the partitions it knows of a disk and look for those there are,
+/// which it does by itself only when it adds a disk (`disk_scan_partitions` in
+/// block/genhd.c).
+fn scan_partitions(disk: &Path) -> io::Result<()> {
+    sys::scan_partitions(fs::File::open(disk)?)
+}
+
+/// Tries again what fails because something is in use. The layers of a container that is
+/// gone may be for a moment yet: by the mounts that one which is just being made has copies
+/// of.
+async fn unless_busy(
+    action: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+) -> io::Result<()> {
+    let mut looks = Looks::new();
+    loop {
+        let done = tokio::task::spawn_blocking(action.clone()).await;
+        let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
+        match done {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && looks.again().await => (),
+            done => return done,
+        }
+    }
+}
+
+/// Looks at what the kernel tells nobody of, in time.
+struct Looks {
+    begin: Instant,
+    pause: Duration,
+}
+
+impl Looks {
+    fn new() -> Self {
+        Self {
+            begin: Instant::now(),
+            pause: FIRST_PAUSE,
+        }
+    }
+
+    /// Resolves when it is time for the next; to false when there is none.
+    async fn again(&mut self) -> bool {
+        if self.begin.elapsed() >= LIMIT {
+            return false;
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        true
+    }
 }
 
 /// A kernel's disks.
@@ -222,7 +287,7 @@ impl Disks {
     /// (`set_capacity_and_notify` in block/genhd.c).
     async fn sized(&self, disk: &DiskRef, size_bytes: u64) -> Result<PathBuf> {
         let path = self.wait(disk).await?;
-        let (begin, mut pause) = (Instant::now(), FIRST_PAUSE);
+        let mut looks = Looks::new();
         loop {
             let sectors = self
                 .number(&path, "size")
@@ -230,13 +295,25 @@ impl Disks {
             if sectors.saturating_mul(SECTOR_BYTES) == size_bytes {
                 return Ok(path);
             }
-            if begin.elapsed() >= LIMIT {
+            if !looks.again().await {
                 let text = format!("disk with serial {:?} and {size_bytes} bytes", disk.serial);
                 return Err(Error::NotFound(text));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Whether the kernel knows partitions of a disk: below the disk each has a number
+    /// (Documentation/ABI/stable/sysfs-block).
+    fn has_partitions(&self, disk: &Path) -> Result<bool> {
+        let any = || -> io::Result<bool> {
+            for entry in fs::read_dir(self.block(disk))? {
+                if entry?.path().join("partition").exists() {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        any().context("look at a disk's partitions")
     }
 
     fn sector_bytes(&self, disk: &Path) -> Result<u64> {
@@ -268,8 +345,11 @@ fn rebind(driver: &Path, block: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::channel;
 
+    use nix::errno::Errno;
     use nix::sys::stat::Mode;
     use nix::unistd::mkfifo;
     use tokio::time::sleep;
@@ -423,6 +503,38 @@ mod tests {
         };
         let (path, ()) = tokio::join!(kernel.disks.sized(&disk, 4096), grow_last);
         path.unwrap();
+    }
+
+    #[test]
+    fn partitions_of_what_a_disk_was_are_seen() {
+        let kernel = Kernel::new();
+        kernel.add("vda", 1, "root0");
+        let node = kernel.disks.dev.join("vda");
+        assert!(!kernel.disks.has_partitions(&node).unwrap());
+        kernel.write("vda/vda1", "partition", "1\n");
+        assert!(kernel.disks.has_partitions(&node).unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_is_tried_again() {
+        let tries = Arc::new(AtomicU32::new(0));
+        let after = |count: u32, then: Errno| {
+            let tries = tries.clone();
+            move || match tries.fetch_add(1, Ordering::Relaxed) {
+                tried if tried < count => Err(Errno::EBUSY.into()),
+                _ => Err(then.into()),
+            }
+        };
+        let error = unless_busy(after(3, Errno::EIO)).await.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        assert_eq!(tries.load(Ordering::Relaxed), 4);
+    }
+
+    #[test]
+    fn what_is_no_disk_has_no_partitions() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = scan_partitions(file.path()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
 use crate::devices;
+use crate::disk;
 use crate::drivers::{Drivers, ProcessEdits};
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
@@ -205,6 +206,10 @@ impl Sandbox {
         }
         let dir = storage::container_dir(&id)?;
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        for disk in &request.disks {
+            let (size, sector) = (disk.size_bytes, disk.sector_bytes);
+            disk::wait_for(&disk.serial, size, sector, disk.partitioned).await?;
+        }
         for storage in request.storages {
             storage::mount_storage(&dir, storage).await?;
         }

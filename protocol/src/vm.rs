@@ -41,8 +41,8 @@ pub enum Request {
         number: u64,
         /// The disk's serial number.
         serial: String,
-        /// One file or block device; without one the disk is empty again.
-        file: Option<FdIndex>,
+        /// What they are, or that the disk is empty again.
+        backing: DiskBacking,
         /// Whether writes fail.
         read_only: bool,
     },

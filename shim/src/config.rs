@@ -84,6 +84,8 @@ pub struct Config {
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
     pub pod_disks: u8,
+    /// Disks for root file systems of containers that join a pod.
+    pub root_disks: u8,
     /// Devices of the host that containers which join a pod can bring.
     pub pci_slots: u8,
     /// Queue pairs of each network interface.
@@ -169,6 +171,7 @@ impl Config {
             overhead_memory_mib: 0,
             hugepages: false,
             pod_disks: 0,
+            root_disks: 0,
             pci_slots: 0,
             net_queues: 0,
             uid_base: 0,
@@ -298,7 +301,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 21] = [
+const KEYS: [Key; 22] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -307,6 +310,7 @@ const KEYS: [Key; 21] = [
     key!(overhead_memory_mib, 0..=4096),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
+    key!(root_disks, 0..=8),
     key!(pci_slots, 0..=8),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),

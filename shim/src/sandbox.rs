@@ -50,14 +50,14 @@ use crate::devices::request;
 use crate::hooks;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::oci::kubernetes;
-use crate::storage::{BlockDevice, Followers, PciDevices, Prepared, StorageError};
+use crate::storage::{Followers, PciDevices, Prepared, StorageError};
 
 pub use error::SandboxError;
 #[cfg(test)]
 pub use hotplug::HotPlug;
 #[cfg(test)]
 pub use images::Images;
-use slots::Slots;
+pub use slots::{Slot, SlotCounts, Slots};
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
@@ -116,8 +116,7 @@ impl Host {
         }
     }
 
-    /// Prepares a container's storage. `booted`: the machine runs and gets no
-    /// more disks.
+    /// Prepares a container's storage, for a machine that runs if it has `slots`.
     ///
     /// # Errors
     ///
@@ -125,12 +124,12 @@ impl Host {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        booted: bool,
+        slots: Option<&Slots>,
     ) -> Result<Prepared, StorageError> {
         match self {
-            Self::Vm(host) => host.prepare(config, booted).await,
+            Self::Vm(host) => host.prepare(config, slots).await,
             #[cfg(test)]
-            Self::Fake(host) => host.prepare(config, booted),
+            Self::Fake(host) => host.prepare(config, slots),
         }
     }
 
@@ -347,7 +346,7 @@ pub struct Room {
     /// Its memory.
     pub memory: MemorySize,
     /// Empty disks.
-    pub disks: usize,
+    pub disks: SlotCounts,
 }
 
 /// What there is after the boot.
@@ -494,39 +493,14 @@ impl Sandbox {
         Ok(has_mib)
     }
 
-    /// An empty disk of the guest's, a container's from now on; its serial number.
-    ///
-    /// # Errors
-    ///
-    /// `Stopped` before the boot, `NoSlot`.
-    pub fn take_disk(&self, container_id: &str) -> Result<String, SandboxError> {
-        let guest = self.guest.get().ok_or(SandboxError::Stopped)?;
-        guest.slots.take(container_id)
+    /// The machine's empty disks, after the boot.
+    pub fn slots(&self) -> Option<&Slots> {
+        self.guest.get().map(|guest| &guest.slots)
     }
 
-    /// Makes a block device the bytes of a disk that was taken. After an error it may
-    /// have them all the same, or get them yet, until it is emptied.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Machine::exchange`].
-    pub async fn fill_disk(&self, serial: &str, device: &BlockDevice) -> Result<(), MachineError> {
-        let (file, read_only) = (Some(&device.file), device.read_only);
-        let filled = self.machine.exchange(serial, file, read_only).await;
-        filled.map(drop)
-    }
-
-    /// Takes the device from the guest, and gives the disk back.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Machine::exchange`]: the guest may have the device then. Not once the
-    /// machine is dead.
-    pub async fn empty_disk(&self, serial: &str) -> Result<(), MachineError> {
-        match self.guest.get() {
-            Some(guest) => guest.slots.empty(&*self.machine, serial).await,
-            None => Ok(()),
-        }
+    /// The machine, which has those disks.
+    pub fn machine(&self) -> &dyn Machine {
+        &*self.machine
     }
 
     /// Opens a stdio stream; returns its id with it.

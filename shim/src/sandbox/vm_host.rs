@@ -31,7 +31,9 @@ use tracing::{info, warn};
 
 use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
+use super::{
+    ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, blocking,
+};
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
@@ -124,28 +126,14 @@ impl VmHost {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        booted: bool,
+        slots: Option<&Slots>,
     ) -> Result<Prepared, StorageError> {
         if kubernetes::is_sandbox(&config.spec) {
             return Ok(Prepared::nothing(&config.spec));
         }
-        let config = config.clone();
+        let (config, slots) = (config.clone(), slots.cloned());
         let shared_root = self.run_dir.shared_root();
-        let prepare = if booted {
-            storage::prepare_without_disks
-        } else {
-            storage::prepare
-        };
-        blocking(move || {
-            prepare(
-                &config.bundle,
-                &config.id,
-                &config.rootfs,
-                &config.spec,
-                &shared_root,
-            )
-        })
-        .await
+        blocking(move || storage::prepare(&config, &shared_root, slots.as_ref())).await
     }
 
     /// See [`super::Host::release`].
@@ -312,20 +300,28 @@ impl VmHost {
             initrd: open(&self.config.initrd, false)?,
             console: self.open_console()?,
             disks: std::mem::take(&mut prepared.disks),
-            slots: self.slots_for(&config.spec, prepared),
+            slots: self.slots_for(config, prepared),
             passthrough: self.open_devices(&config.id).await?,
         })
     }
 
     /// Disks to be made empty: what the first container needs, and in a pod as many
-    /// as the configuration says.
-    fn slots_for(&self, spec: &Spec, prepared: &Prepared) -> usize {
-        let later = if may_grow(spec) {
-            usize::from(self.config.pod_disks)
+    /// as the configuration says. Those for root file systems only where its containers can
+    /// have them, as each costs the pod's start.
+    fn slots_for(&self, config: &ContainerConfig, prepared: &Prepared) -> SlotCounts {
+        let volumes = prepared.block_devices.len();
+        if !may_grow(&config.spec) {
+            return SlotCounts { volumes, roots: 0 };
+        }
+        let roots = if storage::has_root_on_disks(config) {
+            self.config.root_disks
         } else {
             0
         };
-        later.max(prepared.block_devices.len())
+        SlotCounts {
+            volumes: volumes.max(self.config.pod_disks.into()),
+            roots: roots.into(),
+        }
     }
 
     /// See [`super::Host::hang_timeout`].

@@ -189,6 +189,7 @@ impl Container {
         };
         let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
         let subpaths = std::mem::take(&mut prepared.volumes.subpaths);
+        let disks = self.attach_root(&prepared.disks, prepared.slots).await?;
         let block_devices = self.attach_devices(&prepared.block_devices).await?;
         self.attach_volumes(agent, prepared.volumes).await?;
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
@@ -203,6 +204,7 @@ impl Container {
             subpaths,
             bundle: self.config.bundle.display().to_string(),
             block_devices,
+            disks,
             pci_devices: prepared.pci_devices.addresses,
             drivers: prepared.pci_devices.drivers,
             ..Default::default()

@@ -250,6 +250,17 @@ impl agent_ttrpc::Agent for Service {
         if !program.is_some_and(|program| std::path::Path::new(program).exists()) {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not found"));
         }
+        for disk in &request.disks {
+            let partitioned = if disk.partitioned {
+                ", partitioned"
+            } else {
+                ""
+            };
+            lock(&self.0.journal).push(format!(
+                "{} waits for {}, {} bytes in sectors of {}{partitioned}",
+                request.container_id, disk.serial, disk.size_bytes, disk.sector_bytes
+            ));
+        }
         for device in &request.pci_devices {
             lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
         }

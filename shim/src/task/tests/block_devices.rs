@@ -1,8 +1,9 @@
-//! Block devices of containers, on a machine with two empty disks.
+//! Block devices and layers of containers, on a machine with two empty disks for each.
 
 use std::time::Duration;
 
-use containerd_shim_protos::api::{CreateTaskRequest, Status};
+use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse, Status};
+use containerd_shim_protos::types::mount::Mount;
 use serde_json::json;
 
 use super::fixture::*;
@@ -177,4 +178,68 @@ async fn a_container_that_waits_for_its_disk_keeps_no_other_waiting() {
     };
     let (created, ()) = tokio::join!(fixture.client.create(context(), &request), others);
     created.unwrap();
+}
+
+/// A container whose image has two layers.
+async fn create_of_layers(fixture: &Fixture, id: &str) -> ttrpc::Result<CreateTaskResponse> {
+    let layer = fixture.path("layer.erofs");
+    std::fs::write(&layer, [0; 4096]).unwrap();
+    let layer = Mount {
+        type_: "erofs".into(),
+        source: layer.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let overlay = Mount {
+        type_: "format/mkdir/overlay".into(),
+        options: vec!["lowerdir={{ overlay 0 1 }}".into()],
+        ..Default::default()
+    };
+    let request = CreateTaskRequest {
+        id: id.into(),
+        bundle: fixture.bundle(id, "sleep 60"),
+        rootfs: vec![layer.clone(), layer, overlay],
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await
+}
+
+#[tokio::test]
+async fn layers_of_containers_that_join_are_disks_while_they_are_there() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    create_of_layers(&fixture, "one").await.unwrap();
+    create_of_layers(&fixture, "two").await.unwrap();
+    fixture.delete("one", "").await.unwrap();
+    create_of_layers(&fixture, "three").await.unwrap();
+    let journal = lock(&fixture.journal).clone();
+    let disks: Vec<_> = journal.iter().filter(|s| s.contains("root")).collect();
+    assert_eq!(
+        disks,
+        [
+            "root0 2 layers",
+            "one waits for root0, 8192 bytes in sectors of 512, partitioned",
+            "root1 2 layers",
+            "two waits for root1, 8192 bytes in sectors of 512, partitioned",
+            "root0 empty",
+            "root0 2 layers",
+            "three waits for root0, 8192 bytes in sectors of 512, partitioned",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn layers_of_a_container_that_is_not_made_are_taken_back() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Refuse);
+    let refused = create_of_layers(&fixture, "unlucky").await.unwrap_err();
+    assert!(
+        refused.to_string().contains("root0: not this one"),
+        "{refused}"
+    );
+    machine.disks(Disks::Exchange);
+    for id in ["one", "two"] {
+        create_of_layers(&fixture, id).await.unwrap();
+    }
 }
