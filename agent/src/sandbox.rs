@@ -22,6 +22,7 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
+use crate::cpus;
 use crate::devices;
 use crate::disk;
 use crate::drivers::{Drivers, ProcessEdits};
@@ -160,6 +161,18 @@ impl Sandbox {
         match self.mode {
             Mode::Guest => clock::adjust(by_ns).context("adjust the clock"),
             Mode::Serve => Ok(()),
+        }
+    }
+
+    /// Has the guest use so many of its CPUs; returns how many it uses then.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`cpus::set_online`].
+    pub async fn set_cpus(&self, count: u32) -> Result<u32> {
+        match self.mode {
+            Mode::Guest => blocking(move || cpus::set_online(count)).await,
+            Mode::Serve => Ok(count),
         }
     }
 

@@ -7,7 +7,8 @@ use nacre_protocol::agent::{
     AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest,
     DirectoryVolume, EjectDeviceRequest, Empty, Event, ExecRequest, ListProcessesResponse, OomKill,
     PingResponse, ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse,
-    ResizeTerminalRequest, SignalRequest, StatsResponse, TmpfsVolume, UpdateRequest, WaitResponse,
+    ResizeTerminalRequest, SetCpusRequest, SetCpusResponse, SignalRequest, StatsResponse,
+    TmpfsVolume, UpdateRequest, WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -77,6 +78,17 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         pci::eject(&request.address).await?;
         Ok(Empty::default())
+    }
+
+    async fn set_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetCpusRequest,
+    ) -> ttrpc::Result<SetCpusResponse> {
+        Ok(SetCpusResponse {
+            count: self.0.set_cpus(request.count).await?,
+            ..SetCpusResponse::default()
+        })
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {

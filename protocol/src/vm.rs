@@ -122,7 +122,8 @@ pub struct VmConfig {
     pub jail: Jail,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// vCPUs that are there at boot.
+    /// vCPUs. The kernel may be told to start with fewer (`maxcpus=` in `cmdline`): the
+    /// threads of the others sleep.
     pub vcpus: u8,
     /// Guest memory.
     pub memory: Memory,

@@ -7,7 +7,7 @@
 //! would be right:
 //!
 //! ```text
-//! /etc/nacre/nacre.toml:12: default_vcpus: 0 is out of range; allowed: 1 to 64
+//! /etc/nacre/nacre.toml:12: default_vcpus: 0 is out of range; allowed: 1 to 32
 //! ```
 
 use std::ops::RangeInclusive;
@@ -76,6 +76,8 @@ pub struct Config {
     pub virtiofsd: PathBuf,
     /// vCPUs of a pod without a CPU limit.
     pub default_vcpus: u8,
+    /// vCPUs that a pod which runs can have.
+    pub max_vcpus: u8,
     /// Memory of a pod without a memory limit.
     pub default_memory_mib: u32,
     /// What the pod's host cgroup may use beyond the guest's memory.
@@ -167,6 +169,7 @@ impl Config {
             initrd: PathBuf::new(),
             virtiofsd: PathBuf::new(),
             default_vcpus: 0,
+            max_vcpus: 0,
             default_memory_mib: 0,
             overhead_memory_mib: 0,
             hugepages: false,
@@ -301,11 +304,12 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 22] = [
+const KEYS: [Key; 23] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
-    key!(default_vcpus, 1..=64),
+    key!(default_vcpus, 1..=32),
+    key!(max_vcpus, 1..=32),
     key!(default_memory_mib, 128..=1_048_576),
     key!(overhead_memory_mib, 0..=4096),
     key!(hugepages, bool),
@@ -546,7 +550,7 @@ mod tests {
     fn mistakes_are_one_line_each() {
         assert_eq!(
             error_of("# c\ndefault_vcpus = 0\n"),
-            "f.toml:2: default_vcpus: 0 is out of range; allowed: 1 to 64"
+            "f.toml:2: default_vcpus: 0 is out of range; allowed: 1 to 32"
         );
         assert_eq!(
             error_of("hugepages = 'yes'"),

@@ -20,6 +20,7 @@ mod cmdline;
 mod error;
 mod hotplug;
 mod images;
+mod resize;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -28,7 +29,7 @@ mod vm_host;
 mod watch;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -36,11 +37,9 @@ use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
-use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -57,6 +56,8 @@ pub use error::SandboxError;
 pub use hotplug::HotPlug;
 #[cfg(test)]
 pub use images::Images;
+use resize::MachineSize;
+pub use resize::{MemorySize, VcpuCount, Wanted};
 pub use slots::{Slot, SlotCounts, Slots};
 pub use vm_host::VmHost;
 
@@ -277,6 +278,28 @@ impl Host {
         }
     }
 
+    /// vCPUs of a machine for containers with these limits.
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        match self {
+            Self::Vm(host) => host.vcpus_of(containers),
+            #[cfg(test)]
+            Self::Fake(host) => host.vcpus_of(containers),
+        }
+    }
+
+    /// Notes for `nacre ps` how many of them the guest uses.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be written.
+    pub fn note_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
+        match self {
+            Self::Vm(host) => host.note_vcpus(vcpus),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(()),
+        }
+    }
+
     /// Limits what the pod may use of the host: what these containers may use
     /// together, on a machine with `memory_mib`.
     ///
@@ -329,22 +352,13 @@ pub struct Sandbox {
     followers: Followers,
 }
 
-/// A machine's memory.
-#[derive(Debug, Clone, Copy)]
-pub struct MemorySize {
-    /// What it boots with.
-    pub boot_mib: u32,
-    /// What may be added.
-    pub growth_mib: u32,
-    /// Devices of the host reach it: nothing may be.
-    pub is_pinned: bool,
-}
-
 /// What a machine was made with for containers that come later.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
     /// Its memory.
     pub memory: MemorySize,
+    /// Its vCPUs.
+    pub vcpus: VcpuCount,
     /// Empty disks.
     pub disks: SlotCounts,
 }
@@ -354,9 +368,7 @@ struct Guest {
     agent: AgentClient,
     shares_directory: bool,
     slots: Slots,
-    memory: MemorySize,
-    /// What it has.
-    memory_mib: AtomicU32,
+    size: MachineSize,
 }
 
 impl Sandbox {
@@ -401,8 +413,7 @@ impl Sandbox {
             agent,
             shares_directory,
             slots: Slots::new(room.disks),
-            memory: room.memory,
-            memory_mib: AtomicU32::new(room.memory.boot_mib),
+            size: MachineSize::new(room.memory, room.vcpus),
         });
         Ok(())
     }
@@ -425,72 +436,6 @@ impl Sandbox {
     /// Whether the guest has the pod's shared directory.
     pub fn shares_directory(&self) -> bool {
         self.guest.get().is_some_and(|guest| guest.shares_directory)
-    }
-
-    /// Has the machine's memory be `wanted_mib`, or what it booted with if that is
-    /// more. `limit` sets the host's limits for a size: before the machine grows,
-    /// and after it has shrunk as far as the guest lets it. One caller at a time.
-    ///
-    /// # Errors
-    ///
-    /// `TooLarge`, `Pinned`; `NotGrown`, with size and limits as they were; those of the
-    /// machine and of `limit`.
-    pub async fn resize(
-        &self,
-        wanted_mib: u32,
-        limit: impl Fn(u32) -> Result<(), SandboxError>,
-    ) -> Result<(), SandboxError> {
-        let Some(guest) = self.guest.get() else {
-            return Ok(());
-        };
-        let MemorySize {
-            boot_mib,
-            growth_mib,
-            is_pinned,
-        } = guest.memory;
-        let growth = wanted_mib.saturating_sub(boot_mib);
-        if growth > 0 && is_pinned {
-            return Err(SandboxError::Pinned {
-                wanted_mib,
-                has_mib: boot_mib,
-            });
-        }
-        if growth > growth_mib {
-            return Err(SandboxError::TooLarge {
-                wanted_mib,
-                limit_mib: boot_mib + growth_mib,
-            });
-        }
-        let wanted_mib = boot_mib + growth.next_multiple_of(GROWTH_STEP_MIB);
-        let before_mib = guest.memory_mib.load(Ordering::Relaxed);
-        if wanted_mib > before_mib {
-            limit(wanted_mib)?;
-            let has_mib = self.resize_to(guest, wanted_mib).await?;
-            if has_mib < wanted_mib {
-                limit(self.resize_to(guest, before_mib).await?)?;
-                return Err(SandboxError::NotGrown {
-                    wanted_mib,
-                    has_mib,
-                });
-            }
-            return Ok(());
-        }
-        if wanted_mib < before_mib {
-            let has_mib = self.resize_to(guest, wanted_mib).await?;
-            if has_mib > wanted_mib {
-                info!(wanted_mib, has_mib, "the guest keeps memory");
-            }
-        }
-        limit(guest.memory_mib.load(Ordering::Relaxed))
-    }
-
-    async fn resize_to(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {
-        let boot_mib = guest.memory.boot_mib;
-        let growth = self.machine.resize(wanted_mib - boot_mib).await?;
-        // The guest's word, so it may be any.
-        let has_mib = boot_mib.saturating_add(growth);
-        guest.memory_mib.store(has_mib, Ordering::Relaxed);
-        Ok(has_mib)
     }
 
     /// The machine's empty disks, after the boot.

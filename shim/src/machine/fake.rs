@@ -28,6 +28,7 @@ use crate::hooks::Runner;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{
     ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots,
+    VcpuCount,
 };
 use crate::storage::{self, HostBacking, Prepared, StorageError};
 use crate::task::lock;
@@ -41,6 +42,7 @@ const ROOM: Room = Room {
         growth_mib: 1024,
         is_pinned: false,
     },
+    vcpus: VcpuCount { boot: 1, max: 4 },
     disks: SlotCounts {
         volumes: 2,
         roots: 2,
@@ -184,6 +186,14 @@ impl Machine for FakeMachine {
 }
 
 impl FakeMachine {
+    /// From now on the guest brings at most so many vCPUs online, and keeps at least so
+    /// many.
+    pub fn uses_vcpus(&self, range: std::ops::RangeInclusive<u32>) {
+        if let Streams::Scripted(agent) = &self.streams {
+            *lock(&agent.vcpus) = Some(range);
+        }
+    }
+
     /// From now on the guest takes at most this much memory beyond its boot's.
     pub fn takes(&self, growth_mib: u32) {
         self.takes_mib.store(growth_mib, Ordering::Relaxed);
@@ -409,6 +419,13 @@ impl FakeHost {
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         let bytes = containers.iter().filter_map(|limits| limits.memory_bytes);
         u32::try_from(bytes.sum::<u64>() >> 20).unwrap()
+    }
+
+    /// What the containers' limits say, in whole vCPUs.
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        let limits = containers.iter().filter_map(|limits| limits.cpu);
+        let vcpus = limits.map(|(quota, period)| quota.div_ceil(period));
+        u8::try_from(vcpus.sum::<u64>()).unwrap()
     }
 
     /// Notes the call.

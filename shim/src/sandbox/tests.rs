@@ -139,6 +139,7 @@ async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
             growth_mib: 0,
             is_pinned: false,
         },
+        vcpus: VcpuCount { boot: 1, max: 1 },
         disks: SlotCounts::default(),
     };
     let request = ConfigureSandboxRequest::default();

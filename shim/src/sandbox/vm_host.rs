@@ -30,9 +30,10 @@ use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::hotplug::HotPlug;
-use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
+use super::sizing::{Size, host_limits, memory_of, pin_time, size_of, vcpus_of};
 use super::{
-    ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, blocking,
+    ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, VcpuCount,
+    blocking,
 };
 use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
@@ -219,6 +220,7 @@ impl VmHost {
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
             parts.state.pin_time = pin_time;
+            parts.state.vcpus = Some(size.vcpus);
             self.run_dir.save(&parts.state)?;
             let (netns, network) = (parts.netns.take(), parts.network.take());
             (machine, netns, network, uid, parts.pci_slots)
@@ -276,6 +278,10 @@ impl VmHost {
                 boot_mib: size.memory_mib,
                 growth_mib: size.growth_mib,
                 is_pinned: size.is_pinned,
+            },
+            vcpus: VcpuCount {
+                boot: size.vcpus,
+                max: size.max_vcpus,
             },
             disks: slots,
         };
@@ -339,6 +345,16 @@ impl VmHost {
         memory_of(containers, &self.config)
     }
 
+    /// See [`super::Host::vcpus_of`].
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        vcpus_of(containers, &self.config)
+    }
+
+    /// See [`super::Host::note_vcpus`].
+    pub fn note_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
+        self.record(|parts| parts.state.vcpus = Some(vcpus))
+    }
+
     /// See [`super::Host::set_limits`].
     pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
         let parts = crate::task::lock(&self.parts);
@@ -351,7 +367,11 @@ impl VmHost {
 
     fn size_of(&self, spec: &Spec) -> Size {
         let is_pinned = crate::task::lock(&self.parts).is_pinned();
-        size_of(spec, is_pinned, &self.config)
+        let mut size = size_of(spec, is_pinned, &self.config);
+        if may_grow(spec) {
+            size.max_vcpus = size.max_vcpus.max(self.config.max_vcpus);
+        }
+        size
     }
 
     /// The monitor's uid and the pod's cgroup.

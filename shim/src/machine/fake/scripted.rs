@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
@@ -49,6 +50,8 @@ pub struct Agent {
     pub held: watch::Sender<u32>,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
+    /// The fewest and the most vCPUs it uses.
+    pub vcpus: Mutex<Option<RangeInclusive<u32>>>,
     /// By how much the guest's clock is ahead of the host's.
     pub clock_ahead_ns: watch::Sender<i64>,
     journal: Journal,
@@ -351,6 +354,18 @@ impl agent_ttrpc::Agent for Service {
         self.0.unless_hung().await;
         lock(&self.0.journal).push(format!("eject {}", request.address));
         Ok(Empty::new())
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> Result<SetCpusResponse> {
+        lock(&self.0.journal).push(format!("vcpus {}", request.count));
+        let count = match &*lock(&self.0.vcpus) {
+            Some(range) => request.count.clamp(*range.start(), *range.end()),
+            None => request.count,
+        };
+        Ok(SetCpusResponse {
+            count,
+            ..Default::default()
+        })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

@@ -61,7 +61,7 @@ impl BootFds {
                 gid: boot.uid,
             },
             kvm: list.push(self.kvm.as_fd()),
-            vcpus: size.vcpus,
+            vcpus: size.max_vcpus,
             memory: Memory {
                 size_mib: size.memory_mib,
                 growth_mib: size.growth_mib,
@@ -69,7 +69,7 @@ impl BootFds {
             },
             kernel: list.push(self.kernel.as_fd()),
             initrd: list.push(self.initrd.as_fd()),
-            cmdline: cmdline::cmdline(self.console.is_some()),
+            cmdline: cmdline::cmdline(self.console.is_some(), size.vcpus, size.max_vcpus),
             disks: self
                 .disks
                 .iter()
