@@ -55,7 +55,7 @@ stage: build kernel
 
 # The monitor without shim and agent, for tests and the demonstration.
 stage-boot: stage
-	@cargo build --locked -p nacre-vmm --example boot
+	@cargo build --locked --workspace --exclude nacre-tests --example boot
 	@install -m 755 -s target/debug/examples/boot $(STAGE)$(PREFIX)/bin/boot
 
 install: stage
@@ -65,9 +65,9 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# Everything that needs no VM.
+# Everything that needs no VM. cargo builds the agent, which has tests of its program,
+# before it runs the first test.
 unit: setup
-	cargo build --locked -p nacre-agent
 	NACRE_TEST_AGENT=$(CURDIR)/target/debug/nacre-agent RUST_BACKTRACE=1 \
 	  cargo test --locked --workspace --exclude nacre-tests
 	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel
@@ -76,6 +76,10 @@ unit: setup
 install-tests = cargo test --locked $(1) --no-run && \
   install -m 755 -s "$$(cargo test --locked $(1) --no-run --message-format=json 2>/dev/null | \
     sed -n 's/.*"test":true},"features".*"executable":"\([^"]*\)".*/\1/p')" $(STAGE)$(PREFIX)/bin/$(2)
+
+# What carries data for the pods' tests.
+install-wire = cargo build --release --locked -p nacre-wire && \
+  install -m 755 target/release/nacre-wire $(STAGE)$(PREFIX)/bin/
 
 # The tests that need KVM and containerd, in labs of their own, side by side, as one
 # emulated machine leaves half of two processors idle: tests/e2e.sh says which are where.
@@ -89,6 +93,7 @@ e2e: stage-boot driver-images
 	@$(call install-tests,-p nacre-tests --test devices,nacre-devices)
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
+	@$(install-wire)
 	@cp -r tests/lab tests/demo.sh $(STAGE)/tests/
 ifeq ($(LAB),host)
 	@$(IN_LAB) run $(STAGE) -- bash -c "$$(cat tests/e2e.sh)" e2e all $(E2E)
@@ -136,12 +141,13 @@ bench: stage
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
 # The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, many machines and pods at once, and what they take and cost beside runc;
-# guests that end in every way at every step.
+# layers, gibibytes by network, many machines and pods at once, and what they take and cost
+# beside runc; guests that end in every way at every step.
 long: stage driver-images
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
-	@$(IN_LAB) run --timeout 3600 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
+	@$(install-wire)
+	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

@@ -70,6 +70,17 @@ impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
 }
 
 impl Error {
+    /// Whether the system refused with one of these.
+    #[must_use]
+    pub fn has_errno(&self, errnos: &[i32]) -> bool {
+        let Self::Io { source, .. } = self else {
+            return false;
+        };
+        source
+            .raw_os_error()
+            .is_some_and(|errno| errnos.contains(&errno))
+    }
+
     /// The message with its cause, on one line.
     #[must_use]
     pub fn full(&self) -> String {

@@ -1,31 +1,43 @@
-//! The guest's network, as the shim found it in the pod's namespace.
+//! The guest's network, as the shim found it in the pod's namespace, and what has
+//! changed there since.
 //!
-//! Interfaces are found by MAC address, the one thing both sides know. IPv6
+//! Interfaces are found by their cards, whose places on the PCI bus both sides know. IPv6
 //! addresses are set without duplicate address detection: the host's interface
 //! has done it, and a tentative address would refuse connections for a second.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use futures::TryStreamExt;
-use nacre_protocol::agent::{Interface, Neighbor, Route, Rule};
+use nacre_protocol::agent::{Interface, Neighbor, NetworkConfig, Route, Rule};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
-use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use crate::error::{Context, Error, Result};
 
+mod card;
 mod rules;
+
+use card::Card;
+
+const SYS: &str = "/sys";
 
 /// A connection to the kernel's routing tables.
 pub struct Network {
     handle: Handle,
     /// Indices by interface name, kept over the calls of one configuration.
     indices: HashMap<String, u32>,
-    /// Interfaces that are configured: several may have one MAC address (ipvlan), and
-    /// are then taken in the order of the machine's slots.
-    taken: HashSet<u32>,
+}
+
+/// Has the guest let go of a network card.
+///
+/// # Errors
+///
+/// `InvalidArgument` for what is no PCI address, else what the kernel says.
+pub async fn remove_card(address: &str) -> Result<()> {
+    card::remove(Path::new(SYS), address).await
 }
 
 impl Network {
@@ -40,7 +52,6 @@ impl Network {
         Ok(Self {
             handle,
             indices: HashMap::new(),
-            taken: HashSet::new(),
         })
     }
 
@@ -50,35 +61,66 @@ impl Network {
     ///
     /// `InvalidArgument` for addresses that do not parse, `NotFound` for
     /// interfaces that do not exist, else what the kernel says.
-    pub async fn configure(
-        &mut self,
-        interfaces: &[Interface],
-        routes: &[Route],
-        rules: &[Rule],
-        neighbors: &[Neighbor],
-    ) -> Result<()> {
-        for interface in interfaces {
-            self.set_interface(interface).await?;
+    pub async fn configure(&mut self, config: &NetworkConfig) -> Result<()> {
+        let mut cards = Vec::new();
+        for interface in &config.interfaces {
+            cards.push(card::find(Path::new(SYS), &interface.card).await?);
         }
-        // Gateways are reached by the routes on link.
-        let (on_link, by_gateway): (Vec<_>, Vec<_>) =
-            routes.iter().partition(|route| route.gateway.is_empty());
+        for (card, name) in in_the_way(&config.interfaces, &cards) {
+            let link = LinkUnspec::new_with_index(card.index).name(name);
+            let request = self.handle.link().set(link.build());
+            netlink(request.execute().await, || {
+                format!("interface {}", card.name)
+            })?;
+        }
+        for (interface, card) in config.interfaces.iter().zip(&cards) {
+            self.set_interface(interface, card).await?;
+        }
+        let (on_link, by_gateway) = by_dependence(&config.routes);
         for route in on_link.into_iter().chain(by_gateway) {
             self.add_route(route).await?;
         }
-        for rule in rules {
+        for rule in &config.rules {
             self.add_rule(rule).await?;
         }
-        for neighbor in neighbors {
+        for neighbor in &config.neighbors {
             self.add_neighbor(neighbor).await?;
         }
         Ok(())
     }
 
-    async fn set_interface(&mut self, interface: &Interface) -> Result<()> {
+    /// Takes away what is there of it, in the reverse order. Of interfaces that is
+    /// their addresses.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::configure`], but not that something is gone.
+    pub async fn take_away(&mut self, config: &NetworkConfig) -> Result<()> {
+        for neighbor in &config.neighbors {
+            unless_gone(self.remove_neighbor(neighbor).await)?;
+        }
+        for rule in &config.rules {
+            unless_gone(self.remove_rule(rule).await)?;
+        }
+        let (on_link, by_gateway) = by_dependence(&config.routes);
+        for route in by_gateway.into_iter().chain(on_link) {
+            unless_gone(self.remove_route(route).await)?;
+        }
+        for interface in &config.interfaces {
+            for address in &interface.addresses {
+                unless_gone(self.remove_address(&interface.card, address).await)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn set_interface(&mut self, interface: &Interface, card: &Card) -> Result<()> {
         let mac = parse_mac(&interface.mac)?;
-        let index = self.index_by_mac(mac, &interface.mac).await?;
+        let index = card.index;
         let mut link = LinkUnspec::new_with_index(index);
+        if card.mac != interface.mac {
+            link = link.address(mac.into());
+        }
         if !interface.name.is_empty() {
             link = link.name(&interface.name);
             self.indices.insert(interface.name.clone(), index);
@@ -86,7 +128,7 @@ impl Network {
         if interface.mtu != 0 {
             link = link.mtu(interface.mtu);
         }
-        let what = || format!("interface {} ({})", interface.name, interface.mac);
+        let what = || format!("interface {} ({})", interface.name, interface.card);
         let request = self.handle.link().set(link.up().build());
         netlink(request.execute().await, what)?;
         for address in &interface.addresses {
@@ -104,16 +146,15 @@ impl Network {
         Ok(())
     }
 
-    async fn index_by_mac(&mut self, mac: [u8; 6], text: &str) -> Result<u32> {
-        let mut links = self.handle.link().get().execute();
-        while let Some(link) = netlink(links.try_next().await, || "list interfaces")? {
-            let is_it = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Address(bytes) if bytes.as_slice() == mac);
-            let index = link.header.index;
-            if link.attributes.iter().any(is_it) && self.taken.insert(index) {
-                return Ok(index);
-            }
-        }
-        Err(Error::NotFound(format!("interface with MAC {text}")))
+    async fn remove_address(&self, card: &str, address: &str) -> Result<()> {
+        let Some(card) = card::look(Path::new(SYS), card)? else {
+            return Ok(());
+        };
+        let (ip, prefix) = parse_cidr(address)?;
+        let addresses = self.handle.address();
+        let message = addresses.add(card.index, ip, prefix).message_mut().clone();
+        let request = addresses.del(message);
+        netlink(request.execute().await, || format!("address {address}"))
     }
 
     async fn index_by_name(&mut self, name: &str) -> Result<u32> {
@@ -128,31 +169,39 @@ impl Network {
     }
 
     async fn add_route(&mut self, route: &Route) -> Result<()> {
+        let message = self.route_message(route).await?;
+        // The kernel has made the routes of the addresses' prefixes itself.
+        let request = self.handle.route().add(message).replace();
+        netlink(request.execute().await, || route_text(route))
+    }
+
+    async fn remove_route(&mut self, route: &Route) -> Result<()> {
+        let message = self.route_message(route).await?;
+        let request = self.handle.route().del(message);
+        netlink(request.execute().await, || route_text(route))
+    }
+
+    async fn route_message(&mut self, route: &Route) -> Result<RouteMessage> {
         let index = match route.device.as_str() {
             "" => None,
             name => Some(self.index_by_name(name).await?),
         };
-        let message = route_message(route, index)?;
-        // The kernel has made the routes of the addresses' prefixes itself.
-        let request = self.handle.route().add(message).replace();
-        netlink(request.execute().await, || {
-            let destination = match route.destination.as_str() {
-                "" => "default",
-                destination => destination,
-            };
-            format!(
-                "route {destination} via {:?} dev {}",
-                route.gateway, route.device
-            )
-        })
+        route_message(route, index)
     }
 
     async fn add_rule(&self, rule: &Rule) -> Result<()> {
         let mut request = self.handle.rule().add();
         *request.message_mut() = rules::message(rule)?;
-        netlink(request.execute().await, || {
-            format!("rule {} to table {}", rule.priority, rule.table)
-        })
+        let added = netlink(request.execute().await, || rule_text(rule));
+        match added {
+            Err(error) if error.has_errno(&[libc::EEXIST]) => Ok(()),
+            added => added,
+        }
+    }
+
+    async fn remove_rule(&self, rule: &Rule) -> Result<()> {
+        let request = self.handle.rule().del(rules::message(rule)?);
+        netlink(request.execute().await, || rule_text(rule))
     }
 
     async fn add_neighbor(&mut self, neighbor: &Neighbor) -> Result<()> {
@@ -167,6 +216,59 @@ impl Network {
             .replace();
         netlink(request.execute().await, || format!("neighbour {address}"))
     }
+
+    async fn remove_neighbor(&mut self, neighbor: &Neighbor) -> Result<()> {
+        let address: IpAddr = parse_ip(&neighbor.address)?;
+        let index = self.index_by_name(&neighbor.device).await?;
+        let neighbors = self.handle.neighbours();
+        let message = neighbors.add(index, address).message_mut().clone();
+        let request = neighbors.del(message);
+        netlink(request.execute().await, || format!("neighbour {address}"))
+    }
+}
+
+/// Cards that have the name another is to get, for the kernel has named them as it
+/// found them, and other names for them.
+fn in_the_way<'a>(
+    interfaces: &'a [Interface],
+    cards: &'a [Card],
+) -> impl Iterator<Item = (&'a Card, String)> {
+    let named = interfaces.iter().zip(cards);
+    named.filter_map(move |(interface, card)| {
+        let mut others = interfaces.iter().filter(|one| one.card != interface.card);
+        let is_wanted = others.any(|other| other.name == card.name);
+        is_wanted.then(|| (card, format!("card{}", card.index)))
+    })
+}
+
+/// Routes on link, and those through gateways, which are reached by the former.
+fn by_dependence(routes: &[Route]) -> (Vec<&Route>, Vec<&Route>) {
+    routes.iter().partition(|route| route.gateway.is_empty())
+}
+
+/// Of what is to be taken away it is no error that it is not there.
+fn unless_gone(result: Result<()>) -> Result<()> {
+    const GONE: [libc::c_int; 4] = [libc::ENODEV, libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL];
+    match result {
+        Err(Error::NotFound(_)) => Ok(()),
+        Err(error) if error.has_errno(&GONE) => Ok(()),
+        result => result,
+    }
+}
+
+fn route_text(route: &Route) -> String {
+    let destination = match route.destination.as_str() {
+        "" => "default",
+        destination => destination,
+    };
+    format!(
+        "route {destination} via {:?} dev {}",
+        route.gateway, route.device
+    )
+}
+
+fn rule_text(rule: &Rule) -> String {
+    format!("rule {} to table {}", rule.priority, rule.table)
 }
 
 fn netlink<T, D: std::fmt::Display>(
@@ -297,6 +399,40 @@ mod tests {
         assert_eq!(message.header.scope, RouteScope::Link);
         assert!(message.attributes.contains(&RouteAttribute::Table(1000)));
         assert!(message.attributes.contains(&RouteAttribute::Priority(50)));
+    }
+
+    #[test]
+    fn cards_get_out_of_each_other_s_way() {
+        let interface = |card: &str, name: &str| Interface {
+            card: card.into(),
+            name: name.into(),
+            ..Interface::default()
+        };
+        let card = |index, name: &str| Card {
+            index,
+            name: name.into(),
+            mac: String::new(),
+        };
+        let interfaces = [
+            interface("3", "net1"),
+            interface("4", "eth1"),
+            interface("5", "eth0"),
+        ];
+        let cards = [card(2, "eth0"), card(3, "eth1"), card(4, "eth2")];
+        let moved = in_the_way(&interfaces, &cards);
+        let moved: Vec<_> = moved.map(|(card, name)| (card.index, name)).collect();
+        assert_eq!(moved, [(2, "card2".to_owned())]);
+    }
+
+    #[test]
+    fn what_is_gone_need_not_be_taken_away() {
+        let failed = |errno| -> Result<()> {
+            let failed: std::io::Result<()> = Err(std::io::Error::from_raw_os_error(errno));
+            failed.context("route")
+        };
+        assert!(unless_gone(failed(libc::ESRCH)).is_ok());
+        assert!(unless_gone(Err(Error::NotFound("interface".into()))).is_ok());
+        assert!(unless_gone(failed(libc::EPERM)).is_err());
     }
 
     #[test]

@@ -155,7 +155,11 @@ impl Slot {
 }
 
 /// Writes to a file of sysfs, which may take as long as a driver does.
-async fn write(path: &Path, text: &'static str) -> io::Result<()> {
+///
+/// # Errors
+///
+/// What the kernel says.
+pub async fn write(path: &Path, text: &'static str) -> io::Result<()> {
     let path = path.to_owned();
     let written = tokio::task::spawn_blocking(move || fs::write(path, text)).await;
     written.map_err(io::Error::other)?

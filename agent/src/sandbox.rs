@@ -125,19 +125,8 @@ impl Sandbox {
             nix::unistd::sethostname(&request.hostname)
                 .with_context(|| format!("set hostname {:?}", request.hostname))?;
         }
-        if !request.interfaces.is_empty()
-            || !request.routes.is_empty()
-            || !request.neighbors.is_empty()
-        {
-            let mut network = Network::connect()?;
-            network
-                .configure(
-                    &request.interfaces,
-                    &request.routes,
-                    &request.rules,
-                    &request.neighbors,
-                )
-                .await?;
+        if let Some(config) = request.network.as_ref() {
+            Network::connect()?.configure(config).await?;
         }
         if request.shared_dir {
             blocking(mount_shared).await?;

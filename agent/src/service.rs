@@ -7,14 +7,15 @@ use nacre_protocol::agent::{
     AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest,
     DirectoryVolume, EjectDeviceRequest, Empty, Event, ExecRequest, ListProcessesResponse, OomKill,
     PingResponse, ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse,
-    ResizeTerminalRequest, SetCpusRequest, SetCpusResponse, SignalRequest, StatsResponse,
-    TmpfsVolume, UpdateRequest, WaitResponse,
+    RemoveCardRequest, ResizeTerminalRequest, SetCpusRequest, SetCpusResponse, SignalRequest,
+    StatsResponse, TmpfsVolume, UpdateNetworkRequest, UpdateRequest, WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::clock;
 use crate::error::Error;
+use crate::network::{self, Network};
 use crate::pci;
 use crate::sandbox::Sandbox;
 use crate::stdio;
@@ -37,6 +38,26 @@ impl Agent for Service {
         request: ConfigureSandboxRequest,
     ) -> ttrpc::Result<Empty> {
         self.0.configure(request).await?;
+        Ok(Empty::default())
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let mut network = Network::connect()?;
+        network.take_away(&request.removed).await?;
+        network.configure(&request.added).await?;
+        Ok(Empty::default())
+    }
+
+    async fn remove_card(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveCardRequest,
+    ) -> ttrpc::Result<Empty> {
+        network::remove_card(&request.card).await?;
         Ok(Empty::default())
     }
 

@@ -65,6 +65,23 @@ pub enum Request {
         /// The slots of that request.
         slots: Vec<u8>,
     },
+    /// Put one more virtio-net device on bus 0; answered with its slot ([`slot_address`]).
+    /// The guest finds it when it looks there.
+    AddNic {
+        /// See [`Request`].
+        number: u64,
+        /// The device.
+        nic: Nic,
+    },
+    /// Take a virtio-net device out that came with [`VmConfig::nics`] or
+    /// [`Request::AddNic`], whether the guest has let go of it or not; answered with its
+    /// slot. The monitor has nothing of it open then.
+    RemoveNic {
+        /// See [`Request`].
+        number: u64,
+        /// Where it is on bus 0.
+        slot: u8,
+    },
 }
 
 /// From the monitor to the shim.
@@ -143,10 +160,31 @@ pub struct VmConfig {
     /// Empty slots for more of them, which [`Request::Plug`] fills; memory is as if they
     /// were there already.
     pub pci_slots: u8,
+    /// What there is with them only if it is wanted.
+    pub pci: PciOptions,
     /// virtio-fs device.
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
     pub console: Option<FdIndex>,
+}
+
+impl VmConfig {
+    /// The slot of bus 0 with the first of [`Self::nics`]; the others follow. Before it
+    /// are the host bridge, vsock, rng, what there is of console and shared directory,
+    /// and the disks.
+    #[must_use]
+    pub fn first_nic_slot(&self) -> u8 {
+        let before = [self.console.is_some(), self.shared_dir.is_some()];
+        let before = before.iter().filter(|there| **there).count() + self.disks.len();
+        // A bus has 32; more devices than that are refused.
+        u8::try_from(3 + before).unwrap_or(u8::MAX)
+    }
+}
+
+/// Where the guest finds what is in a slot of bus 0.
+#[must_use]
+pub fn slot_address(slot: u8) -> String {
+    format!("0000:00:{slot:02x}.0")
 }
 
 /// The identity the monitor takes before it touches guest data.
@@ -235,6 +273,16 @@ pub struct Passthrough {
     pub devices: Vec<PciDevice>,
 }
 
+/// What devices of the host have in a guest only if it is wanted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciOptions {
+    /// The guest sees their expansion ROMs.
+    pub roms: bool,
+    /// Of several, each reaches the others' registers and memory by DMA. Not those that come later,
+    /// and not with [`Iommu::Iommufd`].
+    pub peers: bool,
+}
+
 /// Where the guest finds a device, by its position in [`Passthrough::devices`]. Slots follow
 /// the last of them.
 #[must_use]
@@ -272,8 +320,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buses_are_counted_in_hexadecimal() {
+    fn buses_and_slots_are_counted_in_hexadecimal() {
         assert_eq!(guest_address(0), "0000:01:00.0");
         assert_eq!(guest_address(15), "0000:10:00.0");
+        assert_eq!(slot_address(15), "0000:00:0f.0");
     }
 }

@@ -1,40 +1,60 @@
-//! The pod's cgroup on the host (cgroup v2): monitor and virtio-fs daemon live
-//! in it, so that the pod is charged for its VM and cannot exceed it.
+//! The pod's cgroup on the host (cgroup v2): shim, monitor and virtio-fs daemon live
+//! in it, so that the pod is charged for all it costs and cannot exceed it.
 //!
 //! Limits are enforced twice: per container by the guest's own cgroups, and here
-//! for the machine as a whole. This one must leave room for what the guest does
-//! not see (page tables, virtqueues, the monitor itself), or a container at its
-//! limit would get its VM killed: hence the configuration's overhead.
+//! for the pod as a whole. This one must leave room for what the guest does
+//! not see (page tables, virtqueues, monitor and shim themselves), or a container at its
+//! limit would get its VM killed: hence the configuration's overheads.
 //!
-//! Both of containerd's spellings of a path work: `/kubepods/pod1/abc` (cgroupfs
-//! driver) and `kubepods-pod1.slice:cri-containerd:abc` (systemd driver). Under
-//! systemd the directory is made below the slice that kubelet had systemd make;
-//! the scope itself is not registered with systemd, which leaves alone what it
-//! does not know.
+//! | path | group | made by |
+//! |---|---|---|
+//! | `/kubepods/pod1/abc` (cgroupfs driver) | that directory | the shim |
+//! | `kubepods-pod1.slice:cri-containerd:abc` (systemd driver) | `kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope` | systemd (`systemd.rs`); the shim on hosts without it |
+//!
+//! The spelling decides, so nobody has to configure the driver a second time.
+//!
+//! ```text
+//! create: directories, or a scope around the shim -> limits -> the shim enters
+//!                                         monitor, virtiofsd are born in it
+//! remove: the shim leaves -> all others are killed -> the scope ends -> directory
+//! ```
+//! What the shim is there, and what of it is not, is in `resident.rs`.
 //!
 //! **Processors.** A cpuset names processors of the host, which a guest does not have:
 //! it is the machine that runs on them, on those of all its containers together, and
 //! their memory nodes are where its memory is. Among themselves containers of a pod
 //! share the machine's vCPUs.
 //!
-//! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`)
-//! or are moved by [`PodCgroup::add_process`].
+//! Processes start in the group by [`PodCgroup::dir_fd`] (`CLONE_INTO_CGROUP`, or
+//! [`join`] before their execve).
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
+use crate::error::chain;
+
+mod bus;
 mod cpus;
 mod huge_pages;
+mod place;
+mod resident;
+mod systemd;
+
+use bus::BusError;
+use place::Place;
+use resident::Resident;
+use systemd::{Scope, Systemd};
 
 pub use cpus::NumberList;
 pub use huge_pages::HugePages;
+pub(crate) use resident::{join, start_outside};
 
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -55,6 +75,21 @@ pub enum CgroupError {
     /// A path that is not one of the two forms.
     #[error("bad cgroup path {0:?}: expected /a/b or slice:prefix:name")]
     BadPath(String),
+    /// systemd does not do what it was asked.
+    #[error("systemd does not {action} {unit}")]
+    Systemd {
+        /// What was asked.
+        action: &'static str,
+        /// Of which unit.
+        unit: String,
+        /// Why.
+        source: BusError,
+    },
+    /// The pod's unit is somebody's, with processes.
+    #[error(
+        "systemd has a unit {0} already, in which processes run; end them, or choose another id"
+    )]
+    Exists(String),
     /// A file operation failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -195,55 +230,55 @@ fn sum(mut values: impl Iterator<Item = Option<u64>>) -> Option<u64> {
     values.try_fold(0u64, |sum, value| Some(sum.saturating_add(value?)))
 }
 
-/// A cgroup of one pod.
+/// The cgroup of a pod.
 #[derive(Debug)]
 pub struct PodCgroup {
-    path: PathBuf,
+    group: Group,
     dir: File,
 }
 
 impl PodCgroup {
-    /// Makes the group with its parents and sets its limits. A group that is
-    /// there already is taken over.
+    /// Makes the group with its parents, sets its limits and enters it. A group that is
+    /// there already is taken over. May block for as long as systemd is busy.
     ///
     /// # Errors
     ///
-    /// `BadPath`, `NotV2`, or `Io`; a limit that cannot be set is an error too.
+    /// `BadPath`, `NotV2`, `Exists`, `Systemd` or `Io`; a limit that cannot be set is an error too.
+    /// Nothing is left then.
     pub fn create(cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
         let root = Path::new(CGROUP_ROOT);
         let stat = statfs(root).map_err(|e| failed("look at", root)(e.into()))?;
         if stat.filesystem_type() != CGROUP2_SUPER_MAGIC {
             return Err(CgroupError::NotV2(root.into()));
         }
-        Self::create_below(root, cgroups_path, limits)
+        let place = Place::parse(cgroups_path)?;
+        let systemd = Systemd::of_host();
+        let group = Group::new(root, &place, systemd, Resident::entering()?);
+        Self::make(group, root, &place, limits)
     }
 
-    fn create_below(root: &Path, cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
-        let relative = expand(cgroups_path)?;
-        let mut path = root.to_owned();
-        for part in &relative {
-            enable_controllers(&path);
-            path.push(part);
-            match fs::create_dir(&path) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(failed("make cgroup", &path)(error));
+    fn make(
+        group: Group,
+        root: &Path,
+        place: &Place,
+        limits: &Limits,
+    ) -> Result<Self, CgroupError> {
+        match group.make(root, place, limits) {
+            Ok(dir) => Ok(Self { group, dir }),
+            // It is another's.
+            Err(error @ CgroupError::Exists(_)) => Err(error),
+            Err(error) => {
+                if let Err(error) = group.remove() {
+                    tracing::warn!(error = chain(&error), "a cgroup stays half made");
                 }
-                _ => {}
+                Err(error)
             }
         }
-        let dir = File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY)
-            .open(&path)
-            .map_err(failed("open", &path))?;
-        let cgroup = Self { path, dir };
-        cgroup.set_limits(limits)?;
-        Ok(cgroup)
     }
 
     /// Its directory below `/sys/fs/cgroup`.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.group.path
     }
 
     /// The directory's descriptor, for `CLONE_INTO_CGROUP` and the virtio-fs
@@ -252,39 +287,128 @@ impl PodCgroup {
         self.dir.as_fd()
     }
 
-    /// Sets the limits; those not given are lifted.
+    /// Sets the limits; those not given are lifted. May block for as long as systemd is
+    /// busy.
     ///
     /// # Errors
     ///
-    /// `Io` if a given limit cannot be set.
+    /// `Systemd`, or `Io` if a given limit cannot be set.
     pub fn set_limits(&self, limits: &Limits) -> Result<(), CgroupError> {
+        let limits = self.group.with_lists(limits)?;
+        if let Some(scope) = &self.group.scope {
+            scope.set_limits(&limits)?;
+        }
+        self.group.write_limits(&limits)
+    }
+
+    /// Whether the kernel has killed a process of the group for want of memory: within its own
+    /// limit or that of a group above.
+    pub fn ran_out_of_memory(&self) -> bool {
+        // Without the memory controller there is no such file, and no limit.
+        let events = self.group.path.join("memory.events");
+        let events = fs::read_to_string(events).unwrap_or_default();
+        let mut counts = events.lines().filter_map(|line| line.split_once(' '));
+        counts.any(|(event, count)| event == "oom_kill" && count.trim() != "0")
+    }
+
+    /// Leaves the group, kills what is left in it and removes it. Doing so twice is no
+    /// error.
+    ///
+    /// # Errors
+    ///
+    /// `Io` if processes do not die or the group cannot be removed.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        self.group.remove()
+    }
+}
+
+/// Removes the group of a cgroup path without having made it, as after a crash.
+///
+/// # Errors
+///
+/// Those of [`PodCgroup::remove`], and `BadPath`.
+pub fn remove(cgroups_path: &str) -> Result<(), CgroupError> {
+    let place = Place::parse(cgroups_path)?;
+    let root = Path::new(CGROUP_ROOT);
+    Group::new(root, &place, Systemd::of_host(), Resident::present()).remove()
+}
+
+/// A group, whether it is there or not.
+#[derive(Debug)]
+struct Group {
+    path: PathBuf,
+    /// As systemd knows it.
+    scope: Option<Scope>,
+    shim: Resident,
+}
+
+impl Group {
+    fn new(root: &Path, place: &Place, systemd: Option<Systemd>, shim: Resident) -> Self {
+        let path = place.below(root);
+        let scope = place.unit.clone().zip(systemd);
+        let scope = scope.map(|(unit, systemd)| Scope {
+            systemd,
+            unit,
+            group: path.clone(),
+        });
+        Self { path, scope, shim }
+    }
+
+    /// Makes it, with the shim in it.
+    fn make(&self, root: &Path, place: &Place, limits: &Limits) -> Result<File, CgroupError> {
+        match &self.scope {
+            Some(scope) => scope.start(self.shim.pid, limits)?,
+            None => make_directories(root, place)?,
+        }
+        let dir = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY)
+            .open(&self.path)
+            .map_err(failed("open", &self.path))?;
+        self.write_limits(&self.with_lists(limits)?)?;
+        if self.scope.is_none() {
+            self.shim.enter(&self.path)?;
+        }
+        Ok(dir)
+    }
+
+    fn write_limits(&self, limits: &Limits) -> Result<(), CgroupError> {
         let memory = limits.memory_bytes.map(|bytes| bytes.to_string());
         let cpu = limits
             .cpu
             .map(|(quota, period)| format!("{quota} {period}"));
         self.set("memory.max", memory.as_deref())?;
         self.set("cpu.max", cpu.as_deref())?;
-        self.set_list("cpuset.cpus", limits.cpus)?;
-        self.set_list("cpuset.mems", limits.mems)
+        for (name, list) in [("cpuset.cpus", limits.cpus), ("cpuset.mems", limits.mems)] {
+            if let Some(list) = list {
+                self.set(name, Some(&list.to_string()))?;
+            }
+        }
+        Ok(())
     }
 
-    /// Of a group with processes the kernel does not take an empty list back: it gets
-    /// what the group above has.
-    fn set_list(&self, name: &str, list: Option<NumberList>) -> Result<(), CgroupError> {
-        let path = self.path.join(name);
-        let text = match list {
-            Some(list) => list.to_string(),
-            None => {
-                let now = fs::read_to_string(&path).unwrap_or_default();
-                if now.trim().is_empty() {
-                    return Ok(());
-                }
-                let above = self.path.with_file_name(format!("{name}.effective"));
-                let above = fs::read_to_string(&above).map_err(failed("read", &above))?;
-                above.trim().to_owned()
-            }
-        };
-        write(&path, &text).map_err(failed("write", &path))
+    /// Of a group with processes the kernel does not take an empty list back: where one
+    /// was set, it gets what the group above has.
+    fn with_lists(&self, limits: &Limits) -> Result<Limits, CgroupError> {
+        Ok(Limits {
+            cpus: limits
+                .cpus
+                .map_or_else(|| self.lifted("cpuset.cpus"), |list| Ok(Some(list)))?,
+            mems: limits
+                .mems
+                .map_or_else(|| self.lifted("cpuset.mems"), |list| Ok(Some(list)))?,
+            ..*limits
+        })
+    }
+
+    fn lifted(&self, name: &str) -> Result<Option<NumberList>, CgroupError> {
+        let now = fs::read_to_string(self.path.join(name)).unwrap_or_default();
+        if now.trim().is_empty() {
+            return Ok(None);
+        }
+        let above = self.path.with_file_name(format!("{name}.effective"));
+        let text = fs::read_to_string(&above).map_err(failed("read", &above))?;
+        Ok(NumberList::parse(&text))
     }
 
     fn set(&self, name: &str, value: Option<&str>) -> Result<(), CgroupError> {
@@ -295,52 +419,37 @@ impl PodCgroup {
         write(&path, value.unwrap_or("max")).map_err(failed("write", &path))
     }
 
-    /// Moves a process into the group.
-    ///
-    /// # Errors
-    ///
-    /// `Io`, for example when the process is gone.
-    pub fn add_process(&self, pid: u32) -> Result<(), CgroupError> {
-        let path = self.path.join("cgroup.procs");
-        write(&path, &pid.to_string()).map_err(failed("write", &path))
-    }
-
-    /// Whether the kernel has killed a process of the group for want of memory: within its own
-    /// limit or that of a group above.
-    pub fn ran_out_of_memory(&self) -> bool {
-        // Without the memory controller there is no such file, and no limit.
-        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
-        let mut counts = events.lines().filter_map(|line| line.split_once(' '));
-        counts.any(|(event, count)| event == "oom_kill" && count.trim() != "0")
-    }
-
-    /// Kills what is left in the group and removes it. Doing so twice is no
-    /// error.
-    ///
-    /// # Errors
-    ///
-    /// `Io` if processes do not die or the group cannot be removed.
-    pub fn remove(&self) -> Result<(), CgroupError> {
-        remove_group(&self.path)
+    /// See [`PodCgroup::remove`].
+    fn remove(&self) -> Result<(), CgroupError> {
+        self.shim.leave(&self.path)?;
+        if let Some(scope) = &self.scope {
+            kill(&self.path)?;
+            // systemd forgets a scope without processes by itself, if later.
+            if let Err(error) = scope.stop() {
+                tracing::warn!(error = chain(&error), "a scope is left to end by itself");
+            }
+        }
+        remove_directory(&self.path)
     }
 }
 
-/// Removes the group of a cgroup path without having made it, as after a crash.
-///
-/// # Errors
-///
-/// Those of [`PodCgroup::remove`], and `BadPath`.
-pub fn remove(cgroups_path: &str) -> Result<(), CgroupError> {
-    let parts = expand(cgroups_path)?;
-    let path = parts
-        .iter()
-        .fold(PathBuf::from(CGROUP_ROOT), |path, part| path.join(part));
-    remove_group(&path)
+fn make_directories(root: &Path, place: &Place) -> Result<(), CgroupError> {
+    let mut path = root.to_owned();
+    for part in &place.directories {
+        enable_controllers(&path);
+        path.push(part);
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed("make cgroup", &path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
-fn remove_group(path: &Path) -> Result<(), CgroupError> {
+fn remove_directory(path: &Path) -> Result<(), CgroupError> {
     let deadline = Instant::now() + REMOVE_TIMEOUT;
-    let kill = path.join("cgroup.kill");
     let mut pause = Duration::from_millis(1);
     loop {
         match fs::remove_dir(path) {
@@ -350,17 +459,26 @@ fn remove_group(path: &Path) -> Result<(), CgroupError> {
                 if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {}
             Err(error) => return Err(failed("remove cgroup", path)(error)),
         }
-        match write(&kill, "1") {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("write", &kill)(error));
-            }
-            _ => {}
-        }
+        kill(path)?;
         // The kernel has no way to wait for a group's last process on rmdir;
         // exits take microseconds to, with much memory, tenths of a second.
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+/// Kills all processes of a group, if it is there.
+fn kill(path: &Path) -> Result<(), CgroupError> {
+    let kill = path.join("cgroup.kill");
+    match write(&kill, "1") {
+        Err(error) if !is_gone(&error) => Err(failed("write", &kill)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// ENODEV is what a file of a group says that was removed since it was opened.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// Hands controllers down to the groups below `path`. A controller the host
@@ -386,72 +504,6 @@ fn write(path: &Path, value: &str) -> io::Result<()> {
         .write(true)
         .open(path)?
         .write_all(value.as_bytes())
-}
-
-/// The directories a cgroup path stands for, outermost first.
-fn expand(cgroups_path: &str) -> Result<Vec<String>, CgroupError> {
-    let bad = || CgroupError::BadPath(cgroups_path.into());
-    let parts: Vec<&str> = cgroups_path.split(':').collect();
-    let expanded = match parts.as_slice() {
-        [path] => plain_parts(path).ok_or_else(bad)?,
-        [slice, prefix, name] => {
-            let mut dirs = slice_dirs(slice).ok_or_else(bad)?;
-            let unit = if prefix.is_empty() {
-                (*name).to_owned()
-            } else {
-                format!("{prefix}-{name}.scope")
-            };
-            dirs.extend(
-                plain_parts(&unit)
-                    .filter(|unit| unit.len() == 1)
-                    .ok_or_else(bad)?,
-            );
-            dirs
-        }
-        _ => return Err(bad()),
-    };
-    if expanded.is_empty() {
-        return Err(bad());
-    }
-    Ok(expanded)
-}
-
-/// Components of a path that neither climbs nor stays.
-fn plain_parts(path: &str) -> Option<Vec<String>> {
-    Path::new(path)
-        .components()
-        .filter(|part| *part != Component::RootDir)
-        .map(|part| match part {
-            Component::Normal(name) => name.to_str().map(str::to_owned),
-            _ => None,
-        })
-        .collect()
-}
-
-/// `a-b.slice` lies in `a.slice` (systemd.slice(5)); no slice means the system's.
-fn slice_dirs(slice: &str) -> Option<Vec<String>> {
-    let slice = if slice.is_empty() {
-        "system.slice"
-    } else {
-        slice
-    };
-    let name = slice.strip_suffix(".slice")?;
-    if name == "-" {
-        return Some(Vec::new());
-    }
-    let mut dirs = Vec::new();
-    let mut unit = String::new();
-    for part in name.split('-') {
-        if part.is_empty() || part.contains('/') || part.starts_with('.') {
-            return None;
-        }
-        if !unit.is_empty() {
-            unit.push('-');
-        }
-        unit.push_str(part);
-        dirs.push(format!("{unit}.slice"));
-    }
-    Some(dirs)
 }
 
 #[cfg(test)]

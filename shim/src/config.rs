@@ -82,6 +82,8 @@ pub struct Config {
     pub default_memory_mib: u32,
     /// What the pod's host cgroup may use beyond the guest's memory.
     pub overhead_memory_mib: u32,
+    /// Processor time it may use beyond the containers' limit, in thousandths of one.
+    pub overhead_cpu_millis: u32,
     /// Back guest memory with 2 MiB pages.
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
@@ -90,6 +92,10 @@ pub struct Config {
     pub root_disks: u8,
     /// Devices of the host that containers which join a pod can bring.
     pub pci_slots: u8,
+    /// Whether guests see the expansion ROMs of devices.
+    pub pci_roms: bool,
+    /// Whether devices of a pod reach each other's BARs by DMA.
+    pub pci_peers: bool,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -172,10 +178,13 @@ impl Config {
             max_vcpus: 0,
             default_memory_mib: 0,
             overhead_memory_mib: 0,
+            overhead_cpu_millis: 0,
             hugepages: false,
             pod_disks: 0,
             root_disks: 0,
             pci_slots: 0,
+            pci_roms: false,
+            pci_peers: false,
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -304,7 +313,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 23] = [
+const KEYS: [Key; 26] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -312,10 +321,13 @@ const KEYS: [Key; 23] = [
     key!(max_vcpus, 1..=32),
     key!(default_memory_mib, 128..=1_048_576),
     key!(overhead_memory_mib, 0..=4096),
+    key!(overhead_cpu_millis, 0..=4000),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
     key!(root_disks, 0..=8),
     key!(pci_slots, 0..=8),
+    key!(pci_roms, bool),
+    key!(pci_peers, bool),
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),

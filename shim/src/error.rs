@@ -83,9 +83,10 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Stopped(_) | MachineError::Channel(_) => Code::UNAVAILABLE,
         MachineError::Slots(_) => Code::FAILED_PRECONDITION,
         MachineError::DiskBusy { .. } => Code::DEADLINE_EXCEEDED,
-        MachineError::Spawn(_) | MachineError::Io { .. } | MachineError::Disk { .. } => {
-            Code::INTERNAL
-        }
+        MachineError::Spawn(_)
+        | MachineError::Io { .. }
+        | MachineError::Disk { .. }
+        | MachineError::Nic(_) => Code::INTERNAL,
     }
 }
 

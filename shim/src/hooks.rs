@@ -12,7 +12,7 @@
 //! state it gets on stdin.
 //!
 //! Hooks of the host run where the shim was started, as runc's do: in containerd's
-//! mount namespace, not in the shim's own. A file in the bundle says that `poststop` is
+//! mount namespace, not in the shim's own, and in containerd's cgroup, not in the pod's. A file in the bundle says that `poststop` is
 //! due; whoever removes it, the shim or after its death `delete`, runs these hooks.
 
 use std::collections::HashMap;
@@ -28,6 +28,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{ContainerState, Hook, Hooks, Spec, State};
 use tracing::warn;
 
+use crate::cgroup;
 use crate::oci::kubernetes;
 use crate::sandbox::{ContainerConfig, SandboxError};
 
@@ -195,7 +196,8 @@ impl Runner {
         command.current_dir(&config.bundle);
         let path = hook.path().display().to_string();
         let failed = |source| HookError::Run { path, source };
-        let (cancelled, _cancel) = match io::pipe() {
+        let outside = cgroup::start_outside(&mut command);
+        let (cancelled, _cancel) = match outside.and_then(|()| io::pipe()) {
             Ok(pipe) => pipe,
             Err(error) => return Err(failed(error)),
         };

@@ -119,12 +119,7 @@ pub fn spawn(
 /// be charged for, and keeps the listener open across exec.
 fn enter(listener: RawFd, procs: Option<RawFd>) -> io::Result<()> {
     if let Some(procs) = procs {
-        // SAFETY: the parent keeps the descriptor open until after the spawn,
-        // and the byte is a constant's.
-        let written = unsafe { libc::write(procs, b"0".as_ptr().cast(), 1) };
-        if written != 1 {
-            return Err(io::Error::last_os_error());
-        }
+        crate::cgroup::join(procs)?;
     }
     // SAFETY: F_SETFD takes no pointer; the descriptor is the parent's listener.
     match unsafe { libc::fcntl(listener, libc::F_SETFD, 0) } {

@@ -253,6 +253,75 @@ async fn hooks_run_among_the_host_s_mounts_and_undo_a_failed_create() {
     host.run("pod", "delete", b"");
 }
 
+/// A file system of its own over a directory, until this is dropped.
+struct Small(PathBuf);
+
+impl Small {
+    const FILES: u32 = 16;
+
+    fn mount(path: PathBuf) -> Self {
+        let (kind, options) = ("tmpfs", format!("nr_inodes={}", Self::FILES));
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some(kind), &path, Some(kind), flags, Some(&*options)).unwrap();
+        Self(path)
+    }
+
+    /// Leaves no file to be made.
+    fn fill(&self) {
+        let make = |number| File::create(self.0.join(format!("filling-{number}")));
+        let refused = (0..Self::FILES).find_map(|number| make(number).err());
+        assert_eq!(refused.unwrap().kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    fn empty(&self) {
+        for number in 0..Self::FILES {
+            // There are not so many.
+            let _ = std::fs::remove_file(self.0.join(format!("filling-{number}")));
+        }
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// Full at the start, and full at the create: a hook whose counterpart would be forgotten
+/// does not run.
+#[tokio::test]
+async fn a_bundle_that_is_full_is_refused() {
+    let Some(host) = Host::new() else { return };
+    let ran = host.path("ran");
+    let hooks = json!({
+        "createRuntime": hook(&format!("echo > {}", ran.display())),
+        "poststop": hook("true"),
+    });
+    let bundle = Small::mount(host.path("bundle"));
+    host.describe(&own_network(), &hooks);
+    std::fs::create_dir(host.path("bundle/rootfs")).unwrap();
+    bundle.fill();
+    let refused = host.output("pod", "start", b"");
+    assert!(!refused.status.success(), "{refused:?}");
+    let said = String::from_utf8(refused.stderr).unwrap();
+    for part in ["bundle/nacre-run-dir", "No space left on device"] {
+        assert!(said.contains(part), "{said}");
+    }
+    host.run("pod", "delete", b"");
+    assert!(!host.run_dir("pod").exists());
+
+    bundle.empty();
+    let address = host.start("pod");
+    bundle.fill();
+    let refused = host.create(&address).await.unwrap_err().to_string();
+    for part in ["bundle/nacre-poststop", "No space left on device"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+    assert!(!ran.exists());
+    host.run("pod", "delete", b"");
+    assert!(!host.run_dir("pod").exists());
+}
+
 /// Nobody else is left to run them.
 #[tokio::test]
 async fn delete_after_a_crash_runs_poststop_once() {

@@ -6,15 +6,20 @@
 #   disk.img    the lab's root file system, ext4, sparse
 #   vmlinuz     Debian's kernel
 #   initrd.img  busybox and the few modules that reach the disk
-#   machine/    QEMU, mke2fs, mkfs.erofs and their libraries, of the same
-#               Debian release as the lab whatever the host's is
+#   machine/    QEMU, mke2fs, mkfs.erofs and their libraries, of the lab's
+#               Debian release whatever the host's is, and its backports
+#
+# QEMU 10.2 or newer: before, its VMRUN changes the word of pending interrupts with a plain
+# read and write (target/i386/tcg/system, helper_vmrun). An interrupt that came at that
+# moment was lost, and with the timer's the whole lab stood still, once in some ten hours.
 #
 # Nothing needs a loop mount, a block device or a fixed mirror: the mirror is
 # the one in the host's apt configuration, or debootstrap's own default.
 
 : "${here:?}" "${cache:?}"
-readonly SUITE=trixie            # the lab and the machine
-readonly CONTAINERD_SUITE=forky  # containerd 2; its package needs only libc
+readonly SUITE=trixie                    # the lab
+readonly MACHINE_SUITE=trixie-backports  # QEMU, what it needs comes from either
+readonly CONTAINERD_SUITE=forky          # containerd 2; its package needs only libc
 readonly DISK_SIZE=8G
 
 # Files whose content decides what the disk holds.
@@ -109,13 +114,16 @@ install_containerd() {
     rm -r /tmp/older /tmp/newer*; containerd --version; /opt/containerd-1.7/usr/bin/containerd --version'
 }
 
-# QEMU and its libraries, resolved as if nothing were installed, and unpacked only.
+# QEMU and its libraries, resolved as if nothing were installed, and unpacked only. The
+# suite's expiry is not checked, as above.
 unpack_machine() {
   local packages deb
   read -ra packages < <(package_list machine)
+  sed "s/\\b$SUITE\\b/$MACHINE_SUITE/" "$build/root/etc/apt/sources.list" >"$build/root/etc/apt/sources.list.d/machine.list"
+  in_root apt-get -o Acquire::Check-Valid-Until=false update
   in_root sh -ec ': >/tmp/none; apt-get clean
     apt-get -o Dir::State::status=/tmp/none install -y --no-install-recommends --download-only "$@"; rm /tmp/none' \
-    sh "${packages[@]}"
+    sh -t "$MACHINE_SUITE" "${packages[@]}"
   mkdir "$build/machine"
   for deb in "$build"/root/var/cache/apt/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$deb" |

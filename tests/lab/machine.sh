@@ -8,7 +8,8 @@
 #
 #   exit CODE STDOUT-BYTES STDERR-BYTES OUT-BYTES
 #
-# whose counts tell when the other files are complete.
+# whose counts tell when the other files are complete. A fourth one, alive, gets a line
+# every few seconds: a machine that sends none for as long as a boot may take stands still.
 
 : "${here:?}" "${cache:?}"
 
@@ -104,7 +105,7 @@ forget_old_logs() {
 # Under --count it is 4 KiB, as on most hosts.
 describe_machine() {
   local tree=$disk/machine processors=$((smp + 1)) special=' isolcpus=0 LARGE_PAGES=1'
-  local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable"
+  local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable unknown_nmi_panic"
   local accel=tcg,thread=multi,tb-size=1024
   qemu=("$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/usr/bin/qemu-system-x86_64"
     -L "$tree/usr/share/qemu" -L "$tree/usr/share/seabios" -nodefaults -no-user-config -display none -no-reboot
@@ -142,9 +143,22 @@ add_devices() {
   add_nvme switched bus=port3
   add_nvme first addr=0x12.0,multifunction=on
   add_nvme second addr=0x12.1
-  qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device pci-testdev,membar=4G,addr=0x14
+  make_rom
+  qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device "pci-testdev,membar=4G,romfile=$work/rom.bin,addr=0x14"
     -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
     -object memory-backend-ram,id=large,size=4G,share=on,reserve=off -device ivshmem-plain,memdev=large,addr=0x17)
+}
+
+# An expansion ROM of 2 KiB that the kernel takes for one: a signature, where its data structure is,
+# and in that what it is for, its length in units of 512 bytes, and that it is the last image
+# (PCI Firmware 3.3, 5.1).
+make_rom() {
+  {
+    printf '\x55\xaa\x04\xcb'
+    head -c 20 /dev/zero
+    printf '\x1c\0\0\0PCIR\x36\x1b\x05\0\0\0\x18\0\0\0\0\0\x04\0\0\0\0\x80\0\0'
+  } >"$work/rom.bin"
+  truncate -s 2048 "$work/rom.bin"
 }
 
 # add_nvme NAME PLACE: a disk of 64 MiB, empty at each boot.
@@ -238,11 +252,16 @@ lab_run() {
   add_port stderr stderr
   add_port status status
   [[ -z $out ]] || add_port out out.tar
+  # Where idle time passes at once there is no "every few seconds".
+  ((count)) || add_port alive alive
+  mkfifo "$work/monitor.in" "$work/monitor.out"
+  qemu+=(-chardev "pipe,id=monitor,path=$work/monitor" -mon chardev=monitor)
   boot in_background
   await_status
   stop_machine
   case $status in
     timeout) lab_failed 124 "stopped after $timeout seconds" ;;
+    still) lab_failed 125 "the machine stood still for $patience seconds" ;;
     lost) lab_failed 125 "the lab ended without a result" ;;
   esac
   [[ -z $out ]] || tar -x -C "$out" --no-same-owner -f "$work/out.tar"
@@ -260,8 +279,8 @@ start_in_background() {
   follower_pids+=($!)
 }
 
-# Sets $status to the command's exit code, to `timeout`, or to `lost` when the
-# machine ended by itself.
+# Sets $status to the command's exit code, to `timeout`, to `lost` when the machine
+# ended by itself, or to `still` when nothing runs in it any more.
 await_status() {
   local code counts
   until read -r _ code counts <"$work/status" &&
@@ -270,9 +289,27 @@ await_status() {
     kill -0 "$qemu_pid" 2>/dev/null || return 0
     status=timeout
     ((SECONDS < deadline)) || return 0
+    if stands_still; then
+      status=still
+      examine_machine
+      return 0
+    fi
     sleep 0.2
   done
   status=$code
+}
+
+stands_still() {
+  local now
+  printf -v now '%(%s)T' -1
+  [[ -e $work/alive ]] && ((now - $(stat -c %Y "$work/alive") > patience))
+}
+
+# Has QEMU write what the processor and its interrupts are at to the file `state`, and the
+# kernel where it is to its console, as it does upon an NMI that nobody asked for.
+examine_machine() {
+  printf '%s\n' 'info status' 'info registers' 'info lapic' 'info pic' nmi >"$work/monitor.in"
+  timeout 5 cat "$work/monitor.out" >"$work/state" || true
 }
 
 # Ends the machine, and lets the followers finish what it wrote.
@@ -288,6 +325,8 @@ lab_failed() {
   {
     grep -v "$TCG_WARNING" "$work/qemu.log" || true
     tail -n 60 "$serial_log"
+    # Without what the monitor echoes of the questions.
+    [[ ! -e $work/state ]] || sed 's/.*\x1b\[K//; s/\r//g' "$work/state" | tee -a "$serial_log"
     echo "lab: $2; the console's log is $serial_log"
   } >&2
   exit "$1"

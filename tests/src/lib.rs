@@ -8,9 +8,11 @@
 
 mod config;
 pub mod cri;
+mod deaths;
 mod kubelet;
 mod leftovers;
 pub mod pods;
+mod sample;
 mod shim;
 mod spec;
 mod terminal;
@@ -22,8 +24,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub use config::{CONFIG, Changed};
+pub use deaths::{five_seconds, process_of, spawn};
 pub use kubelet::PodDir;
 pub use leftovers::Machine;
+pub use sample::Sample;
 pub use shim::Shim;
 pub use terminal::OnTerminal;
 use watchdog::Watchdog;

@@ -18,6 +18,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, Once};
+use std::time::Duration;
 
 use tonic::Status;
 
@@ -89,6 +90,18 @@ impl PodScene {
     #[must_use]
     pub fn older() -> Self {
         Self::on(CONTAINERD_1_7, HANDLER)
+    }
+
+    /// The same with so much time for each call.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn within(limit: Duration) -> Self {
+        let mut scene = Self::new();
+        scene.cri = scene.cri.within(limit);
+        scene
     }
 
     fn on(containerd: Containerd, handler: &'static str) -> Self {

@@ -96,6 +96,26 @@ fn command_that_takes_too_long_is_ended() {
     log_of(&said);
 }
 
+/// A processor that nothing else gets is as good as one that stopped.
+#[test]
+fn machine_that_stands_still_is_ended_and_examined() {
+    let script = "echo -1 > /proc/sys/kernel/sched_rt_runtime_us
+        echo 0 > /sys/kernel/debug/sched/fair_server/cpu0/runtime
+        exec chrt -f 99 sh -c 'while :; do :; done'";
+    let said = run("lab-still", &["--patience", "45"], script).exits(125);
+    let why = "the machine stood still for 45 seconds";
+    assert!(said.stderr.contains(why), "{said:#?}");
+    let log = log_of(&said);
+    for part in [
+        "VM status: running",
+        "RIP=",
+        "local APIC state",
+        "panic - not syncing: NMI",
+    ] {
+        assert!(log.contains(part), "no {part:?} in {log}");
+    }
+}
+
 #[test]
 fn machine_that_does_not_come_up_is_replaced() {
     let options = ["--patience", "2", "--qemu", "-S"];

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::process::ExitCode;
 
-use nacre_protocol::vm::StopReason;
+use nacre_protocol::vm::{PciOptions, StopReason};
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
@@ -111,6 +111,7 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         devices,
         passthrough,
         pci_slots: 0,
+        pci: PciOptions::default(),
         serial: (!options.no_serial).then(|| stdout.into()),
     })?;
     let running = machine.start()?;

@@ -1,7 +1,8 @@
 //! From the shim's configuration to virtio devices.
 //!
 //! The one place that knows every device's constructor. Slots are given in this
-//! order: vsock, rng, console, shared directory, disks, network interfaces, memory.
+//! order: vsock, rng, console, shared directory, disks, network interfaces
+//! ([`VmConfig::first_nic_slot`] counts on that), memory.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -148,7 +149,12 @@ pub fn backing(backing: &DiskBacking, fds: &mut Fds) -> Result<Backing, ChannelE
     })
 }
 
-fn net(nic: &Nic, fds: &mut Fds) -> Result<Net, DeviceError> {
+/// Makes a network interface.
+///
+/// # Errors
+///
+/// When a descriptor is missing or is not what it should be.
+pub fn net(nic: &Nic, fds: &mut Fds) -> Result<Net, DeviceError> {
     let taps = take_all(&nic.taps, fds)?;
     let vhost = take_all(&nic.vhost, fds)?;
     Ok(Net::new(nic.mac, nic.mtu, taps, vhost)?)
@@ -156,4 +162,64 @@ fn net(nic: &Nic, fds: &mut Fds) -> Result<Net, DeviceError> {
 
 fn take_all(indices: &[FdIndex], fds: &mut Fds) -> Result<Vec<OwnedFd>, ChannelError> {
     indices.iter().map(|index| fds.take(*index)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::os::fd::AsFd;
+
+    use nacre_protocol::channel::{Channel, FdList};
+    use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
+
+    /// A configuration, and its descriptors as a monitor gets them.
+    fn config(with_console: bool, disks: usize) -> (VmConfig, Fds) {
+        let file = tempfile::tempfile().unwrap();
+        let mut list = FdList::default();
+        let fd = list.push(file.as_fd());
+        let disk = |index: usize| Disk {
+            serial: format!("slot{index}"),
+            read_only: false,
+            backing: DiskBacking::Empty,
+            queues: 1,
+        };
+        let config = VmConfig {
+            sandbox_id: "pod".into(),
+            jail: Jail { uid: 1, gid: 1 },
+            kvm: fd,
+            vcpus: 1,
+            memory: Memory {
+                size_mib: 64,
+                growth_mib: 0,
+                hugepages: false,
+            },
+            kernel: fd,
+            initrd: fd,
+            cmdline: String::new(),
+            disks: (0..disks).map(disk).collect(),
+            nics: Vec::new(),
+            passthrough: None,
+            pci_slots: 0,
+            pci: PciOptions::default(),
+            shared_dir: None,
+            console: with_console.then_some(fd),
+        };
+        let (near, mut far) = Channel::pair().unwrap();
+        let boot = Request::Boot(Box::new(config.clone()));
+        near.send(&boot, &list).unwrap();
+        let (_, fds) = far.recv::<Request>().unwrap();
+        (config, fds)
+    }
+
+    #[test]
+    fn network_interfaces_are_where_the_shim_takes_them_to_be() {
+        for (with_console, disks) in [(false, 0), (false, 2), (true, 1)] {
+            let (config, mut fds) = config(with_console, disks);
+            let built = build(&config, &mut fds, None, |_, _| {}).unwrap();
+            // The first device is in slot 1.
+            let next = built.devices.len() + 1;
+            assert_eq!(next, usize::from(config.first_nic_slot()));
+        }
+    }
 }

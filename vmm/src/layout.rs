@@ -1,7 +1,7 @@
 //! The guest's physical address space and I/O ports.
 //!
 //! ```text
-//!   0            low RAM            0xc000_0000   32-bit window   0xe000_0000 ECAM ... 0xfee0_0000 LAPIC  4 GiB
+//!   0            low RAM            0xc000_0000   32-bit window   0xe000_0000 ECAM ... 0xfec0_0000 APICs  4 GiB
 //!   |--------------------------------|----------------------------|-----------|-----------------------|
 //!   4 GiB        high RAM           added memory    64-bit window (multiple of 64 GiB)    1 << physical bits
 //!   |--------------------------------|---------------|------------------------------------------------|
@@ -28,7 +28,7 @@ pub const MEMORY_MAP: u64 = 0x6200;
 pub const CMDLINE: u64 = 0x2_0000;
 /// x86 Linux takes no more (`COMMAND_LINE_SIZE`), terminator included.
 pub const CMDLINE_MAX: usize = 2048;
-/// Where a kernel that panics leaves its last words, see [`crate::pstore`]. Linux
+/// Where a kernel that ends leaves its last words, see [`crate::pstore`]. Linux
 /// uses nothing below one mebibyte but what its trampoline takes, from the end.
 pub const PSTORE: u64 = 0x4_0000;
 /// A power of two, and more than pstore writes (10 KiB).
@@ -63,6 +63,8 @@ pub const ECAM_SIZE: u64 = 32 * ECAM_BUS_SIZE;
 /// Configuration space of a bus.
 pub const ECAM_BUS_SIZE: u64 = MIB;
 
+/// I/O APIC, of machines that have one (Intel 82093AA).
+pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC (Intel SDM volume 3, 11.4.1).
 pub const LAPIC: u32 = 0xfee0_0000;
 /// A page KVM needs on Intel processors without unrestricted guest mode.
@@ -82,6 +84,10 @@ pub const POWER_PORTS: u16 = 3;
 pub const PORT_PVPANIC: u16 = 0x505;
 /// First serial port.
 pub const PORT_SERIAL: u16 = 0x3f8;
+/// I/O BARs of the host's devices, behind everything of ours (exclusive end).
+pub const PCI_PORTS: u64 = 0x1000;
+/// End of the I/O ports there are.
+pub const PORTS_END: u64 = 0x1_0000;
 /// Registers of a serial port.
 pub const SERIAL_PORTS: u16 = 8;
 

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nacre_protocol::vm::PciOptions;
 use vm_memory::GuestMemoryBackend;
 
 use crate::acpi::{self, AcpiError, Platform};
@@ -19,7 +20,7 @@ use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
 use crate::pci::placement::Placement;
-use crate::pci::{Ecam, MAX_DEVICES, PciRoot, Port, Slot, Window};
+use crate::pci::{Ecam, IoPorts, MAX_DEVICES, PciRoot, Place, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
 use crate::pstore;
 use crate::serial::Serial;
@@ -53,6 +54,8 @@ pub struct Parts {
     /// Empty slots for devices of the host that come later. All of `memory` is pinned as
     /// long as there are any.
     pub pci_slots: u8,
+    /// What there is with devices of the host only if it is wanted.
+    pub pci: PciOptions,
     /// Output of a serial port; none is there without it.
     pub serial: Option<File>,
 }
@@ -66,6 +69,9 @@ pub enum MachineError {
     /// The bus is full.
     #[error("{0} devices: the bus has room for {MAX_DEVICES}")]
     Devices(usize),
+    /// Nothing that could be taken out is there.
+    #[error("no virtio device is in slot {0} of bus 0")]
+    NoDevice(u8),
     /// See the source.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -106,6 +112,7 @@ pub struct Machine {
     space: Option<AddressSpace>,
     window64: Option<(u64, u64)>,
     pci_slots: u8,
+    pci: PciOptions,
 }
 
 impl Machine {
@@ -117,7 +124,8 @@ impl Machine {
     pub fn new(parts: Parts) -> Result<Self, MachineError> {
         check(&parts)?;
         let kvm = vm::kvm_from(parts.kvm);
-        let vm = Arc::new(Vm::new(&kvm, parts.memory)?);
+        let has_lines = parts.passthrough.is_some() || parts.pci_slots > 0;
+        let vm = Arc::new(Vm::new(&kvm, parts.memory, has_lines)?);
         let stop = Arc::new(Stop::new()?);
         let cpuid = Cpuid::new(&kvm, parts.vcpus)?;
         let bits = cpuid.physical_bits();
@@ -126,17 +134,20 @@ impl Machine {
         let mut space = None;
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let attached = devices.attach(&vm, &mut space)?;
-                let (root_ports, session) = attached.place(&vm, &mut placement)?;
+                let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
+                let peers = space.as_ref().filter(|_| parts.pci.peers);
+                let (root_ports, session) = attached.place(&vm, &mut placement, peers)?;
                 (root_ports, Some(session))
             }
             None => (Vec::new(), None),
         };
         let root_ports = with_slots(&vm, root_ports, parts.pci_slots, &mut placement)?;
+        let first_port = u8::try_from(parts.devices.len() + 1).unwrap_or(u8::MAX);
         let root = pci_root(&vm, parts.devices, root_ports)?;
         let platform = Platform {
             vcpus: parts.vcpus,
             last_bus: root.last_bus(),
+            first_port,
             hot_plug: parts.pci_slots > 0,
             window64,
             serial: parts.serial.is_some(),
@@ -158,7 +169,7 @@ impl Machine {
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),
-                ports: Arc::new(ports(&stop, parts.serial)?),
+                ports: Arc::new(ports(&root, &stop, parts.serial)?),
             },
             vm,
             root,
@@ -168,6 +179,7 @@ impl Machine {
             space,
             window64,
             pci_slots: parts.pci_slots,
+            pci: parts.pci,
         })
     }
 
@@ -189,7 +201,8 @@ impl Machine {
         let first = usize::from(self.root.last_bus() - self.pci_slots);
         let (vm, root, stop) = (&self.vm, &self.root, &self.stop);
         let (space, hot_plug) = if self.pci_slots > 0 {
-            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop);
+            let slots = hotplug::Slots::new(vm, root, self.window64, first, self.space, stop)
+                .with_roms(self.pci.roms);
             (None, Some(hotplug::Worker::start(slots)?))
         } else {
             (self.space, None)
@@ -245,6 +258,32 @@ impl Running {
     #[must_use]
     pub fn hot_plug(&self) -> Option<&hotplug::Worker> {
         self.hot_plug.as_ref()
+    }
+
+    /// Puts a virtio device into the first empty slot of bus 0, whose number it returns.
+    /// The guest finds it there when it looks.
+    ///
+    /// # Errors
+    ///
+    /// When there is no slot, or the device cannot be put on the bus.
+    pub fn add(&self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        let number = self.root.empty_slot();
+        let number = number.ok_or(MachineError::Devices(MAX_DEVICES + 1))?;
+        let function = VirtioPci::new(&self.vm, device, PciRoot::bar_address(number))?;
+        self.root.insert(number, function)?;
+        Ok(number)
+    }
+
+    /// Takes a virtio device out of its slot, whether the guest has let go of it or not.
+    /// Nothing works for it any more when this returns.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn remove(&self, number: u8) -> Result<(), MachineError> {
+        let device = self.root.take(number);
+        device.ok_or(MachineError::NoDevice(number))?.retire();
+        Ok(())
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
@@ -303,9 +342,9 @@ fn pci_root(
     devices: Vec<Box<dyn VirtioDevice>>,
     ports: Vec<Port>,
 ) -> Result<Arc<PciRoot>, MachineError> {
-    let virtio = devices.into_iter().enumerate().map(|(index, device)| {
-        let address = PciRoot::bar_address(index);
-        VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Box::new(device)))
+    let virtio = (1..).zip(devices).map(|(number, device)| {
+        let address = PciRoot::bar_address(number);
+        VirtioPci::new(vm, device, address).map(|device| Slot::Virtio(Place::with(device)))
     });
     let mut slots = virtio.collect::<Result<Vec<_>, _>>()?;
     slots.extend(ports.into_iter().map(|port| Slot::Port(Box::new(port))));
@@ -329,8 +368,12 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
     Ok(bus)
 }
 
-fn ports(stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
+fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
+    if root.last_bus() > 0 {
+        let len = layout::PORTS_END - layout::PCI_PORTS;
+        bus.add(layout::PCI_PORTS, len, Arc::new(IoPorts(root.clone())))?;
+    }
     let power = Arc::new(Power(stop.clone()));
     bus.add(
         layout::PORT_SLEEP_CONTROL.into(),

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, Request, StopReason, VmConfig};
+use nacre_protocol::vm::{Event, Memory, Request, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -31,7 +31,7 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
-use crate::vfio::hotplug::{self, Job};
+use crate::vfio::hotplug::Job;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
@@ -122,7 +122,7 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
     let outcome = result?;
-    if outcome == Outcome::Stopped(StopReason::Panic) {
+    if matches!(outcome, Outcome::Stopped(_)) {
         for line in pstore::last_words(&memory) {
             tracing::warn!("guest kernel: {line}");
         }
@@ -177,6 +177,7 @@ fn build(
         devices: devices.devices,
         passthrough,
         pci_slots: config.pci_slots,
+        pci: config.pci,
         serial: devices.serial,
     })?;
     let answers = Answers::new()?;
@@ -243,16 +244,12 @@ fn wait(
             return Ok(Outcome::Failed(message.into()));
         }
         if request {
-            obey(channel, peers, running.hot_plug())?;
+            obey(channel, running, peers)?;
         }
     }
 }
 
-fn obey(
-    channel: &mut Channel,
-    peers: &Peers,
-    hot_plug: Option<&hotplug::Worker>,
-) -> Result<(), MonitorError> {
+fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), MonitorError> {
     let (request, mut fds) = channel.recv::<Request>()?;
     match request {
         Request::Connect { port, stream } => peers.dialer.connect(port, fds.take(stream)?),
@@ -275,21 +272,35 @@ fn obey(
             devices,
         } => {
             let devices = Passthrough::take(&devices, &mut fds)?;
-            plug(hot_plug, peers, number, Job::Plug(slots, devices));
+            plug(running, peers, number, Job::Plug(slots, devices));
         }
-        Request::Unplug { number, slots } => plug(hot_plug, peers, number, Job::Unplug(slots)),
+        Request::Unplug { number, slots } => plug(running, peers, number, Job::Unplug(slots)),
+        Request::AddNic { number, nic } => {
+            let device = devices::net(&nic, &mut fds).map_err(MonitorError::from);
+            let slot = device.and_then(|device| Ok(running.add(Box::new(device))?));
+            answer(peers, number, slot);
+        }
+        Request::RemoveNic { number, slot } => {
+            let removed = running.remove(slot).map_err(MonitorError::from);
+            answer(peers, number, removed.map(|()| slot));
+        }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
 }
 
-fn plug(hot_plug: Option<&hotplug::Worker>, peers: &Peers, number: u64, job: Job) {
+fn plug(running: &Running, peers: &Peers, number: u64, job: Job) {
     let answerer = peers.answers.answerer();
     let done = move |result| answerer.answer(number, result);
-    match hot_plug {
+    match running.hot_plug() {
         Some(worker) => worker.request(job, done),
         None => done(Err("the machine has no slots for PCI devices".into())),
     }
+}
+
+fn answer(peers: &Peers, number: u64, slot: Result<u8, MonitorError>) {
+    let slot = slot.map(u64::from).map_err(|error| error.to_string());
+    peers.answers.answerer().answer(number, slot);
 }
 
 fn report(channel: &Channel, outcome: Outcome) -> Result<(), MonitorError> {

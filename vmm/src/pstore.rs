@@ -1,5 +1,5 @@
-//! The guest kernel's last words. When Linux panics, its ramoops driver
-//! (`Documentation/admin-guide/ramoops.rst`) copies the end of the kernel log to a
+//! The guest kernel's last words. When Linux panics, powers off or restarts, its ramoops
+//! driver (`Documentation/admin-guide/ramoops.rst`) copies the end of the kernel log to a
 //! region the command line names; once the machine stands still they are read from
 //! there. Until then it costs the guest nothing.
 
@@ -17,19 +17,24 @@ const HEADER_BYTES: usize = 12;
 const MAX_LINES: usize = 40;
 const MAX_LINE_CHARS: usize = 240;
 
-/// What the kernel must be told: one record, of panics only, in normal memory.
+/// `KMSG_DUMP_SHUTDOWN`, the last of the kernel's reasons (`include/linux/kmsg_dump.h`): an
+/// end that it was asked for. A panic ends in a restart, whose record replaces the panic's
+/// and has the same log.
+const LAST_REASON: u32 = 4;
+
+/// What the kernel must be told: one record, of any end, in normal memory.
 #[must_use]
 pub fn parameters() -> String {
     let (address, size) = (layout::PSTORE, layout::PSTORE_SIZE);
     format!(
         "ramoops.mem_address={address:#x} ramoops.mem_size={size:#x} ramoops.mem_type=2 \
          ramoops.record_size={size:#x} ramoops.console_size=0 ramoops.ftrace_size=0 \
-         ramoops.pmsg_size=0 ramoops.max_reason=1"
+         ramoops.pmsg_size=0 ramoops.max_reason={LAST_REASON}"
     )
 }
 
-/// The last lines of the log of a kernel that panicked; none if it did not. They
-/// are the guest's word: printable, but of any content.
+/// The last lines of the log of a kernel that has ended; none if it did not get to write
+/// them. They are the guest's word: printable, but of any content.
 #[must_use]
 pub fn last_words(memory: &GuestMemory) -> Vec<String> {
     let mut region = vec![0; usize::try_from(layout::PSTORE_SIZE).unwrap_or(0)];
@@ -90,7 +95,7 @@ mod tests {
     #[test]
     fn end_of_the_log_is_read_from_guest_memory() {
         let memory = memory::allocate(32, false).unwrap();
-        assert_eq!(last_words(&memory), [""; 0], "nobody has panicked");
+        assert_eq!(last_words(&memory), [""; 0], "nothing has ended");
         let text =
             "====12.000034-D\nPanic#1 Part1\n<6>[ 1.0] up\n<0>[ 2.5] Kernel panic: \x1b[31mred\n";
         let record = region(SIGNATURE, text.len(), text);

@@ -1,7 +1,8 @@
 //! The KVM virtual machine: memory slots, interrupt routes, event descriptors.
 //!
-//! Interrupts are MSIs only. KVM emulates the local APICs ("split irqchip")
-//! and nothing else: no IOAPIC, PIC or PIT exists. A GSI here is only the name
+//! Interrupts are MSIs. KVM emulates the local APICs ("split irqchip") and nothing
+//! else: no PIC or PIT exists, and an I/O APIC only in machines that may get devices of the host,
+//! whose INTx are [`lines`]. A GSI here is only the name
 //! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
 //! when it is used for the first time and keeps it as long as the device is there.
 
@@ -24,6 +25,7 @@ use crate::virtio::GuestMemory;
 use numbers::Numbers;
 
 mod device_memory;
+pub mod lines;
 mod numbers;
 mod page;
 mod vfio;
@@ -71,6 +73,7 @@ pub struct MsiRoute {
 pub struct Vm {
     fd: VmFd,
     gsis: Numbers,
+    has_lines: bool,
     slots: Numbers,
     routes: Mutex<BTreeMap<u32, MsiRoute>>,
     /// KVM's slots point into this mapping,
@@ -99,28 +102,37 @@ impl ReadOnlyPage {
 }
 
 impl Vm {
-    /// Creates a VM that has `memory`.
+    /// Creates a VM that has `memory`, and interrupt [`lines`] or none.
     ///
     /// # Errors
     ///
     /// When KVM lacks what we need or refuses the memory.
-    pub fn new(kvm: &Kvm, memory: GuestMemory) -> Result<Self, VmError> {
+    pub fn new(kvm: &Kvm, memory: GuestMemory, has_lines: bool) -> Result<Self, VmError> {
         let fd = kvm.create_vm().map_err(VmError::new("create a VM"))?;
         fd.set_tss_address(layout::KVM_TSS)
             .map_err(VmError::new("set the TSS address"))?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(VmError::new("set the identity map"))?;
-        // args[0], the routes kept for an IOAPIC in user space, stays 0.
-        fd.enable_cap(&kvm_enable_cap {
-            cap: KVM_CAP_SPLIT_IRQCHIP,
-            ..Default::default()
-        })
-        .map_err(VmError::new("split the interrupt controller"))?;
-        let max_gsis = fd.check_extension_int(Cap::IrqRouting);
+        let first_gsi = if has_lines {
+            fd.create_irq_chip().map_err(VmError::new(
+                "make an interrupt controller with an I/O APIC",
+            ))?;
+            lines::PINS
+        } else {
+            // args[0], the routes kept for an IOAPIC in user space, stays 0.
+            fd.enable_cap(&kvm_enable_cap {
+                cap: KVM_CAP_SPLIT_IRQCHIP,
+                ..Default::default()
+            })
+            .map_err(VmError::new("split the interrupt controller"))?;
+            0
+        };
+        let max_gsis = u32::try_from(fd.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
         let vm = Self {
             fd,
-            gsis: Numbers::below(u32::try_from(max_gsis).unwrap_or(0)),
-            slots: Numbers::below(u32::MAX),
+            gsis: Numbers::new(first_gsi..max_gsis),
+            has_lines,
+            slots: Numbers::new(0..u32::MAX),
             routes: Mutex::default(),
             memory,
             pages: Mutex::default(),
@@ -183,10 +195,17 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// KVM's.
+    /// KVM's. The page stays as long as the VM then, which may point into it.
     pub fn remove_read_only_page(&self, page: &ReadOnlyPage) -> Result<(), VmError> {
         self.remove_slot(page.slot, page.address)
-            .map_err(VmError::new("remove a read-only page"))
+            .map_err(VmError::new("remove a read-only page"))?;
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = pages.len();
+        pages.retain(|other| !Arc::ptr_eq(other, &page.page));
+        if pages.len() < before {
+            self.slots.give_back(page.slot);
+        }
+        Ok(())
     }
 
     fn remove_slot(&self, slot: u32, address: u64) -> Result<(), Errno> {
@@ -266,9 +285,11 @@ impl Vm {
     }
 
     fn set_routes(&self, routes: &BTreeMap<u32, MsiRoute>) -> Result<(), VmError> {
-        let entries: Vec<_> = routes
-            .iter()
-            .map(|(gsi, route)| entry(*gsi, *route))
+        let lines = self.has_lines.then(lines::routes);
+        let entries: Vec<_> = lines
+            .into_iter()
+            .flatten()
+            .chain(routes.iter().map(|(gsi, route)| entry(*gsi, *route)))
             .collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| VmError {
             what: "build the interrupt routes",
@@ -290,7 +311,7 @@ impl Vm {
             .map_err(VmError::new("add an irqfd"))
     }
 
-    /// Undoes [`Self::add_irqfd`]; signals stay in `event`.
+    /// Undoes [`Self::add_irqfd`] or [`Self::add_line`]; signals stay in `event`.
     ///
     /// # Errors
     ///
@@ -337,7 +358,7 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
     entry
 }
 
-/// A machine of 32 MiB with nothing in it; none, with the reason on stderr, where there is
+/// A machine of 32 MiB with nothing but interrupt lines in it; none, with the reason on stderr, where there is
 /// no KVM.
 #[cfg(test)]
 pub fn test_vm() -> Option<Arc<Vm>> {
@@ -346,12 +367,26 @@ pub fn test_vm() -> Option<Arc<Vm>> {
         return None;
     };
     let memory = crate::memory::allocate(32, false).unwrap();
-    Some(Arc::new(Vm::new(&kvm, memory).unwrap()))
+    Some(Arc::new(Vm::new(&kvm, memory, true).unwrap()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_that_is_removed_leaves_its_slot() {
+        let Some(vm) = test_vm() else {
+            return;
+        };
+        let slots = [(); 3].map(|()| {
+            let page = vm.add_read_only_page(layout::ECAM_START).unwrap();
+            vm.remove_read_only_page(&page).unwrap();
+            assert_eq!(Arc::strong_count(&page.page), 1);
+            page.slot
+        });
+        assert!(slots.iter().all(|slot| *slot == slots[0]), "{slots:?}");
+    }
 
     #[test]
     fn route_that_is_refused_does_not_spoil_the_others() {

@@ -38,6 +38,15 @@ impl NumberList {
         self
     }
 
+    /// A bit for each number from 0 on, without zero bytes at the end.
+    pub fn to_bytes(self) -> Vec<u8> {
+        let bytes = self.0.iter().flat_map(|word| word.to_le_bytes());
+        let mut bytes: Vec<u8> = bytes.collect();
+        let used = bytes.iter().rposition(|byte| *byte != 0);
+        bytes.truncate(used.map_or(0, |last| last + 1));
+        bytes
+    }
+
     /// Whether a number is in it.
     #[must_use]
     pub fn has(&self, number: usize) -> bool {
@@ -86,6 +95,8 @@ mod tests {
         assert_eq!(list("7,0-2,3\n").to_string(), "0-3,7");
         assert_eq!(list("1023").to_string(), "1023");
         assert_eq!(list("62-65").or(list("0,66")).to_string(), "0,62-66");
+        assert_eq!(list("0,9").to_bytes(), [1, 2]);
+        assert_eq!(list("64").to_bytes(), [0, 0, 0, 0, 0, 0, 0, 0, 1]);
         for bad in ["", "a", "3-1", "0-", "1024", "0-4096", "1,,2", "-1"] {
             assert_eq!(NumberList::parse(bad), None, "{bad:?}");
         }

@@ -1,41 +1,11 @@
-//! Limits, lists and paths; one test on a cgroup of this machine.
+//! Limits; groups of plain files; groups of this machine.
 
+use std::process::{Child, Command};
+
+use super::bus::testing::{Answer, FakeBus};
+use super::bus::{Body, Message};
 use super::*;
 use serde_json::json;
-
-#[test]
-fn both_forms_of_paths() {
-    assert_eq!(expand("/default/id").unwrap(), ["default", "id"]);
-    assert_eq!(
-        expand("kubepods-burstable-pod1.slice:cri-containerd:abc").unwrap(),
-        [
-            "kubepods.slice",
-            "kubepods-burstable.slice",
-            "kubepods-burstable-pod1.slice",
-            "cri-containerd-abc.scope",
-        ]
-    );
-    assert_eq!(
-        expand(":nerdctl:abc").unwrap(),
-        ["system.slice", "nerdctl-abc.scope"]
-    );
-    assert_eq!(expand("-.slice::x.scope").unwrap(), ["x.scope"]);
-}
-
-#[test]
-fn paths_do_not_climb() {
-    for path in [
-        "",
-        "/",
-        "/a/../b",
-        "a:b",
-        "a.slice:p:x/y",
-        "a/b.slice:p:x",
-        "..slice:p:x",
-    ] {
-        assert!(expand(path).is_err(), "{path:?}");
-    }
-}
 
 #[test]
 fn updates_change_what_they_name() {
@@ -57,14 +27,15 @@ fn updates_change_what_they_name() {
 #[test]
 fn what_was_killed_for_want_of_memory_is_known() {
     let dir = tempfile::tempdir().unwrap();
-    let cgroup = PodCgroup {
-        path: dir.path().to_owned(),
-        dir: File::open(dir.path()).unwrap(),
-    };
+    let (group, _) = group(dir.path(), "/pod", None, &Process::new());
+    fs::create_dir(&group.path).unwrap();
+    let events_file = group.path.join("memory.events");
+    let dir = File::open(&group.path).unwrap();
+    let cgroup = PodCgroup { group, dir };
     assert!(!cgroup.ran_out_of_memory(), "without the controller");
     for (kills, expected) in [("0", false), ("2", true)] {
         let events = format!("max 5\noom 3\noom_kill {kills}\noom_group_kill 1\n");
-        fs::write(dir.path().join("memory.events"), events).unwrap();
+        fs::write(&events_file, events).unwrap();
         assert_eq!(cgroup.ran_out_of_memory(), expected);
     }
 }
@@ -160,60 +131,223 @@ fn huge_pages_of_sizes_that_an_update_does_not_name_stay() {
     assert_eq!(bytes(less.or_more(large)), (6 << 20) + (1 << 30));
 }
 
+/// A child of the test's, which is killed with it.
+struct Process(Child);
+
+impl Process {
+    fn new() -> Self {
+        Self(Command::new("sleep").arg("600").spawn().unwrap())
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// What the kernel says of its group.
+    fn group(&self) -> String {
+        let text = fs::read_to_string(format!("/proc/{}/cgroup", self.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("0::"));
+        line.unwrap_or("/").to_owned()
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Already dead is fine.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn group(root: &Path, path: &str, systemd: Option<Systemd>, shim: &Process) -> (Group, Place) {
+    let place = Place::parse(path).unwrap();
+    let shim = Resident::at_home(root, shim.pid());
+    (Group::new(root, &place, systemd, shim), place)
+}
+
 /// Plain files in the place of a cgroup's.
 #[test]
 fn a_list_is_lifted_to_what_the_group_above_has() {
     let root = tempfile::tempdir().unwrap();
-    let path = root.path().join("pod");
-    fs::create_dir(&path).unwrap();
+    let shim = Process::new();
+    let (group, _) = group(root.path(), "/pod", None, &shim);
+    fs::create_dir(&group.path).unwrap();
     fs::write(root.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
-    let cpus = path.join("cpuset.cpus");
-    let dir = File::open(&path).unwrap();
-    let cgroup = PodCgroup { path, dir };
-    cgroup.set_list("cpuset.cpus", None).unwrap();
-    assert!(!cpus.exists(), "was never set");
+    let cpus = group.path.join("cpuset.cpus");
+    let set = |list: Option<&str>| {
+        let limits = Limits {
+            cpus: list.and_then(NumberList::parse),
+            ..Limits::default()
+        };
+        let limits = group.with_lists(&limits).unwrap();
+        group.write_limits(&limits).unwrap();
+        limits.cpus.map(|cpus| cpus.to_string())
+    };
+    assert_eq!(set(None), None, "was never set");
+    assert!(!cpus.exists());
     fs::write(&cpus, "").unwrap();
-    cgroup
-        .set_list("cpuset.cpus", NumberList::parse("2-3"))
-        .unwrap();
+    assert_eq!(set(None), None);
+    set(Some("2-3"));
     assert_eq!(fs::read_to_string(&cpus).unwrap(), "2-3");
-    cgroup.set_list("cpuset.cpus", None).unwrap();
+    assert_eq!(set(None).as_deref(), Some("0-7"));
     assert_eq!(fs::read_to_string(&cpus).unwrap(), "0-7");
+}
+
+/// A systemd that makes plain directories.
+fn with_plain_directories(root: &Path) -> (FakeBus, Systemd) {
+    let directory = root.join("a.slice/a-b.slice/nacre-pod.scope");
+    let job = || Body::default().path("/job/1");
+    let removed = || {
+        Body::default()
+            .number(1)
+            .path("/job/1")
+            .text("u")
+            .text("done")
+    };
+    let signal =
+        move || Answer::Signal("org.freedesktop.systemd1.Manager", "JobRemoved", removed());
+    let bus = FakeBus::new(move |call: &Message| match call.name() {
+        "StartTransientUnit" => {
+            fs::create_dir_all(&directory).unwrap();
+            for file in ["memory.max", "cpu.max"] {
+                fs::write(directory.join(file), "").unwrap();
+            }
+            vec![Answer::Return(job()), signal()]
+        }
+        "StopUnit" => {
+            fs::remove_dir_all(&directory).unwrap();
+            vec![Answer::Return(job()), signal()]
+        }
+        _ => vec![Answer::Return(Body::default())],
+    });
+    let systemd = Systemd {
+        system_bus: bus.path().into(),
+        private: root.join("nobody"),
+    };
+    (bus, systemd)
+}
+
+#[test]
+fn a_unit_is_systemd_s_to_make_limit_and_end() {
+    let root = tempfile::tempdir().unwrap();
+    let (bus, systemd) = with_plain_directories(root.path());
+    let shim = Process::new();
+    let (group, place) = group(root.path(), "a-b.slice:nacre:pod", Some(systemd), &shim);
+    let limits = Limits {
+        memory_bytes: Some(4096),
+        ..Limits::default()
+    };
+    let cgroup = PodCgroup::make(group, root.path(), &place, &limits).unwrap();
+    let memory = || fs::read_to_string(cgroup.path().join("memory.max")).unwrap();
+    assert_eq!(memory(), "4096");
+    assert_eq!(bus.take_calls("StartTransientUnit").len(), 1);
+
+    // A shorter text does not replace a longer one in a plain file.
+    fs::write(cgroup.path().join("memory.max"), "").unwrap();
+    cgroup.set_limits(&Limits::default()).unwrap();
+    assert_eq!(memory(), "max");
+    assert_eq!(bus.take_calls("SetUnitProperties").len(), 1);
+
+    cgroup.remove().unwrap();
+    assert_eq!(bus.take_calls("StopUnit").len(), 1);
+    assert!(!cgroup.path().exists());
 }
 
 /// The first writable cgroup v2 mount, also on hosts that have v1 as well.
 fn root() -> Option<PathBuf> {
-    [CGROUP_ROOT, "/sys/fs/cgroup/unified"]
-        .map(PathBuf::from)
+    let roots = [CGROUP_ROOT, "/sys/fs/cgroup/unified"].map(PathBuf::from);
+    let root = roots
         .into_iter()
-        .find(|path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC))
+        .find(|path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC));
+    let Some(root) = root else {
+        eprintln!("skipped: no cgroup v2 here");
+        return None;
+    };
+    let probe = root.join(format!(
+        "nacre-test-probe-{:?}",
+        std::thread::current().id()
+    ));
+    match fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)) {
+        Ok(()) => Some(root),
+        Err(error) => {
+            eprintln!("skipped: not allowed to make cgroups: {error}");
+            None
+        }
+    }
 }
 
 #[test]
-fn leftover_processes_are_killed_on_removal() {
+fn the_shim_is_in_the_group_and_outlives_it() {
     let Some(root) = root() else {
-        eprintln!("skipped: no cgroup v2 here");
         return;
     };
+    let mut shim = Process::new();
+    let home = shim.group();
     let name = format!("/nacre-test-{}/pod", std::process::id());
-    let cgroup = match PodCgroup::create_below(&root, &name, &Limits::default()) {
-        Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
-            eprintln!("skipped: not allowed to make cgroups");
-            return;
-        }
-        result => result.unwrap(),
-    };
-    let mut child = std::process::Command::new("sleep")
-        .arg("600")
-        .spawn()
-        .unwrap();
-    cgroup.add_process(child.id()).unwrap();
+    let (group, place) = group(&root, &name, None, &shim);
+    let cgroup = PodCgroup::make(group, &root, &place, &Limits::default()).unwrap();
+    assert_eq!(shim.group(), name);
 
+    let other = Process::new();
+    write(
+        &cgroup.path().join("cgroup.procs"),
+        &other.pid().to_string(),
+    )
+    .unwrap();
     // The zombie holds the group until it is reaped.
-    let reaper = std::thread::spawn(move || child.wait().unwrap());
+    let reaper = std::thread::spawn(move || {
+        let mut other = other;
+        other.0.wait().unwrap()
+    });
     cgroup.remove().unwrap();
     assert!(!reaper.join().unwrap().success());
+    assert!(shim.is_running());
+    assert_eq!(shim.group(), home);
     cgroup.remove().unwrap();
     assert!(!cgroup.path().exists());
     fs::remove_dir(cgroup.path().parent().unwrap()).unwrap();
+}
+
+#[test]
+fn a_group_that_cannot_be_limited_is_not_left() {
+    let Some(root) = root() else {
+        return;
+    };
+    let mut shim = Process::new();
+    let home = shim.group();
+    let name = format!("/nacre-test-limits-{}", std::process::id());
+    let (group, place) = group(&root, &name, None, &shim);
+    // Less than a millisecond, or no such controller.
+    let limits = Limits {
+        cpu: Some((1, 100_000)),
+        ..Limits::default()
+    };
+    let error = PodCgroup::make(group, &root, &place, &limits).unwrap_err();
+    assert!(error.to_string().contains("cpu.max"), "{error}");
+    assert!(!place.below(&root).exists());
+    assert!(shim.is_running());
+    assert_eq!(shim.group(), home);
+}
+
+/// Else it would kill itself. Plain files in the place of a cgroup's.
+#[test]
+fn who_cannot_leave_a_group_does_not_remove_it() {
+    let root = tempfile::tempdir().unwrap();
+    let shim = Process::new();
+    let path = root.path().join(shim.group().trim_start_matches('/'));
+    fs::create_dir_all(&path).unwrap();
+    let kill = path.join("cgroup.kill");
+    fs::write(&kill, "").unwrap();
+    let group = Group {
+        path,
+        scope: None,
+        shim: Resident::at_home(root.path(), shim.pid()),
+    };
+    let error = group.remove().unwrap_err();
+    assert!(error.to_string().contains("cgroup.procs"), "{error}");
+    assert_eq!(fs::read_to_string(&kill).unwrap(), "", "nobody is killed");
 }

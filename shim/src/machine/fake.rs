@@ -8,7 +8,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, DriverImage, System, request};
 use crate::hooks::Runner;
+use crate::network::HostNic;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{
     ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots,
@@ -36,6 +37,8 @@ use crate::task::lock;
 mod scripted;
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The slot of bus 0 that cards are put in.
+const FREE_SLOT: u8 = 20;
 const ROOM: Room = Room {
     memory: MemorySize {
         boot_mib: 256,
@@ -72,6 +75,8 @@ pub struct FakeMachine {
     disks: watch::Sender<Disks>,
     /// Why it takes no devices, and leaves those it has.
     keeps_devices: Mutex<Option<fn() -> MachineError>>,
+    /// Whether it has no room for network cards.
+    is_full: AtomicBool,
     journal: Journal,
 }
 
@@ -167,6 +172,21 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError> {
+        if self.is_full.load(Ordering::Relaxed) {
+            lock(&self.journal).push("no room for a card".into());
+            return Err(MachineError::Nic("no room".into()));
+        }
+        let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+        lock(&self.journal).push(format!("card {mac}, mtu {}, in {FREE_SLOT}", nic.mtu));
+        Ok(FREE_SLOT)
+    }
+
+    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
+        lock(&self.journal).push(format!("no card in {slot}"));
+        Ok(())
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -219,6 +239,18 @@ impl FakeMachine {
     /// From now on, and for exchanges that wait, this becomes of them.
     pub fn disks(&self, disks: Disks) {
         self.disks.send_replace(disks);
+    }
+
+    /// From now on it takes no network cards.
+    pub fn refuses_cards(&self) {
+        self.is_full.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on the guest lets go of none.
+    pub fn keeps_cards(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.keeps_cards.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Resolves when the guest has answered `count` pings.
@@ -307,6 +339,8 @@ pub struct FakeHost {
     pub knows_network: bool,
     /// Whether its machines' guests hang from the start.
     pub hangs: bool,
+    /// How long they may; zero: as long as they like.
+    pub hang_timeout: Duration,
     /// A console's shell.
     pub debug_shell: Option<PathBuf>,
     /// What was resized and limited, in order.
@@ -342,6 +376,7 @@ impl FakeHost {
             machine: Arc::default(),
             knows_network: true,
             hangs: false,
+            hang_timeout: Duration::ZERO,
             debug_shell: None,
             journal: Journal::default(),
             hooks: Runner::default(),
@@ -504,6 +539,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        is_full: AtomicBool::new(false),
         journal,
     }
 }
@@ -533,6 +569,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        is_full: AtomicBool::new(false),
         journal: Journal::default(),
     }
 }

@@ -24,6 +24,7 @@ use nacre_protocol::vm::StopReason;
 use nacre_vmm::vfio::Passthrough;
 use tokio::net::UnixStream;
 
+use crate::network::HostNic;
 use crate::storage::HostBacking;
 
 pub use vm::{Launch, VmMachine};
@@ -70,6 +71,9 @@ pub enum MachineError {
     /// Devices are not plugged in, or not unplugged: all is as it was.
     #[error("{0}")]
     Slots(String),
+    /// A network card cannot be put in or taken out.
+    #[error("network card: {0}")]
+    Nic(String),
     /// The machine is dead.
     #[error("the virtual machine is gone: {0}")]
     Stopped(Stop),
@@ -91,6 +95,8 @@ pub enum Stop {
     Failed(String),
     /// The monitor ended without a word, or was killed.
     Died,
+    /// It was killed because the guest did not answer.
+    Hung,
 }
 
 impl std::fmt::Display for Stop {
@@ -102,6 +108,7 @@ impl std::fmt::Display for Stop {
             Self::Guest(StopReason::Panic) => f.write_str("the guest kernel panicked"),
             Self::Failed(message) => write!(f, "the monitor failed: {message}"),
             Self::Died => f.write_str("the monitor process ended"),
+            Self::Hung => f.write_str("the guest hung: no answer within hang_timeout_seconds"),
         }
     }
 }
@@ -144,6 +151,14 @@ pub trait Machine: Send + Sync {
     /// go of it or not. The machine has nothing of it when this returns. Of errors holds
     /// the same.
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError>;
+
+    /// Puts a network card into the running machine; the slot of bus 0 it is in, where
+    /// the guest finds it when it looks.
+    async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError>;
+
+    /// Takes the network card out of a slot, whether the guest has let go of it or not.
+    /// The machine has nothing of it open when this returns.
+    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;

@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
+use crate::network::HostNic;
 use crate::storage::HostBacking;
 use crate::task::lock;
 
@@ -314,6 +315,20 @@ impl Machine for VmMachine {
             slots: slots.to_owned(),
         });
         unplug.await?.map(drop).map_err(MachineError::Slots)
+    }
+
+    async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError> {
+        let mut fds = FdList::default();
+        let nic = nic.describe(&mut fds);
+        let add = self.ask(&fds, |number| Request::AddNic { number, nic });
+        let slot = add.await?.map_err(MachineError::Nic)?;
+        u8::try_from(slot).map_err(|_| MachineError::Nic(format!("no slot {slot}")))
+    }
+
+    async fn remove_nic(&self, slot: u8) -> Result<(), MachineError> {
+        let fds = FdList::default();
+        let remove = self.ask(&fds, |number| Request::RemoveNic { number, slot });
+        remove.await?.map(drop).map_err(MachineError::Nic)
     }
 
     async fn stopped(&self) -> Stop {

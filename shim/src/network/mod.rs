@@ -15,9 +15,11 @@
 //! guest alone answers for them. No iptables, no bridge, no address of our own.
 //!
 //! Taps live as long as their descriptors, and the filters go with the
-//! namespace; there is nothing to clean up.
+//! namespace; there is nothing to clean up. What changes in the namespace while the
+//! machine runs, [`follow`] finds out.
 
 mod bpf;
+pub mod follow;
 pub mod loopback;
 mod netlink;
 mod rules;
@@ -25,12 +27,15 @@ mod tap;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use nacre_protocol::agent;
+use nacre_protocol::agent::NetworkConfig;
+use nacre_protocol::channel::FdList;
+use nacre_protocol::vm::Nic;
 use nix::sched::{CloneFlags, setns};
 
+pub use netlink::Link;
 use netlink::Netlink;
 
 /// Smallest and largest number of queue pairs (`TAP_MAX_QUEUES` is 256; one
@@ -90,19 +95,15 @@ pub enum NetworkError {
 pub struct PodNetwork {
     /// virtio-net devices.
     pub nics: Vec<HostNic>,
-    /// What the agent configures: interfaces,
-    pub interfaces: Vec<agent::Interface>,
-    /// routes, in an order in which they can be added,
-    pub routes: Vec<agent::Route>,
-    /// rules of which table they are looked up in,
-    pub rules: Vec<agent::Rule>,
-    /// and permanent neighbours.
-    pub neighbors: Vec<agent::Neighbor>,
+    /// What the agent configures, the interfaces in the order of their devices.
+    pub config: NetworkConfig,
 }
 
 /// A virtio-net device to be.
 #[derive(Debug)]
 pub struct HostNic {
+    /// Index of the interface it stands for.
+    pub index: u32,
     /// MAC address of the interface it stands for.
     pub mac: [u8; 6],
     /// MTU of that interface.
@@ -112,6 +113,58 @@ pub struct HostNic {
     /// One vhost-net descriptor per queue pair, or none if the host has no
     /// `/dev/vhost-net`.
     pub vhost: Vec<OwnedFd>,
+}
+
+impl HostNic {
+    /// It in a message to the monitor.
+    pub fn describe<'a>(&'a self, list: &mut FdList<'a>) -> Nic {
+        Nic {
+            mac: self.mac,
+            mtu: self.mtu,
+            taps: self.taps.iter().map(|fd| list.push(fd.as_fd())).collect(),
+            vhost: self.vhost.iter().map(|fd| list.push(fd.as_fd())).collect(),
+        }
+    }
+}
+
+/// What a network namespace holds.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Interfaces a VM can stand in for, by index.
+    pub links: Vec<Link>,
+    /// What is configured of them, the interfaces in the same order, without cards; routes
+    /// in an order in which they can be added.
+    pub config: NetworkConfig,
+    /// Other interfaces that are up.
+    pub others: Vec<String>,
+}
+
+impl Seen {
+    async fn by(netlink: &Netlink) -> Result<Self, NetworkError> {
+        let (links, others) = netlink.links().await?;
+        let config = NetworkConfig {
+            interfaces: netlink.interfaces(&links).await?,
+            routes: netlink.routes(&links).await?,
+            rules: netlink.rules().await?,
+            neighbors: netlink.neighbors(&links).await?,
+            ..Default::default()
+        };
+        Ok(Self {
+            links,
+            config,
+            others,
+        })
+    }
+}
+
+/// The interfaces that a VM does not get.
+pub fn complain<'a>(others: impl IntoIterator<Item = &'a String>) {
+    for interface in others {
+        tracing::warn!(
+            interface,
+            "not a veth, macvlan or ipvlan: the VM does not get it"
+        );
+    }
 }
 
 /// Joins every interface of `netns` to a tap of its own with `queues` queue
@@ -128,34 +181,60 @@ pub fn prepare(netns: &File, queues: u16) -> Result<PodNetwork, NetworkError> {
         return Err(NetworkError::Queues(queues));
     }
     refuse_host_network(netns)?;
+    with_netlink(netns, async |netlink| {
+        let seen = Seen::by(netlink).await?;
+        complain(&seen.others);
+        let mut nics = Vec::new();
+        for link in &seen.links {
+            nics.push(join_one(netlink, link, queues).await?);
+        }
+        let config = seen.config;
+        Ok(PodNetwork { nics, config })
+    })
+}
+
+/// Looks at what is in `netns` now. Blocks, as [`prepare`] does.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn look(netns: &File) -> Result<Seen, NetworkError> {
+    with_netlink(netns, async |netlink| Seen::by(netlink).await)
+}
+
+/// Joins an interface of `netns` to a tap as [`prepare`] does, and blocks so.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn join(netns: &File, link: &Link, queues: u16) -> Result<HostNic, NetworkError> {
+    with_netlink(netns, async |netlink| join_one(netlink, link, queues).await)
+}
+
+async fn join_one(netlink: &Netlink, link: &Link, queues: u16) -> Result<HostNic, NetworkError> {
+    let taps = tap::open(&link.tap_name(), queues)?;
+    netlink.join(link, &link.tap_name()).await?;
+    Ok(HostNic {
+        index: link.index,
+        mac: link.mac,
+        mtu: link.mtu,
+        taps,
+        vhost: tap::open_vhost(queues)?,
+    })
+}
+
+/// Does `work` on a thread inside `netns`, with a connection to the kernel there.
+fn with_netlink<T: Send>(
+    netns: &File,
+    work: impl AsyncFnOnce(&Netlink) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
     in_netns(netns, || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()
             .map_err(system("start a runtime"))?;
-        runtime.block_on(join_all(queues))
+        runtime.block_on(async { work(&Netlink::open()?).await })
     })
-}
-
-async fn join_all(queues: u16) -> Result<PodNetwork, NetworkError> {
-    let netlink = Netlink::open()?;
-    let links = netlink.links().await?;
-    let mut network = PodNetwork::default();
-    for link in &links {
-        let taps = tap::open(&link.tap_name(), queues)?;
-        netlink.join(link, &link.tap_name()).await?;
-        network.nics.push(HostNic {
-            mac: link.mac,
-            mtu: link.mtu,
-            taps,
-            vhost: tap::open_vhost(queues)?,
-        });
-    }
-    network.interfaces = netlink.interfaces(&links).await?;
-    network.routes = netlink.routes(&links).await?;
-    network.rules = netlink.rules().await?;
-    network.neighbors = netlink.neighbors(&links).await?;
-    Ok(network)
 }
 
 fn refuse_host_network(netns: &File) -> Result<(), NetworkError> {
@@ -201,4 +280,4 @@ fn system(action: &'static str) -> impl Fn(io::Error) -> NetworkError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

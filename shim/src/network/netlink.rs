@@ -32,18 +32,32 @@ const INGRESS_HANDLE: u32 = 0xffff_0000;
 const DEFAULT_MTU: u32 = 1500;
 
 /// An interface a VM can stand in for.
-#[derive(Debug)]
-pub(super) struct Link {
+#[derive(Debug, Clone)]
+pub struct Link {
+    /// Its index, which no other of its namespace ever has.
     pub index: u32,
+    /// Its name now.
     pub name: String,
-    pub mac: [u8; 6],
-    pub mtu: u16,
+    /// Whether somebody has set it up.
+    pub is_up: bool,
+    pub(super) mac: [u8; 6],
+    pub(super) mtu: u16,
+}
+
+/// An interface as a VM sees it.
+enum Found {
+    /// It can stand in for it.
+    Link(Link),
+    /// It cannot; this is its name.
+    Other(String),
+    /// Nobody expects it to.
+    Nothing,
 }
 
 impl Link {
     /// Name of its tap: `tap_` and as much of the name as fits. Interfaces whose
     /// first 11 bytes agree would clash, so the index takes over for long ones.
-    pub fn tap_name(&self) -> String {
+    pub(super) fn tap_name(&self) -> String {
         let name = format!("tap_{}", self.name);
         if name.len() <= MAX_NAME_BYTES {
             name
@@ -69,17 +83,19 @@ impl Netlink {
         Ok(Self { handle })
     }
 
-    /// The interfaces to hand over, by index.
-    pub async fn links(&self) -> Result<Vec<Link>, NetworkError> {
+    /// The interfaces to hand over, by index, and the names of others that are up.
+    pub async fn links(&self) -> Result<(Vec<Link>, Vec<String>), NetworkError> {
         let messages = collect("list interfaces", self.handle.link().get().execute()).await?;
-        let mut links = Vec::new();
+        let (mut links, mut others) = (Vec::new(), Vec::new());
         for message in messages {
-            if let Some(link) = link(&message)? {
-                links.push(link);
+            match link(&message)? {
+                Found::Link(link) => links.push(link),
+                Found::Other(name) => others.push(name),
+                Found::Nothing => {}
             }
         }
         links.sort_by_key(|link| link.index);
-        Ok(links)
+        Ok((links, others))
     }
 
     /// Redirects frames between `link` and the tap named `tap`, and sets the tap
@@ -248,39 +264,40 @@ fn names(links: &[Link]) -> Names<'_> {
 }
 
 /// An interface if it is one of those CNI plugins make for pods. Others (the
-/// loopback, a kernel's fallback tunnels, a device moved in whole) stay.
-fn link(message: &LinkMessage) -> Result<Option<Link>, NetworkError> {
+/// loopback, our own taps, a kernel's fallback tunnels, a device moved in whole) stay.
+fn link(message: &LinkMessage) -> Result<Found, NetworkError> {
     let mut name = String::new();
     let mut mac = None;
     let mut mtu = DEFAULT_MTU;
-    let mut is_known = false;
+    let (mut is_known, mut is_tap) = (false, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name.clone_from(text),
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             LinkAttribute::Mtu(value) => mtu = *value,
-            LinkAttribute::LinkInfo(infos) => is_known = infos.iter().any(is_pod_kind),
+            LinkAttribute::LinkInfo(infos) => {
+                is_known = infos.iter().any(is_pod_kind);
+                is_tap = infos.contains(&LinkInfo::Kind(InfoKind::Tun));
+            }
             _ => {}
         }
     }
-    if message.header.flags.contains(LinkFlags::Loopback) {
-        return Ok(None);
-    }
+    let is_up = message.header.flags.contains(LinkFlags::Up);
     if !is_known || message.header.link_layer_type != LinkLayerType::Ether {
-        if message.header.flags.contains(LinkFlags::Up) {
-            tracing::warn!(
-                interface = name,
-                "not a veth, macvlan or ipvlan: the VM does not get it"
-            );
-        }
-        return Ok(None);
+        let is_expected = !is_tap && !message.header.flags.contains(LinkFlags::Loopback);
+        return Ok(if is_up && is_expected {
+            Found::Other(name)
+        } else {
+            Found::Nothing
+        });
     }
     let missing = |what| NetworkError::Interface {
         interface: name.clone(),
         what,
     };
-    Ok(Some(Link {
+    Ok(Found::Link(Link {
         index: message.header.index,
+        is_up,
         mac: mac.ok_or_else(|| missing("MAC address"))?,
         mtu: u16::try_from(mtu).map_err(|_| missing("MTU"))?,
         name,

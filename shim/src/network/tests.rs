@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// A network namespace.
-struct Netns(File);
+pub(crate) struct Netns(pub(crate) File);
 
 impl Netns {
     /// A new namespace, or none where that is not allowed: the test is skipped.
@@ -34,7 +34,8 @@ impl Netns {
         in_netns(&self.0, || Ok(work())).unwrap()
     }
 
-    fn ip(&self, arguments: &str) {
+    /// ip(8) in it.
+    pub(crate) fn ip(&self, arguments: &str) {
         let status = self.run(|| {
             Command::new("ip")
                 .args(arguments.split_whitespace())
@@ -45,7 +46,7 @@ impl Netns {
     }
 
     /// A pod's namespace and the node's end of its veth.
-    fn pod_and_node() -> Option<(Self, Self)> {
+    pub(crate) fn pod_and_node() -> Option<(Self, Self)> {
         let (pod, node) = (Self::new()?, Self::new()?);
         pod.ip("link add eth0 address 02:00:00:00:00:05 mtu 1450 type veth peer name node0");
         pod.move_link("node0", &node);
@@ -157,11 +158,13 @@ fn what_the_namespace_holds_is_told() {
     let nic = &network.nics[0];
     assert_eq!((nic.mac, nic.mtu), ([2, 0, 0, 0, 0, 5], 1450));
     assert_eq!(nic.taps.len(), 2);
-    let interface = &network.interfaces[0];
+    let interface = &network.config.interfaces[0];
     assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1450));
     assert_eq!(interface.mac, "02:00:00:00:00:05");
+    assert!(interface.card.is_empty(), "the machine is not there yet");
     assert_eq!(interface.addresses, ["10.88.0.5/16"]);
     let routes: Vec<_> = network
+        .config
         .routes
         .iter()
         .map(|r| (r.destination.as_str(), r.gateway.as_str(), r.table))
@@ -175,9 +178,10 @@ fn what_the_namespace_holds_is_told() {
     let mut routes = routes;
     routes.sort_by_key(|(_, gateway, table)| (!gateway.is_empty(), *table));
     assert_eq!(routes, expected);
-    assert!(network.routes.iter().all(|route| route.device == "eth0"));
-    assert_eq!(network.neighbors.len(), 1);
-    assert_eq!(network.neighbors[0].address, "10.88.0.9");
+    let mut all = network.config.routes.iter();
+    assert!(all.all(|route| route.device == "eth0"));
+    assert_eq!(network.config.neighbors.len(), 1);
+    assert_eq!(network.config.neighbors[0].address, "10.88.0.9");
 }
 
 #[test]
@@ -185,7 +189,7 @@ fn rules_are_told_but_for_the_kernel_s() {
     let Some((pod, _node)) = Netns::pod_and_node() else {
         return;
     };
-    let rules = prepare(&pod.0, 1).unwrap().rules;
+    let rules = prepare(&pod.0, 1).unwrap().config.rules;
     // The one with users is left out: the guest's are others.
     let [from, mark, prohibit] = rules.as_slice() else {
         panic!("{rules:?}");
@@ -216,7 +220,20 @@ fn a_second_vm_may_follow_in_the_same_namespace() {
 fn namespace_without_interfaces_gives_no_nic() {
     let Some(netns) = Netns::new() else { return };
     let network = prepare(&netns.0, 1).unwrap();
-    assert!(network.nics.is_empty() && network.routes.is_empty());
+    assert!(network.nics.is_empty() && network.config.routes.is_empty());
+}
+
+#[test]
+fn taps_are_no_strangers() {
+    let Some(netns) = Netns::new() else { return };
+    netns.ip("link add br7 type bridge");
+    netns.ip("link set br7 up");
+    let tap = netns.run(|| tap::open("tap_eth0", 1).unwrap());
+    netns.ip("link set tap_eth0 up");
+    let seen = look(&netns.0).unwrap();
+    drop(tap);
+    assert_eq!(seen.others, ["br7"]);
+    assert!(seen.links.is_empty());
 }
 
 #[test]

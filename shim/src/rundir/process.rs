@@ -113,6 +113,7 @@ pub(crate) mod undying {
     use std::process::{Child, Command, Stdio};
 
     use nix::sys::signal::{Signal, kill};
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
     use nix::unistd::Pid;
 
     pub(crate) struct Undying {
@@ -135,6 +136,9 @@ pub(crate) mod undying {
             parent.1.unwrap();
             let stopped = Pid::from_raw(parent.0.id().try_into().unwrap());
             kill(stopped, Signal::SIGSTOP).unwrap();
+            // Until it has stopped it may reap one more child.
+            let status = waitpid(stopped, Some(WaitPidFlag::WUNTRACED)).unwrap();
+            assert!(matches!(status, WaitStatus::Stopped(..)), "{status:?}");
             let process = Proc::of(pid).unwrap();
             Some(Self {
                 outer: outer.0,

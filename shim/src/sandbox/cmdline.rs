@@ -48,7 +48,7 @@ pub fn cmdline(debug_console: bool, vcpus: u8, max_vcpus: u8) -> String {
     let last: &[&str] = if debug_console { &DEBUG } else { &SILENT };
     // The agent brings the others online when the pod is to have them. They are present,
     // not "online-capable" (ACPI 6.5, 5.2.12.2): to make one of those present takes an
-    // ACPI event, which takes an IOAPIC, and saves the guest nothing.
+    // ACPI event, which takes an interrupt line, and saves the guest nothing.
     let started = (vcpus < max_vcpus).then(|| format!("maxcpus={vcpus}"));
     let words = ALWAYS.iter().chain(last).copied();
     words

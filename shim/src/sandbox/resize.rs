@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use nacre_protocol::agent::SetCpusRequest;
 use nacre_protocol::vm::GROWTH_STEP_MIB;
 use tracing::info;
@@ -72,10 +73,10 @@ impl Sandbox {
     ///
     /// `TooLarge`, `Pinned`; `NotGrown`, with memory and limits as they were; `NoVcpus`,
     /// with the memory that was wanted; those of the agent, the machine and of `limit`.
-    pub async fn resize(
+    pub async fn resize<'a>(
         &self,
         wanted: Wanted,
-        limit: impl Fn(u32) -> Result<(), SandboxError>,
+        limit: impl Fn(u32) -> BoxFuture<'a, Result<(), SandboxError>>,
     ) -> Result<Option<u8>, SandboxError> {
         let Some(guest) = self.guest.get() else {
             return Ok(None);
@@ -122,11 +123,11 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn resize_memory(
+    async fn resize_memory<'a>(
         &self,
         guest: &Guest,
         wanted_mib: u32,
-        limit: impl Fn(u32) -> Result<(), SandboxError>,
+        limit: impl Fn(u32) -> BoxFuture<'a, Result<(), SandboxError>>,
     ) -> Result<(), SandboxError> {
         let MemorySize {
             boot_mib,
@@ -149,10 +150,10 @@ impl Sandbox {
         let wanted_mib = boot_mib + growth.next_multiple_of(GROWTH_STEP_MIB);
         let before_mib = guest.size.memory_mib.load(Ordering::Relaxed);
         if wanted_mib > before_mib {
-            limit(wanted_mib)?;
+            limit(wanted_mib).await?;
             let has_mib = self.set_memory(guest, wanted_mib).await?;
             if has_mib < wanted_mib {
-                limit(self.set_memory(guest, before_mib).await?)?;
+                limit(self.set_memory(guest, before_mib).await?).await?;
                 return Err(SandboxError::NotGrown {
                     wanted_mib,
                     has_mib,
@@ -166,7 +167,7 @@ impl Sandbox {
                 info!(wanted_mib, has_mib, "the guest keeps memory");
             }
         }
-        limit(guest.size.memory_mib.load(Ordering::Relaxed))
+        limit(guest.size.memory_mib.load(Ordering::Relaxed)).await
     }
 
     async fn set_memory(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {

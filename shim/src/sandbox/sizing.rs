@@ -110,15 +110,16 @@ fn host_memory_mib() -> u32 {
 }
 
 /// Memory, in MiB, for a pod whose containers have these limits: what they may
-/// use together, and no less than the default while one of them has no limit.
-pub fn memory_of(containers: &[Limits], config: &Config) -> u32 {
+/// use together, and no less than the default while one of them has no limit. In a
+/// machine that keeps its size such a one has what is there.
+pub fn memory_of(containers: &[Limits], is_pinned: bool, config: &Config) -> u32 {
     let known = containers.iter().filter_map(|limits| limits.memory_bytes);
     let bytes = known.fold(0, u64::saturating_add);
     let mib = mib_for(bytes);
     let limited = containers
         .iter()
         .all(|limits| limits.memory_bytes.is_some());
-    let mib = if limited {
+    let mib = if limited || is_pinned {
         mib
     } else {
         mib.max(config.default_memory_mib)
@@ -164,7 +165,9 @@ fn mib_for(bytes: u64) -> u32 {
 /// The host's limits for a pod with these containers and a machine of
 /// `memory_mib`: what the machine may fill, and the overhead. The guest's reserve
 /// is part of that, but for a machine with devices: it fills its memory at once, and there
-/// are page tables for all of it. A container without a limit lifts that of the pod.
+/// are page tables for all of it. Of processor time there is an overhead too, else
+/// containers that use all of theirs would leave the shim none to manage them with.
+/// A container without a limit lifts that of the pod.
 pub fn host_limits(
     containers: &[Limits],
     memory_mib: u32,
@@ -179,8 +182,14 @@ pub fn host_limits(
         memory_mib.saturating_sub(GUEST_RESERVE_MIB)
     };
     let mib = mib + u64::from(config.overhead_memory_mib);
+    let millis = u64::from(config.overhead_cpu_millis);
+    let with_overhead = |(quota, period): (u64, u64)| {
+        let overhead = period.saturating_mul(millis) / 1000;
+        (quota.saturating_add(overhead), period)
+    };
     Limits {
         memory_bytes: together.memory_bytes.map(|_| mib << 20),
+        cpu: together.cpu.map(with_overhead),
         ..together
     }
 }
@@ -294,19 +303,24 @@ mod tests {
             ..Limits::default()
         };
         let both = [limit(256), limit(512)];
-        assert_eq!(memory_of(&both, &config), 832);
+        assert_eq!(memory_of(&both, false, &config), 832);
         let overhead = u64::from(config.overhead_memory_mib);
         let host = host_limits(&both, 832, false, &config);
         assert_eq!(host.memory_bytes, Some((768 + overhead) << 20));
-        assert_eq!(host.cpu, Some((100_000, 100_000)));
+        let millis = u64::from(config.overhead_cpu_millis);
+        assert_eq!(host.cpu, Some((100_000 + 100 * millis, 100_000)));
         let one_without = [limit(4), Limits::default()];
         let default = config.default_memory_mib;
-        assert_eq!(memory_of(&one_without, &config), default);
+        assert_eq!(memory_of(&one_without, false, &config), default);
+        assert_eq!(memory_of(&one_without, true, &config), 128);
         assert_eq!(
             host_limits(&one_without, default, false, &config),
             Limits::default()
         );
-        assert_eq!(memory_of(&[limit(u64::MAX >> 20); 2], &config), 1 << 20);
+        assert_eq!(
+            memory_of(&[limit(u64::MAX >> 20); 2], false, &config),
+            1 << 20
+        );
     }
 
     #[test]
@@ -340,7 +354,7 @@ mod tests {
         assert_eq!(size(&spec).1, 256 + 64 + 64);
         let resources = serde_json::from_value(spec["linux"]["resources"].clone());
         let limits = Limits::default().updated_by(&resources.unwrap());
-        assert_eq!(memory_of(&[limits, limits], &config), 512 + 64 + 128);
+        assert_eq!(memory_of(&[limits, limits], false, &config), 512 + 64 + 128);
     }
 
     #[test]

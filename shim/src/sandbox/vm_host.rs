@@ -3,6 +3,7 @@
 //! ```text
 //! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
 //! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
+//!       -> what comes and goes in the netns ([`cards`](super::cards))
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
 //! before the next begins, so that [`VmHost::teardown`], or `delete` after a
@@ -12,6 +13,7 @@ mod boot;
 mod devices;
 mod near;
 mod netns;
+mod network;
 mod progress;
 
 use std::fs::{File, OpenOptions};
@@ -26,23 +28,24 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use nacre_protocol::agent::ConfigureSandboxRequest;
+use nacre_protocol::vm::PciOptions;
 use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
+use super::cards::Cards;
 use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of, vcpus_of};
 use super::{
     ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, VcpuCount,
     blocking,
 };
-use crate::cgroup::{Limits, PodCgroup};
+use crate::cgroup::{CgroupError, Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
 use crate::hooks;
 use crate::machine::{Launch, Machine, SELF_EXE, VmMachine};
-use crate::network::loopback::{self, Loopback};
-use crate::network::{self, PodNetwork};
+use crate::network::PodNetwork;
 use crate::oci::{self, kubernetes};
 use crate::rundir::{DEATH_WAIT, Proc, RunDir, RunDirError, State};
 use crate::storage::{self, Prepared, StorageError};
@@ -51,6 +54,7 @@ use crate::virtiofsd;
 use boot::{BootConfig, BootFds};
 use near::Near;
 use netns::{NetNs, open_netns, refuse_host_namespaces};
+use network::listen;
 
 /// `HOST_NAME_MAX`, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -61,7 +65,7 @@ const GROUP: &str = "io.containerd.runc.v2.group";
 struct Parts {
     machine: Option<Arc<VmMachine>>,
     virtiofsd: Option<Child>,
-    cgroup: Option<PodCgroup>,
+    cgroup: Option<Arc<PodCgroup>>,
     netns: Option<NetNs>,
     /// As far as it is known.
     network: Option<PodNetwork>,
@@ -160,7 +164,7 @@ impl VmHost {
         refuse_host_namespaces(&config.spec, &config.id)?;
         self.claim_devices(config).await?;
         let netns = open_netns(&config.spec, &config.id)?;
-        self.claim_identity(&config.spec, &netns)?;
+        self.claim_identity(&config.spec, &netns).await?;
         let near = self.near(&config.spec).await;
         let machine = self.start_monitor(&netns, near.as_ref())?;
         self.hooks.create(config, machine.pid()).await?;
@@ -172,12 +176,6 @@ impl VmHost {
         parts.network = known.then_some(network);
         parts.netns = Some(netns);
         Ok(Sandbox::new(machine))
-    }
-
-    async fn join_network(&self, netns: &NetNs) -> Result<PodNetwork, SandboxError> {
-        let netns = netns.another()?;
-        let queues = self.config.net_queues;
-        Ok(blocking(move || network::prepare(&netns, queues)).await?)
     }
 
     /// See [`super::Host::files_dir`].
@@ -225,14 +223,15 @@ impl VmHost {
             let (netns, network) = (parts.netns.take(), parts.network.take());
             (machine, netns, network, uid, parts.pci_slots)
         };
-        let loopback = match &netns {
-            Some(netns) if kubernetes::is_sandbox(&config.spec) => listen(netns).await?,
-            _ => None,
+        let netns = netns.ok_or(SandboxError::Stopped)?;
+        let loopback = if kubernetes::is_sandbox(&config.spec) {
+            listen(&netns).await?
+        } else {
+            None
         };
-        let network = match (network, netns) {
-            (Some(network), _) => network,
-            (None, Some(netns)) => self.join_network(&netns).await?,
-            (None, None) => return Err(SandboxError::Stopped),
+        let network = match network {
+            Some(network) => network,
+            None => self.join_network(&netns).await?,
         };
         let shares = prepared.uses_shared_dir || may_grow(&config.spec);
         let (disks, images) = self.driver_disks(&config.id).await?;
@@ -246,6 +245,10 @@ impl VmHost {
             size,
             hugepages: self.config.hugepages,
             pci_slots,
+            pci: PciOptions {
+                roms: self.config.pci_roms,
+                peers: self.config.pci_peers,
+            },
             uid,
         };
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
@@ -255,19 +258,17 @@ impl VmHost {
             .start(pci_slots, first, images, timeout)
             .await
             .map_err(io_error("duplicate a descriptor"))?;
-        fds.send(&machine, &boot).await?;
+        let first_nic = fds.send(&machine, &boot).await?;
         let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
+        let cards = Cards::new(network, first_nic);
         if let Some(loopback) = loopback {
-            tokio::spawn(loopback.serve(machine));
+            tokio::spawn(loopback.serve(machine.clone()));
         }
         let request = ConfigureSandboxRequest {
             hostname: hostname(&config.spec, &self.sandbox_id),
-            interfaces: network.interfaces,
-            routes: network.routes,
-            rules: network.rules,
-            neighbors: network.neighbors,
+            network: Some(cards.given().clone()).into(),
             shared_dir: shares,
             sysctls: oci::pod::sysctls(&config.spec),
             drivers,
@@ -287,10 +288,11 @@ impl VmHost {
         };
         let attach = sandbox.attach(timeout, &request, room);
         if pins {
-            progress::logged(attach, pid, size.memory_mib).await
+            progress::logged(attach, pid, size.memory_mib).await?;
         } else {
-            attach.await
+            attach.await?;
         }
+        self.follow(netns, machine, sandbox, cards)
     }
 
     async fn boot_fds(
@@ -342,7 +344,8 @@ impl VmHost {
 
     /// See [`super::Host::memory_of`].
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
-        memory_of(containers, &self.config)
+        let is_pinned = crate::task::lock(&self.parts).is_pinned();
+        memory_of(containers, is_pinned, &self.config)
     }
 
     /// See [`super::Host::vcpus_of`].
@@ -356,13 +359,20 @@ impl VmHost {
     }
 
     /// See [`super::Host::set_limits`].
-    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) -> Result<(), SandboxError> {
-        let parts = crate::task::lock(&self.parts);
-        let limits = host_limits(containers, memory_mib, parts.is_pinned(), &self.config);
-        match &parts.cgroup {
-            Some(cgroup) => Ok(cgroup.set_limits(&limits)?),
-            None => Ok(()),
-        }
+    pub async fn set_limits(
+        &self,
+        containers: &[Limits],
+        memory_mib: u32,
+    ) -> Result<(), SandboxError> {
+        let (cgroup, is_pinned) = {
+            let parts = crate::task::lock(&self.parts);
+            (parts.cgroup.clone(), parts.is_pinned())
+        };
+        let Some(cgroup) = cgroup else {
+            return Ok(());
+        };
+        let limits = host_limits(containers, memory_mib, is_pinned, &self.config);
+        Ok(blocking(move || cgroup.set_limits(&limits)).await?)
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
@@ -375,7 +385,7 @@ impl VmHost {
     }
 
     /// The monitor's uid and the pod's cgroup.
-    fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<(), SandboxError> {
+    async fn claim_identity(&self, spec: &Spec, netns: &NetNs) -> Result<(), SandboxError> {
         let uid = self
             .run_dir
             .allocate_uid(self.config.uid_base, self.config.uid_count)?;
@@ -394,7 +404,12 @@ impl VmHost {
             let size = self.size_of(spec);
             let containers = [Limits::of(spec)];
             let limits = host_limits(&containers, size.memory_mib, size.is_pinned, &self.config);
-            let cgroup = PodCgroup::create(&path, &limits)?;
+            let cgroup = blocking(move || PodCgroup::create(&path, &limits)).await;
+            if let Err(CgroupError::Exists(_)) = &cgroup {
+                // Another's, which is not to be cleaned up.
+                self.record(|parts| parts.state.cgroup = None)?;
+            }
+            let cgroup = Arc::new(cgroup?);
             self.record(|parts| parts.cgroup = Some(cgroup))?;
         }
         Ok(())
@@ -413,7 +428,7 @@ impl VmHost {
                 exe: Path::new(SELF_EXE),
                 log: log.as_fd(),
                 netns: Some(netns.file.as_fd()),
-                cgroup: parts.cgroup.as_ref().map(PodCgroup::dir_fd),
+                cgroup: parts.cgroup.as_deref().map(PodCgroup::dir_fd),
             })?
         };
         if let Some(near) = near {
@@ -431,7 +446,7 @@ impl VmHost {
         let log = self.run_dir.open_log()?;
         let (child, socket) = {
             let parts = crate::task::lock(&self.parts);
-            let cgroup = parts.cgroup.as_ref().map(PodCgroup::dir_fd);
+            let cgroup = parts.cgroup.as_deref().map(PodCgroup::dir_fd);
             let shared_root = self.run_dir.shared_root();
             virtiofsd::spawn(&self.config.virtiofsd, &shared_root, log, cgroup)?
         };
@@ -539,20 +554,6 @@ fn may_grow(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
     kubernetes::is_sandbox(spec)
         || annotations.is_some_and(|annotations| annotations.contains_key(GROUP))
-}
-
-/// A host that cannot do this has pods without port-forward.
-async fn listen(netns: &NetNs) -> Result<Option<Loopback>, SandboxError> {
-    let netns = netns.another()?;
-    let listening = blocking(move || loopback::listen(&netns)).await;
-    Ok(listening
-        .inspect_err(|error| {
-            warn!(
-                error = chain(error),
-                "no port-forward to the pod's loopback"
-            );
-        })
-        .ok())
 }
 
 fn open(path: &Path, write: bool) -> Result<File, SandboxError> {

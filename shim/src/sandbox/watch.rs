@@ -11,6 +11,7 @@
 //! host's own clock source is not the TSC. From then on the guest counts by itself,
 //! while the host's clock is steered by NTP, and may be set.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nacre_protocol::agent::{AdjustClockRequest, Empty};
@@ -56,8 +57,8 @@ impl Sandbox {
             seconds = timeout.as_secs(),
             "the guest hangs: no answer to a ping; its machine is ended"
         );
-        self.machine.kill();
-        self.stopped().await;
+        self.hangs.store(true, Ordering::Relaxed);
+        self.kill().await;
     }
 }
 

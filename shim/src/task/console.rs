@@ -33,8 +33,9 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use ttrpc::asynchronous::{Service, TtrpcContext};
+use ttrpc::context::with_duration;
 
-use super::container::{CALL_TIMEOUT, CREATE_TIMEOUT, SIGKILL, deadline};
+use super::container::{CALL_TIMEOUT, CREATE_TIMEOUT, SIGKILL};
 use super::io::{StdioPaths, Streams};
 use super::logger::Owner;
 use super::process::lock;
@@ -287,7 +288,7 @@ impl Shell {
                 height: size.height,
                 ..Default::default()
             };
-            let context = deadline(CALL_TIMEOUT);
+            let context = with_duration(CALL_TIMEOUT);
             if let Err(error) = agent.resize_terminal(context, &request).await {
                 warn!(
                     id = self.id,
@@ -326,10 +327,10 @@ async fn end(sandbox: Arc<Sandbox>, id: String) {
     let container = container_request(&id);
     let ending = async {
         // Whatever they answer, the last call tells whether it is gone.
-        let _ = agent.signal(deadline(CALL_TIMEOUT), &kill).await;
-        let _ = agent.wait(deadline(CALL_TIMEOUT), &wait).await;
+        let _ = agent.signal(with_duration(CALL_TIMEOUT), &kill).await;
+        let _ = agent.wait(with_duration(CALL_TIMEOUT), &wait).await;
         agent
-            .delete_container(deadline(CALL_TIMEOUT), &container)
+            .delete_container(with_duration(CALL_TIMEOUT), &container)
             .await
     };
     match sandbox.unless_stopped(ending).await {

@@ -1,5 +1,5 @@
-//! One container: its init process and its execs, from start to deletion. What
-//! can be done to them in between is in `control.rs`.
+//! One container: its init process and its execs, from start to exit. What can be
+//! done to them in between is in `control.rs`, how they are deleted in `deletion.rs`.
 //!
 //! Each process, once the guest has it, has a task that waits for its end:
 //!
@@ -24,7 +24,8 @@ use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::START_SECONDS;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
-use tracing::{error, info, warn};
+use tracing::{error, info};
+use ttrpc::context::with_duration;
 
 use super::TaskError;
 use super::io::{StdioPaths, Streams};
@@ -45,14 +46,12 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time the agent has to mount a container's storage and make it.
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time output has to reach its readers after the exit.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time a process has to die of SIGKILL.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time output has to reach its readers after the exit, which is told within five seconds.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 /// Status of a process that went down with its machine: 128 + SIGKILL.
 pub const LOST_STATUS: u32 = 137;
 /// Status of a process that could not be started.
-const NOT_STARTED_STATUS: u32 = 255;
+pub(super) const NOT_STARTED_STATUS: u32 = 255;
 pub(super) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// What a sandbox container answers to most calls.
@@ -83,14 +82,9 @@ pub struct Pending {
     pub prepared: Prepared,
 }
 
-/// A call's deadline.
-pub fn deadline(limit: Duration) -> ttrpc::context::Context {
-    ttrpc::context::with_duration(limit)
-}
-
 /// Gives a process's output time to be read. What is not read by then goes on
 /// being copied until the process is deleted.
-async fn drain(process: &Process) {
+pub(super) async fn drain(process: &Process) {
     if let Some(streams) = process.detach()
         && let Some(unread) = streams.drain(DRAIN_TIMEOUT).await
     {
@@ -505,90 +499,6 @@ impl Container {
         serde_json::to_vec(&process).map_err(unusable)
     }
 
-    /// Forgets an exec that has exited or was never started.
-    ///
-    /// # Errors
-    ///
-    /// `NoExec`, `WrongPhase` while it runs.
-    pub async fn delete_exec(&self, exec_id: &str) -> Result<Exit, TaskError> {
-        let process = self.process(exec_id)?;
-        let before = process.advance("delete", |phase| match phase {
-            Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
-            Phase::Created => Some(Phase::Deleting(Exit::now(NOT_STARTED_STATUS))),
-            _ => None,
-        })?;
-        if before != Phase::Created {
-            let request = self.process_request(&process);
-            let call = self
-                .agent("delete")?
-                .delete_exec(deadline(CALL_TIMEOUT), &request);
-            let answer = self.sandbox.unless_stopped(call).await;
-            self.note_cleanup("exec", answer);
-        }
-        drain(&process).await;
-        process.detach();
-        lock(&self.execs).remove(exec_id);
-        let exit = process.phase().exit();
-        Ok(exit.unwrap_or_else(|| Exit::now(NOT_STARTED_STATUS)))
-    }
-
-    /// Removes the container from the guest. One that was created and never
-    /// started is killed first.
-    ///
-    /// # Errors
-    ///
-    /// `WrongPhase` while it runs or is being deleted.
-    pub async fn delete(&self) -> Result<Exit, TaskError> {
-        if self.init.phase() == Phase::Created {
-            self.kill_created().await?;
-        }
-        self.init.advance("delete", |phase| match phase {
-            Phase::Stopped(exit) => Some(Phase::Deleting(exit)),
-            _ => None,
-        })?;
-        if let Ok(agent) = self.agent("delete") {
-            let request = self.container_request();
-            let call = agent.delete_container(deadline(CALL_TIMEOUT), &request);
-            let answer = self.sandbox.unless_stopped(call).await;
-            self.note_cleanup("container", answer);
-        }
-        drain(&self.init).await;
-        self.init.detach();
-        Ok(self.init.exited().await)
-    }
-
-    async fn kill_created(&self) -> Result<(), TaskError> {
-        if let Err(error) = self.signal(&self.init, SIGKILL, true).await {
-            // It may have ended by itself, which the wait below will tell.
-            info!(
-                error = crate::error::chain(&error),
-                "created container not signalled"
-            );
-        }
-        tokio::time::timeout(KILL_TIMEOUT, self.init.exited())
-            .await
-            .map(drop)
-            .map_err(|_| TaskError::Timeout {
-                what: "killing the container",
-                seconds: KILL_TIMEOUT.as_secs(),
-            })
-    }
-
-    /// What the guest could not clean up dies with it at the latest. It must not
-    /// be able to keep the host from forgetting the container.
-    fn note_cleanup(&self, what: &str, answer: ttrpc::Result<agent::Empty>) {
-        match answer {
-            // The last is the guest's own end.
-            Ok(_) | Err(ttrpc::Error::RemoteClosed) => (),
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => (),
-            Err(error) => warn!(
-                container_id = self.config.id,
-                error = super::agent_message(&error),
-                "the guest keeps the {what}"
-            ),
-        }
-    }
-
     pub(super) fn container_request(&self) -> agent::ContainerRequest {
         agent::ContainerRequest {
             container_id: self.config.id.clone(),
@@ -596,7 +506,7 @@ impl Container {
         }
     }
 
-    fn process_request(&self, process: &Process) -> agent::ProcessRequest {
+    pub(super) fn process_request(&self, process: &Process) -> agent::ProcessRequest {
         agent::ProcessRequest {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),

@@ -5,6 +5,9 @@
 //! `CONTAINER_NAMESPACE` are in its environment; it reads stdout from descriptor
 //! 3, stderr from 4, and closes 5 when it is ready. It ends by itself when both
 //! outputs have ended. `nerdctl run -d` logs this way.
+//!
+//! It is the client's program, not the pod's: it runs in containerd's cgroup, so that
+//! it can still write what it has read when the pod's is gone.
 
 use std::fs::File;
 use std::io::{self, PipeWriter};
@@ -16,6 +19,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::process::Command;
+
+use crate::cgroup;
 
 /// The program's descriptors: stdout, stderr, ready.
 const FIRST_FD: RawFd = 3;
@@ -66,6 +71,8 @@ pub async fn spawn(uri: &str, owner: Owner<'_>) -> io::Result<(pipe::Sender, pip
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    // Before its descriptors are where that of the group may be.
+    cgroup::start_outside(command.as_std_mut())?;
     // SAFETY: between fork and exec the closure only duplicates descriptors that
     // the parent keeps open until after the spawn; it allocates nothing.
     unsafe { command.pre_exec(move || inherit(raw)) };

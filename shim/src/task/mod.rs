@@ -23,6 +23,7 @@
 pub mod console;
 mod container;
 mod control;
+mod deletion;
 mod io;
 mod logger;
 mod pod;

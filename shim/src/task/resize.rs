@@ -12,6 +12,7 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
 use tokio::sync::MutexGuard;
 
 use super::TaskError;
@@ -119,7 +120,7 @@ impl Pod {
             memory_mib: self.host.memory_of(&limits),
             vcpus: self.host.vcpus_of(&limits),
         };
-        let limit = |memory_mib| self.host.set_limits(&limits, memory_mib);
+        let limit = |memory_mib| self.host.set_limits(&limits, memory_mib).boxed();
         if let Some(vcpus) = sandbox.resize(wanted, limit).await? {
             self.host.note_vcpus(vcpus)?;
         }

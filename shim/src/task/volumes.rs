@@ -7,9 +7,10 @@ use std::time::Duration;
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use tracing::warn;
+use ttrpc::context::with_duration;
 
 use super::TaskError;
-use super::container::{CALL_TIMEOUT, Container, deadline};
+use super::container::{CALL_TIMEOUT, Container};
 use super::process::lock;
 use crate::machine::MachineError;
 use crate::sandbox::{SandboxError, Slot};
@@ -172,7 +173,7 @@ impl Container {
             max_bytes: MAX_LOG_BYTES,
             ..Default::default()
         };
-        let call = agent.read_file(deadline(CALL_TIMEOUT), &request);
+        let call = agent.read_file(with_duration(CALL_TIMEOUT), &request);
         match self.sandbox.unless_stopped(call).await {
             // A few KiB to the host's page cache.
             Ok(answer) => {

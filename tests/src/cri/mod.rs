@@ -67,6 +67,12 @@ impl Cri {
         }
     }
 
+    /// The time it has for a call.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
     fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, Status>
     where
         Q: prost::Message + Send + Sync + 'static,

@@ -11,7 +11,7 @@ use crate::cri::Cri;
 use crate::cri::messages::*;
 use crate::cri::owned;
 use crate::cri::stream::Stream;
-use crate::{BUSYBOX, PATIENCE, Said, eventually};
+use crate::{BUSYBOX, Said, eventually};
 
 /// What kubelet would make of a container in a pod's manifest.
 #[derive(Clone)]
@@ -47,7 +47,7 @@ impl<'p, 's> ContainerManifest<'p, 's> {
         };
         Self {
             pod,
-            limit: PATIENCE,
+            limit: pod.scene.cri().limit(),
             config,
         }
     }

@@ -6,7 +6,6 @@ use std::time::Duration;
 use tonic::Status;
 
 use super::{CGROUP_ROOT, Pod, PodScene, unique};
-use crate::PATIENCE;
 use crate::cri::messages::*;
 use crate::cri::owned;
 
@@ -50,7 +49,7 @@ impl<'s> PodManifest<'s> {
         Self {
             scene,
             handler: scene.handler,
-            limit: PATIENCE,
+            limit: scene.cri().limit(),
             config,
         }
     }

@@ -6,7 +6,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, eventually, run};
+use nacre_tests::{
+    BUSYBOX, CONTAINERD_2, Said, Scene, eventually, five_seconds, process_of, run, spawn,
+};
 
 use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
@@ -45,7 +47,7 @@ impl Pod {
         for client in std::mem::take(&mut self.clients) {
             Said::from(client.wait_with_output().unwrap()).exits(LOST);
         }
-        in_time(&self.scene, since, "clients returned");
+        in_time(since, "clients returned");
         self.scene.await_status(&self.id, "STOPPED");
         let said = self.scene.exec(&self.id, &[], &["true"]);
         said.exits(1).complains(&["it is stopped"]);
@@ -55,35 +57,22 @@ impl Pod {
     }
 }
 
-/// Clients and containerd know of a death within five seconds, on a machine on which
-/// containerd answers `ctr` at once: here that is measured, and counted twenty times.
-pub fn in_time(scene: &Scene, since: Instant, what: &str) {
+/// Clients and containerd know of a death in time.
+pub fn in_time(since: Instant, what: &str) {
     let took = since.elapsed();
-    let limit = five_seconds(scene);
+    let limit = five_seconds();
     println!("{what}: {took:.1?} of {limit:.1?}");
     assert!(took < limit, "{what}: {took:?}, not {limit:?}");
 }
 
-fn five_seconds(scene: &Scene) -> Duration {
-    let start = Instant::now();
-    scene.ctr(&["task", "ls"]).exits(0);
-    Duration::from_secs(5) + 20 * start.elapsed()
-}
-
 /// A hang is found after the half of `hang_timeout_seconds` at the earliest, when the
 /// guest has just been asked, and after all of it at the latest.
-pub fn as_configured(scene: &Scene, took: Duration, seconds: u64) {
+pub fn as_configured(took: Duration, seconds: u64) {
     let timeout = Duration::from_secs(seconds);
-    let limit = timeout + five_seconds(scene);
+    let limit = timeout + five_seconds();
     println!("found after {took:.1?} of {timeout:?}, at most {limit:.1?}");
     let least = timeout / 2 - Duration::from_secs(1);
     assert!(least < took && took < limit, "{took:?} of {timeout:?}");
-}
-
-pub fn spawn(mut command: Command) -> Child {
-    command.stdin(Stdio::null());
-    let heard = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    heard.spawn().unwrap()
 }
 
 #[test]
@@ -114,24 +103,11 @@ fn of_the_shim() {
     eventually("containerd has noticed", || {
         scene.status(&id).is_none_or(|status| status == "STOPPED")
     });
-    in_time(&scene, since, "containerd noticed");
+    in_time(since, "containerd noticed");
 }
 
 /// Moments after a process is there: the steps of a start lie between them.
 pub const MOMENTS_MS: [u64; 3] = [0, 300, 1500];
-
-/// A process of a pod, by its name in the pod's state, as soon as there is one.
-pub fn process_of(id: &str, name: &str) -> String {
-    let path = format!("/run/nacre/default/{id}/state.json");
-    let mut pid = None;
-    eventually(&format!("{id} has a {name}"), || {
-        let state = fs::read(&path).unwrap_or_default();
-        let state: serde_json::Value = serde_json::from_slice(&state).unwrap_or_default();
-        pid = state[name]["pid"].as_u64();
-        pid.is_some()
-    });
-    pid.unwrap().to_string()
-}
 
 /// Waits for a client whose pod was hit, and for containerd to know. Whether the
 /// client had its answer before is a matter of the moment.
@@ -142,7 +118,7 @@ pub fn returns(scene: &Scene, id: &str, client: Child, what: &str) -> Option<i32
         scene.status(id).is_none_or(|status| status == "STOPPED")
     });
     println!("{what}: {said:?}");
-    in_time(scene, since, what);
+    in_time(since, what);
     said.code
 }
 
@@ -342,7 +318,7 @@ fn of_the_guest_by_a_hang() {
     });
     // Only now it can be known.
     let since = Instant::now();
-    as_configured(&pod.scene, since - begin, SECONDS);
+    as_configured(since - begin, SECONDS);
     pod.ends(since);
 }
 
@@ -352,6 +328,7 @@ fn of_the_guest_by_power_off() {
     let pod = Pod::start(&["--privileged"]);
     let since = end_by(&pod, "echo o > /proc/sysrq-trigger");
     log_has(&pod.id, "the guest powered off");
+    log_has(&pod.id, "guest kernel: ");
     let console = run("nacre", &["logs", "--console", &pod.id])
         .exits(0)
         .stdout;

@@ -21,6 +21,13 @@ for d in 0000:0[1-9]:00.0; do
 done
 poweroff -f";
 
+/// What it needs to have a device's interrupt line found, which happens when it is enabled.
+const ENABLE: &str = "mkdir /sys; mount -t sysfs sys /sys; cd /sys/bus/pci/devices/0000:01:00.0
+echo 1 >enable
+say complaints $(dmesg | grep -c -e 'no GSI' -e 'derive routing')
+say line $(cat irq).
+poweroff -f";
+
 /// Addresses of devices that are alone in their groups, in the hands of vfio-pci; `None` if
 /// one is not there.
 fn devices(ids: &[[&str; 2]]) -> Option<Vec<String>> {
@@ -63,9 +70,13 @@ fn is_alone(device: &Path) -> bool {
 }
 
 fn look(addresses: &[String]) -> Said {
+    run(LOOK, addresses)
+}
+
+fn run(script: &str, addresses: &[String]) -> Said {
     let options = addresses.iter().flat_map(|address| ["--device", address]);
     let options: Vec<&str> = options.collect();
-    boot(LOOK, &options).exits(0)
+    boot(script, &options).exits(0)
 }
 
 fn says(said: &Said, line: &str) {
@@ -98,6 +109,10 @@ fn linux_keeps_the_buses_and_bars_it_finds() {
     assert!(log.contains("map_calls=1"), "one region of memory: {log}");
     let bytes = format!("bytes_mapped={}", 256u64 << 20);
     assert!(log.contains(&bytes), "all of the guest's memory: {log}");
+    assert!(
+        log.contains("bar_bytes_mapped=0"),
+        "nobody asked for transfers between them: {log}"
+    );
     before.await_return();
 }
 
@@ -112,4 +127,22 @@ fn large_bar_is_where_the_processor_s_address_bits_allow() {
         &said,
         "0000:01:00.0 has 0x0000001000000000 0x00000010ffffffff",
     );
+    // Its ports, which the root port passes on.
+    says(
+        &said,
+        "0000:01:00.0 has 0x0000000000001000 0x00000000000010ff",
+    );
+}
+
+/// By the tables' I/O APIC and the root port's entry among the routes.
+#[test]
+fn linux_finds_the_interrupt_line_of_a_device() {
+    let Some(addresses) = devices(&[EDU]) else {
+        return;
+    };
+    let said = run(ENABLE, &addresses);
+    says(&said, "complaints 0\r\n");
+    let line = said.stdout.split_once("line ").unwrap().1;
+    let line = line.split_once('.').unwrap().0;
+    assert!(line.parse::<u32>().unwrap() > 0, "{said:#?}");
 }

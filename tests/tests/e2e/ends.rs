@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, KILL_AGENT, Said, Scene, eventually, run};
+use nacre_tests::{
+    BUSYBOX, CONTAINERD_2, KILL_AGENT, Said, Scene, eventually, process_of, run, spawn,
+};
 
 use crate::boot::initramfs;
-use crate::death::{LOST, in_time, process_of, spawn};
+use crate::death::{LOST, in_time};
 use crate::failures::Changed;
 
 /// What a guest does, as its root.
@@ -46,7 +48,7 @@ const POWER_OFF: Way = Way {
     name: "it powers off",
     script: "echo o >/proc/sysrq-trigger",
     logged: "the guest powered off",
-    last_words: "",
+    last_words: "reboot: Power down",
     told: "the guest powered off",
 };
 /// With interrupts off (`tests/devices/drivers/module/hang.c`).
@@ -55,7 +57,7 @@ const HANG: Way = Way {
     script: "insmod /hang.ko",
     logged: "the guest hangs",
     last_words: "",
-    told: "the monitor process ended",
+    told: "the guest hung",
 };
 
 /// Part of a container's life, by what the guest sees of it first.
@@ -195,12 +197,12 @@ fn ends(step: Step, way: &Way) {
     let since = log.says(way.logged);
     let said = Said::from(client.wait_with_output().unwrap());
     println!("{said:?}");
-    in_time(&scene, since, "the client returned");
+    in_time(since, "the client returned");
     is_told(step, way, said);
     eventually("containerd has noticed", || {
         scene.status(&id).is_none_or(|status| status == "STOPPED")
     });
-    in_time(&scene, since, "containerd noticed");
+    in_time(since, "containerd noticed");
     scene.ctr(&["task", "rm", "-f", &id]);
     assert_eq!(scene.status(&id), None);
     let log = log.whole();

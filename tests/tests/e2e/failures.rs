@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 pub use nacre_tests::Changed;
-use nacre_tests::{CONFIG, Said, Scene, run};
+use nacre_tests::{CONFIG, Said, Scene, five_seconds, run};
 use serde_json::json;
 
 use crate::boot::initramfs;
@@ -19,6 +20,27 @@ fn guest_that_panics_at_boot() {
         .run(&["true"])
         .exits(1)
         .complains(&["the guest kernel panicked"]);
+    fs::remove_dir_all(&directory).unwrap();
+}
+
+/// It is waited for as long as configured, and no longer.
+#[test]
+fn guest_whose_agent_does_not_come() {
+    const SECONDS: u64 = 5;
+    let directory = PathBuf::from("/tmp/e2e-silent");
+    let initrd = initramfs(&directory, "sleep 3600");
+    let _initrd = Changed::new("initrd", &format!("{:?}", initrd.to_str().unwrap()));
+    let _timeout = Changed::new("boot_timeout_seconds", &SECONDS.to_string());
+    let mut scene = Scene::new();
+    let begin = Instant::now();
+    let said = scene.run(&["true"]).exits(1);
+    let took = begin.elapsed();
+    let complaint = format!("the guest's agent did not answer within {SECONDS} s of the start");
+    said.complains(&[&complaint]);
+    let timeout = Duration::from_secs(SECONDS);
+    let limit = timeout + five_seconds();
+    println!("given up after {took:.1?}, at most {limit:.1?}");
+    assert!(timeout < took && took < limit, "{took:?} of {limit:?}");
     fs::remove_dir_all(&directory).unwrap();
 }
 

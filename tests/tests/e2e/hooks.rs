@@ -77,20 +77,23 @@ fn network_made_by_a_hook() {
     assert_eq!(stopped["id"], created["id"]);
 }
 
-/// As CNI plugins do, which leave a name of the network namespace.
+/// As CNI plugins do, which leave a name of the network namespace, and sometimes a
+/// process.
 #[test]
-fn what_a_hook_mounts_is_there_on_the_host() {
+fn what_a_hook_leaves_is_the_host_s_and_not_the_pod_s() {
     let mut scene = scene();
     let mounted = Path::new(DIRECTORY).join("netns");
     let said = scene.run_spec(|spec| {
         spec["hooks"] = json!({
-            "createRuntime": hook("set -e; cd /tmp/e2e-hooks; : > netns; mount --bind /proc/self/ns/net netns"),
+            "createRuntime": hook("set -e; cd /tmp/e2e-hooks; : > netns; mount --bind /proc/self/ns/net netns; cat /proc/self/cgroup > group"),
         });
         spec["process"]["args"] = json!(["true"]);
     });
     said.exits(0);
     let unmounted = Command::new("umount").arg(&mounted).output().unwrap();
     assert!(unmounted.status.success(), "{unmounted:?}");
+    let group = fs::read_to_string(Path::new(DIRECTORY).join("group")).unwrap();
+    assert_eq!(group, "0::/system.slice/containerd.service\n");
 }
 
 #[test]

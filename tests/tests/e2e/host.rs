@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
 use nacre_tests::{PATIENCE, Said, Scene, eventually, run};
+use serde_json::json;
 
 use crate::failures::Changed;
 
@@ -149,11 +150,34 @@ fn pod_is_in_the_cgroup_containerd_named() {
     let id = scene.start_sleeper(&["--memory-limit", "67108864"]);
     let pid = pid_of(&scene, &id);
     let group = format!("/default/{id}");
-    let seen = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    assert_eq!(seen, format!("0::{group}\n"));
+    // The monitor and its parent, the shim.
+    for pid in [&pid, &status_of(&pid)["PPid"]] {
+        let seen = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert_eq!(seen, format!("0::{group}\n"));
+    }
     let limit = fs::read_to_string(format!("/sys/fs/cgroup{group}/memory.max")).unwrap();
     // The container's limit and the documented overhead of 128 MiB.
     assert_eq!(limit.trim(), ((64 + 128) << 20).to_string());
+}
+
+/// On a host without systemd, as the lab is.
+#[test]
+fn a_path_in_systemd_s_spelling_is_the_directory_it_would_make() {
+    let mut scene = Scene::new();
+    let id = scene.start_spec(|spec| {
+        spec["linux"]["cgroupsPath"] = json!("nacre-e2e.slice:nacre:spelled");
+        spec["process"]["args"] = json!(["sleep", "3600"]);
+    });
+    let slice = "/nacre.slice/nacre-e2e.slice";
+    let seen = fs::read_to_string(format!("/proc/{}/cgroup", pid_of(&scene, &id))).unwrap();
+    assert_eq!(seen, format!("0::{slice}/nacre-spelled.scope\n"));
+    scene.ctr(&["task", "rm", "-f", &id]);
+    // Its slices are not the pod's.
+    for slice in [slice, "/nacre.slice"] {
+        eventually("nothing is left in the slice", || {
+            fs::remove_dir(format!("/sys/fs/cgroup{slice}")).is_ok()
+        });
+    }
 }
 
 /// What `nacre ps` says of a pod, by the names of its columns.

@@ -1,10 +1,11 @@
 //! Network namespaces as other CNI plugins leave them: several interfaces, their
-//! sizes, one family alone, policy routing, static neighbours, macvlan and ipvlan.
+//! sizes, one family alone, policy routing, static neighbours, macvlan and ipvlan, and
+//! what comes and goes later.
 
 use std::fs;
 use std::path::PathBuf;
 
-use nacre_tests::{Scene, run};
+use nacre_tests::{Scene, eventually, run};
 use serde_json::json;
 
 /// A network namespace of the host's, and links of the host that go with it.
@@ -185,4 +186,62 @@ fn macvlan_and_ipvlan_with_ipv6_alone() {
     for address in ["fd00:78::5", "fd00:79::5"] {
         run("ping", &["-6", "-c", "2", "-W", "20", address]).exits(0);
     }
+}
+
+/// As a CNI plugin gives an interface to a pod that runs, and takes it away again.
+#[test]
+fn interface_comes_and_goes_while_the_container_runs() {
+    let mut scene = Scene::new();
+    let netns = Netns::new("late");
+    netns.veth("eth0", "e2e-first", 1500);
+    Netns::host("addr add 10.77.0.1/24 dev e2e-first");
+    netns.ip("link set eth0 up");
+    netns.ip("addr add 10.77.0.5/24 dev eth0");
+    let id = netns.start(&mut scene);
+    let shell = |script: &str| scene.exec(&id, &[], &["sh", "-c", script]);
+
+    for mac in ["02:00:00:00:00:77", "02:00:00:00:00:78"] {
+        netns.veth("net1", "e2e-late", 9000);
+        Netns::host("addr add 10.78.0.1/24 dev e2e-late");
+        Netns::host("addr add 192.0.2.1/32 dev e2e-late");
+        netns.ip(&format!("link set net1 address {mac}"));
+        netns.ip("link set net1 up");
+        netns.ip("addr add 10.78.0.5/24 dev net1");
+        netns.ip("addr add fd00:78::5/64 dev net1 nodad");
+        netns.ip("route add 192.0.2.0/24 via 10.78.0.1 table 300");
+        netns.ip("rule add to 192.0.2.0/24 table 300 priority 700");
+        eventually("the guest has the last of it", || {
+            shell("ip rule")
+                .stdout
+                .contains("to 192.0.2.0/24 lookup 300")
+        });
+        shell("cat /sys/class/net/net1/mtu /sys/class/net/net1/address")
+            .exits(0)
+            .prints(&format!("9000\n{mac}\n"));
+        let said = shell("ip addr show dev net1").exits(0).stdout;
+        assert!(said.contains("inet6 fd00:78::5/64"), "{said}");
+        // In one packet; and by the rule alone.
+        reaches(&scene, &id, &["-s", "8800"], "10.78.0.1");
+        reaches(&scene, &id, &[], "192.0.2.1");
+        reaches(&scene, &id, &[], "10.77.0.1");
+
+        netns.ip("rule del to 192.0.2.0/24 table 300 priority 700");
+        Netns::host("link delete e2e-late");
+        eventually("the guest has none of it", || {
+            let said = shell("ls /sys/class/net; ip rule; ip addr").exits(0).stdout;
+            !said.contains("net1") && !said.contains("lookup 300") && !said.contains("10.78")
+        });
+    }
+    // What the container began with changes, too.
+    netns.ip("addr add 10.77.0.6/24 dev eth0");
+    eventually("the guest has another address", || {
+        shell("ip addr show dev eth0")
+            .stdout
+            .contains("10.77.0.6/24")
+    });
+    run("ping", &["-c", "2", "-W", "20", "10.77.0.6"]).exits(0);
+    Netns::host("link delete e2e-first");
+    eventually("the guest has no card", || {
+        shell("ls /sys/class/net").stdout == "lo\n"
+    });
 }

@@ -158,6 +158,30 @@ fn memory_grows_beyond_the_machine_and_is_given_back() {
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 
+/// As when the overhead is not enough.
+#[test]
+fn a_full_cgroup_ends_the_machine_and_not_the_shim() {
+    let mut scene = Scene::new();
+    let id = scene.start_sleeper(&["--memory-limit", "67108864"]);
+    let shim = status_of(&pid_of(&scene, &id))["PPid"].clone();
+    let current: u64 = on_host(&id, "memory.current").parse().unwrap();
+    let limit = format!("/sys/fs/cgroup/default/{id}/memory.max");
+    fs::write(limit, (current + 8 * MIB).to_string()).unwrap();
+    // The container may, the pod may not. Nobody is left to tell how it ended.
+    let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=40M", "count=1"];
+    scene.exec(&id, &[], &fill);
+    scene.await_status(&id, "STOPPED");
+    let events = on_host(&id, "memory.events");
+    let kills = events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "));
+    assert_ne!(kills.unwrap(), "0");
+    let group = fs::read_to_string(format!("/proc/{shim}/cgroup")).unwrap();
+    assert_eq!(group, format!("0::/default/{id}\n"));
+    let said = scene.ctr(&["task", "rm", &id]);
+    said.complains(&["exit with non-zero exit code 137"]);
+}
+
 #[test]
 fn processor_time_and_processes_are_changed_while_running() {
     let mut scene = Scene::new();
@@ -173,7 +197,9 @@ fn processor_time_and_processes_are_changed_while_running() {
         shim.update(&cpu).unwrap();
         let said = scene.exec(&id, &[], &limits).exits(0);
         assert_eq!(said.stdout, format!("{quota} 100000\n{pids}\n"));
-        assert_eq!(on_host(&id, "cpu.max"), format!("{quota} 100000"));
+        // And a tenth of a processor for what is not the container's.
+        let on_the_host = format!("{} 100000", quota + 10_000);
+        assert_eq!(on_host(&id, "cpu.max"), on_the_host);
     }
     // For 0.3 s of processor time.
     let spin = "of() { grep $1 /sys/fs/cgroup/cpu.stat | cut -d' ' -f2; }; \

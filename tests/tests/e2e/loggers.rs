@@ -70,6 +70,29 @@ fn program_gets_the_outputs_apart() {
     fs::remove_dir_all(directory).unwrap();
 }
 
+/// It is containerd's client's: it has all the time it needs for what it has read.
+#[test]
+fn program_is_not_in_the_pod_s_cgroup_and_outlives_it() {
+    let mut scene = Scene::new();
+    let directory = Path::new("/tmp/e2e-logger-outlives");
+    let _ = fs::remove_dir_all(directory);
+    fs::create_dir(directory).unwrap();
+    let program = logger(
+        "/tmp/e2e-logger-outlives/program",
+        "cd /tmp/e2e-logger-outlives; cat /proc/self/cgroup > group\n\
+         exec 5>&-\ncat <&4 > err & cat <&3 > out; wait\n\
+         while [ -d /sys/fs/cgroup/default/$CONTAINER_ID ]; do sleep 0.1; done; tail -n 1 out > done",
+    );
+    run_to(&mut scene, &program);
+    let file = |name: &str| fs::read_to_string(directory.join(name)).unwrap();
+    eventually("the logger has seen the group's end", || {
+        directory.join("done").exists() && !file("done").is_empty()
+    });
+    assert_eq!(file("done"), "100000\n");
+    assert_eq!(file("group"), "0::/system.slice/containerd.service\n");
+    fs::remove_dir_all(directory).unwrap();
+}
+
 /// The container's output has nowhere to go; the container itself goes on.
 #[test]
 fn program_that_dies_takes_no_container_with_it() {

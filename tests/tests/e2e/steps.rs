@@ -6,14 +6,12 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, Shim, eventually, run};
+use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, Shim, eventually, process_of, run, spawn};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::death::{
-    Killed, LOST, MOMENTS_MS, as_configured, kill, log_has, process_of, returns, spawn,
-};
+use crate::death::{Killed, LOST, MOMENTS_MS, as_configured, in_time, kill, log_has, returns};
 use crate::failures::Changed;
 
 const FILE_SERVER: &str = "virtiofsd";
@@ -71,9 +69,11 @@ fn of_the_file_server_as_soon_as_execs_run() {
     let clients: Vec<_> = (0..CLIENTS).map(client).collect();
     eventually("the execs run", || shim.execs().unwrap().len() == CLIENTS);
     nix::sys::signal::kill(Pid::from_raw(server), Signal::SIGKILL).unwrap();
+    let since = Instant::now();
     for client in clients {
         Said::from(client.wait_with_output().unwrap()).exits(LOST);
     }
+    in_time(since, "clients returned");
 }
 
 /// From the first moment at which containerd has a task to kill.
@@ -177,7 +177,7 @@ fn of_the_agent_by_a_hang() {
     stdout.read_exact(&mut [0; "frozen\n".len()]).unwrap();
     let since = Instant::now();
     assert_eq!(client.wait().unwrap().code(), Some(LOST));
-    as_configured(&scene, since.elapsed(), SECONDS);
+    as_configured(since.elapsed(), SECONDS);
     log_has(&id, "the guest hangs");
     scene.await_status(&id, "STOPPED");
     scene.ctr(&["task", "rm", &id]).exits(0);

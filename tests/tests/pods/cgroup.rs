@@ -1,5 +1,6 @@
 //! The pod's cgroup on the host: where it is, what is in it, what it says.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,21 +20,37 @@ const BALLAST_MIB: u64 = 128;
 /// freed of such a piece it may use again unseen.
 const SLACK_MIB: u64 = 32;
 
-/// Names of the processes in a pod's cgroup.
-fn processes(group: &Path) -> Vec<String> {
-    let pids = fs::read_to_string(group.join("cgroup.procs")).unwrap();
-    let names = pids
-        .lines()
-        .map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap());
-    names.map(|name| name.trim().to_owned()).collect()
+fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Fails the test unless the pod's group is there, with the monitor and the file server.
+/// What each process in a pod's cgroup is, by pid. Fails the test when one is not the pod's.
 #[track_caller]
-fn holds_the_pod(pod: &Pod, group: &Path) {
+fn processes(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
+    let monitor = pod.monitor();
+    let kind = |pid: u32| {
+        let line = read(format!("/proc/{pid}/cmdline")).replace('\0', " ");
+        match line {
+            _ if pid == monitor => "monitor",
+            line if line.contains("virtiofsd") => "virtiofsd",
+            line if line.contains(&pod.id) && line.ends_with("serve ") => "shim",
+            line => panic!("{line} is not the pod's"),
+        }
+    };
+    let pids = read(group.join("cgroup.procs"));
+    let pids = pids.lines().map(|pid| pid.parse().unwrap());
+    pids.map(|pid| (pid, kind(pid))).collect()
+}
+
+/// Fails the test unless the pod's group is there, and shim, monitor and file server are in it.
+#[track_caller]
+fn holds_the_pod(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
     assert_eq!(pod.cgroup(), group);
-    let names = processes(group);
-    assert!(names.iter().any(|name| name == "virtiofsd"), "{names:?}");
+    let processes = processes(pod, group);
+    let kinds: BTreeSet<&str> = processes.values().copied().collect();
+    assert_eq!(kinds, BTreeSet::from(["monitor", "shim", "virtiofsd"]));
+    processes
 }
 
 /// kubeadm's default is the systemd driver: the pod's parent is a slice then, and what
@@ -49,13 +66,22 @@ fn a_pod_below_a_slice(scene: &PodScene) {
     let group = parent.join(format!("cri-containerd-{}.scope", pod.id));
     holds_the_pod(&pod, &group);
     app.exec(&["echo", "here"]).exits(0).prints("here\n");
-    let limit = fs::read_to_string(group.join("memory.max")).unwrap();
+    let limit = read(group.join("memory.max"));
     assert_ne!(limit.trim(), "max");
 
     pod.stop();
     pod.remove();
     eventually("the scope is gone", || !group.exists());
     assert!(parent.exists(), "it is kubelet's");
+}
+
+/// A value in bytes of `memory.stat`, or of a process's status.
+fn bytes_of(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let line = line.unwrap_or_else(|| panic!("no {name}"));
+    let mut words = line.split_whitespace();
+    let number: u64 = words.next().unwrap().parse().unwrap();
+    number << if words.next() == Some("kB") { 10 } else { 0 }
 }
 
 /// What a container uses is in the host's count, and no longer when its machine has
@@ -77,10 +103,13 @@ fn the_host_s_count_of_memory_is_true() {
     let large = container("large", 192);
     let linux = pod.config.linux.as_ref().unwrap();
     let group = PathBuf::from(format!("/sys/fs/cgroup{}/{}", linux.cgroup_parent, pod.id));
-    holds_the_pod(&pod, &group);
+    let processes = holds_the_pod(&pod, &group);
     let current_mib = || {
-        let text = fs::read_to_string(group.join("memory.current")).unwrap();
-        text.trim().parse::<u64>().unwrap() / MIB
+        read(group.join("memory.current"))
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+            / MIB
     };
 
     large.exec(&["true"]).exits(0);
@@ -93,6 +122,16 @@ fn the_host_s_count_of_memory_is_true() {
         (BALLAST_MIB - SLACK_MIB..=BALLAST_MIB + SLACK_MIB).contains(&grown),
         "{before} to {full} MiB"
     );
+    // Of what all its processes have, the guest's memory is the monitor's; the file server
+    // sees the same pages. The guest goes on meanwhile.
+    let status = |pid: u32, name: &str| bytes_of(&read(format!("/proc/{pid}/status")), name);
+    eventually("the kernel counts what the processes have", || {
+        let anonymous = processes.keys().map(|pid| status(*pid, "RssAnon:"));
+        let used = anonymous.sum::<u64>() + status(pod.monitor(), "RssShmem:");
+        let stat = read(group.join("memory.stat"));
+        let counted = bytes_of(&stat, "anon ") + bytes_of(&stat, "shmem ");
+        used.abs_diff(counted) <= used / 10
+    });
     large.exec(&["rm", "/memory/ballast"]).exits(0);
     large.stop(Duration::ZERO);
     large.remove();

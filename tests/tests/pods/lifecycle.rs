@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::pods::PodScene;
-use nacre_tests::{OlderContainerd, eventually, run};
+use nacre_tests::{OlderContainerd, eventually, five_seconds, run};
 
 use crate::SLEEP;
 
@@ -127,8 +127,11 @@ fn a_pod_whose_machine_dies_is_not_ready(scene: &PodScene) {
     let pod = scene.pod("dying").run();
     let app = pod.container("app", SLEEP).start();
     run("kill", &["-9", &pod.monitor().to_string()]).exits(0);
+    let begin = Instant::now();
     pod.await_not_ready();
     let ended = app.await_exit();
+    let (took, limit) = (begin.elapsed(), five_seconds());
+    assert!(took < limit, "known after {took:?}, not {limit:?}");
     assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "Error"));
     assert!(app.try_exec(&["true"], Duration::ZERO).is_err());
     let refused = pod.container("late", SLEEP).try_start().err().unwrap();

@@ -1,14 +1,17 @@
 //! CRI's log files.
 
-use nacre_tests::pods::{LogLine, PodScene};
+use nacre_tests::pods::{LogLine, Pod, PodScene};
 
-/// A line longer than containerd's buffer comes in parts; streams are told apart.
 #[test]
 fn log_lines_have_streams_and_parts() {
     let scene = PodScene::new();
-    let pod = scene.pod("logs").run();
+    log_lines_in(&scene.pod("logs").run());
+}
+
+/// A line longer than containerd's buffer comes in parts; streams are told apart.
+pub fn log_lines_in(pod: &Pod) {
     let script = "echo out; echo err >&2; head -c 40000 /dev/zero | tr '\\0' x; echo; printf end";
-    let app = pod.container("app", &["sh", "-c", script]).start();
+    let app = pod.container("lines", &["sh", "-c", script]).start();
     assert_eq!(app.await_exit().exit_code, 0);
     let log = app.log();
     let line = |stream: &str, full, text: &str| LogLine {
@@ -26,13 +29,16 @@ fn log_lines_have_streams_and_parts() {
     assert_eq!(tags, [true, false, false, true, false], "16 KiB a part");
 }
 
-/// Rotation: the file is moved away and opened anew while the container writes.
 #[test]
 fn logs_are_reopened() {
     let scene = PodScene::new();
-    let pod = scene.pod("rotated").run();
+    logs_are_reopened_in(&scene, &scene.pod("rotated").run());
+}
+
+/// Rotation: the file is moved away and opened anew while the container writes.
+pub fn logs_are_reopened_in(scene: &PodScene, pod: &Pod) {
     let script = "i=0; while true; do i=$((i+1)); echo line $i; sleep 0.05; done";
-    let app = pod.container("app", &["sh", "-c", script]).start();
+    let app = pod.container("rotated", &["sh", "-c", script]).start();
     app.await_logged("stdout", "line 3\n");
     let rotated = app.log.with_extension("rotated");
     std::fs::rename(&app.log, &rotated).unwrap();

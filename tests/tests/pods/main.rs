@@ -47,6 +47,7 @@ mod snapshotter;
 mod stats;
 mod traffic;
 mod volumes;
+mod wire;
 
 /// What keeps a container running until it is stopped.
 const SLEEP: &[&str] = &["sleep", "3600"];

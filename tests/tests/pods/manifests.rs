@@ -24,9 +24,11 @@ const LAB: &str = include_str!("../../lab/guest/etc/containerd/config.toml");
 
 /// What nacre.toml says a pod may use beyond its containers, MiB.
 pub fn overhead_mib() -> u64 {
-    let line = NACRE_TOML
-        .lines()
-        .find_map(|line| line.strip_prefix("overhead_memory_mib = "));
+    number("overhead_memory_mib = ")
+}
+
+fn number(key: &str) -> u64 {
+    let line = NACRE_TOML.lines().find_map(|line| line.strip_prefix(key));
     line.unwrap().parse().unwrap()
 }
 
@@ -51,7 +53,10 @@ fn expected_class() -> Value {
         "metadata": { "name": "nacre" },
         "handler": HANDLER,
         "overhead": {
-            "podFixed": { "memory": format!("{}Mi", overhead_mib()), "cpu": "100m" },
+            "podFixed": {
+                "memory": format!("{}Mi", overhead_mib()),
+                "cpu": format!("{}m", number("overhead_cpu_millis = ")),
+            },
         },
     })
 }

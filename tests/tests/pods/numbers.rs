@@ -64,14 +64,14 @@ fn many_pods_start_beside_runc() {
 }
 
 /// Guests may take ten minutes to boot until it is dropped, as many at once in the lab do.
-struct LongBoots {
+pub struct LongBoots {
     before: String,
 }
 
 impl LongBoots {
     const CONFIG: &str = "/etc/nacre/nacre.toml";
 
-    fn new() -> Self {
+    pub fn new() -> Self {
         let before = fs::read_to_string(Self::CONFIG).unwrap();
         fs::write(Self::CONFIG, "boot_timeout_seconds = 600\n").unwrap();
         Self { before }
@@ -84,25 +84,12 @@ impl Drop for LongBoots {
     }
 }
 
-/// Proportional set size of all processes in the pod's cgroup and its shim, KiB.
-fn pss_kib(monitor: u32, pod_id: &str) -> u64 {
+/// Proportional set size of all processes in the pod's cgroup, KiB.
+fn pss_kib(monitor: u32) -> u64 {
     let group = fs::read_to_string(format!("/proc/{monitor}/cgroup")).unwrap();
     let group = group.trim().trim_start_matches("0::").to_owned();
     let in_pod = fs::read_to_string(format!("/sys/fs/cgroup{group}/cgroup.procs")).unwrap();
-    let mut pids: Vec<u32> = in_pod.lines().map(|line| line.parse().unwrap()).collect();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
-            continue;
-        };
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if line.contains("containerd-shim-nacre-v2")
-            && line.contains(pod_id)
-            && !pids.contains(&pid)
-        {
-            pids.push(pid);
-        }
-    }
+    let pids: Vec<u32> = in_pod.lines().map(|line| line.parse().unwrap()).collect();
     let pss = |pid: &u32| -> u64 {
         let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
         let line = text
@@ -143,11 +130,11 @@ fn what_an_idle_pod_costs_the_host() {
     let _pages = SmallPages::new();
     let scene = PodScene::new();
     let pod = scene.pod("idle").run();
-    let empty_kib = pss_kib(pod.monitor(), &pod.id);
+    let empty_kib = pss_kib(pod.monitor());
     let _one = pod.container("one", SLEEP).start();
-    let one_kib = pss_kib(pod.monitor(), &pod.id);
+    let one_kib = pss_kib(pod.monitor());
     let _two = pod.container("two", SLEEP).start();
-    let two_kib = pss_kib(pod.monitor(), &pod.id);
+    let two_kib = pss_kib(pod.monitor());
     println!(
         "idle pod, PSS: {empty_kib} KiB without, {one_kib} with one, {two_kib} with two containers"
     );
@@ -174,7 +161,7 @@ fn what_many_idle_pods_cost_the_host() {
         while (pods.len() as u64) < count {
             pods.push(scene.pod("idle").run());
         }
-        let total: u64 = pods.iter().map(|pod| pss_kib(pod.monitor(), &pod.id)).sum();
+        let total: u64 = pods.iter().map(|pod| pss_kib(pod.monitor())).sum();
         println!(
             "{count} idle pods, PSS: {total} KiB, {} each",
             total / count

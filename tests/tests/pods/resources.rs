@@ -292,10 +292,13 @@ fn requests_without_limits(pod: &Pod) {
 const LOAD: &str = "while dd if=/dev/zero of=/dev/null bs=32M count=1 2>/dev/null; do \
                     echo >> /dev/shm/rounds; done; exit 1";
 
-/// In-place resize, up and down, under load. The machine grows with its containers.
 #[test]
 fn limits_change_while_a_container_runs() {
-    let scene = PodScene::new();
+    limits_change_in(&PodScene::new());
+}
+
+/// In-place resize, up and down, under load. The machine grows with its containers.
+pub fn limits_change_in(scene: &PodScene) {
     let pod = scene.pod("resized").limits(128, 1).run();
     let limits = |mib: i64, quota: i64| LinuxContainerResources {
         memory_limit_in_bytes: mib * MIB,

@@ -3,7 +3,7 @@
 
 use nacre_tests::pods::PodScene;
 
-use crate::{devices, exec, network, pids, resources, stats};
+use crate::{devices, exec, logs, network, pids, resources, stats, volumes};
 
 #[test]
 fn streams_ports_and_raw_volumes() {
@@ -21,4 +21,15 @@ fn stats_memory_and_shared_pids() {
     stats::stats_agree_in(&scene, &pod);
     resources::one_runs_out_of_memory_in(&pod);
     pids::pids_are_shared_in(&pod);
+}
+
+#[test]
+fn logs_files_and_a_resize() {
+    let scene = PodScene::sandboxed();
+    let pod = scene.pod("written").run();
+    logs::log_lines_in(&pod);
+    logs::logs_are_reopened_in(&scene, &pod);
+    volumes::what_kubelet_writes_in(&pod);
+    pod.remove();
+    resources::limits_change_in(&scene);
 }

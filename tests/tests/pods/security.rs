@@ -116,15 +116,17 @@ const NO_DIRECTORIES: &str = r#"{
     ]
 }"#;
 
-/// What kubelet reads before it makes a pod with `hostUsers: false` or a recursive
-/// read-only mount.
+/// kubelet reads it before it makes a pod with `hostUsers: false` or a recursive read-only
+/// mount: containerd asks only runtimes of type `io.containerd.runc.v2` what they can. When
+/// this fails, docs/kubernetes.md may promise more.
 #[test]
-fn kubelet_is_told_what_the_runtime_can() {
+fn kubelet_is_not_told_what_the_runtime_can() {
     let scene = PodScene::new();
+    let features = |handler| scene.cri().features(handler).unwrap();
+    // Debian's runc has no namespaces of users with mounts that fit.
+    assert!(features("runc").recursive_read_only_mounts);
     for handler in [HANDLER, SANDBOXED] {
-        let features = scene.cri().features(handler).unwrap();
-        assert!(features.user_namespaces, "{handler}");
-        assert!(features.recursive_read_only_mounts, "{handler}");
+        assert_eq!(features(handler), Default::default(), "{handler}");
     }
 }
 

@@ -9,6 +9,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE};
+use crate::vm::lines;
 use crate::{layout, power};
 
 /// Length of a table header, all a DSDT has besides AML.
@@ -33,8 +34,10 @@ const PRESENT: u8 = 0xf;
 pub struct Platform {
     /// vCPUs.
     pub vcpus: u8,
-    /// Highest bus number.
+    /// Highest bus number: there are as many root ports,
     pub last_bus: u8,
+    /// from this slot of bus 0 on.
+    pub first_port: u8,
     /// Whether there are root ports with hot-plug slots.
     pub hot_plug: bool,
     /// 64-bit window for BARs, end exclusive.
@@ -62,7 +65,7 @@ fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
     Scope::new("_SB_".into(), vec![device]).to_aml_bytes(aml);
 }
 
-#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB
+#[allow(clippy::cast_possible_truncation)] // constants below 4 GiB, and ports
 fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
     let buses = AddressSpace::new_bus_number(0u16, u16::from(platform.last_bus));
     let window32 = AddressSpace::new_memory(
@@ -81,7 +84,15 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
             None,
         )
     });
+    let ports = AddressSpace::new_io(
+        layout::PCI_PORTS as u16,
+        (layout::PORTS_END - 1) as u16,
+        None,
+    );
     let mut resources: Vec<&dyn Aml> = vec![&buses, &window32];
+    if platform.last_bus > 0 {
+        resources.push(&ports);
+    }
     if let Some(window64) = &window64 {
         resources.push(window64);
     }
@@ -94,11 +105,35 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
         Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
     ];
     let mut device = children(&names);
+    let lines = Lines(*platform);
+    if platform.last_bus > 0 {
+        device.push(&lines);
+    }
     let native_hot_plug = NativeHotPlug;
     if platform.hot_plug {
         device.push(&native_hot_plug);
     }
     in_system_bus(&Device::new("PCI0".into(), device), aml);
+}
+
+/// `_PRT` (ACPI 6.5, 6.2.13): which line the INTA of each root port is, and with that the one of the
+/// device behind it, the first of its bus.
+struct Lines(Platform);
+
+impl Aml for Lines {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let ports = (self.0.first_port..).zip(1..=self.0.last_bus);
+        // A slot's address and any function; no link device.
+        let entries: Vec<_> = ports
+            .map(|(slot, bus)| (u32::from(slot) << 16 | 0xffff, lines::of_bus(bus)))
+            .collect();
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|(slot, line)| Package::new(vec![slot, &ZERO, &ZERO, line]))
+            .collect();
+        let entries = entries.iter().map(|entry| entry as &dyn Aml).collect();
+        Name::new("_PRT".into(), &Package::new(entries)).to_aml_bytes(sink);
+    }
 }
 
 /// Grants the guest what it needs to drive the root ports' slots, and nothing else.

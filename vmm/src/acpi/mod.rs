@@ -1,15 +1,18 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5, 4.1): RSDP, XSDT, FADT,
 //! MADT, MCFG and DSDT.
 //!
-//! No IOAPIC, no PIC, no power-management timer, no CMOS clock, no VGA, no 8042,
+//! No PIC, no power-management timer, no CMOS clock, no VGA, no 8042,
 //! and each absence is said in the table that has a flag for it, so that Linux
-//! does not probe. Interrupts are MSIs; the FADT's sleep and reset registers are
+//! does not probe. Interrupts are MSIs, and lines of an I/O APIC where there are root ports;
+//! the FADT's sleep and reset registers are
 //! those of [`crate::power`].
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
@@ -73,7 +76,7 @@ impl Tables {
         let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
         for entry in [
             tables.add(&fadt(dsdt)),
-            tables.add(&madt(platform.vcpus)),
+            tables.add(&madt(platform)),
             tables.add(&mcfg(platform.last_bus)),
         ] {
             xsdt.add_entry(entry);
@@ -119,11 +122,14 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> MADT {
+fn madt(platform: &Platform) -> MADT {
     let address = LocalInterruptController::Address(layout::LAPIC);
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, address);
-    for id in 0..vcpus {
+    for id in 0..platform.vcpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    if platform.last_bus > 0 {
+        madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
     }
     madt
 }

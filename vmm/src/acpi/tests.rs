@@ -9,6 +9,7 @@ fn platform() -> Platform {
     Platform {
         vcpus: 4,
         last_bus: 2,
+        first_port: 5,
         hot_plug: true,
         window64: Some((64 << 30, 1 << 40)),
         serial: true,
@@ -108,7 +109,11 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
                 "CreateDWordField (Arg3, 0x08, CTRL)",
                 "If ((Arg0 == ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\")",
                 "Local0 = (CTRL & 0x11)",
+                "Name (_PRT, Package (0x02) // _PRT: PCI Routing Table { \
+                 Package (0x04) { 0x0005FFFF, Zero, Zero, 0x10 }, \
+                 Package (0x04) { 0x0006FFFF, Zero, Zero, 0x11 } })",
                 "0x0002, // Range Maximum 0x0000, // Translation Offset 0x0003, // Length",
+                "0x1000, // Range Minimum 0xFFFF, // Range Maximum 0x0000, // Translation Offset 0xF000,",
                 "0xC0000000, // Range Minimum 0xDFFFFFFF, // Range Maximum",
                 "0x0000001000000000, // Range Minimum 0x000000FFFFFFFFFF, // Range Maximum",
                 "0xE0000000, // Address Base 0x00300000, // Address Length",
@@ -144,7 +149,13 @@ fn iasl_reads_without_complaint_what_the_machine_is() {
         ),
         (
             "APIC",
-            &["Local Apic Address : FEE00000", "Local Apic ID : 03"],
+            &[
+                "Local Apic Address : FEE00000",
+                "Local Apic ID : 03",
+                "[I/O APIC]",
+                "Address : FEC00000",
+                "Interrupt : 00000000",
+            ],
         ),
     ] {
         let text = &texts[table];
@@ -162,10 +173,12 @@ fn what_a_machine_does_not_have_is_not_in_the_tables() {
         window64: None,
         serial: false,
         hot_plug: false,
+        last_bus: 0,
         ..platform()
     };
     let texts = disassembled(&bare);
-    for absent in ["PNP0501", "QWordMemory", "_OSC"] {
+    for absent in ["PNP0501", "QWordMemory", "_OSC", "_PRT", "WordIO"] {
         assert!(!texts["DSDT"].contains(absent), "{absent}");
     }
+    assert!(!texts["APIC"].contains("I/O APIC"));
 }

@@ -6,6 +6,7 @@ use nacre_protocol::vm::StopReason;
 use super::*;
 use crate::memory;
 use crate::test_kernel;
+use crate::virtio::rng::Rng;
 
 /// A machine that runs `code`, or `None` where there is no KVM.
 fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
@@ -32,6 +33,7 @@ fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
         devices: Vec::new(),
         passthrough: None,
         pci_slots: 0,
+        pci: PciOptions::default(),
         serial: None,
     })
 }
@@ -98,6 +100,26 @@ fn running_vcpus_are_stopped() {
 }
 
 #[test]
+fn devices_come_and_go_while_vcpus_run() {
+    // jmp to itself
+    let Some(mut parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    parts.devices = vec![Box::new(Rng::new())];
+    let running = Machine::new(parts).unwrap().start().unwrap();
+    for _ in 0..3 {
+        assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 2);
+        running.remove(2).unwrap();
+        let error = running.remove(2).unwrap_err().to_string();
+        assert_eq!(error, "no virtio device is in slot 2 of bus 0");
+    }
+    while running.add(Box::new(Rng::new())).is_ok() {}
+    let error = running.add(Box::new(Rng::new())).unwrap_err().to_string();
+    assert_eq!(error, "32 devices: the bus has room for 31");
+    running.stop();
+}
+
+#[test]
 fn impossible_machines_are_refused() {
     for (vcpus, expected) in [(0, "0 vCPUs"), (33, "33 vCPUs")] {
         let null = || File::open("/dev/null").unwrap();
@@ -113,6 +135,7 @@ fn impossible_machines_are_refused() {
             devices: Vec::new(),
             passthrough: None,
             pci_slots: 0,
+            pci: PciOptions::default(),
             serial: None,
         };
         let error = Machine::new(parts).err().unwrap().to_string();
@@ -120,4 +143,6 @@ fn impossible_machines_are_refused() {
     }
 }
 
+mod code;
+mod lines;
 mod passthrough;

@@ -86,6 +86,7 @@ fn memory_of_a_guest_with_devices_is_locked_and_does_not_grow() {
         nics: Vec::new(),
         passthrough: None,
         pci_slots: 0,
+        pci: nacre_protocol::vm::PciOptions::default(),
         shared_dir: None,
         console: None,
     };

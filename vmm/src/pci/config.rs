@@ -18,7 +18,8 @@ const INTERRUPT_LINE: usize = 0x3c;
 const HEADER_TYPE: usize = 0x0e;
 const FIRST_CAPABILITY: usize = 0x40;
 
-/// Command: memory space, bus master.
+/// Command: I/O space, memory space, bus master.
+const COMMAND_PORTS: u8 = 1;
 const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_MASTER: u8 = 1 << 2;
 /// Command, second byte: interrupt disable.
@@ -31,6 +32,7 @@ const BAR_FLAGS: u64 = 0xf;
 
 /// Bus numbers and windows of a bridge (PCI Express base 7.5.1.3).
 const PRIMARY_BUS: usize = 0x18;
+const PORT_BASE: usize = 0x1c;
 const MEMORY_BASE: usize = 0x20;
 const PREFETCHABLE_BASE: usize = 0x24;
 const PREFETCHABLE_BASE_UPPER: usize = 0x28;
@@ -46,6 +48,8 @@ pub enum BridgeWindow {
     Memory,
     /// Of 64 bits, for BARs that are prefetchable.
     Prefetchable,
+    /// Of I/O ports.
+    Ports,
 }
 
 /// Configuration space of one function.
@@ -120,8 +124,8 @@ impl ConfigSpace {
         self.byte(PRIMARY_BUS + 1)
     }
 
-    /// Opens a bridge's window over `start..end`, whole mebibytes, or closes it: its
-    /// base is above its limit then.
+    /// Opens a bridge's window over `start..end`, whole mebibytes or 4096 ports, or closes it:
+    /// its base is above its limit then. One of ports is not there before.
     pub fn set_window(&mut self, window: BridgeWindow, range: Option<(u64, u64)>) {
         let (base, limit) = range.map_or((CLOSED_BASE, 0), |(start, end)| (start, end - 1));
         let word = |address: u64| {
@@ -130,6 +134,7 @@ impl ConfigSpace {
         };
         let [mut base_word, mut limit_word] = [word(base), word(limit)];
         let at = match window {
+            BridgeWindow::Ports => return self.set_ports(range),
             BridgeWindow::Memory => MEMORY_BASE,
             BridgeWindow::Prefetchable => {
                 base_word[0] |= WINDOW_64;
@@ -143,6 +148,15 @@ impl ConfigSpace {
         };
         self.put(at, &base_word);
         self.put(at + 2, &limit_word);
+    }
+
+    /// Its 16 address bits end at each 4096th port.
+    fn set_ports(&mut self, range: Option<(u64, u64)>) {
+        let Some((start, end)) = range else { return };
+        let byte = |port: u64| port.to_le_bytes()[1] & 0xf0;
+        self.put(PORT_BASE, &[byte(start), byte(end - 1)]);
+        self.allow(PORT_BASE, &[0xf0, 0xf0]);
+        self.writable[COMMAND] |= COMMAND_PORTS;
     }
 
     /// Appends a capability and returns its offset. `body` is what follows id and
@@ -290,6 +304,22 @@ mod tests {
         assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE), 0x0001_fff1);
         bridge.write(PREFETCHABLE_BASE, &[0xff; 4]);
         assert_eq!(u32_at(&bridge, PREFETCHABLE_BASE), 0xfff1_fff1);
+    }
+
+    #[test]
+    fn bridge_has_a_window_of_ports_if_it_is_given_one() {
+        let mut bridge = ConfigSpace::bridge(1, 2, [0, 4, 6]);
+        bridge.set_window(BridgeWindow::Ports, None);
+        bridge.write(PORT_BASE, &[0xff; 2]);
+        bridge.write(COMMAND, &[0xff]);
+        assert_eq!(u32_at(&bridge, PORT_BASE), 0, "there is none");
+        assert_eq!(bridge.byte(COMMAND), 6);
+        bridge.set_window(BridgeWindow::Ports, Some((0x2000, 0x4000)));
+        assert_eq!(u32_at(&bridge, PORT_BASE), 0x3020);
+        bridge.write(PORT_BASE, &[0xff; 2]);
+        bridge.write(COMMAND, &[0xff]);
+        assert_eq!(u32_at(&bridge, PORT_BASE), 0xf0f0);
+        assert_eq!(bridge.byte(COMMAND), 7);
     }
 
     #[test]

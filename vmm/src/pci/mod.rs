@@ -5,6 +5,7 @@
 //! ```text
 //!   ECAM window --bus, slot--> VirtioPci, RootPort or VfioPci::{config_read, config_write}
 //!   32/64-bit windows --BAR match--> VirtioPci or VfioPci::{bar_read, bar_write}
+//!   I/O ports --BAR match--> VfioPci::{bar_read, bar_write}
 //! ```
 //!
 //! BARs are assigned when a device is added and Linux keeps them, but the guest
@@ -16,8 +17,11 @@
 //! on bus 0 in the ECAM window is a read-only memory slot ([`PciRoot::map_config`]):
 //! reads are memory reads, writes come to [`Ecam`], and so do reads of functions that
 //! are not there, and of the host's devices.
+//!
+//! Virtio devices may come and go while the guest runs, too. Nothing on bus 0 tells the
+//! guest of that, as a hot-plug slot does: who asks for it has the guest look, or let go.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::bus::BusDevice;
 use crate::layout;
@@ -53,7 +57,7 @@ const BRIDGE_DEVICE: u16 = 0x0008;
 /// Host bridge class (PCI Code and ID Assignment 1.7).
 const BRIDGE_CLASS: [u8; 3] = [0, 0, 6];
 
-/// The buses, complete; built once.
+/// The buses.
 pub struct PciRoot {
     bridge: ConfigSpace,
     /// What is on bus 0 from slot 1 on,
@@ -62,8 +66,8 @@ pub struct PciRoot {
 
 /// and what a slot holds.
 pub enum Slot {
-    /// A virtio device.
-    Virtio(Box<VirtioPci>),
+    /// A virtio device, or nothing.
+    Virtio(Place<VirtioPci>),
     /// A root port, and what is behind it.
     Port(Box<Port>),
 }
@@ -73,8 +77,32 @@ pub struct Port {
     root: RootPort,
     /// For an empty slot, what its devices' BARs may have.
     room: Placed,
-    /// Accesses share it: with it alone, no vCPU is in the device.
-    device: RwLock<Option<Box<VfioPci>>>,
+    device: Place<VfioPci>,
+}
+
+/// Where a device is, or may be. Accesses share it: with it alone, no vCPU is in the device.
+pub struct Place<T>(RwLock<Option<Box<T>>>);
+
+impl<T> Place<T> {
+    /// Without a device.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self(RwLock::new(None))
+    }
+
+    /// With one.
+    #[must_use]
+    pub fn with(device: T) -> Self {
+        Self(RwLock::new(Some(Box::new(device))))
+    }
+
+    fn look(&self) -> RwLockReadGuard<'_, Option<Box<T>>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn own(&self) -> RwLockWriteGuard<'_, Option<Box<T>>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Port {
@@ -84,7 +112,7 @@ impl Port {
         Self {
             root,
             room: Placed::default(),
-            device: RwLock::new(Some(Box::new(device))),
+            device: Place::with(device),
         }
     }
 
@@ -94,7 +122,7 @@ impl Port {
         Self {
             root,
             room,
-            device: RwLock::default(),
+            device: Place::empty(),
         }
     }
 
@@ -107,29 +135,23 @@ impl Port {
     /// Whether there is a device.
     #[must_use]
     pub fn is_taken(&self) -> bool {
-        self.device().is_some()
+        self.device.look().is_some()
     }
 
     /// Puts a device in and shows it to the guest.
     pub fn plug(&self, device: VfioPci, link: Link) {
-        *self.device.write().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(device));
+        *self.device.own() = Some(Box::new(device));
         self.root.set_present(Some(link));
     }
 
     /// Takes the device out, whether the guest has let go of it or not, and stops it.
     pub fn unplug(&self) {
-        let mut slot = self.device.write().unwrap_or_else(PoisonError::into_inner);
-        let device = slot.take();
-        drop(slot);
+        let device = self.device.own().take();
         if let Some(device) = device {
             device.withdraw();
             device.stop();
         }
         self.root.set_present(None);
-    }
-
-    fn device(&self) -> RwLockReadGuard<'_, Option<Box<VfioPci>>> {
-        self.device.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,8 +159,9 @@ impl PciRoot {
     /// Bus 0 with `slots` in slots 1, 2, ...; those past [`MAX_DEVICES`] would not
     /// be seen.
     #[must_use]
-    pub fn new(slots: Vec<Slot>) -> Self {
+    pub fn new(mut slots: Vec<Slot>) -> Self {
         debug_assert!(slots.len() <= MAX_DEVICES);
+        slots.resize_with(MAX_DEVICES, || Slot::Virtio(Place::empty()));
         Self {
             bridge: ConfigSpace::new(BRIDGE_VENDOR, BRIDGE_DEVICE, BRIDGE_CLASS),
             slots,
@@ -154,14 +177,57 @@ impl PciRoot {
     pub fn map_config(&self, vm: &Vm) -> Result<(), VmError> {
         let page = vm.add_read_only_page(layout::ECAM_START)?;
         page.page().show(self.bridge.bytes());
-        for (number, slot) in (1u64..).zip(&self.slots) {
-            let address = layout::ECAM_START + (number << SLOT_SHIFT);
+        for (number, slot) in (1..).zip(&self.slots) {
+            let address = config_address(number);
             match slot {
-                Slot::Virtio(device) => device.map_config(address)?,
+                Slot::Virtio(place) => {
+                    if let Some(device) = &*place.look() {
+                        device.map_config(address)?;
+                    }
+                }
                 Slot::Port(port) => port.root.map_config(vm, address)?,
             }
         }
         Ok(())
+    }
+
+    /// The number of the first empty slot of bus 0.
+    #[must_use]
+    pub fn empty_slot(&self) -> Option<u8> {
+        let slots = (1..).zip(&self.slots);
+        let mut empty = slots.filter(|(_, slot)| match slot {
+            Slot::Virtio(place) => place.look().is_none(),
+            Slot::Port(_) => false,
+        });
+        empty.next().map(|(number, _)| number)
+    }
+
+    /// Puts a device into an empty slot of bus 0 and lets the guest see it.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory, or no slot of memory, for its configuration.
+    pub fn insert(&self, number: u8, device: VirtioPci) -> Result<(), VmError> {
+        if let Some(place) = self.virtio(number) {
+            let mut place = place.own();
+            device.map_config(config_address(number))?;
+            *place = Some(Box::new(device));
+        }
+        Ok(())
+    }
+
+    /// Takes a virtio device out of its slot, where the guest has it no more.
+    pub fn take(&self, number: u8) -> Option<VirtioPci> {
+        let device = self.virtio(number)?.own().take()?;
+        Some(*device)
+    }
+
+    fn virtio(&self, number: u8) -> Option<&Place<VirtioPci>> {
+        let index = usize::from(number).checked_sub(1)?;
+        match self.slots.get(index)? {
+            Slot::Virtio(place) => Some(place),
+            Slot::Port(_) => None,
+        }
     }
 
     /// The highest bus number: a bus for each root port.
@@ -178,19 +244,23 @@ impl PciRoot {
         })
     }
 
-    /// BAR address of the virtio device with this index.
+    /// BAR address of the virtio device in a slot of bus 0.
     #[must_use]
-    pub fn bar_address(index: usize) -> u64 {
-        layout::WINDOW32_START + index as u64 * BAR_SIZE
+    pub fn bar_address(number: u8) -> u64 {
+        layout::WINDOW32_START + u64::from(number - 1) * BAR_SIZE
     }
 
     /// Stops all devices.
     pub fn reset(&self) {
         for slot in &self.slots {
             match slot {
-                Slot::Virtio(device) => device.reset(),
+                Slot::Virtio(place) => {
+                    if let Some(device) = &*place.look() {
+                        device.reset();
+                    }
+                }
                 Slot::Port(port) => {
-                    if let Some(device) = &*port.device() {
+                    if let Some(device) = &*port.device.look() {
                         device.stop();
                     }
                 }
@@ -205,11 +275,17 @@ impl PciRoot {
     }
 }
 
+/// Where the configuration of a function on bus 0 is.
+fn config_address(number: u8) -> u64 {
+    layout::ECAM_START + (u64::from(number) << SLOT_SHIFT)
+}
+
 /// Where an ECAM access goes. Functions other than 0 do not exist.
 enum Target<'a> {
     Bridge(&'a ConfigSpace),
-    Slot(&'a Slot),
-    Behind(&'a Port),
+    Virtio(&'a Place<VirtioPci>),
+    Port(&'a RootPort),
+    Behind(&'a Place<VfioPci>),
 }
 
 /// The configuration space window.
@@ -225,8 +301,11 @@ impl Ecam {
         }
         let target = match (bus, slot) {
             (0, 0) => Target::Bridge(&self.0.bridge),
-            (0, slot) => Target::Slot(self.0.slots.get(usize::from(slot) - 1)?),
-            (bus, slot) => Target::Behind(self.0.behind_port(bus, slot)?),
+            (0, slot) => match self.0.slots.get(usize::from(slot) - 1)? {
+                Slot::Virtio(place) => Target::Virtio(place),
+                Slot::Port(port) => Target::Port(&port.root),
+            },
+            (bus, slot) => Target::Behind(&self.0.behind_port(bus, slot)?.device),
         };
         Some((target, register))
     }
@@ -236,9 +315,12 @@ impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.target(offset) {
             Some((Target::Bridge(bridge), register)) => bridge.read(register, data),
-            Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_read(at, data),
-            Some((Target::Slot(Slot::Port(port)), at)) => port.root.config_read(at, data),
-            Some((Target::Behind(port), register)) => match &*port.device() {
+            Some((Target::Port(port), register)) => port.config_read(register, data),
+            Some((Target::Virtio(place), register)) => match &*place.look() {
+                Some(device) => device.config_read(register, data),
+                None => data.fill(0xff),
+            },
+            Some((Target::Behind(place), register)) => match &*place.look() {
                 Some(device) => device.config_read(register, data),
                 None => data.fill(0xff),
             },
@@ -248,10 +330,14 @@ impl BusDevice for Ecam {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match self.target(offset) {
-            Some((Target::Slot(Slot::Virtio(device)), at)) => device.config_write(at, data),
-            Some((Target::Slot(Slot::Port(port)), at)) => port.root.config_write(at, data),
-            Some((Target::Behind(port), register)) => {
-                if let Some(device) = &*port.device() {
+            Some((Target::Port(port), register)) => port.config_write(register, data),
+            Some((Target::Virtio(place), register)) => {
+                if let Some(device) = &*place.look() {
+                    device.config_write(register, data);
+                }
+            }
+            Some((Target::Behind(place), register)) => {
+                if let Some(device) = &*place.look() {
                     device.config_write(register, data);
                 }
             }
@@ -274,14 +360,17 @@ impl Window {
     fn access(&self, offset: u64, mut access: impl FnMut(BarTarget<'_>)) -> bool {
         let address = self.start + offset;
         self.root.slots.iter().any(|slot| match slot {
-            Slot::Virtio(device) => {
-                let offset = virtio_offset(device, address);
-                offset
-                    .map(|at| access(BarTarget::Virtio(device, at)))
+            Slot::Virtio(place) => {
+                let device = place.look();
+                let found = device
+                    .as_ref()
+                    .and_then(|device| Some((device, virtio_offset(device, address)?)));
+                found
+                    .map(|(device, at)| access(BarTarget::Virtio(device, at)))
                     .is_some()
             }
             Slot::Port(port) => {
-                let device = port.device();
+                let device = port.device.look();
                 let found = device
                     .as_ref()
                     .and_then(|device| Some((device, device.bar_at(address)?)));
@@ -318,6 +407,38 @@ impl BusDevice for Window {
     }
 }
 
+/// The I/O ports that root ports pass on, from [`layout::PCI_PORTS`] on.
+pub struct IoPorts(pub Arc<PciRoot>);
+
+impl IoPorts {
+    /// Does `access` where an I/O BAR covers an offset, once.
+    fn access(&self, offset: u64, mut access: impl FnMut(&VfioPci, usize, u64)) -> bool {
+        let port = layout::PCI_PORTS + offset;
+        self.0.ports().any(|root_port| {
+            let device = root_port.device.look();
+            let found = device
+                .as_ref()
+                .and_then(|device| Some((device, device.io_bar_at(port)?)));
+            found
+                .map(|(device, (bar, at))| access(device, bar, at))
+                .is_some()
+        })
+    }
+}
+
+impl BusDevice for IoPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let found = self.access(offset, |device, bar, at| device.bar_read(bar, at, data));
+        if !found {
+            data.fill(0xff);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.access(offset, |device, bar, at| device.bar_write(bar, at, data));
+    }
+}
+
 fn virtio_offset(device: &VirtioPci, address: u64) -> Option<u64> {
     let offset = address.checked_sub(device.bar_address()?)?;
     (offset < BAR_SIZE).then_some(offset)
@@ -326,6 +447,8 @@ fn virtio_offset(device: &VirtioPci, address: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::rng::Rng;
+    use crate::vm::test_vm;
 
     #[test]
     fn only_the_bridge_answers_on_an_empty_bus() {
@@ -343,6 +466,47 @@ mod tests {
             assert_eq!(id, [0xff; 4]);
             ecam.write(absent, &id);
         }
+    }
+
+    #[test]
+    fn devices_come_into_the_first_empty_slot_and_go() {
+        let Some(vm) = test_vm() else { return };
+        let root = Arc::new(PciRoot::new(Vec::new()));
+        let ecam = Ecam(root.clone());
+        let id = |number: u64| {
+            let mut id = [0; 4];
+            ecam.read(number << SLOT_SHIFT, &mut id);
+            u32::from_le_bytes(id)
+        };
+        let add = || {
+            let number = root.empty_slot().unwrap();
+            let bar = PciRoot::bar_address(number);
+            let device = VirtioPci::new(&vm, Box::new(Rng::new()), bar).unwrap();
+            root.insert(number, device).unwrap();
+            number
+        };
+        assert_eq!([add(), add(), add()], [1, 2, 3]);
+        ecam.write(2 << SLOT_SHIFT | config::COMMAND as u64, &[2, 0]);
+        let window = Window {
+            root: root.clone(),
+            start: layout::WINDOW32_START,
+        };
+        let queues = || {
+            let mut data = [0; 2];
+            window.read(BAR_SIZE + 0x12, &mut data);
+            u16::from_le_bytes(data)
+        };
+        assert_eq!((id(2), queues()), (0x1044_1af4, 1));
+        root.take(2).unwrap().retire();
+        assert!(root.take(2).is_none());
+        assert_eq!((id(2), queues()), (u32::MAX, u16::MAX));
+        assert_eq!(id(3), 0x1044_1af4);
+        assert_eq!(add(), 2);
+        while root.empty_slot().is_some() {
+            add();
+        }
+        assert_eq!(id(31), 0x1044_1af4);
+        assert!(root.take(0).is_none() && root.take(32).is_none());
     }
 
     #[test]

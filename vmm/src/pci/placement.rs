@@ -6,12 +6,16 @@
 //! ```text
 //!   32-bit window:  virtio BARs | port 1 | port 2 | ...      32-bit and non-prefetchable BARs
 //!   64-bit window:  port 1      | port 2 | ...               64-bit prefetchable BARs
+//!   I/O ports:      port 1      | port 2 | ...               I/O BARs
 //! ```
 //!
-//! A BAR is as aligned as it is large, and a bridge's window is whole mebibytes.
+//! A BAR is as aligned as it is large, and a bridge's window is whole mebibytes, or 4096 ports.
 //! The largest BARs of a device go first, so that there is no gap between them.
 //!
-//! Ports that wait for a device share what is left of either window. Each share is a power of
+//! There are ports for 15 devices only, and a PCI Express device has to do without (PCI Express base
+//! 1.3.2.2): one that finds none left is not shown its I/O BARs.
+//!
+//! Root ports that wait for a device share what is left of either window. Each share is a power of
 //! two and aligned to it, so that a device fits whose BARs do together, in whatever order
 //! the guest places them.
 
@@ -20,10 +24,12 @@ use std::fmt;
 use super::config::BridgeWindow;
 use crate::layout::{self, GIB, MIB};
 
-/// Smallest room for a BAR, so that each is in pages of its own.
+/// Smallest room for a BAR of memory, so that each is in pages of its own.
 const PAGE: u64 = 0x1000;
-/// Granularity of a bridge's windows.
+/// Granularity of a bridge's windows of memory,
 const WINDOW_ALIGN: u64 = MIB;
+/// and of ports.
+const PORTS_ALIGN: u64 = 0x1000;
 
 /// There is no room.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -88,12 +94,14 @@ pub struct BarRequest {
 /// The places of a device's BARs, and of the windows of its port.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Placed {
-    /// Addresses, in the order of the requests.
+    /// Addresses, in the order of the requests; 0 for an I/O BAR that has no place.
     pub bars: Vec<u64>,
     /// What the port's 32-bit window covers, end exclusive.
     pub memory: Option<(u64, u64)>,
     /// What the port's prefetchable window covers, end exclusive.
     pub prefetchable: Option<(u64, u64)>,
+    /// The ports it passes on, end exclusive.
+    pub ports: Option<(u64, u64)>,
 }
 
 /// A window that is filled from its start.
@@ -102,13 +110,15 @@ struct Space {
     start: u64,
     next: u64,
     end: u64,
+    window: BridgeWindow,
 }
 
-/// Both windows.
+/// All windows.
 #[derive(Debug, Clone, Copy)]
 pub struct Placement {
     below: Space,
     above: Space,
+    ports: Space,
     bits: u8,
 }
 
@@ -119,8 +129,13 @@ impl Placement {
     pub fn new(window64: Option<(u64, u64)>, physical_bits: u8) -> Self {
         let (start, end) = window64.unwrap_or_default();
         Self {
-            below: Space::new(layout::WINDOW32_PORTS, layout::WINDOW32_END),
-            above: Space::new(start, end),
+            below: Space::new(
+                BridgeWindow::Memory,
+                layout::WINDOW32_PORTS,
+                layout::WINDOW32_END,
+            ),
+            above: Space::new(BridgeWindow::Prefetchable, start, end),
+            ports: Space::new(BridgeWindow::Ports, layout::PCI_PORTS, layout::PORTS_END),
             bits: physical_bits,
         }
     }
@@ -138,12 +153,9 @@ impl Placement {
             bars: vec![0; requests.len()],
             ..Placed::default()
         };
-        placed.memory = self
-            .below
-            .place(requests, BridgeWindow::Memory, &mut placed.bars);
-        placed.prefetchable =
-            self.above
-                .place(requests, BridgeWindow::Prefetchable, &mut placed.bars);
+        placed.memory = self.below.place(requests, &mut placed.bars);
+        placed.prefetchable = self.above.place(requests, &mut placed.bars);
+        placed.ports = self.ports.place_or_leave(requests, &mut placed.bars);
         placed
     }
 
@@ -160,11 +172,13 @@ impl Placement {
         let below = self.below.share(count_of_shares);
         let below = below.ok_or(PlacementError::NoSlots(count))?;
         let above = self.above.share(count_of_shares);
+        let ports = self.ports.share(count_of_shares);
         let nth = |share: (u64, u64), n: u64| (share.0 + n * share.1, share.0 + (n + 1) * share.1);
         let placed = (0..count_of_shares).map(|n| Placed {
             bars: Vec::new(),
             memory: Some(nth(below, n)),
             prefetchable: above.map(|share| nth(share, n)),
+            ports: ports.map(|share| nth(share, n)),
         });
         Ok(placed.collect())
     }
@@ -195,7 +209,7 @@ impl Placement {
 }
 
 impl Placed {
-    /// Places the BARs of a device in the windows of its port.
+    /// Places the BARs of a device in the windows of its root port.
     ///
     /// # Errors
     ///
@@ -208,8 +222,8 @@ impl Placed {
         ] {
             let (start, end) = range.unwrap_or_default();
             // A share is aligned to its size, so that the places in it can be counted from 0.
-            let mut space = Space::new(0, end - start);
-            space.place(requests, window, &mut bars);
+            let mut space = Space::new(window, 0, end - start);
+            space.place(requests, &mut bars);
             if let Some([need, room, missing]) = space.shortage() {
                 return Err(PlacementError::Slot {
                     kind,
@@ -222,36 +236,68 @@ impl Placed {
                 *address += start;
             }
         }
+        let (start, end) = self.ports.unwrap_or_default();
+        Space::new(BridgeWindow::Ports, start, end).place_or_leave(requests, &mut bars);
         Ok(bars)
     }
 }
 
 impl Space {
-    fn new(start: u64, end: u64) -> Self {
+    fn new(window: BridgeWindow, start: u64, end: u64) -> Self {
         Self {
             start,
             next: start,
             end,
+            window,
         }
     }
 
-    fn place(
-        &mut self,
-        requests: &[BarRequest],
-        window: BridgeWindow,
-        addresses: &mut [u64],
-    ) -> Option<(u64, u64)> {
-        let mut mine: Vec<_> = in_window(requests, addresses, window).collect();
+    /// What its windows are multiples of.
+    fn align(&self) -> u64 {
+        match self.window {
+            BridgeWindow::Memory | BridgeWindow::Prefetchable => WINDOW_ALIGN,
+            BridgeWindow::Ports => PORTS_ALIGN,
+        }
+    }
+
+    /// The least a BAR gets.
+    fn room(&self) -> u64 {
+        match self.window {
+            BridgeWindow::Memory | BridgeWindow::Prefetchable => PAGE,
+            BridgeWindow::Ports => 1,
+        }
+    }
+
+    fn place(&mut self, requests: &[BarRequest], addresses: &mut [u64]) -> Option<(u64, u64)> {
+        let (align, room) = (self.align(), self.room());
+        let mut mine: Vec<_> = in_window(requests, addresses, self.window).collect();
         mine.sort_by_key(|(bar, _)| std::cmp::Reverse(bar.size));
-        let align = mine.first()?.0.size.max(WINDOW_ALIGN);
-        let start = align_up(self.next, align);
+        let start = align_up(self.next, mine.first()?.0.size.max(align));
         self.next = start;
         for (bar, address) in mine {
             *address = self.next;
-            self.next = self.next.saturating_add(bar.size.max(PAGE));
+            self.next = self.next.saturating_add(bar.size.max(room));
         }
-        self.next = align_up(self.next, WINDOW_ALIGN);
+        self.next = align_up(self.next, align);
         Some((start, self.next))
+    }
+
+    /// Places all of a device's, or none of them where there is too little.
+    fn place_or_leave(
+        &mut self,
+        requests: &[BarRequest],
+        addresses: &mut [u64],
+    ) -> Option<(u64, u64)> {
+        let before = *self;
+        let placed = self.place(requests, addresses);
+        if self.next <= self.end {
+            return placed;
+        }
+        *self = before;
+        for (_, address) in in_window(requests, addresses, self.window) {
+            *address = 0;
+        }
+        None
     }
 
     /// Start and size of the first of `count` shares of what is left, each the largest
@@ -259,7 +305,7 @@ impl Space {
     fn share(&self, count: u64) -> Option<(u64, u64)> {
         let left = self.end.checked_sub(self.next)?;
         let mut size = 1 << left.checked_div(count)?.checked_ilog2()?;
-        while size >= WINDOW_ALIGN {
+        while size >= self.align() {
             let start = align_up(self.next, size);
             if start.checked_add(count * size)? <= self.end {
                 return Some((start, size));
@@ -312,7 +358,7 @@ impl fmt::Display for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use BridgeWindow::{Memory, Prefetchable};
+    use BridgeWindow::{Memory, Ports, Prefetchable};
 
     const WINDOW: Option<(u64, u64)> = Some((64 * GIB, 1024 * GIB));
 
@@ -337,6 +383,7 @@ mod tests {
             let range = match bar.window {
                 Memory => placed.memory.unwrap(),
                 Prefetchable => placed.prefetchable.unwrap(),
+                Ports => unreachable!("none was asked for"),
             };
             assert!(range.0 <= *address && address + bar.size <= range.1);
             assert_eq!((range.0 % MIB, range.1 % MIB), (0, 0));
@@ -434,10 +481,41 @@ mod tests {
     }
 
     #[test]
+    fn devices_that_find_no_ports_left_are_placed_without() {
+        let mut placement = Placement::new(WINDOW, 40);
+        let bars = [
+            request(0x20, Ports),
+            request(0x100, Ports),
+            request(16, Memory),
+        ];
+        let placed = placement.place(&bars);
+        assert_eq!(placed.bars[..2], [0x1100, 0x1000]);
+        assert_eq!(placed.ports, Some((0x1000, 0x2000)));
+        let shares = placement.share(2).unwrap();
+        assert_eq!(shares[0].ports, Some((0x4000, 0x8000)));
+        assert_eq!(shares[1].ports, Some((0x8000, 0xc000)));
+        assert_eq!(shares[1].fit(&bars).unwrap()[..2], [0x8100, 0x8000]);
+        assert_eq!(shares[1].fit(&[request(0x8000, Ports)]), Ok(vec![0]));
+        for start in (0x2000..0x1_0000).step_by(0x1000) {
+            let ports = placement.place(&bars).ports;
+            assert_eq!(ports, Some((start, start + 0x1000)));
+        }
+        let last = placement.place(&bars);
+        assert_eq!((last.ports, &last.bars[..2]), (None, &[0, 0][..]));
+        assert_ne!(last.bars[2], 0);
+        assert_eq!(placement.check(), Ok(()));
+        assert_eq!(placement.share(1).unwrap()[0].ports, None);
+    }
+
+    #[test]
     fn absurd_sizes_do_not_overflow() {
         let mut placement = Placement::new(WINDOW, 40);
         for _ in 0..3 {
-            placement.place(&[request(1 << 63, Prefetchable), request(1 << 63, Memory)]);
+            placement.place(&[
+                request(1 << 63, Prefetchable),
+                request(1 << 63, Memory),
+                request(1 << 63, Ports),
+            ]);
         }
         assert!(placement.check().is_err());
         assert!(placement.share(3).is_err());

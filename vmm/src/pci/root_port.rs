@@ -3,7 +3,7 @@
 //!
 //! It is there so that the guest sees an endpoint where endpoints belong, with a
 //! link and a bus of its own. Bus number and windows are set before the guest
-//! runs, and Linux keeps what it finds. No I/O window, and no access control services:
+//! runs, and Linux keeps what it finds. No access control services:
 //! those would promise an isolation between the pod's own devices that nobody checks.
 //!
 //! A port whose device is there from the start has no slot and no interrupt. One that
@@ -173,6 +173,7 @@ impl Port {
         config.set_buses(0, bus, bus);
         config.set_window(BridgeWindow::Memory, placed.memory);
         config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
+        config.set_window(BridgeWindow::Ports, placed.ports);
         let (body, writable) = express(has_slot);
         let express = config.add_capability(CAPABILITY, &body, &writable);
         config.put(express + LINK_CAPABILITIES + 3, &[bus]);
@@ -258,6 +259,7 @@ mod tests {
             bars: Vec::new(),
             memory: Some((0xc010_0000, 0xc020_0000)),
             prefetchable: Some((64 * GIB, 65 * GIB)),
+            ports: Some((0x1000, 0x2000)),
         };
         RootPort::new(2, link, &placed)
     }
@@ -271,7 +273,7 @@ mod tests {
         assert_eq!(port.secondary_bus(), 2);
         assert_eq!(u32_at(&port, 0x20), 0xc010_c010);
         assert_eq!(u32_at(&port, 0x28), 0x10);
-        assert_eq!(u32_at(&port, 0x1c) & 0xffff, 0, "no I/O window");
+        assert_eq!(u32_at(&port, 0x1c) & 0xffff, 0x1010);
         port.config_write(0x19, &[9]);
         assert_eq!(port.secondary_bus(), 9);
     }

@@ -150,9 +150,10 @@ pub fn install_kick_handler() -> io::Result<()> {
 }
 
 fn run(fd: &mut VcpuFd, buses: &Buses, stop: &Stop, exits: &mut Exits) {
+    let page = NonNull::from(fd.get_kvm_run());
     while stop.outcome().is_none() {
         match fd.run() {
-            Ok(exit) => serve(exit, buses, stop, exits),
+            Ok(exit) => serve(exit, port_width(page), buses, stop, exits),
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
                 exits.interrupted += 1;
             }
@@ -161,7 +162,16 @@ fn run(fd: &mut VcpuFd, buses: &Buses, stop: &Stop, exits: &mut Exits) {
     }
 }
 
-fn serve(exit: VcpuExit<'_>, buses: &Buses, stop: &Stop, exits: &mut Exits) {
+/// Bytes of each access to a port, if that is why the vCPU has left the kernel: an instruction
+/// may do several (`rep outsw`), which come as one exit.
+fn port_width(page: NonNull<kvm_run>) -> usize {
+    // SAFETY: the page is mapped as long as the vCPU's descriptor is open, and the vCPU does not
+    // run; any bytes are a size.
+    let size = unsafe { (*page.as_ptr()).__bindgen_anon_1.io.size };
+    usize::from(size).max(1)
+}
+
+fn serve(exit: VcpuExit<'_>, width: usize, buses: &Buses, stop: &Stop, exits: &mut Exits) {
     match exit {
         VcpuExit::MmioRead(address, data) => {
             exits.mmio_reads += 1;
@@ -173,11 +183,15 @@ fn serve(exit: VcpuExit<'_>, buses: &Buses, stop: &Stop, exits: &mut Exits) {
         }
         VcpuExit::IoIn(port, data) => {
             exits.port_reads += 1;
-            buses.ports.read(port.into(), data);
+            for access in data.chunks_mut(width) {
+                buses.ports.read(port.into(), access);
+            }
         }
         VcpuExit::IoOut(port, data) => {
             exits.port_writes += 1;
-            buses.ports.write(port.into(), data);
+            for access in data.chunks(width) {
+                buses.ports.write(port.into(), access);
+            }
         }
         VcpuExit::Shutdown => stop.set(Outcome::Stopped(StopReason::TripleFault)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => exits.others += 1,
@@ -185,5 +199,53 @@ fn serve(exit: VcpuExit<'_>, buses: &Buses, stop: &Stop, exits: &mut Exits) {
             exits.others += 1;
             stop.set(Outcome::Failed(format!("vCPU exit {other:?}")));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::bus::BusDevice;
+
+    /// Lengths of the accesses.
+    #[derive(Default)]
+    struct Lengths(Mutex<Vec<usize>>);
+
+    impl BusDevice for Lengths {
+        fn read(&self, _: u64, data: &mut [u8]) {
+            data.fill(7);
+            self.0.lock().unwrap().push(data.len());
+        }
+        fn write(&self, _: u64, data: &[u8]) {
+            self.0.lock().unwrap().push(data.len());
+        }
+    }
+
+    #[test]
+    fn accesses_of_one_instruction_reach_the_port_one_by_one() {
+        let lengths = Arc::new(Lengths::default());
+        let mut ports = Bus::default();
+        ports.add(0x1000, 1, lengths.clone()).unwrap();
+        let buses = Buses {
+            mmio: Arc::default(),
+            ports: Arc::new(ports),
+        };
+        let (stop, mut exits) = (Stop::new().unwrap(), Exits::default());
+        let mut data = [0; 6];
+        serve(
+            VcpuExit::IoIn(0x1000, &mut data),
+            2,
+            &buses,
+            &stop,
+            &mut exits,
+        );
+        serve(VcpuExit::IoOut(0x1000, &data), 4, &buses, &stop, &mut exits);
+        assert_eq!(
+            (data, &*lengths.0.lock().unwrap()),
+            ([7; 6], &vec![2, 2, 2, 4, 2])
+        );
+        assert_eq!((exits.port_reads, exits.port_writes), (1, 1));
     }
 }

@@ -20,6 +20,8 @@ pub struct Region {
 /// Interrupts of a PCI device, by VFIO's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Irq {
+    /// The line. The host masks it whenever it is raised.
+    Intx,
     /// Message signalled.
     Msi,
     /// Message signalled, with a table.
@@ -126,6 +128,13 @@ pub trait Access: Send + Sync {
     ///
     /// The kernel's, or how many there are when there are fewer.
     fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError>;
+
+    /// Has INTx, which is on, unmasked whenever `event` is signalled.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn unmask_on(&self, event: &EventFd) -> io::Result<()>;
 
     /// Turns all interrupts of a kind off.
     ///

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::access::{Access, Region};
 use super::capabilities::MsixLayout;
 use super::config::Bar;
+use super::sys::DmaRange;
 use crate::layout;
 use crate::vm::{DeviceMemory, PAGE_SIZE, Vm, VmError};
 
@@ -88,6 +89,19 @@ impl BarMap {
         result
     }
 
+    /// The mapped parts of a BAR, for other devices' DMA, when it is at `address`.
+    pub fn dma_ranges(&self, place: usize, address: u64) -> impl Iterator<Item = DmaRange> {
+        let areas = self.bars.get(place).into_iter().flatten();
+        areas.map(move |area| {
+            let (host, len) = area.memory.mapped();
+            DmaRange {
+                iova: address + area.offset,
+                len,
+                host,
+            }
+        })
+    }
+
     /// Where the mapped parts of a BAR are.
     #[cfg(test)]
     pub fn addresses(&self, place: usize) -> Vec<Option<u64>> {
@@ -123,6 +137,9 @@ pub fn region_of(bar: Bar) -> u32 {
 
 /// The parts of a BAR that are mapped: start and end, whole pages.
 fn mapped_areas(bar: Bar, region: &Region, msix: Option<MsixLayout>) -> Vec<(u64, u64)> {
+    if bar.is_io() || bar.is_rom() {
+        return Vec::new();
+    }
     let trapped = |msix: MsixLayout| {
         [
             (msix.table, msix.table_len()),

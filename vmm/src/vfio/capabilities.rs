@@ -28,11 +28,13 @@ const DESIGNATED_VENDOR: u16 = 0x23;
 const HIDDEN: u32 = 0xffff;
 
 /// MSI message control: enable, vectors that are enabled, 64-bit address, per-vector masks.
-const MSI_ENABLE: u16 = 1;
+pub const MSI_ENABLE: u16 = 1;
 const MSI_ENABLED_VECTORS: u16 = 0b111 << 4;
 const MSI_64: u16 = 1 << 7;
 const MSI_MASKS: u16 = 1 << 8;
 const MSI_EXTENDED_DATA: u16 = 0b11 << 9;
+/// MSI-X message control: enable.
+pub const MSIX_ENABLE: u16 = 1 << 15;
 /// MSI-X message control: size of the table.
 const MSIX_SIZE: u16 = 0x7ff;
 /// The most vectors a guest is offered: a page of table entries, and more than it
@@ -216,7 +218,7 @@ fn keep_msix(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mu
     };
     let fits = |(index, offset): (usize, u64), len: u64| {
         let bar = bars.iter().find(|bar| bar.index == index);
-        bar.is_some_and(|bar| offset + len <= bar.size)
+        bar.is_some_and(|bar| !bar.is_io() && offset + len <= bar.size)
     };
     if !fits(msix.table, msix.table_len()) || !fits(msix.pending, msix.pending_len()) {
         return false;

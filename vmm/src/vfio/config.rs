@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The capability list is short: what is not known to be for the guest to drive is
-//! not in it and reads as zero ([`super::capabilities`]). I/O BARs and the expansion ROM are
-//! hidden too. The device itself decodes memory all the time; whether the guest
+//! not in it and reads as zero ([`super::capabilities`]). The expansion ROM is hidden too,
+//! unless it is asked for. The device itself decodes memory and ports all the time; whether the guest
 //! sees its BARs depends on the guest's command register alone.
 
 use std::io;
@@ -31,6 +31,8 @@ pub const CONVENTIONAL_SIZE: usize = 256;
 const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
 pub const BARS: usize = 6;
+/// The expansion ROM's place after them, as VFIO counts.
+pub const ROM_INDEX: usize = 6;
 
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
@@ -46,6 +48,7 @@ const INTERRUPT_PIN: usize = 0x3d;
 const HEADER_END: usize = 0x40;
 
 /// Command register bits.
+const PORTS: u16 = 1;
 const MEMORY: u16 = 1 << 1;
 const MASTER: u16 = 1 << 2;
 const PARITY: u16 = 1 << 6;
@@ -54,10 +57,17 @@ const NO_INTX: u16 = 1 << 10;
 /// Status register: an INTx is pending; there is a capability list.
 const STATUS_INTX: u8 = 1 << 3;
 const STATUS_LIST: u8 = 1 << 4;
+/// Interrupt pin of a function that is alone in its slot.
+const INTA: u8 = 1;
 /// Header type: more functions in this slot; what type it is.
 const MULTI_FUNCTION: u8 = 1 << 7;
 /// BAR flags.
 const BAR_IO: u8 = 1;
+const BAR_IO_FLAGS: u8 = 0b11;
+const BAR_MEMORY_FLAGS: u8 = 0b1111;
+/// The ROM's register: whether it answers, and bits that are no address.
+const ROM_ENABLE: u32 = 1;
+const ROM_FLAGS: u64 = 0x7ff;
 const BAR_64: u8 = 0b100;
 const BAR_PREFETCHABLE: u8 = 0b1000;
 
@@ -70,15 +80,12 @@ pub enum ConfigError {
     /// Its configuration space reads as ones.
     #[error("it does not answer: its configuration space reads as ones")]
     Gone,
-    /// Neither MSI nor MSI-X.
-    #[error("its only interrupt is INTx, which is not supported: it needs MSI or MSI-X")]
-    OnlyIntx,
     /// VFIO's size of a BAR is not one that hardware has.
     #[error("its BAR {0} has {1:#x} bytes, which is no power of two")]
     BarSize(usize, u64),
 }
 
-/// A memory BAR.
+/// A BAR, or the expansion ROM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bar {
     /// Its number, which is also its VFIO region.
@@ -89,8 +96,37 @@ pub struct Bar {
 }
 
 impl Bar {
+    /// Whether it is of I/O ports.
+    #[must_use]
+    pub fn is_io(self) -> bool {
+        self.flags & BAR_IO != 0
+    }
+
+    /// Whether it is the expansion ROM.
+    #[must_use]
+    pub fn is_rom(self) -> bool {
+        self.index == ROM_INDEX
+    }
+
+    fn register(self) -> usize {
+        if self.is_rom() {
+            ROM
+        } else {
+            BAR0 + 4 * self.index
+        }
+    }
+
     fn is_64(self) -> bool {
-        self.flags & 0b110 == BAR_64
+        !self.is_io() && self.flags & 0b110 == BAR_64
+    }
+
+    /// Bits of its register that are no address.
+    fn flag_bits(self) -> u64 {
+        match self.flags & BAR_IO {
+            _ if self.is_rom() => ROM_FLAGS,
+            0 => BAR_MEMORY_FLAGS.into(),
+            _ => BAR_IO_FLAGS.into(),
+        }
     }
 
     /// What it asks of the guest's address space.
@@ -99,10 +135,10 @@ impl Bar {
         let prefetchable = self.is_64() && self.flags & BAR_PREFETCHABLE != 0;
         BarRequest {
             size: self.size,
-            window: if prefetchable {
-                BridgeWindow::Prefetchable
-            } else {
-                BridgeWindow::Memory
+            window: match prefetchable {
+                _ if self.is_io() => BridgeWindow::Ports,
+                true => BridgeWindow::Prefetchable,
+                false => BridgeWindow::Memory,
             },
         }
     }
@@ -134,6 +170,7 @@ pub struct GuestConfig {
     bytes: Box<Bytes>,
     bars: Vec<Bar>,
     layout: Layout,
+    has_intx: bool,
     /// What the device's command register holds.
     command: u16,
 }
@@ -161,26 +198,41 @@ impl GuestConfig {
         if kind != 0 {
             return Err(ConfigError::Bridge(kind));
         }
-        let bars = memory_bars(&bytes.ours, sizes)?;
+        let bars = bars(&bytes.ours, sizes)?;
         let has_intx = bytes.ours[INTERRUPT_PIN] != 0;
         header(&mut bytes);
+        if bars.iter().any(|bar| bar.is_io()) {
+            bytes.writable[COMMAND] |= PORTS.to_le_bytes()[0];
+        }
         let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
         if bytes.ours[capabilities::POINTER] != 0 {
             bytes.ours[STATUS] |= STATUS_LIST;
         }
-        if has_intx && layout.msi.is_none() && layout.msix.is_none() {
-            return Err(ConfigError::OnlyIntx);
+        if has_intx {
+            bytes.ours[INTERRUPT_PIN] = INTA;
         }
         Ok(Self {
             bytes,
             bars,
             layout,
+            has_intx,
             command: 0,
         })
     }
 
-    /// Its memory BARs.
+    /// Shows its expansion ROM of `size` bytes, 0 if it has none.
+    pub fn show_rom(&mut self, size: u64) {
+        if size.is_power_of_two() && size > ROM_FLAGS {
+            self.bars.push(Bar {
+                index: ROM_INDEX,
+                size,
+                flags: 0,
+            });
+        }
+    }
+
+    /// Its BARs, and the ROM if that is shown.
     #[must_use]
     pub fn bars(&self) -> &[Bar] {
         &self.bars
@@ -192,37 +244,71 @@ impl GuestConfig {
         &self.layout
     }
 
+    /// Whether it has an interrupt line.
+    #[must_use]
+    pub fn has_intx(&self) -> bool {
+        self.has_intx
+    }
+
+    /// Whether the device is to raise its line: once the guest has a use for the device, until
+    /// it turns the line off or has messages instead (PCI Express base 6.1.4.3).
+    #[must_use]
+    pub fn wants_intx(&self) -> bool {
+        let Layout { msi, msix, .. } = self.layout;
+        let on = |control: Option<usize>, bit| {
+            control.is_some_and(|control| self.u16_at(control) & bit != 0)
+        };
+        let command = self.u16_at(COMMAND);
+        self.has_intx
+            && command & (PORTS | MEMORY | MASTER) != 0
+            && command & NO_INTX == 0
+            && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
+            && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
+    }
+
     /// Its link.
     #[must_use]
     pub fn link(&self) -> Link {
         self.layout.link.unwrap_or(NO_LINK)
     }
 
-    /// Puts the BARs where they have been placed, in their order.
+    /// Puts the BARs where they have been placed, in their order. An I/O BAR without a place is
+    /// not shown.
     pub fn set_bars(&mut self, addresses: &[u64]) {
         let Bytes { ours, writable, .. } = &mut *self.bytes;
         for (bar, address) in self.bars.iter().zip(addresses) {
-            let at = BAR0 + 4 * bar.index;
+            if bar.is_io() && *address == 0 {
+                continue;
+            }
+            let at = bar.register();
             let len = if bar.is_64() { 8 } else { 4 };
             let value = address | u64::from(bar.flags);
             copy(ours, at, &value.to_le_bytes()[..len]);
-            let mask = !(bar.size - 1) & !0xf;
+            let enable = if bar.is_rom() { ROM_ENABLE } else { 0 };
+            let mask = !(bar.size - 1) & !bar.flag_bits() | u64::from(enable);
             copy(writable, at, &mask.to_le_bytes()[..len]);
         }
     }
 
-    /// Where a BAR is now, by its place among [`Self::bars`]: nowhere while memory space
-    /// is disabled.
+    /// Where a BAR is now, by its place among [`Self::bars`]: nowhere while memory space, or
+    /// I/O space, is disabled, and the ROM while it is itself.
     #[must_use]
     pub fn bar_address(&self, place: usize) -> Option<u64> {
         let bar = self.bars.get(place)?;
-        if self.u16_at(COMMAND) & MEMORY == 0 {
+        let enable = if bar.is_io() { PORTS } else { MEMORY };
+        if self.u16_at(COMMAND) & enable == 0 {
             return None;
         }
-        let at = BAR0 + 4 * bar.index;
-        let low = self.u32_at(at) & !0xf;
+        if bar.is_rom() && self.u32_at(ROM) & ROM_ENABLE == 0 {
+            return None;
+        }
+        let at = bar.register();
+        let low = u64::from(self.u32_at(at)) & !bar.flag_bits();
+        if bar.is_io() && low == 0 {
+            return None;
+        }
         let high = if bar.is_64() { self.u32_at(at + 4) } else { 0 };
-        Some(u64::from(high) << 32 | u64::from(low))
+        Some(u64::from(high) << 32 | low)
     }
 
     /// Reads. Bytes past the end are 0, the header of "no extended capability".
@@ -284,7 +370,7 @@ impl GuestConfig {
         self.sync_command(device)
     }
 
-    /// Has the device decode memory, and do what the guest's command register says of
+    /// Has the device decode memory and ports, and do what the guest's command register says of
     /// the rest. To be called once at the start, and after a reset.
     ///
     /// # Errors
@@ -292,7 +378,10 @@ impl GuestConfig {
     /// The device's.
     pub fn sync_command(&mut self, device: &dyn Access) -> io::Result<()> {
         let guest = self.u16_at(COMMAND) & (MASTER | PARITY | SERR);
-        let command = guest | MEMORY | NO_INTX;
+        let no_intx = if self.wants_intx() { 0 } else { NO_INTX };
+        let has_ports = self.bars.iter().any(|bar| bar.is_io());
+        let ports = if has_ports { PORTS } else { 0 };
+        let command = guest | MEMORY | ports | no_intx;
         if command != self.command {
             device.write(CONFIG_REGION, COMMAND as u64, &command.to_le_bytes())?;
             self.command = command;
@@ -317,7 +406,7 @@ impl GuestConfig {
     }
 }
 
-/// Has a device forget the guest: no DMA, no memory, no interrupt.
+/// Has a device forget the guest: no DMA, no memory, no ports, no interrupt.
 ///
 /// # Errors
 ///
@@ -351,16 +440,16 @@ fn header(bytes: &mut Bytes) {
     source[STATUS + 1] = Source::DeviceWritable;
 }
 
-fn memory_bars(space: &[u8; SIZE], sizes: [u64; BARS]) -> Result<Vec<Bar>, ConfigError> {
+fn bars(space: &[u8; SIZE], sizes: [u64; BARS]) -> Result<Vec<Bar>, ConfigError> {
     let mut bars = Vec::new();
     let mut upper_half = false;
     for (index, size) in sizes.into_iter().enumerate() {
         if std::mem::take(&mut upper_half) || size == 0 {
             continue;
         }
-        let flags = space[BAR0 + 4 * index] & 0xf;
+        let mut flags = space[BAR0 + 4 * index] & BAR_MEMORY_FLAGS;
         if flags & BAR_IO != 0 {
-            continue;
+            flags = BAR_IO;
         }
         if !size.is_power_of_two() {
             return Err(ConfigError::BarSize(index, size));

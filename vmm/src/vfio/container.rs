@@ -1,4 +1,4 @@
-//! The pod's address space for DMA: the guest's memory and nothing else.
+//! The pod's address space for DMA: the guest's memory and nothing else, but for [`super::peers`].
 //!
 //! There is one for all devices of a pod, and each region of memory is mapped in it
 //! once. What a device asks for beyond that, the IOMMU refuses. Mapping pins the
@@ -116,10 +116,19 @@ impl AddressSpace {
     ///
     /// The kernel's, with its usual cause.
     pub fn map(&self, memory: &GuestMemory) -> Result<Mapped, VfioError> {
-        map_regions(memory, |range| match self {
+        map_regions(memory, |range| self.map_range(range))
+    }
+
+    /// Lets them reach a range.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn map_range(&self, range: DmaRange) -> io::Result<()> {
+        match self {
             Self::Container(container) => sys::map_in_container(container, range),
             Self::Ioas(iommufd, ioas) => sys::map_in_ioas(iommufd, *ioas, range),
-        })
+        }
     }
 }
 

@@ -17,12 +17,13 @@ use super::VfioError;
 use super::access::{Access, CONFIG_REGION, Region};
 use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
-use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, SIZE};
+use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
 use super::interrupts::Interrupts;
+use super::peers::Reachable;
 use crate::pci::placement::BarRequest;
 use crate::pci::root_port::Link;
 use crate::virtio::complaints::Complaints;
-use crate::vm::Vm;
+use crate::vm::{Vm, lines};
 
 /// A BAR's address while it answers nowhere.
 const NOWHERE: u64 = u64::MAX;
@@ -87,6 +88,14 @@ impl Endpoint {
         self.was_reset
     }
 
+    /// The same with its expansion ROM, if it has one, among the BARs.
+    #[must_use]
+    pub fn with_rom(mut self) -> Self {
+        let rom = self.regions.get(ROM_INDEX).map_or(0, |region| region.size);
+        self.config.show_rom(rom);
+        self
+    }
+
     /// Notes that it was, by its bus.
     pub fn was_reset_with_others(&mut self) {
         self.was_reset = true;
@@ -112,6 +121,17 @@ fn read_space(device: &dyn Access) -> io::Result<Vec<u8>> {
     Ok(space)
 }
 
+/// What the ROM holds, if it is shown. It is read once: a device may need the decoder of its
+/// ROM for its BARs (PCI Local Bus 3.0, 6.2.5.2).
+fn read_rom(device: &dyn Access, bars: &[(Bar, Region)]) -> io::Result<Vec<u8>> {
+    let Some((rom, _)) = bars.iter().find(|(bar, _)| bar.is_rom()) else {
+        return Ok(Vec::new());
+    };
+    let mut bytes = vec![0; usize::try_from(rom.size).map_err(io::Error::other)?];
+    device.read(region_of(*rom), 0, &mut bytes)?;
+    Ok(bytes)
+}
+
 /// A function behind a root port.
 pub struct VfioPci {
     address: String,
@@ -120,6 +140,8 @@ pub struct VfioPci {
     /// function of an address takes none.
     bars: Vec<(Bar, AtomicU64)>,
     msix: Option<MsixLayout>,
+    /// What is read of the ROM.
+    rom: Vec<u8>,
     state: Mutex<State>,
 }
 
@@ -135,11 +157,12 @@ enum Owner {
     Device,
     Table(u64),
     Pending(u64),
+    Rom,
 }
 
 impl VfioPci {
-    /// `endpoint`, whose BARs go to `addresses`; the guest may move them within its 32-bit
-    /// window and `window64`.
+    /// `endpoint` on bus `bus`, whose BARs go to `addresses`; the guest may move them within
+    /// its 32-bit window and `window64`.
     ///
     /// # Errors
     ///
@@ -147,6 +170,7 @@ impl VfioPci {
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
+        bus: u8,
         addresses: &[u64],
         window64: Option<(u64, u64)>,
     ) -> Result<Self, VfioError> {
@@ -164,9 +188,18 @@ impl VfioPci {
             .map(|bar| (*bar, regions.get(bar.index).cloned().unwrap_or_default()))
             .collect();
         config.set_bars(addresses);
+        let mut places = bars.iter().zip(addresses);
+        if places.any(|((bar, _), port)| bar.is_io() && *port == 0) {
+            tracing::warn!(
+                device = address,
+                "no I/O ports are left for it: it has none"
+            );
+        }
         config
             .sync_command(&*device)
             .map_err(VfioError::device(&address, "turn on its memory"))?;
+        let rom = read_rom(&*device, &bars)
+            .map_err(VfioError::device(&address, "read its expansion ROM"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
         Ok(Self {
@@ -177,22 +210,43 @@ impl VfioPci {
                 .map(|(bar, _)| (bar, AtomicU64::new(NOWHERE)))
                 .collect(),
             msix: layout.msix,
+            rom,
             state: Mutex::new(State {
+                interrupts: Interrupts::new(vm, &config, lines::of_bus(bus)),
                 config,
-                interrupts: Interrupts::new(vm, &layout),
                 map,
                 complaints: Complaints::new("a PCI device of the host"),
             }),
         })
     }
 
-    /// The BAR that covers an address, by its place, and the offset in it.
+    /// What others can reach of its BARs where these are at `addresses`.
+    #[must_use]
+    pub fn reachable(&self, addresses: &[u64]) -> Reachable {
+        let state = self.lock();
+        let places = addresses.iter().enumerate();
+        let ranges = places.flat_map(|(place, address)| state.map.dma_ranges(place, *address));
+        (self.address.clone(), ranges.collect())
+    }
+
+    /// The BAR of memory that covers an address, by its place, and the offset in it.
     #[must_use]
     pub fn bar_at(&self, address: u64) -> Option<(usize, u64)> {
-        self.bars.iter().enumerate().find_map(|(place, (bar, at))| {
+        self.find(address, false)
+    }
+
+    /// The I/O BAR that covers a port, by its place, and the offset in it.
+    #[must_use]
+    pub fn io_bar_at(&self, port: u64) -> Option<(usize, u64)> {
+        self.find(port, true)
+    }
+
+    fn find(&self, address: u64, is_io: bool) -> Option<(usize, u64)> {
+        let mut bars = self.bars.iter().enumerate();
+        bars.find_map(|(place, (bar, at))| {
             // `NOWHERE` is above every address.
             let offset = address.checked_sub(at.load(Ordering::Acquire))?;
-            (offset < bar.size).then_some((place, offset))
+            (bar.is_io() == is_io && offset < bar.size).then_some((place, offset))
         })
     }
 
@@ -231,6 +285,12 @@ impl VfioPci {
         match self.owner(bar, offset) {
             Owner::Table(offset) => self.lock().interrupts.read_table(offset, data),
             Owner::Pending(offset) => self.lock().interrupts.read_pending(offset, data),
+            Owner::Rom => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                for (byte, at) in data.iter_mut().zip(start..) {
+                    *byte = self.rom.get(at).copied().unwrap_or(0xff);
+                }
+            }
             Owner::Device => {
                 let result = self.device.read(region_of(*bar), offset, data);
                 if result.is_err() {
@@ -251,7 +311,7 @@ impl VfioPci {
                 let device = &*self.device;
                 self.lock().interrupts.write_table(offset, data, device)
             }
-            Owner::Pending(_) => Ok(()),
+            Owner::Pending(_) | Owner::Rom => Ok(()),
             Owner::Device => self.device.write(region_of(*bar), offset, data),
         };
         if result.is_err() {
@@ -289,6 +349,9 @@ impl VfioPci {
     }
 
     fn owner(&self, bar: &Bar, offset: u64) -> Owner {
+        if bar.is_rom() {
+            return Owner::Rom;
+        }
         let Some(msix) = self.msix else {
             return Owner::Device;
         };

@@ -59,6 +59,7 @@ pub struct Slots {
     space: Option<AddressSpace>,
     /// Devices that do not go are in it too.
     space_stays: bool,
+    roms: bool,
     stop: Arc<Stop>,
     plugged: Vec<(Vec<u8>, Watch)>,
 }
@@ -82,9 +83,16 @@ impl Slots {
             first,
             space_stays: space.is_some(),
             space,
+            roms: false,
             stop: stop.clone(),
             plugged: Vec::new(),
         }
+    }
+
+    /// Whether the guest sees the devices' expansion ROMs.
+    #[must_use]
+    pub fn with_roms(self, roms: bool) -> Self {
+        Self { roms, ..self }
     }
 
     /// Does a job, unless the machine has ended; returns with how many devices, or why
@@ -103,7 +111,7 @@ impl Slots {
     }
 
     fn plug(&mut self, slots: &[u8], devices: Passthrough) -> Result<(), VfioError> {
-        let attached = devices.attach(&self.vm, &mut self.space);
+        let attached = devices.attach(&self.vm, &mut self.space, self.roms);
         let result = attached.and_then(|attached| self.show(slots, attached));
         if result.is_err() {
             self.leave_space();
@@ -131,7 +139,7 @@ impl Slots {
             })?;
             session.arm(&endpoint)?;
             let link = endpoint.link();
-            let device = VfioPci::new(&self.vm, endpoint, &places, self.window64)?;
+            let device = VfioPci::new(&self.vm, endpoint, self.bus(slot), &places, self.window64)?;
             ready.push((slot, device, link));
         }
         let watch = session.watch(self.stop.clone())?;
@@ -170,6 +178,12 @@ impl Slots {
 
     fn port(&self, slot: u8) -> Option<&Port> {
         self.root.ports().nth(self.first + usize::from(slot))
+    }
+
+    /// The bus behind a slot's port, as it is before the guest gives it another number.
+    fn bus(&self, slot: u8) -> u8 {
+        let ports_before = u8::try_from(self.first).unwrap_or(u8::MAX);
+        ports_before.saturating_add(slot).saturating_add(1)
     }
 
     /// When the machine has ended and its devices were stopped.

@@ -1,4 +1,4 @@
-//! MSI and MSI-X of a device of the host.
+//! Interrupts of a device of the host: MSI and MSI-X here, its line in [`super::intx`].
 //!
 //! The host's interrupt handler signals an eventfd, which is an irqfd of KVM: an
 //! interrupt reaches the guest without this process ([`crate::pci::msix`]).
@@ -19,19 +19,18 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::access::{Access, Irq, IrqError};
-use super::capabilities::{Layout, MsiLayout, MsixLayout};
+use super::capabilities::{MSI_ENABLE, MSIX_ENABLE, MsiLayout, MsixLayout};
 use super::config::GuestConfig;
+use super::intx::Intx;
 use crate::pci::msix::{ENABLE, Msix};
 use crate::vm::{MsiRoute, Vm};
 
-/// Message control of MSI: enable, and where the number of vectors is.
-const MSI_ENABLE: u16 = 1;
+/// Message control of MSI: where the number of vectors is.
 const MSI_ENABLED_VECTORS: u16 = 4;
-/// Message control of MSI-X: enable.
-const MSIX_ENABLE: u16 = 1 << 15;
 
 /// A device's interrupts.
 pub struct Interrupts {
+    intx: Option<Intx>,
     msi: Option<Msi>,
     msix: Option<(MsixLayout, Line)>,
 }
@@ -55,9 +54,11 @@ struct Line {
 }
 
 impl Interrupts {
-    /// All off.
+    /// All off; its line, if the device has one, is `line` of the guest's.
     #[must_use]
-    pub fn new(vm: &Arc<Vm>, layout: &Layout) -> Self {
+    pub fn new(vm: &Arc<Vm>, config: &GuestConfig, line: u32) -> Self {
+        let layout = config.layout();
+        let intx = config.has_intx().then(|| Intx::new(vm, line));
         let msi = layout.msi.map(|layout| {
             let route = MsiRoute {
                 address: 0,
@@ -72,7 +73,7 @@ impl Interrupts {
         let msix = layout
             .msix
             .map(|layout| (layout, Line::new(vm, Irq::Msix, layout.vectors)));
-        Self { msi, msix }
+        Self { intx, msi, msix }
     }
 
     /// To be called after a write to configuration space.
@@ -81,9 +82,14 @@ impl Interrupts {
     ///
     /// The device's, when it does not turn its interrupts on or off.
     pub fn config_changed(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
-        let mut result = Ok(());
+        // The kernel has one kind on at a time.
+        let is_line = config.wants_intx();
+        let mut result = match &mut self.intx {
+            Some(intx) if !is_line => intx.turn_off(device),
+            _ => Ok(()),
+        };
         if let Some(msi) = &mut self.msi {
-            result = msi.update(config, device);
+            result = result.and(msi.update(config, device));
         }
         if let Some((layout, line)) = &mut self.msix {
             let control = config.u16_at(layout.control);
@@ -91,7 +97,10 @@ impl Interrupts {
             let enabled = control & MSIX_ENABLE != 0;
             result = result.and(line.sync(device, enabled.then_some(line.count)));
         }
-        result
+        match &mut self.intx {
+            Some(intx) if is_line => result.and(intx.turn_on(device)),
+            _ => result,
+        }
     }
 
     /// Reads the MSI-X table.
@@ -130,6 +139,9 @@ impl Interrupts {
         for line in [msi, msix].into_iter().flatten() {
             line.vectors.release();
         }
+        if let Some(intx) = &mut self.intx {
+            intx.release();
+        }
     }
 
     /// Turns everything off at the host.
@@ -144,7 +156,10 @@ impl Interrupts {
         for line in [msi, msix].into_iter().flatten() {
             result = result.and(line.sync(device, None));
         }
-        result
+        match &mut self.intx {
+            Some(intx) => result.and(intx.turn_off(device)),
+            None => result,
+        }
     }
 }
 

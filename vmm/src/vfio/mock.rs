@@ -34,6 +34,10 @@ pub const VECTORS: u16 = 16;
 pub struct State {
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
+    /// BAR 5,
+    pub ports: [u8; 0x20],
+    /// and the expansion ROM.
+    pub rom: Vec<u8>,
     pub sizes: [u64; 6],
     /// Of BAR 0,
     pub mappable: Vec<(u64, u64)>,
@@ -47,6 +51,8 @@ pub struct State {
     pub free_vectors: u32,
     /// One whose event is not taken.
     pub refused_vector: Option<u32>,
+    /// Whether INTx cannot be unmasked by an event.
+    pub is_never_unmasked: bool,
     /// What is not turned off.
     pub stuck: Option<Irq>,
     /// Whether it can be reset alone,
@@ -62,6 +68,8 @@ pub struct State {
     /// Calls about interrupts, in words.
     pub calls: Vec<String>,
     events: Vec<(Irq, u32, EventFd)>,
+    /// Unmasks INTx.
+    unmask: Option<EventFd>,
 }
 
 pub struct Mock(Mutex<State>);
@@ -71,6 +79,8 @@ impl Default for Mock {
         Self(Mutex::new(State {
             config: space(),
             bar: vec![0; 0x8000],
+            ports: [0; 0x20],
+            rom: (0..=255).cycle().take(0x1000).collect(),
             sizes: [BAR0_SIZE, 0, 0x1000_0000, 0, 0x100, 0x20],
             mappable: vec![(0, BAR0_SIZE)],
             unmappable: None,
@@ -79,6 +89,7 @@ impl Default for Mock {
             is_gone: false,
             free_vectors: u32::MAX,
             refused_vector: None,
+            is_never_unmasked: false,
             stuck: None,
             can_reset: true,
             resets: 0,
@@ -87,6 +98,7 @@ impl Default for Mock {
             config_writes: Vec::new(),
             calls: Vec::new(),
             events: Vec::new(),
+            unmask: None,
         }))
     }
 }
@@ -117,9 +129,11 @@ impl State {
         if self.is_gone {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let bytes = match region {
+        let bytes: &mut [u8] = match region {
             CONFIG_REGION => &mut self.config,
             0 => &mut self.bar,
+            5 => &mut self.ports,
+            6 => &mut self.rom,
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         };
         let start = usize::try_from(offset).unwrap();
@@ -135,6 +149,7 @@ impl Access for Mock {
         let state = self.state();
         let size = match index {
             CONFIG_REGION => state.config.len() as u64,
+            6 => state.rom.len() as u64,
             index => state.sizes.get(index as usize).copied().unwrap_or(0),
         };
         let mappable = if index == 0 {
@@ -175,6 +190,7 @@ impl Access for Mock {
 
     fn irq_count(&self, irq: Irq) -> io::Result<u32> {
         Ok(match irq {
+            Irq::Intx => 1,
             Irq::Msi => 8,
             Irq::Msix => VECTORS.into(),
             Irq::Error | Irq::Request => u32::from(!self.state().no_events),
@@ -210,6 +226,16 @@ impl Access for Mock {
         Ok(())
     }
 
+    fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
+        let mut state = self.state();
+        if state.is_never_unmasked {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.calls.push("Intx unmasked by an event".into());
+        state.unmask = Some(event.try_clone()?);
+        Ok(())
+    }
+
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let mut state = self.state();
         state.calls.push(format!("{irq:?} off"));
@@ -217,6 +243,9 @@ impl Access for Mock {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         state.events.retain(|event| event.0 != irq);
+        if irq == Irq::Intx {
+            state.unmask = None;
+        }
         Ok(())
     }
 

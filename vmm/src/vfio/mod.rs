@@ -44,9 +44,11 @@ pub mod device;
 pub mod events;
 pub mod hotplug;
 pub mod interrupts;
+pub mod intx;
 #[cfg(test)]
 pub(crate) mod mock;
 pub mod open;
+pub mod peers;
 mod sys;
 
 pub use container::AddressSpace;
@@ -93,6 +95,21 @@ pub enum VfioError {
         source: io::Error,
         /// and what usually causes it.
         hint: &'static str,
+    },
+    /// The devices cannot reach each other.
+    #[error(
+        "PCI device {address}: mapping {mib} MiB of its BARs at {iova:#x} for the pod's other devices: \
+         {source}; pci_peers in nacre.toml asks for it, and /dev/iommu has no way to"
+    )]
+    Peer {
+        /// The device.
+        address: String,
+        /// Size of the part.
+        mib: u64,
+        /// Its address in the guest.
+        iova: u64,
+        /// The kernel's answer.
+        source: io::Error,
     },
     /// See the source.
     #[error(transparent)]
@@ -212,7 +229,7 @@ impl Passthrough {
     }
 
     /// Gives the devices to `vm`, in the address space that others are in already, or in
-    /// a new one: the guest's memory is pinned from then on.
+    /// a new one: the guest's memory is pinned from then on. It sees their expansion ROMs, or not.
     ///
     /// # Errors
     ///
@@ -222,6 +239,7 @@ impl Passthrough {
         self,
         vm: &Arc<Vm>,
         space: &mut Option<AddressSpace>,
+        roms: bool,
     ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
@@ -249,9 +267,10 @@ impl Passthrough {
             .map(|(address, device)| {
                 let device =
                     VfioFile::new(device).map_err(VfioError::device(&address, "ask what it is"))?;
-                Endpoint::open(&address, Arc::new(device))
+                let endpoint = Endpoint::open(&address, Arc::new(device))?;
+                Ok(if roms { endpoint.with_rom() } else { endpoint })
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
         let attached = Attached {
             endpoints,
@@ -319,7 +338,8 @@ impl Attached {
         );
     }
 
-    /// Puts each behind a root port, from bus 1 on, with its BARs in the guest's windows.
+    /// Puts each behind a root port, from bus 1 on, with its BARs in the guest's windows, and in
+    /// the address space `peers`, if they are to reach each other.
     ///
     /// # Errors
     ///
@@ -328,6 +348,7 @@ impl Attached {
         self,
         vm: &Arc<Vm>,
         placement: &mut Placement,
+        peers: Option<&AddressSpace>,
     ) -> Result<(Vec<Port>, Session), VfioError> {
         let endpoints = self.endpoints.into_iter();
         let placed: Vec<_> = endpoints
@@ -342,12 +363,21 @@ impl Attached {
             known: self.known,
         };
         let mut ports = Vec::new();
+        let mut reachable = Vec::new();
         for (bus, (endpoint, placed)) in (1..).zip(placed) {
             session.arm(&endpoint)?;
             let root = RootPort::new(bus, endpoint.link(), &placed);
-            let device = VfioPci::new(vm, endpoint, &placed.bars, placement.window64())?;
+            let device = VfioPci::new(vm, endpoint, bus, &placed.bars, placement.window64())?;
+            reachable.push(device.reachable(&placed.bars));
             ports.push(Port::with(root, device));
         }
+        let mapped = peers.map(|space| peers::map(space, &reachable));
+        let mapped = mapped.transpose()?.unwrap_or_default();
+        tracing::info!(
+            bar_map_calls = mapped.calls,
+            bar_bytes_mapped = mapped.bytes,
+            "PCI devices placed"
+        );
         Ok((ports, session))
     }
 }

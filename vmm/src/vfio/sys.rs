@@ -9,12 +9,13 @@ use std::os::unix::fs::FileExt;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_DMA_MAP_FLAG_READ,
-    VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
-    VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
-    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
-    VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE, VFIO_TYPE1v2_IOMMU,
-    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info,
-    vfio_iommu_type1_dma_map, vfio_irq_info, vfio_region_info,
+    VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_device_attach_iommufd_pt,
+    vfio_device_bind_iommufd, vfio_device_info, vfio_iommu_type1_dma_map, vfio_irq_info,
+    vfio_region_info,
 };
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{
@@ -337,6 +338,10 @@ impl Access for VfioFile {
         check_irqs(self.set_irq(&words), count)
     }
 
+    fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
+        check(self.set_irq(&unmask_on(event)))
+    }
+
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
         let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
         check(self.set_irq(&irq_set(flags, irq, 0, 0, 0)))
@@ -421,6 +426,7 @@ fn hot_reset(groups: &[&OwnedFd]) -> Vec<u32> {
 
 fn index_of(irq: Irq) -> u32 {
     match irq {
+        Irq::Intx => VFIO_PCI_INTX_IRQ_INDEX,
         Irq::Msi => VFIO_PCI_MSI_IRQ_INDEX,
         Irq::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
         Irq::Error => VFIO_PCI_ERR_IRQ_INDEX,
@@ -433,6 +439,14 @@ fn irq_set(flags: u32, irq: Irq, start: u32, count: u32, data: u32) -> Vec<u32> 
     #[allow(clippy::cast_possible_truncation)] // five
     let words = IRQ_SET_WORDS as u32 + data;
     vec![words * 4, flags, index_of(irq), start, count]
+}
+
+/// A `struct vfio_irq_set` that has INTx unmasked by an event.
+fn unmask_on(event: &EventFd) -> Vec<u32> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+    let mut words = irq_set(flags, Irq::Intx, 0, 1, 1);
+    words.push(event.as_raw_fd().cast_unsigned());
+    words
 }
 
 /// Has `ask` describe a region, in a buffer that begins with its length. The kernel
@@ -539,6 +553,9 @@ mod tests {
     fn interrupts_are_laid_out_as_the_kernel_reads_them() {
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         assert_eq!(irq_set(flags, Irq::Msix, 3, 2, 2), [28, 0x24, 2, 3, 2]);
+        let event = EventFd::new(0).unwrap();
+        let fd = event.as_raw_fd().cast_unsigned();
+        assert_eq!(unmask_on(&event), [24, 0x14, 0, 0, 1, fd]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::mock::Mock;
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{self, GIB};
-use crate::pci::{Ecam, PciRoot, Slot, Window};
+use crate::pci::{Ecam, IoPorts, PciRoot, Slot, Window};
 
 pub(super) const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 
@@ -19,7 +19,7 @@ fn bus(mocks: &[Arc<Mock>]) -> Option<(Arc<PciRoot>, Session)> {
 }
 
 fn place(vm: &Arc<Vm>, mocks: &[Arc<Mock>]) -> Result<(Vec<Port>, Session), VfioError> {
-    attached(mocks).place(vm, &mut Placement::new(WINDOW64, 37))
+    attached(mocks).place(vm, &mut Placement::new(WINDOW64, 37), None)
 }
 
 pub(super) fn attached(mocks: &[Arc<Mock>]) -> Attached {
@@ -98,6 +98,35 @@ fn bars_are_where_the_port_passes_them_on() {
         window.write(offset, &[7, 7]);
         assert_eq!(mock.state().bar[0x2800..0x2802], [7, 7]);
     }
+}
+
+#[test]
+fn ports_lead_to_the_device_that_has_them() {
+    let mocks = [Arc::new(Mock::default()), Arc::new(Mock::default())];
+    let Some((root, _session)) = bus(&mocks) else {
+        return;
+    };
+    let ports = IoPorts(root.clone());
+    let mut byte = [0];
+    for (bus, mock) in (1..).zip(&mocks) {
+        let window = config(&root, 0, bus, 0x1c);
+        let (base, limit) = ((window & 0xf0) << 8, window & 0xf000 | 0xfff);
+        let port = config(&root, bus, 0, 0x24) & !0b11;
+        assert!(
+            base <= port && port + 0x1f <= limit,
+            "{port:#x} {window:#x}"
+        );
+        let offset = u64::from(port) - layout::PCI_PORTS + 4;
+        ports.write(offset, &[9]);
+        ports.read(offset, &mut byte);
+        assert_eq!((mock.state().ports[4], byte), (0, [0xff]), "they are off");
+        write(&root, bus, 0, 0x04, &[7, 0]);
+        ports.write(offset, &[9]);
+        ports.read(offset, &mut byte);
+        assert_eq!((mock.state().ports[4], byte), (9, [9]));
+    }
+    ports.read(0xefff, &mut byte);
+    assert_eq!(byte, [0xff]);
 }
 
 #[test]

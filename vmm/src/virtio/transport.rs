@@ -203,6 +203,18 @@ impl VirtioPci {
         self.lock().reset();
     }
 
+    /// Stops the device, which is in no slot any more, and gives back what it has of KVM.
+    pub fn retire(self) {
+        let mut function = self.lock();
+        function.reset();
+        function.msix.release();
+        if let Some(page) = function.page.take()
+            && let Err(error) = function.vm.remove_read_only_page(&page)
+        {
+            tracing::warn!(%error, "the guest still sees a device that is gone");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Function> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

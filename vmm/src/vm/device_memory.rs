@@ -138,6 +138,13 @@ impl Vm {
 }
 
 impl DeviceMemory {
+    /// Where its mapping is in this process, and how many bytes it has.
+    #[must_use]
+    pub fn mapped(&self) -> (u64, u64) {
+        let Mapping { address, len } = &*self.mapping;
+        (address.as_ptr().addr() as u64, *len as u64)
+    }
+
     /// Where it is in the guest.
     #[must_use]
     pub fn address(&self) -> Option<u64> {

@@ -1,6 +1,7 @@
-//! Numbers of KVM's things: each is one owner's until it is given back. A pod that has
+//! Numbers of KVM's things: each is one owner's until it is given back. A machine whose
 //! devices come and go must not run out of them.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// See the module.
@@ -10,22 +11,25 @@ pub struct Numbers {
     used: Mutex<Used>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Used {
     next: u32,
     free: Vec<u32>,
 }
 
 impl Numbers {
-    /// Those from 0 on, below `limit`.
-    pub fn below(limit: u32) -> Self {
+    /// Nobody has any of `range` yet.
+    pub fn new(range: Range<u32>) -> Self {
         Self {
-            limit,
-            used: Mutex::default(),
+            limit: range.end,
+            used: Mutex::new(Used {
+                next: range.start,
+                free: Vec::new(),
+            }),
         }
     }
 
-    /// How many there are.
+    /// They are below it.
     pub fn limit(&self) -> u32 {
         self.limit
     }
@@ -55,12 +59,12 @@ mod tests {
 
     #[test]
     fn numbers_are_one_owner_s_and_come_back() {
-        let numbers = Numbers::below(3);
-        assert_eq!([numbers.take(), numbers.take()], [Some(0), Some(1)]);
-        numbers.give_back(0);
-        assert_eq!([numbers.take(), numbers.take()], [Some(0), Some(2)]);
+        let numbers = Numbers::new(7..10);
+        assert_eq!([numbers.take(), numbers.take()], [Some(7), Some(8)]);
+        numbers.give_back(7);
+        assert_eq!([numbers.take(), numbers.take()], [Some(7), Some(9)]);
         assert_eq!([numbers.take(), numbers.take()], [None; 2]);
-        numbers.give_back(1);
-        assert_eq!([numbers.take(), numbers.take()], [Some(1), None]);
+        numbers.give_back(8);
+        assert_eq!([numbers.take(), numbers.take()], [Some(8), None]);
     }
 }

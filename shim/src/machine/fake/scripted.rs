@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -48,6 +49,8 @@ pub struct Agent {
     pub deletes_hang: watch::Sender<bool>,
     /// How many do.
     pub held: watch::Sender<u32>,
+    /// Whether it lets go of no network card.
+    pub keeps_cards: AtomicBool,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
     /// The fewest and the most vCPUs it uses.
@@ -376,8 +379,11 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
+        if request.container_id == "frozen" {
+            return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not thaw"));
+        }
         Ok(Empty::new())
     }
 
@@ -405,6 +411,34 @@ impl agent_ttrpc::Agent for Service {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "unlucky"));
         }
         lock(&self.0.journal).push(format!("guest {text}"));
+        Ok(Empty::new())
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> Result<Empty> {
+        for (sign, config) in [('-', &request.removed), ('+', &request.added)] {
+            let interfaces = config.interfaces.iter().map(|interface| {
+                let addresses = interface.addresses.join(" ");
+                format!("{} {} {addresses}", interface.name, interface.card)
+            });
+            let routes = config.routes.iter();
+            let routes = routes.map(|route| format!("{} {}", route.destination, route.device));
+            let lines = interfaces.chain(routes);
+            let lines = lines.map(|line| format!("guest {sign}{line}"));
+            lock(&self.0.journal).extend(lines);
+        }
+        Ok(Empty::new())
+    }
+
+    async fn remove_card(&self, _: &TtrpcContext, request: RemoveCardRequest) -> Result<Empty> {
+        if self.0.keeps_cards.load(Ordering::Relaxed) {
+            lock(&self.0.journal).push(format!("guest keeps {}", request.card));
+            return Err(get_rpc_status(Code::INTERNAL, "in use"));
+        }
+        lock(&self.0.journal).push(format!("guest lets go of {}", request.card));
         Ok(Empty::new())
     }
 

@@ -239,6 +239,47 @@ async fn devices_are_plugged_in_or_it_is_said_why_not() {
 }
 
 #[tokio::test]
+async fn network_cards_are_answered_with_a_slot_or_a_reason() {
+    let (machine, mut monitor) = with_stand_in();
+    let shim = tokio::spawn(async move {
+        let nic = HostNic {
+            index: 3,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1400,
+            taps: vec![File::open("/dev/null").unwrap().into()],
+            vhost: Vec::new(),
+        };
+        let slot = machine.add_nic(&nic).await;
+        let mad = machine.add_nic(&nic).await;
+        let refused = machine.remove_nic(9).await;
+        let wrong = [mad.unwrap_err(), refused.unwrap_err()];
+        (slot.unwrap(), wrong.map(|error| error.to_string()))
+    });
+    let monitor = tokio::task::spawn_blocking(move || {
+        let answers: [Result<u64, String>; 2] = [Ok(8), Ok(1 << 40)];
+        for result in answers {
+            let (request, mut fds) = monitor.recv::<Request>().unwrap();
+            let Request::AddNic { number, nic } = request else {
+                panic!("{request:?}");
+            };
+            assert_eq!((nic.mac[5], nic.mtu, nic.vhost.len()), (1, 1400, 0));
+            fds.take(nic.taps[0]).unwrap();
+            answer(&monitor, number, result);
+        }
+        let (request, _) = monitor.recv::<Request>().unwrap();
+        let Request::RemoveNic { number, slot: 9 } = request else {
+            panic!("{request:?}");
+        };
+        answer(&monitor, number, Err("not there".into()));
+    });
+    let (slot, [mad, refused]) = shim.await.unwrap();
+    monitor.await.unwrap();
+    assert_eq!(slot, 8);
+    assert_eq!(mad, "network card: no slot 1099511627776");
+    assert_eq!(refused, "network card: not there");
+}
+
+#[tokio::test]
 async fn death_resolves_every_wait() {
     let (machine, monitor) = with_stand_in();
     machine.kill();

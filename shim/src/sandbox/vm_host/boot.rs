@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, Jail, Memory, Nic, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, Jail, Memory, PciOptions, SharedDir, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
@@ -40,17 +40,19 @@ pub(super) struct BootConfig<'a> {
     pub(super) size: Size,
     pub(super) hugepages: bool,
     pub(super) pci_slots: u8,
+    pub(super) pci: PciOptions,
     /// The monitor's.
     pub(super) uid: u32,
 }
 
 impl BootFds {
-    /// Has a monitor build and run the machine.
+    /// Has a monitor build and run the machine; the slot of bus 0 with its first network
+    /// card.
     pub(super) async fn send(
         &self,
         machine: &VmMachine,
         boot: &BootConfig<'_>,
-    ) -> Result<(), SandboxError> {
+    ) -> Result<u8, SandboxError> {
         let mut list = FdList::default();
         let size = boot.size;
         let disk_queues = u16::from(size.vcpus).min(MAX_DISK_QUEUES);
@@ -76,19 +78,27 @@ impl BootFds {
                 .map(|disk| vm_disk(disk, disk_queues, &mut list))
                 .chain(slots::disks(self.slots, disk_queues))
                 .collect(),
-            nics: vm_nics(boot.network, &mut list),
+            nics: boot
+                .network
+                .nics
+                .iter()
+                .map(|nic| nic.describe(&mut list))
+                .collect(),
             passthrough: self
                 .passthrough
                 .as_ref()
                 .map(|devices| devices.describe(&mut list)),
             pci_slots: boot.pci_slots,
+            pci: boot.pci,
             shared_dir: self.socket.as_ref().map(|socket| SharedDir {
                 tag: SHARED_TAG.into(),
                 socket: list.push(socket.as_fd()),
             }),
             console: self.console.as_ref().map(|file| list.push(file.as_fd())),
         };
-        Ok(machine.boot(config, &list).await?)
+        let first_nic = config.first_nic_slot();
+        machine.boot(config, &list).await?;
+        Ok(first_nic)
     }
 }
 
@@ -99,17 +109,4 @@ fn vm_disk<'a>(disk: &'a HostDisk, queues: u16, list: &mut FdList<'a>) -> Disk {
         backing: disk.backing.describe(list),
         queues,
     }
-}
-
-fn vm_nics<'a>(network: &'a PodNetwork, list: &mut FdList<'a>) -> Vec<Nic> {
-    network
-        .nics
-        .iter()
-        .map(|nic| Nic {
-            mac: nic.mac,
-            mtu: nic.mtu,
-            taps: nic.taps.iter().map(|fd| list.push(fd.as_fd())).collect(),
-            vhost: nic.vhost.iter().map(|fd| list.push(fd.as_fd())).collect(),
-        })
-        .collect()
 }

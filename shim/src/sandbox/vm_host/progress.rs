@@ -17,7 +17,7 @@ impl VmHost {
     pub(super) fn with_cause(&self, error: SandboxError, config: &ContainerConfig) -> SandboxError {
         let has_run_out = {
             let parts = crate::task::lock(&self.parts);
-            let cgroup = parts.cgroup.as_ref();
+            let cgroup = parts.cgroup.as_deref();
             cgroup.is_some_and(PodCgroup::ran_out_of_memory)
         };
         if !has_run_out {

@@ -46,7 +46,6 @@ async fn calls_under_way_return_and_say_what_happened() {
     for (stop, what) in [
         (Stop::Guest(StopReason::Panic), "the guest kernel panicked"),
         (Stop::Guest(StopReason::Shutdown), "the guest powered off"),
-        // One that hangs, too: the shim kills the monitor.
         (Stop::Died, "the monitor process ended"),
     ] {
         calls_under_way_return(stop, what).await;
@@ -95,9 +94,49 @@ async fn calls_under_way_return(stop: Stop, what: &str) {
         assert_eq!(refusal, (Code::UNAVAILABLE, of_pod(&gone)));
     }
     assert_eq!(answered, (3, 4, 137, 137));
-    for (id, exec_id, status) in [("created", "", 137), ("paused", "", 137), ("c", "new", 255)] {
+    let late = refusal(fixture.stats("c").await);
+    assert_eq!(late, (Code::UNAVAILABLE, gone));
+    for (id, exec_id, status) in [
+        ("c", "new", 255),
+        ("c", "runs", 137),
+        ("c", "", 137),
+        ("created", "", 137),
+        ("paused", "", 137),
+    ] {
         assert_eq!(fixture.wait(id, exec_id).await, status, "{id} {exec_id}");
+        let deleted = tokio::time::timeout(SOON, fixture.delete(id, exec_id)).await;
+        let deleted = deleted.expect("there is nobody to wait for").unwrap();
+        assert_eq!(deleted.exit_status, status, "{id} {exec_id}");
     }
+}
+
+/// The shim kills its monitor, and says why.
+#[tokio::test]
+async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
+    let mut host = FakeHost::scripted();
+    host.hang_timeout = Duration::from_secs(4);
+    let most = host.hang_timeout + SOON;
+    assert!(most < CALL_TIMEOUT, "else the calls give up");
+    let mut fixture = Fixture::on(host).await;
+    fixture.run("c", "sleep 60").await;
+    fixture.exec("c", "e", "sleep 60").await.unwrap();
+    let topics = ["create", "start", "exec-added"];
+    fixture.expect(&topics).await;
+    lock(&fixture.machine).clone().unwrap().hang();
+    let calls = async {
+        tokio::join!(
+            async { refusal(fixture.start("c", "e").await) },
+            async { refusal(fixture.stats("c").await) },
+            fixture.wait("c", ""),
+        )
+    };
+    let calls = tokio::time::timeout(most, calls).await;
+    let (start, stats, status) = calls.expect("in time");
+    let gone = "the virtual machine is gone: the guest hung: no answer within hang_timeout_seconds";
+    assert_eq!(start, (Code::UNAVAILABLE, of_pod(gone)));
+    assert_eq!(stats, (Code::UNAVAILABLE, gone.to_owned()));
+    assert_eq!(status, 137);
+    fixture.expect(&["exit"]).await;
 }
 
 /// The container that is being made when the machine dies, and the one after it.
@@ -130,12 +169,7 @@ async fn a_create_that_nobody_waits_for_is_given_up() {
     host.hangs = true;
     let fixture = Fixture::on(host).await;
     let shutdown = async {
-        let machine = loop {
-            if let Some(machine) = lock(&fixture.machine).clone() {
-                break machine;
-            }
-            tokio::task::yield_now().await;
-        };
+        let machine = fixture.machine_made().await;
         // The first ping and the container.
         machine.held(2).await;
         for (id, ends) in [("another", false), ("c", true)] {

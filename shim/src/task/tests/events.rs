@@ -1,5 +1,7 @@
 //! What is in the events, as containerd reads it.
 
+use std::time::{Duration, Instant};
+
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::events::task::*;
 
@@ -87,6 +89,9 @@ async fn exits_with_the_machine_have_a_status_of_their_own() {
     fixture.run("c", "sleep 60").await;
     fixture.expect(&["create", "start"]).await;
     let machine = lock(&fixture.machine).clone().unwrap();
+    let begin = Instant::now();
     machine.kill();
     exits(&mut fixture, "c", 137).await;
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
 }

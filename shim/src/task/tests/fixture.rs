@@ -30,6 +30,7 @@ use super::super::{Pod, console, sandboxed, service};
 use crate::events::{Publisher, TaskEvent};
 use crate::machine::fake::{FakeHost, FakeMachine, Journal, SANDBOX_ID};
 use crate::sandbox::Host;
+use crate::task::lock;
 
 /// Plays containerd's event service.
 struct EventSink(mpsc::UnboundedSender<Envelope>);
@@ -113,6 +114,16 @@ impl Fixture {
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// The machine, once there is one.
+    pub async fn machine_made(&self) -> Arc<FakeMachine> {
+        loop {
+            if let Some(machine) = lock(&self.machine).clone() {
+                return machine;
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     pub fn fifo(&self, name: &str) -> String {

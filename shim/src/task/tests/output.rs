@@ -6,10 +6,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use containerd_shim_protos::api::*;
+use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::fixture::*;
+use super::real_agent;
 use crate::task::lock;
 
 /// More than a FIFO holds and less than all buffers on the way: the guest can get rid of
@@ -57,9 +61,18 @@ async fn an_exit_is_told_after_the_output_was_read() {
 async fn a_reader_that_has_stopped_does_not_hide_the_exit() {
     let mut fixture = Fixture::new().await;
     let mut reader = ended(&fixture).await;
-    let late = Duration::from_secs(10);
-    let status = tokio::time::timeout(late, fixture.wait("c", "")).await;
-    assert_eq!(status.expect("the exit is told"), 7);
+    // The shim has the guest's answers in their order, that of the exit among them.
+    for _ in 0..10 {
+        fixture.stats("c").await.unwrap();
+    }
+    // From here on it passes as soon as all wait.
+    tokio::time::pause();
+    let begin = Instant::now();
+    assert_eq!(fixture.wait("c", "").await, 7);
+    let took = begin.elapsed();
+    tokio::time::resume();
+    // containerd is to know within 5 s.
+    assert!(took < Duration::from_millis(4500), "{took:?}");
     fixture.expect(&["create", "start", "exit"]).await;
     let mut output = Vec::new();
     let read = reader.read_to_end(&mut output).await;
@@ -83,22 +96,54 @@ async fn a_file_is_complete_with_the_exit() {
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 3_000_000);
 }
 
+/// A logger of two streams, and what it writes.
+fn logger(fixture: &Fixture, script: &str) -> (String, JoinHandle<String>) {
+    let log = fixture.fifo("log");
+    let read = reader(&log);
+    let program = fixture.path("logger");
+    let script = format!("#!/bin/sh\nexec 5>&-\n{{ {script}; }} > $2\n");
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    (format!("binary://{}?log={log}", program.display()), read)
+}
+
 /// An exec's as a container's, by the exec's own id.
 #[tokio::test]
 async fn a_logger_takes_the_output_of_an_exec() {
     let fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
-    let log = fixture.fifo("log");
-    let read = reader(&log);
-    let program = fixture.path("logger");
-    let script = "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID; cat <&3; cat <&4; } > $2\n";
-    std::fs::write(&program, script).unwrap();
-    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let (uri, read) = logger(&fixture, "echo $CONTAINER_ID; cat <&3; cat <&4");
     let mut request = exec_request("c", "e", "echo out; echo err >&2; exit 3");
-    request.stdout = format!("binary://{}?log={log}", program.display());
-    request.stderr.clone_from(&request.stdout);
+    (request.stdout, request.stderr) = (uri.clone(), uri);
     fixture.client.exec(context(), &request).await.unwrap();
     fixture.start("c", "e").await.unwrap();
     assert_eq!(fixture.wait("c", "e").await, 3);
     assert_eq!(read.await.unwrap(), "e\nout\nerr\n");
+}
+
+/// The other stream of a terminal ends at once.
+#[tokio::test]
+async fn a_logger_takes_the_one_output_of_a_terminal() {
+    let Some(fixture) = real_agent::fixture().await else {
+        return;
+    };
+    let created = real_agent::create(&fixture, "c", json!(["sleep", "60"])).await;
+    created.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let (uri, read) = logger(&fixture, "cat <&4; cat <&3");
+    let mut request = exec_request("c", "e", "");
+    let mut process = process("tty; echo err >&2; exit 3");
+    process["terminal"] = json!(true);
+    request.spec = json_any(&process.to_string());
+    request.terminal = true;
+    (request.stdout, request.stderr) = (uri.clone(), uri);
+    fixture.client.exec(context(), &request).await.unwrap();
+    fixture.start("c", "e").await.unwrap();
+    assert_eq!(fixture.wait("c", "e").await, 3);
+    let read = tokio::time::timeout(Duration::from_secs(5), read).await;
+    let read = read.expect("both streams have ended").unwrap();
+    assert_eq!(read, "/dev/pts/0\r\nerr\r\n");
+    fixture.kill("c", "").await.unwrap();
+    fixture.wait("c", "").await;
+    fixture.delete("c", "").await.unwrap();
 }

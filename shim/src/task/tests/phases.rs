@@ -126,6 +126,23 @@ async fn a_container_that_does_not_freeze_runs_on() {
     fixture.expect(&["create", "start", "exec-added"]).await;
 }
 
+#[tokio::test]
+async fn a_container_that_does_not_thaw_stays_paused() {
+    let mut fixture = Fixture::new().await;
+    fixture.run("frozen", "sleep 60").await;
+    fixture.pause("frozen").await.unwrap();
+    let expected = (
+        Code::FAILED_PRECONDITION,
+        of_pod("guest: resume: does not thaw"),
+    );
+    assert_eq!(refusal(fixture.resume("frozen").await), expected);
+    assert_eq!(fixture.status("frozen").await, Status::PAUSED);
+    fixture.kill("frozen", "").await.unwrap();
+    assert_eq!(fixture.wait("frozen", "").await, 137);
+    let topics = ["create", "start", "paused", "exit"];
+    fixture.expect(&topics).await;
+}
+
 /// What the kernel knows as signals, and what it does not.
 #[tokio::test]
 async fn numbers_that_are_no_signals() {

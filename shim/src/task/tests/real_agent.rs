@@ -8,7 +8,9 @@ use containerd_shim_protos::api::*;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::unix::pipe;
 use ttrpc::Code;
 
 use super::fixture::*;
@@ -237,6 +239,53 @@ async fn paused_and_stopped_containers_have_limits_and_counters() {
     assert!(used(&fixture).await >= while_paused);
     fixture.update("c", &pids).await.unwrap();
     fixture.delete("c", "").await.unwrap();
+}
+
+/// By the numbers they have in the guest, which a container has that has no namespace of
+/// its own for them.
+#[tokio::test]
+async fn processes_have_the_guest_s_numbers() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    let stdout = fixture.fifo("stdout");
+    let mut output = BufReader::new(
+        pipe::OpenOptions::new()
+            .open_receiver(Path::new(&stdout))
+            .unwrap(),
+    );
+    let script = "sleep 60 & echo $! $$; wait";
+    let bundle = bundle(&fixture, "c", json!(["sh", "-c", script]));
+    let path = Path::new(&bundle).join("config.json");
+    let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    spec["linux"]["namespaces"] = json!([{"type": "mount"}]);
+    std::fs::write(&path, spec.to_string()).unwrap();
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle,
+        stdout,
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let mut line = String::new();
+    output.read_line(&mut line).await.unwrap();
+    let mut seen: Vec<u32> = line
+        .split_whitespace()
+        .map(|n| n.parse().unwrap())
+        .collect();
+    let pids = fixture.pids("c").await.unwrap();
+    let mut told: Vec<u32> = pids.processes.iter().map(|process| process.pid).collect();
+    seen.sort_unstable();
+    told.sort_unstable();
+    assert_eq!(told, seen);
+    fixture.kill("c", "").await.unwrap();
+    assert_eq!(fixture.wait("c", "").await, 137);
+    // The other one goes, too.
+    fixture.delete("c", "").await.unwrap();
+    for pid in seen {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid}");
+    }
 }
 
 /// Microseconds of processor time the container has had, by its counters.

@@ -209,12 +209,7 @@ async fn the_container_that_a_machine_boots_with_has_its_room() {
     let mut fixture = Fixture::on(host).await;
     fixture.resources = memory(256);
     let both = async {
-        let machine = loop {
-            if let Some(machine) = lock(&fixture.machine).clone() {
-                break machine;
-            }
-            tokio::task::yield_now().await;
-        };
+        let machine = fixture.machine_made().await;
         // The first ping and the first container.
         machine.held(2).await;
         let second = fixture.create("second", "sleep 60");

@@ -346,12 +346,7 @@ async fn a_pod_that_was_given_up_ends() {
     host.hangs = true;
     let fixture = Fixture::on(host).await;
     let given_up = async {
-        let machine = loop {
-            if let Some(machine) = lock(&fixture.machine).clone() {
-                break machine;
-            }
-            tokio::task::yield_now().await;
-        };
+        let machine = fixture.machine_made().await;
         // The first ping and the container.
         machine.held(2).await;
         assert_eq!(code(fixture.delete("slow", "").await), Code::NOT_FOUND);

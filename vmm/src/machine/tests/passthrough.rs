@@ -12,54 +12,36 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::code::*;
 use super::*;
-use crate::layout::{ECAM_BUS_SIZE, ECAM_START, WINDOW32_PORTS};
+use crate::layout::{ECAM_BUS_SIZE, ECAM_START};
 use crate::vfio::hotplug::Job;
 use crate::vfio::mock;
 use crate::vfio::open::{self, DeviceNodes};
 
 /// "edu" of QEMU (`docs/specs/edu.rst`).
-const EDU: (&str, &str) = ("0x1234", "0x11e8");
+pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// "nvme" of QEMU.
 const NVME: (&str, &str) = ("0x1b36", "0x0010");
 /// "ivshmem-plain" of QEMU: memory in BAR 2.
 const MEMORY: (&str, &str) = ("0x1af4", "0x1110");
 const MEMORY_SIZE: u64 = 4 << 30;
-const PORT_CONFIG: u64 = ECAM_START + (1 << 15);
-const CONFIG: u64 = ECAM_START + ECAM_BUS_SIZE;
-const BAR: u64 = WINDOW32_PORTS;
 const LIVENESS: u64 = BAR + 4;
-const DMA_SOURCE: u64 = BAR + 0x80;
-const DMA_TARGET: u64 = BAR + 0x88;
-const DMA_COUNT: u64 = BAR + 0x90;
-const DMA_COMMAND: u64 = BAR + 0x98;
 /// The device's own memory.
 const BUFFER: u32 = 0x4_0000;
-/// DMA command: begin; from the device to memory.
-const START: u32 = 1;
-const TO_MEMORY: u32 = 2;
 /// Within the guest's memory, whose size is this.
 const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
-const GUEST_SIZE: u32 = 32 << 20;
-
-/// Where the guest has its page tables, and behind its memory what they lead to elsewhere.
-const DIRECTORY: u32 = 0x22_0000;
-const POINTERS: u32 = 0x22_1000;
-const LARGE_PAGE: u32 = 2 << 20;
-const HIGH: u32 = GUEST_SIZE;
 
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
-const RAISE: u64 = 0x60;
-const VECTOR: u32 = 0x41;
-/// Registers of the local APIC.
-const APIC_SPURIOUS: u64 = 0xf0;
+pub const RAISE: u64 = 0x60;
+/// A register of the local APIC.
 const APIC_REQUESTED: u64 = 0x200;
 
 /// The address of a device, in the hands of vfio-pci and alone in its group; `None` where
 /// there is none.
-fn bound(id: (&str, &str)) -> Option<String> {
+pub fn bound(id: (&str, &str)) -> Option<String> {
     let in_lab = std::env::var_os("LAB_DEVICES").is_some();
     let skip = |why: &str| {
         assert!(!in_lab, "{why}");
@@ -100,110 +82,23 @@ fn bound(id: (&str, &str)) -> Option<String> {
     Some(address)
 }
 
-/// 32-bit code without paging: memory is where it is.
-struct Code(Vec<u8>);
-
-impl Code {
-    /// Begins with what a failed expectation jumps to.
-    fn new() -> Self {
-        let fail = out(layout::PORT_RESET, 1);
-        let mut code = vec![0xeb, u8::try_from(fail.len()).unwrap()];
-        code.extend(fail);
-        Self(code)
-    }
-
-    fn bytes(mut self, opcode: &[u8], operands: &[u32]) -> Self {
-        self.0.extend(opcode);
-        self.0
-            .extend(operands.iter().flat_map(|word| word.to_le_bytes()));
-        self
-    }
-
-    /// `mov dword [address], value`
-    fn store(self, address: u64, value: u32) -> Self {
-        self.bytes(&[0xc7, 0x05], &[u32::try_from(address).unwrap(), value])
-    }
-
-    /// `cmp dword [address], value; jne fail`
-    fn expect(self, address: u64, value: u32) -> Self {
-        self.compare(address, value, 0x85)
-    }
-
-    /// `cmp dword [address], value; je fail`
-    fn expect_not(self, address: u64, value: u32) -> Self {
-        self.compare(address, value, 0x84)
-    }
-
-    fn compare(self, address: u64, value: u32, jump: u8) -> Self {
-        let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
-        // Back over everything but the first jump.
-        let distance = i32::try_from(code.0.len() + 6 - 2).unwrap();
-        code.bytes(&[0x0f, jump], &[(-distance).cast_unsigned()])
-    }
-
-    /// Until the bits are clear: `test dword [address], bits; jnz` to itself.
-    fn wait_clear(self, address: u64, bits: u32) -> Self {
-        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
-        code.bytes(&[0x0f, 0x85], &[(-16i32).cast_unsigned()])
-    }
-
-    /// Until one of the bits is set: `test dword [address], bits; jz` to itself.
-    fn wait_set(self, address: u64, bits: u32) -> Self {
-        let code = self.bytes(&[0xf7, 0x05], &[u32::try_from(address).unwrap(), bits]);
-        code.bytes(&[0x0f, 0x84], &[(-16i32).cast_unsigned()])
-    }
-
-    /// Memory space and bus mastering, of the port and of the device.
-    fn enable(self) -> Self {
-        self.store(PORT_CONFIG + 4, 6).store(CONFIG + 4, 6)
-    }
-
-    /// Four bytes by DMA.
-    fn dma(self, from: u32, to: u32, command: u32) -> Self {
-        self.store(DMA_SOURCE, from)
-            .store(DMA_TARGET, to)
-            .store(DMA_COUNT, 4)
-            .store(DMA_COMMAND, START | command)
-            .wait_clear(DMA_COMMAND, START)
-    }
-
-    /// Turns paging on, with 2 MiB pages and addresses above 4 GiB (Intel SDM volume 3, 4.4):
-    /// memory is where it was, and from [`HIGH`] on come pages at `addresses`.
-    fn paging(self, addresses: &[u64]) -> Self {
-        let memory = (0..GUEST_SIZE).step_by(LARGE_PAGE as usize).map(u64::from);
-        let pages = memory.chain(addresses.iter().copied());
-        let begin = self.store(POINTERS.into(), DIRECTORY | 1);
-        let code = (0u64..).zip(pages).fold(begin, |code, (index, page)| {
-            // Present, writable, large.
-            let [low, high] = [page | 0x83, page >> 32].map(|word| word & 0xffff_ffff);
-            let at = u64::from(DIRECTORY) + index * 8;
-            code.store(at, u32::try_from(low).unwrap())
-                .store(at + 4, u32::try_from(high).unwrap())
-        });
-        // cr3 = POINTERS; cr4 |= PAE; cr0 |= PG, each by way of eax.
-        code.bytes(&[0xb8], &[POINTERS])
-            .bytes(&[0x0f, 0x22, 0xd8], &[])
-            .bytes(&[0x0f, 0x20, 0xe0, 0x83, 0xc8, 0x20, 0x0f, 0x22, 0xe0], &[])
-            .bytes(&[0x0f, 0x20, 0xc0, 0x0d], &[1 << 31])
-            .bytes(&[0x0f, 0x22, 0xc0], &[])
-    }
-
-    fn power_off(mut self) -> Vec<u8> {
-        self.0.extend(out(layout::PORT_SLEEP_CONTROL, 0x34));
-        self.0
-    }
-}
-
 /// Runs `code` in a guest that has the edu device; `None` where there is none.
-fn run(code: &[u8]) -> Option<Exits> {
+pub fn run(code: &[u8]) -> Option<Exits> {
     run_with(&bound(EDU)?, code)
 }
 
 /// Runs `code` in a guest with the device at `address`.
-fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
+pub fn run_with(address: &str, code: &[u8]) -> Option<Exits> {
+    run_as(&[address], PciOptions::default(), code)
+}
+
+/// Runs `code` in a guest with the devices at these addresses, behind root ports in this order.
+fn run_as(addresses: &[&str], pci: PciOptions, code: &[u8]) -> Option<Exits> {
     let mut parts = parts(code, 1)?;
-    let device = DeviceNodes::of(address).unwrap();
-    parts.passthrough = Some(open::by_groups(Path::new("/dev"), &[device]).unwrap());
+    let devices = addresses.iter().map(|address| DeviceNodes::of(address));
+    let devices = devices.collect::<std::io::Result<Vec<_>>>().unwrap();
+    parts.passthrough = Some(open::by_groups(Path::new("/dev"), &devices).unwrap());
+    parts.pci = pci;
     let (outcome, exits) = end_of(Machine::new(parts).unwrap());
     assert_eq!(outcome, Outcome::Stopped(StopReason::Shutdown));
     Some(exits)
@@ -442,6 +337,101 @@ fn large_bar_is_reached_up_to_its_last_byte() {
         };
         let counts = (exits.mmio_reads, exits.mmio_writes);
         assert_eq!(counts, (0, 2), "configuration only");
+    }
+}
+
+/// "pci-testdev" of QEMU (`docs/specs/pci-testdev.rst`): a byte to its first port begins a test,
+/// whose name is in the ports from 16 on, or ends it when there is no such test.
+const TESTDEV: (&str, &str) = ("0x1b36", "0x0005");
+const PORT: u16 = 0x1000;
+
+#[test]
+fn guest_reaches_the_ports() {
+    let Some(address) = bound(TESTDEV) else {
+        return;
+    };
+    let code = Code::new()
+        .expect_port(PORT + 16, 0xff)
+        .enable()
+        .output(PORT, 0)
+        .expect_port(PORT + 16, b'p')
+        .output(PORT, 0xff)
+        .expect_port(PORT + 16, 0)
+        .power_off();
+    let Some(exits) = run_with(&address, &code) else {
+        return;
+    };
+    assert_eq!((exits.port_reads, exits.port_writes), (3, 3));
+}
+
+/// The testdev's ROM, after its first BAR of a page: how it begins.
+const ROM: u64 = BAR + 0x1000;
+const ROM_REGISTER: u64 = CONFIG + 0x30;
+const ROM_SIGNATURE: u32 = 0xcb04_aa55;
+
+#[test]
+fn guest_sees_the_rom_only_if_it_is_shown() {
+    let Some(address) = bound(TESTDEV) else {
+        return;
+    };
+    let hidden = Code::new()
+        .enable()
+        .store(ROM_REGISTER, u32::MAX)
+        .expect(ROM_REGISTER, 0)
+        .power_off();
+    let enabled = u32::try_from(ROM).unwrap() | 1;
+    let shown = Code::new()
+        .enable()
+        .expect(ROM_REGISTER, enabled - 1)
+        .expect(ROM, u32::MAX)
+        .store(ROM_REGISTER, enabled)
+        .expect(ROM, ROM_SIGNATURE)
+        .store(ROM, 0)
+        .expect(ROM, ROM_SIGNATURE)
+        .power_off();
+    for (roms, code) in [(false, hidden), (true, shown)] {
+        let options = PciOptions {
+            roms,
+            ..PciOptions::default()
+        };
+        if run_as(&[&address], options, &code).is_none() {
+            return;
+        }
+    }
+}
+
+/// The second device's BAR, port and configuration space.
+const SECOND_BAR: u64 = BAR + layout::MIB;
+const SECOND_PORT_CONFIG: u64 = ECAM_START + (2 << 15);
+const SECOND_CONFIG: u64 = ECAM_START + 2 * ECAM_BUS_SIZE;
+
+/// One device writes a register of another, if they may reach each other; else it faults.
+#[test]
+fn device_reaches_another_one_only_if_it_may() {
+    let (Some(edu), Some(nvme)) = (bound(EDU), bound(NVME)) else {
+        return;
+    };
+    let register = SECOND_BAR + (CONFIGURATION - BAR);
+    let code = |found: u32| {
+        Code::new()
+            .enable()
+            .store(SECOND_PORT_CONFIG + 4, 6)
+            .store(SECOND_CONFIG + 4, 6)
+            .expect(register, 0)
+            .store(INSIDE.into(), CANARY)
+            .dma(INSIDE, BUFFER, 0)
+            .dma(BUFFER, u32::try_from(register).unwrap(), TO_MEMORY)
+            .expect(register, found)
+            .power_off()
+    };
+    for (peers, found) in [(false, 0), (true, CANARY)] {
+        let options = PciOptions {
+            peers,
+            ..PciOptions::default()
+        };
+        if run_as(&[&edu, &nvme], options, &code(found)).is_none() {
+            return;
+        }
     }
 }
 

@@ -47,11 +47,19 @@ fn identity_is_the_device_s_and_its_traps_are_gone() {
     assert_eq!(
         u32_of(&config, &mock, 0x04),
         0x0010_0000,
-        "all off, no INTx"
+        "all off, no INTx pending"
     );
     assert_eq!(u32_of(&config, &mock, 0x30), 0, "no ROM");
-    assert_eq!(u32_of(&config, &mock, 0x3c), 0, "no pin");
-    assert_eq!(u32_of(&config, &mock, 0x24), 0, "no I/O BAR");
+    assert_eq!(
+        u32_of(&config, &mock, 0x3c),
+        0x100,
+        "INTA, without a number"
+    );
+    assert_eq!(
+        u32_of(&config, &mock, 0x24),
+        0,
+        "the I/O BAR has no place yet"
+    );
 }
 
 #[test]
@@ -71,10 +79,11 @@ fn bars_are_ours() {
     let (mut config, mock) = (config(), Mock::default());
     let requests: Vec<_> = config.bars().iter().map(|bar| bar.request()).collect();
     let sizes: Vec<_> = requests.iter().map(|request| request.size).collect();
-    assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100]);
+    assert_eq!(sizes, [0x8000, 0x1000_0000, 0x100, 0x20]);
     assert_eq!(requests[0].window, BridgeWindow::Memory);
     assert_eq!(requests[1].window, BridgeWindow::Prefetchable);
-    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000]);
+    assert_eq!(requests[3].window, BridgeWindow::Ports);
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0x1000]);
     assert_eq!(config.bar_address(1), None, "memory space is off");
     config.write(&mock, COMMAND, &[2, 0]).unwrap();
     assert_eq!(config.bar_address(0), Some(0xc010_0000));
@@ -84,12 +93,77 @@ fn bars_are_ours() {
         (0x10, 0xffff_8004),
         (0x18, 0xf000_000c),
         (0x20, 0xffff_ff00),
+        (0x24, 0xffff_ffe1),
     ] {
         config.write(&mock, register, &[0xff; 4]).unwrap();
         assert_eq!(u32_of(&config, &mock, register), size);
     }
     config.write(&mock, 0x1c, &[0xff; 4]).unwrap();
     assert_eq!(config.bar_address(1), Some(0xffff_ffff_f000_0000));
+    assert!(mock.state().config_writes.iter().all(|(at, _)| *at == 4));
+}
+
+#[test]
+fn ports_are_where_the_guest_has_them_while_it_has_them_on() {
+    let (mut config, mock) = (config(), Mock::default());
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0x1000]);
+    config.write(&mock, COMMAND, &[2]).unwrap();
+    assert_eq!(config.bar_address(3), None);
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(
+        (config.bar_address(3), config.bar_address(0)),
+        (Some(0x1000), None)
+    );
+    config.write(&mock, 0x24, &[0xff, 0x2f]).unwrap();
+    assert_eq!(config.bar_address(3), Some(0x2fe0));
+    // Without a place it is not there, and stays so.
+    let mut config = GuestConfig::new(&mock::space(), BAR_SIZES).unwrap();
+    config.set_bars(&[0xc010_0000, 0x20_0000_0000, 0xc010_8000, 0]);
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    config.write(&mock, 0x24, &[0xff; 4]).unwrap();
+    assert_eq!(u32_of(&config, &mock, 0x24), 0);
+    assert_eq!(config.bar_address(3), None);
+    // A device without any has no such bit.
+    let mut sizes = BAR_SIZES;
+    sizes[5] = 0;
+    let mut config = GuestConfig::new(&mock::space(), sizes).unwrap();
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(config.byte(COMMAND), 0);
+    let written = mock.state().config_writes.last().cloned();
+    assert_eq!(written, Some((4, vec![2, 4])));
+}
+
+#[test]
+fn rom_answers_where_it_is_while_it_is_on() {
+    let (mut config, mock) = (config(), Mock::default());
+    for none in [0, 0x400, 0x1800] {
+        config.show_rom(none);
+    }
+    assert_eq!(config.bars().len(), 4);
+    config.show_rom(0x1_0000);
+    let request = config.bars()[4].request();
+    assert_eq!(
+        (request.size, request.window),
+        (0x1_0000, BridgeWindow::Memory)
+    );
+    config.set_bars(&[
+        0xc010_0000,
+        0x20_0000_0000,
+        0xc010_8000,
+        0x1000,
+        0xc012_0000,
+    ]);
+    assert_eq!(u32_of(&config, &mock, ROM), 0xc012_0000, "off");
+    config.write(&mock, COMMAND, &[3]).unwrap();
+    assert_eq!(config.bar_address(4), None);
+    config.write(&mock, ROM, &[0xff; 4]).unwrap();
+    assert_eq!(u32_of(&config, &mock, ROM), 0xffff_0001);
+    config
+        .write(&mock, ROM, &0xc013_0001_u32.to_le_bytes())
+        .unwrap();
+    assert_eq!(config.bar_address(4), Some(0xc013_0000));
+    config.write(&mock, COMMAND, &[1]).unwrap();
+    assert_eq!(config.bar_address(4), None);
     assert!(mock.state().config_writes.iter().all(|(at, _)| *at == 4));
 }
 
@@ -104,8 +178,8 @@ fn device_decodes_memory_whatever_the_guest_says() {
         .iter()
         .map(|(at, value)| (*at, u16::from_le_bytes([value[0], value[1]])))
         .collect();
-    // Memory on and INTx off, bus master and errors as the guest has them.
-    assert_eq!(words, [(4, 0x402), (4, 0x546), (4, 0x402)]);
+    // Memory and ports on and INTx off, bus master and errors as the guest has them.
+    assert_eq!(words, [(4, 0x403), (4, 0x547), (4, 0x403)]);
     assert_eq!(u32_of(&config, &mock, COMMAND) & 0xffff, 0);
 }
 
@@ -196,7 +270,6 @@ fn devices_no_guest_can_have_are_refused() {
     };
     assert_eq!(refusal(&|space| space[0x0e] = 0x81), ConfigError::Bridge(1));
     assert_eq!(refusal(&|space| space.fill(0xff)), ConfigError::Gone);
-    assert_eq!(refusal(&|space| space[0x34] = 0), ConfigError::OnlyIntx);
     let odd = GuestConfig::new(&mock::space(), [3 << 12, 0, 0, 0, 0, 0]);
     assert_eq!(odd.err(), Some(ConfigError::BarSize(0, 3 << 12)));
     // Neither interrupts nor capabilities: nothing is missed.
@@ -204,6 +277,30 @@ fn devices_no_guest_can_have_are_refused() {
     (space[0x34], space[0x3d]) = (0, 0);
     let config = GuestConfig::new(&space, BAR_SIZES).unwrap();
     assert_eq!(config.byte(STATUS) & STATUS_LIST, 0);
+}
+
+#[test]
+fn line_is_wanted_by_a_guest_that_uses_the_device_without_messages() {
+    let (mut config, mock) = (config(), Mock::default());
+    let mut wants = |register: usize, value: u8| {
+        config.write(&mock, register, &[value]).unwrap();
+        config.wants_intx()
+    };
+    assert!(!wants(COMMAND, 0) && wants(COMMAND, 2) && wants(COMMAND, 4));
+    assert!(!wants(mock::MSI + 2, 1) && wants(mock::MSI + 2, 0));
+    assert!(!wants(mock::MSIX + 3, 0x80) && wants(mock::MSIX + 3, 0));
+    assert!(!wants(COMMAND + 1, 4) && wants(COMMAND + 1, 0));
+    // One with a line only, of a function that is not the first of its device; and one with none.
+    let mut space = mock::space();
+    (space[0x34], space[0x3d]) = (0, 4);
+    let mut config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    config.write(&mock, COMMAND, &[4]).unwrap();
+    assert!(config.wants_intx());
+    assert_eq!(config.byte(INTERRUPT_PIN), 1);
+    space[0x3d] = 0;
+    let mut config = GuestConfig::new(&space, BAR_SIZES).unwrap();
+    config.write(&mock, COMMAND, &[4]).unwrap();
+    assert!(!config.wants_intx());
 }
 
 #[test]
@@ -272,9 +369,11 @@ proptest! {
         for (at, data) in &mock.state().config_writes {
             prop_assert!((*at..).take(data.len()).all(allowed), "{at:#x} {data:?}");
             if *at == 4 {
-                prop_assert_eq!(data[0] & 2, 2, "memory stays on");
-                prop_assert_eq!(data[1] & 4, 4, "INTx stays off");
+                prop_assert_eq!(data[0] & 3, 3, "memory and ports stay on");
             }
+        }
+        if let Some((_, data)) = mock.state().config_writes.iter().rfind(|(at, _)| *at == 4) {
+            prop_assert_eq!(data[1] & 4 == 0, config.wants_intx());
         }
         prop_assert_eq!(list(&config, &mock), [0x05, 0x10, 0x11, 0x09]);
     }

@@ -9,7 +9,7 @@ const WINDOW64: Option<(u64, u64)> = Some((64 * GIB, 128 * GIB));
 const BAR0: u64 = WINDOW32_PORTS;
 const COMMAND: usize = 4;
 /// Places of the mock's BARs.
-const ADDRESSES: [u64; 3] = [BAR0, 64 * GIB, BAR0 + 0x10_0000];
+const ADDRESSES: [u64; 4] = [BAR0, 64 * GIB, BAR0 + 0x10_0000, 0x1000];
 
 /// The mock behind a port, or `None` where there is no KVM.
 fn function() -> Option<(VfioPci, Arc<Mock>)> {
@@ -19,7 +19,7 @@ fn function() -> Option<(VfioPci, Arc<Mock>)> {
 
 fn function_in(vm: &Arc<Vm>, mock: &Arc<Mock>) -> VfioPci {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
-    VfioPci::new(vm, endpoint, &ADDRESSES, WINDOW64).unwrap()
+    VfioPci::new(vm, endpoint, 1, &ADDRESSES, WINDOW64).unwrap()
 }
 
 /// Where the mapped parts of BAR 0 are.
@@ -33,7 +33,7 @@ fn device_is_reset_before_it_is_looked_at() {
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
     assert!(endpoint.was_reset());
     assert_eq!(mock.state().resets, 1);
-    assert_eq!(endpoint.requests().len(), 3);
+    assert_eq!(endpoint.requests().len(), 4);
     mock.state().is_gone = true;
     let error = Endpoint::open("0000:01:00.0", mock).err().unwrap();
     let start = "PCI device 0000:01:00.0: cannot read its configuration space: ";
@@ -60,6 +60,65 @@ fn registers_are_in_the_guest_while_memory_space_is_on() {
     function.config_write(COMMAND, &[0, 0]);
     assert_eq!(function.bar_at(0x10_0000), None);
     assert_eq!(mock.state().resets, 1);
+}
+
+#[test]
+fn ports_and_addresses_are_told_apart() {
+    let Some((function, _)) = function() else {
+        return;
+    };
+    assert_eq!(function.io_bar_at(0x1000), None);
+    function.config_write(COMMAND, &[7, 0]);
+    assert_eq!(function.io_bar_at(0x101f), Some((3, 0x1f)));
+    assert_eq!(function.io_bar_at(0x1020), None);
+    assert_eq!(function.bar_at(0x1000), None);
+    assert_eq!(function.io_bar_at(BAR0), None);
+    function.withdraw();
+    assert_eq!(function.io_bar_at(0x1000), None);
+}
+
+#[test]
+fn rom_is_read_once_and_never_written() {
+    let Some(vm) = test_vm() else { return };
+    let mock = Arc::new(Mock::default());
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let endpoint = endpoint.with_rom();
+    let rom = BAR0 + 0x20_0000;
+    let addresses = [&ADDRESSES[..], &[rom]].concat();
+    let function = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64).unwrap();
+    let before = std::mem::take(&mut mock.state().rom);
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(function.bar_at(rom), None, "off");
+    function.config_write(0x30, &[1]);
+    assert_eq!(function.bar_at(rom + 0xffc), Some((4, 0xffc)));
+    function.bar_write(4, 0, &[9; 4]);
+    for (offset, expected) in [(0, &before[..4]), (0xffe, &[0xfe, 0xff, 0xff, 0xff][..])] {
+        let mut data = [0; 4];
+        function.bar_read(4, offset, &mut data);
+        assert_eq!(data, expected);
+    }
+    // One that does not let itself be read is not passed on with it.
+    mock.state().rom = before;
+    let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+    let endpoint = endpoint.with_rom();
+    mock.state().rom.clear();
+    let error = VfioPci::new(&vm, endpoint, 1, &addresses, WINDOW64)
+        .err()
+        .unwrap();
+    let start = "PCI device 0000:01:00.0: cannot read its expansion ROM: ";
+    assert!(error.to_string().starts_with(start), "{error}");
+}
+
+#[test]
+fn others_reach_what_the_guest_has_mapped() {
+    let Some((function, _)) = function() else {
+        return;
+    };
+    let (address, ranges) = function.reachable(&ADDRESSES);
+    assert_eq!(address, "0000:01:00.0");
+    let places: Vec<_> = ranges.iter().map(|range| (range.iova, range.len)).collect();
+    assert_eq!(places, [(BAR0, 0x2000), (BAR0 + 0x4000, 0x4000)]);
+    assert!(ranges.iter().all(|range| range.host != 0));
 }
 
 #[test]
@@ -282,7 +341,7 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
         set_vector(function, 255, 0);
         assert_eq!(mock.calls(), ["Msix 0+256 []", "Msix 255+1 [255]"]);
     }
-    assert_eq!(vm.new_gsi().unwrap(), 32);
+    assert_eq!(vm.new_gsi().unwrap(), lines::PINS + 32);
     // When a guest has used all up, what has a route keeps it and nothing else breaks.
     while vm.new_gsi().is_ok() {}
     let (function, mock) = &functions[0];
@@ -301,6 +360,80 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     assert!(text.starts_with(start), "{text}");
     interrupts.stop(&**mock).unwrap();
     assert_eq!(mock.calls(), ["Msix off"]);
+}
+
+const LINE_ON: [&str; 2] = ["Intx 0+1 [0]", "Intx unmasked by an event"];
+
+#[test]
+fn line_is_on_while_the_guest_uses_the_device_without_messages() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    let command = || mock.state().config_writes.last().cloned();
+    assert_eq!(
+        command(),
+        Some((4, vec![3, 4])),
+        "the guest does not use it"
+    );
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), LINE_ON);
+    assert_eq!(command(), Some((4, vec![7, 0])));
+    assert!(mock.signal(Irq::Intx, 0));
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), [""; 0], "it is on");
+    // The kernel has one kind on at a time.
+    function.config_write(mock::MSIX + 3, &[0x80]);
+    assert_eq!(mock.calls(), ["Intx off", "Msix 0+16 []"]);
+    function.config_write(mock::MSIX + 3, &[0]);
+    assert_eq!(mock.calls(), [&["Msix off"][..], &LINE_ON].concat());
+    function.config_write(mock::MSI + 2, &[1, 0]);
+    assert_eq!(mock.calls(), ["Intx off", "Msi 0+1 [0]"]);
+    function.config_write(mock::MSI + 2, &[0, 0]);
+    assert_eq!(mock.calls(), [&["Msi off"][..], &LINE_ON].concat());
+    function.config_write(COMMAND, &[6, 4]);
+    assert_eq!(mock.calls(), ["Intx off"]);
+    assert_eq!(command(), Some((4, vec![7, 4])));
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), LINE_ON);
+    function.stop();
+    assert_eq!(mock.calls(), ["Intx off"]);
+}
+
+#[test]
+fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
+    let Some((function, mock)) = function() else {
+        return;
+    };
+    mock.state().is_never_unmasked = true;
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
+    mock.state().is_never_unmasked = false;
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), LINE_ON);
+    mock.state().stuck = Some(Irq::Intx);
+    function.config_write(COMMAND, &[0, 0]);
+    mock.state().stuck = None;
+    function.config_write(0x0c, &[8]);
+    function.config_write(0x0c, &[8]);
+    assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
+}
+
+#[test]
+fn devices_share_a_line_where_there_are_many() {
+    let Some(vm) = test_vm() else { return };
+    let count = u8::try_from(lines::PINS).unwrap();
+    let functions: Vec<_> = (1..=count)
+        .map(|bus| {
+            let mock = Arc::new(Mock::default());
+            let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
+            let function = VfioPci::new(&vm, endpoint, bus, &[BAR0; 3], WINDOW64).unwrap();
+            function.config_write(COMMAND, &[4, 0]);
+            assert_eq!(mock.calls(), LINE_ON);
+            function
+        })
+        .collect();
+    drop(functions);
+    assert_eq!([1, 8, 9, 31].map(lines::of_bus), [16, 23, 16, 22]);
 }
 
 #[test]

@@ -197,6 +197,24 @@ fn bar_moves_with_its_notifications() {
 }
 
 #[test]
+fn device_that_is_taken_out_is_stopped_and_leaves_what_it_had() {
+    let Some((function, log)) = function() else {
+        return;
+    };
+    function.map_config(layout::ECAM_START).unwrap();
+    drive(&function, 0x10_0000);
+    let vm = function.lock().vm.clone();
+    // They are handed out from the first one on.
+    let first = test_vm().unwrap().new_gsi().unwrap();
+    assert!(vm.new_gsi().unwrap() > first);
+    function.retire();
+    assert_eq!(log.resets.load(Ordering::Relaxed), 1);
+    let page = vm.add_read_only_page(layout::ECAM_START).unwrap();
+    vm.remove_read_only_page(&page).unwrap();
+    assert_eq!(vm.new_gsi().unwrap(), first);
+}
+
+#[test]
 fn configuration_is_reached_through_config_space() {
     let Some((function, _)) = function() else {
         return;
