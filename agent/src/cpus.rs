@@ -7,16 +7,22 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Context, Result};
 
-/// Has the first `count` CPUs be online and no others, as far as the kernel lets go of
-/// those; returns how many are.
+/// Held by who turns CPUs on and off. A caller who has waited too long may ask again
+/// meanwhile.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Has the first `count` CPUs be online and no others, as far as the kernel goes along;
+/// returns how many are. What it refuses is logged.
 ///
 /// # Errors
 ///
-/// When one does not come online.
+/// When the CPUs cannot be looked for.
 pub fn set_online(count: u32) -> Result<u32> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     set_online_in(Path::new("/sys/devices/system/cpu"), count)
 }
 
@@ -27,14 +33,12 @@ fn set_online_in(dir: &Path, count: u32) -> Result<u32> {
     for number in numbers {
         let switch = dir.join(format!("cpu{number}/online"));
         let is_wanted = number < count;
-        if is_wanted {
-            turn(&switch, true).with_context(|| format!("bring CPU {number} online"))?;
-            online += 1;
-        } else if let Err(error) = turn(&switch, false) {
-            // It is in use, as by a process that may run nowhere else.
-            tracing::warn!("CPU {number} stays online: {error}");
-            online += 1;
+        let turned = turn(&switch, is_wanted);
+        if let Err(error) = &turned {
+            let state = if is_wanted { "offline" } else { "online" };
+            tracing::warn!("CPU {number} stays {state}: {error}");
         }
+        online += u32::from(turned.is_ok() == is_wanted);
     }
     Ok(online)
 }
@@ -108,17 +112,19 @@ mod tests {
     }
 
     #[test]
-    fn one_that_cannot_be_turned_is_told_of() {
-        let dir = cpus(3, 1);
+    fn one_that_cannot_be_turned_keeps_no_other_from_it() {
+        let dir = cpus(4, 1);
         let switch = dir.path().join("cpu2/online");
         fs::remove_file(&switch).unwrap();
         fs::create_dir(&switch).unwrap();
-        let error = set_online_in(dir.path(), 3).unwrap_err();
-        assert!(
-            error.full().contains("bring CPU 2 online"),
-            "{}",
-            error.full()
-        );
-        assert_eq!(set_online_in(dir.path(), 1).unwrap(), 2, "it counts");
+        let set = |count| set_online_in(dir.path(), count).unwrap();
+        let last = || fs::read_to_string(dir.path().join("cpu3/online")).unwrap();
+        assert_eq!((set(4), last()), (3, "1".into()), "it is none");
+        assert_eq!((set(1), last()), (2, "0".into()), "it is one");
+    }
+
+    #[test]
+    fn what_has_no_cpus_is_told_of() {
+        set_online_in(Path::new("/none"), 1).unwrap_err();
     }
 }

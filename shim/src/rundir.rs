@@ -107,7 +107,7 @@ pub struct State {
     pub netns: Option<PathBuf>,
     /// The daemon's socket.
     pub socket: Option<PathBuf>,
-    /// vCPUs that its guest uses, once it boots.
+    /// vCPUs that its guest uses, once it boots, as far as that is known.
     #[serde(default)]
     pub vcpus: Option<u8>,
     /// What the monitor may take, once killed, to unpin the guest's memory.

@@ -214,6 +214,11 @@ impl FakeMachine {
         }
     }
 
+    /// From now on it does not say how many it uses.
+    pub fn tells_no_vcpus(&self) {
+        self.uses_vcpus(std::ops::RangeInclusive::new(1, 0));
+    }
+
     /// From now on the guest takes at most this much memory beyond its boot's.
     pub fn takes(&self, growth_mib: u32) {
         self.takes_mib.store(growth_mib, Ordering::Relaxed);

@@ -208,12 +208,12 @@ impl Host {
         }
     }
 
-    /// Notes for `nacre ps` how many of them the guest uses.
+    /// Notes for `nacre ps` how many of them the guest uses, if that is known.
     ///
     /// # Errors
     ///
     /// When that cannot be written.
-    pub fn note_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
+    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
         match self {
             Self::Vm(host) => host.note_vcpus(vcpus),
             #[cfg(test)]

@@ -1,7 +1,8 @@
 //! A machine that becomes larger and smaller: its memory by virtio-mem, its vCPUs by the
 //! guest's kernel, which uses as many of those that are there as it is asked to.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -10,6 +11,7 @@ use nacre_protocol::vm::GROWTH_STEP_MIB;
 use tracing::info;
 
 use super::{Guest, Sandbox, SandboxError};
+use crate::task::lock;
 
 /// Time a guest has to start vCPUs, on a host that may be busy.
 const VCPU_TIMEOUT: Duration = Duration::from_secs(30);
@@ -48,7 +50,8 @@ pub(super) struct MachineSize {
     memory: MemorySize,
     memory_mib: AtomicU32,
     vcpu_count: VcpuCount,
-    vcpus: AtomicU8,
+    /// None while the guest has not said how many.
+    vcpus: Mutex<Option<u8>>,
 }
 
 impl MachineSize {
@@ -58,7 +61,7 @@ impl MachineSize {
             memory,
             memory_mib: AtomicU32::new(memory.boot_mib),
             vcpu_count,
-            vcpus: AtomicU8::new(vcpu_count.boot),
+            vcpus: Mutex::new(Some(vcpu_count.boot)),
         }
     }
 }
@@ -66,8 +69,7 @@ impl MachineSize {
 impl Sandbox {
     /// Has the machine be as large as `wanted`. `limit` sets the host's limits for an
     /// amount of memory: before the machine grows, and after it has shrunk as far as the
-    /// guest lets it. One caller at a time. Returns how many vCPUs the guest uses then, if it
-    /// uses more or fewer than before.
+    /// guest lets it. One caller at a time.
     ///
     /// # Errors
     ///
@@ -77,9 +79,9 @@ impl Sandbox {
         &self,
         wanted: Wanted,
         limit: impl Fn(u32) -> BoxFuture<'a, Result<(), SandboxError>>,
-    ) -> Result<Option<u8>, SandboxError> {
+    ) -> Result<(), SandboxError> {
         let Some(guest) = self.guest.get() else {
-            return Ok(None);
+            return Ok(());
         };
         let VcpuCount { boot, max } = guest.size.vcpu_count;
         let vcpus = wanted.vcpus.max(boot).min(max);
@@ -90,16 +92,21 @@ impl Sandbox {
                 "the limits allow more vCPUs than the machine has"
             );
         }
-        let before = guest.size.vcpus.load(Ordering::Relaxed);
-        if vcpus < before {
+        let before = self.vcpus();
+        if before.is_none_or(|before| vcpus < before) {
             self.set_vcpus(guest, vcpus).await?;
         }
         self.resize_memory(guest, wanted.memory_mib, limit).await?;
-        if vcpus > before {
+        if self.vcpus().is_some_and(|now| vcpus > now) {
             self.set_vcpus(guest, vcpus).await?;
         }
-        let after = guest.size.vcpus.load(Ordering::Relaxed);
-        Ok((after != before).then_some(after))
+        Ok(())
+    }
+
+    /// How many vCPUs the guest uses, if it has said so the last time.
+    pub fn vcpus(&self) -> Option<u8> {
+        let guest = self.guest.get()?;
+        *lock(&guest.size.vcpus)
     }
 
     async fn set_vcpus(&self, guest: &Guest, vcpus: u8) -> Result<(), SandboxError> {
@@ -107,6 +114,7 @@ impl Sandbox {
             count: vcpus.into(),
             ..Default::default()
         };
+        *lock(&guest.size.vcpus) = None;
         let answer = self
             .ask("change the number of CPUs", VCPU_TIMEOUT, |context| {
                 guest.agent.set_cpus(context, &request)
@@ -115,7 +123,7 @@ impl Sandbox {
         // The guest's word, so it may be any.
         let has = u8::try_from(answer.count).unwrap_or(u8::MAX);
         let has = has.clamp(1, guest.size.vcpu_count.max);
-        guest.size.vcpus.store(has, Ordering::Relaxed);
+        *lock(&guest.size.vcpus) = Some(has);
         if has < vcpus {
             return Err(SandboxError::NoVcpus { wanted: vcpus, has });
         }

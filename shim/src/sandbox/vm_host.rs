@@ -354,8 +354,11 @@ impl VmHost {
     }
 
     /// See [`super::Host::note_vcpus`].
-    pub fn note_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
-        self.record(|parts| parts.state.vcpus = Some(vcpus))
+    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
+        if crate::task::lock(&self.parts).state.vcpus == vcpus {
+            return Ok(());
+        }
+        self.record(|parts| parts.state.vcpus = vcpus)
     }
 
     /// See [`super::Host::set_limits`].

@@ -109,7 +109,8 @@ impl Pod {
     /// Makes the machine and the host's limits what the containers may use
     /// together, those that are being created among them.
     async fn fit(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), TaskError> {
-        let Some(sandbox) = self.sandbox.get() else {
+        let booted = self.sandbox.get().filter(|sandbox| sandbox.agent().is_some());
+        let Some(sandbox) = booted else {
             return Ok(());
         };
         let limits = lock(&self.containers)
@@ -121,9 +122,9 @@ impl Pod {
             vcpus: self.host.vcpus_of(&limits),
         };
         let limit = |memory_mib| self.host.set_limits(&limits, memory_mib).boxed();
-        if let Some(vcpus) = sandbox.resize(wanted, limit).await? {
-            self.host.note_vcpus(vcpus)?;
-        }
-        Ok(())
+        let resized = sandbox.resize(wanted, limit).await;
+        // It may have come a part of the way.
+        let noted = self.host.note_vcpus(sandbox.vcpus());
+        Ok(resized.and(noted)?)
     }
 }

@@ -362,6 +362,9 @@ impl agent_ttrpc::Agent for Service {
     async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> Result<SetCpusResponse> {
         lock(&self.0.journal).push(format!("vcpus {}", request.count));
         let count = match &*lock(&self.0.vcpus) {
+            Some(range) if range.is_empty() => {
+                return Err(get_rpc_status(Code::INTERNAL, "no such number"));
+            }
             Some(range) => request.count.clamp(*range.start(), *range.end()),
             None => request.count,
         };

@@ -154,6 +154,20 @@ async fn vcpus_that_the_guest_does_not_use_are_no_limit() {
 }
 
 #[tokio::test]
+async fn vcpus_that_nobody_knows_of_are_asked_for_again() {
+    let fixture = with_one_cpu().await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.tells_no_vcpus();
+    let (_, text) = refusal(update(&fixture, cpus(3)).await);
+    assert!(text.contains("no such number"), "{text}");
+    assert_eq!(journal(&fixture), ["host 256", "vcpus 3", "vcpus 1"]);
+    machine.uses_vcpus(1..=4);
+    update(&fixture, cpus(2)).await.unwrap();
+    let again = ["vcpus 2", "host 256", &guest_cpus(2)];
+    assert_eq!(journal(&fixture), again);
+}
+
+#[tokio::test]
 async fn a_container_that_joins_has_its_vcpus() {
     let mut fixture = with_one_cpu().await;
     fixture.resources = cpus(2);
