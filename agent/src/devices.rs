@@ -24,8 +24,7 @@ use crate::{disk, pci};
 /// that does not come, else `Io`.
 pub async fn add(spec: &mut Spec, devices: &[BlockDevice]) -> Result<()> {
     for device in devices {
-        let (size, sector) = (device.size_bytes, device.sector_bytes);
-        let disk = disk::wait_for(&device.serial, size, sector, false).await?;
+        let disk = disk::wait_for(&device.serial, device.size_bytes, device.sector_bytes).await?;
         let node = fs::metadata(&disk).with_context(|| format!("look at {}", disk.display()))?;
         if !node.file_type().is_block_device() {
             return Err(Error::Internal(format!("{} is no disk", disk.display())));

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -22,8 +23,10 @@ use crate::engine::sys;
 use crate::error::{Context, Error, Result};
 use crate::watch::Watch;
 
-/// How long a disk may take to appear.
+/// How long a disk may take to appear,
 const LIMIT: Duration = Duration::from_secs(10);
+/// and how long the file systems of a container that is gone may be in use.
+const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 /// What /sys/block/vdX/size counts in, whatever the disk has.
 const SECTOR_BYTES: u64 = 512;
 /// Between two looks at a disk: at first,
@@ -65,6 +68,13 @@ impl DiskRef {
         }))
     }
 
+    fn whole(serial: &str) -> Self {
+        Self {
+            serial: serial.into(),
+            partition: None,
+        }
+    }
+
     /// Looks the disk up, waiting for it if need be.
     ///
     /// # Errors
@@ -76,32 +86,48 @@ impl DiskRef {
 }
 
 /// Waits until the disk with this serial number has a size and sectors of a size: one
-/// that was made empty gets its bytes later. The kernel then knows its partitions if it is
-/// `partitioned`, and in any case none of what the disk was before.
+/// that was made empty gets its bytes later.
 ///
 /// # Errors
 ///
 /// `NotFound` if there is no such disk, or not in time, else `Io`.
-pub async fn wait_for(
-    serial: &str,
-    size_bytes: u64,
-    sector_bytes: u32,
-    partitioned: bool,
-) -> Result<PathBuf> {
-    let disk = DiskRef {
-        serial: serial.into(),
-        partition: None,
-    };
-    let path = HERE.wait_for(&disk, size_bytes, sector_bytes.into());
-    let path = path.await?;
-    if partitioned || HERE.has_partitions(&path)? {
-        let what = format!("look for partitions of {}", path.display());
-        let node = path.clone();
-        unless_busy(move || scan_partitions(&node))
+pub async fn wait_for(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<PathBuf> {
+    let disk = DiskRef::whole(serial);
+    HERE.wait_for(&disk, size_bytes, sector_bytes.into()).await
+}
+
+/// The same for a disk whose file systems are to be mounted: the kernel knows its partitions
+/// then, and none of what the disk was before.
+///
+/// # Errors
+///
+/// Those of [`wait_for`]; `Io` while something of what the disk was before is in use: to
+/// mount the disk would be to have that again.
+pub async fn wait_for_contents(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<()> {
+    let path = wait_for(serial, size_bytes, sector_bytes).await?;
+    let what = format!("look for partitions of {}", path.display());
+    unless_busy(LIMIT, move || scan_partitions(&path))
+        .await
+        .context(what)
+}
+
+/// Waits until no file system on these disks is in use.
+///
+/// # Errors
+///
+/// `Io` when one still is after some seconds.
+pub async fn released(serials: &[String]) -> Result<()> {
+    for serial in serials {
+        let disk = HERE.find(&DiskRef::whole(serial));
+        let Some(path) = disk.context("look for a disk")? else {
+            continue;
+        };
+        let what = format!("have {} for ourselves", path.display());
+        unless_busy(RELEASE_LIMIT, move || claim(&path))
             .await
             .context(what)?;
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Has the kernel forget the partitions it knows of a disk and look for those there are,
@@ -111,13 +137,22 @@ fn scan_partitions(disk: &Path) -> io::Result<()> {
     sys::scan_partitions(fs::File::open(disk)?)
 }
 
-/// Tries again what fails because something is in use. The layers of a container that is
-/// gone may be for a moment yet: by the mounts that one which is just being made has copies
-/// of.
+/// Opens a disk as who mounts it does: one at a time can, and none while one of the
+/// partitions is mounted (`O_EXCL` of block devices, open(2)).
+fn claim(disk: &Path) -> io::Result<()> {
+    let mut options = fs::File::options();
+    options.read(true).custom_flags(libc::O_EXCL);
+    options.open(disk).map(drop)
+}
+
+/// Tries again what fails because something is in use. The file systems of a container that
+/// is gone may be for a moment yet: by the mounts that one which is just being made has
+/// copies of.
 async fn unless_busy(
+    limit: Duration,
     action: impl Fn() -> io::Result<()> + Clone + Send + 'static,
 ) -> io::Result<()> {
-    let mut looks = Looks::new();
+    let mut looks = Looks::within(limit);
     loop {
         let done = tokio::task::spawn_blocking(action.clone()).await;
         let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
@@ -131,20 +166,22 @@ async fn unless_busy(
 /// Looks at what the kernel tells nobody of, in time.
 struct Looks {
     begin: Instant,
+    limit: Duration,
     pause: Duration,
 }
 
 impl Looks {
-    fn new() -> Self {
+    fn within(limit: Duration) -> Self {
         Self {
             begin: Instant::now(),
+            limit,
             pause: FIRST_PAUSE,
         }
     }
 
     /// Resolves when it is time for the next; to false when there is none.
     async fn again(&mut self) -> bool {
-        if self.begin.elapsed() >= LIMIT {
+        if self.begin.elapsed() >= self.limit {
             return false;
         }
         tokio::time::sleep(self.pause).await;
@@ -287,7 +324,7 @@ impl Disks {
     /// (`set_capacity_and_notify` in block/genhd.c).
     async fn sized(&self, disk: &DiskRef, size_bytes: u64) -> Result<PathBuf> {
         let path = self.wait(disk).await?;
-        let mut looks = Looks::new();
+        let mut looks = Looks::within(LIMIT);
         loop {
             let sectors = self
                 .number(&path, "size")
@@ -300,20 +337,6 @@ impl Disks {
                 return Err(Error::NotFound(text));
             }
         }
-    }
-
-    /// Whether the kernel knows partitions of a disk: below the disk each has a number
-    /// (Documentation/ABI/stable/sysfs-block).
-    fn has_partitions(&self, disk: &Path) -> Result<bool> {
-        let any = || -> io::Result<bool> {
-            for entry in fs::read_dir(self.block(disk))? {
-                if entry?.path().join("partition").exists() {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        };
-        any().context("look at a disk's partitions")
     }
 
     fn sector_bytes(&self, disk: &Path) -> Result<u64> {
@@ -505,16 +528,6 @@ mod tests {
         path.unwrap();
     }
 
-    #[test]
-    fn partitions_of_what_a_disk_was_are_seen() {
-        let kernel = Kernel::new();
-        kernel.add("vda", 1, "root0");
-        let node = kernel.disks.dev.join("vda");
-        assert!(!kernel.disks.has_partitions(&node).unwrap());
-        kernel.write("vda/vda1", "partition", "1\n");
-        assert!(kernel.disks.has_partitions(&node).unwrap());
-    }
-
     #[tokio::test]
     async fn what_is_in_use_is_tried_again() {
         let tries = Arc::new(AtomicU32::new(0));
@@ -525,9 +538,11 @@ mod tests {
                 _ => Err(then.into()),
             }
         };
-        let error = unless_busy(after(3, Errno::EIO)).await.unwrap_err();
+        let error = unless_busy(LIMIT, after(3, Errno::EIO)).await.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO));
         assert_eq!(tries.load(Ordering::Relaxed), 4);
+        let error = unless_busy(Duration::ZERO, after(9, Errno::EIO));
+        assert_eq!(error.await.unwrap_err().raw_os_error(), Some(libc::EBUSY));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Disks that are made empty with the machine, for containers that come later: a slot gets
 //! a block device of a container, or what its root file system is on, and is empty again
-//! before the container is said to be gone.
+//! before the container is said to be gone. One whose file systems the guest does not let go
+//! of, or does not say so, is nobody's from then on: what comes of them late would be written
+//! to the next container's disk.
 //!
 //! Block devices and root file systems have slots of their own: one that finds no slot
 //! for its root file system has it shared with it by the host, but there is no other way
@@ -106,19 +108,21 @@ fn take(pool: &Pool, prefix: &str, count: usize) -> Option<Vec<Slot>> {
             index,
             pool: pool.clone(),
             is_filled: AtomicBool::new(false),
+            is_retired: AtomicBool::new(false),
         }
     };
     Some(free.into_iter().map(slot).collect())
 }
 
-/// A slot that is a container's until this is dropped. One that may have bytes then is
-/// nobody's any more.
+/// A slot that is a container's until this is dropped. One that may have bytes then, or that
+/// was retired, is nobody's any more.
 #[derive(Debug)]
 pub struct Slot {
     serial: String,
     index: usize,
     pool: Pool,
     is_filled: AtomicBool,
+    is_retired: AtomicBool,
 }
 
 impl Slot {
@@ -144,6 +148,11 @@ impl Slot {
         machine.exchange(&self.serial, backing, read_only).await
     }
 
+    /// Has it be nobody's after this container.
+    pub fn retire(&self) {
+        self.is_retired.store(true, Ordering::Relaxed);
+    }
+
     /// Empties its disk. If that cannot be its bytes are in use, and this may be tried
     /// again.
     ///
@@ -163,7 +172,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if !*self.is_filled.get_mut()
+        let is_free = !*self.is_filled.get_mut() && !*self.is_retired.get_mut();
+        if is_free
             && let Some(taken) = lock(&self.pool).get_mut(self.index)
         {
             *taken = false;
@@ -214,6 +224,17 @@ mod tests {
         volume.is_filled.store(true, Ordering::Relaxed);
         drop(volume);
         slots.take_volume("c2").unwrap_err();
+    }
+
+    #[test]
+    fn nor_is_one_that_was_retired() {
+        let slots = slots();
+        let [first] = slots.take_roots(1).unwrap().try_into().unwrap();
+        first.retire();
+        drop(first);
+        let others = slots.take_roots(2).unwrap();
+        let serials: Vec<_> = others.iter().map(Slot::serial).collect();
+        assert_eq!(serials, ["root1", "root2"]);
     }
 
     #[test]

@@ -15,8 +15,7 @@ use super::process::lock;
 use crate::machine::MachineError;
 use crate::sandbox::{SandboxError, Slot};
 use crate::storage::{
-    BlockDevice, Follower, GuestVolumes, HostBacking, HostDisk, MAX_LOG_BYTES, StorageError,
-    WriteBack,
+    BlockDevice, Follower, GuestVolumes, HostDisk, MAX_LOG_BYTES, StorageError, WriteBack,
 };
 
 /// Time a guest has to hand back what a container wrote, before the exit is
@@ -37,6 +36,13 @@ struct Held {
 /// Slots of the machine that a container has until it is gone from the guest.
 #[derive(Default)]
 pub struct Disks(Mutex<Vec<Arc<Slot>>>);
+
+impl Disks {
+    /// Has no other container get them.
+    pub(super) fn retire(&self) {
+        lock(&self.0).iter().for_each(|slot| slot.retire());
+    }
+}
 
 impl Container {
     /// Has the guest make what the container's mounts refer to.
@@ -117,7 +123,6 @@ impl Container {
                 serial: slot.serial().to_owned(),
                 size_bytes: filled.await?,
                 sector_bytes,
-                partitioned: matches!(disk.backing, HostBacking::Partitions(_)),
                 ..Default::default()
             });
         }

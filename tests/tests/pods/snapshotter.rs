@@ -138,6 +138,29 @@ fn layers_are_shared_where_no_disk_is_empty() {
     two.sh("ls /bin/wget").exits(0);
 }
 
+/// As `kubectl debug` may do: a process of another container holds on to the files of one that
+/// is gone. The next one gets another disk, or none.
+#[test]
+fn a_disk_that_somebody_holds_is_no_other_container_s() {
+    let _two_disks = Changed::new("root_disks", "2");
+    let scene = PodScene::new();
+    let manifest = scene.pod("held").shared_pids();
+    let pod = manifest.runtime("nacre-erofs").run();
+    let one = pod.container("one", &["sleep", "7201"]).start();
+    let two = pod.container("two", SLEEP).start();
+    assert!(is_on_a_disk(&one) && is_on_a_disk(&two));
+    let hold = "set -- $(ps -o pid,args | grep 'sleep [7]201') && cd /proc/$1/root && \
+                { exec sleep 7202 < /dev/null > /dev/null 2>&1 & }";
+    two.sh(hold).exits(0);
+    gone(&one);
+    let three = pod.container("three", SLEEP).start();
+    assert!(!is_on_a_disk(&three));
+    gone(&three);
+    gone(&two);
+    let four = pod.container("four", SLEEP).start();
+    assert!(is_on_a_disk(&four), "the other one is free");
+}
+
 /// Pods of other snapshotters pay nothing for what they do not use.
 #[test]
 fn pods_of_shared_directories_have_no_disks_for_layers() {

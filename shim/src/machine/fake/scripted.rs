@@ -257,13 +257,8 @@ impl agent_ttrpc::Agent for Service {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not found"));
         }
         for disk in &request.disks {
-            let partitioned = if disk.partitioned {
-                ", partitioned"
-            } else {
-                ""
-            };
             lock(&self.0.journal).push(format!(
-                "{} waits for {}, {} bytes in sectors of {}{partitioned}",
+                "{} waits for {}, {} bytes in sectors of {}",
                 request.container_id, disk.serial, disk.size_bytes, disk.sector_bytes
             ));
         }
@@ -350,6 +345,9 @@ impl agent_ttrpc::Agent for Service {
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.0.unless(&self.0.deletes_hang).await;
         lock(&self.0.processes).retain(|(id, _), _| *id != request.container_id);
+        if request.container_id == "held" {
+            return Err(get_rpc_status(Code::INTERNAL, "its disk is in use"));
+        }
         Ok(Empty::new())
     }
 

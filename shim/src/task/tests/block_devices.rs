@@ -217,14 +217,28 @@ async fn layers_of_containers_that_join_are_disks_while_they_are_there() {
         disks,
         [
             "root0 2 layers",
-            "one waits for root0, 8192 bytes in sectors of 512, partitioned",
+            "one waits for root0, 8192 bytes in sectors of 512",
             "root1 2 layers",
-            "two waits for root1, 8192 bytes in sectors of 512, partitioned",
+            "two waits for root1, 8192 bytes in sectors of 512",
             "root0 empty",
             "root0 2 layers",
-            "three waits for root0, 8192 bytes in sectors of 512, partitioned",
+            "three waits for root0, 8192 bytes in sectors of 512",
         ]
     );
+}
+
+/// Something of it may be written when the next one's file systems are there.
+#[tokio::test]
+async fn a_disk_that_the_guest_does_not_let_go_of_is_no_other_container_s() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    create_of_layers(&fixture, "held").await.unwrap();
+    fixture.delete("held", "").await.unwrap();
+    create_of_layers(&fixture, "next").await.unwrap();
+    let journal = lock(&fixture.journal).clone();
+    let disks = journal.iter().filter(|s| s.starts_with("root"));
+    let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
+    assert_eq!(disks.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test]
