@@ -36,6 +36,8 @@ pub use manifest::PodManifest;
 pub const HANDLER: &str = "nacre";
 /// The same with `sandboxer = "shim"`.
 pub const SANDBOXED: &str = "nacre-sandboxed";
+/// The same runtime, found by its path: containerd asks it for its features.
+pub const WITH_FEATURES: &str = "nacre-features";
 /// What containerd is configured to take for its sandbox containers. Under runc
 /// it sleeps.
 const PAUSE: &str = "docker.io/library/pause:lab";

@@ -16,7 +16,8 @@ use crate::config::Config;
 use crate::elf;
 use crate::error::chain;
 
-const SHIM: &str = "containerd-shim-nacre-v2";
+/// The shim's program, as containerd looks for it.
+pub(super) const SHIM: &str = "containerd-shim-nacre-v2";
 /// Magic of a cpio archive in "newc" form (Documentation/driver-api/early-userspace).
 const CPIO_MAGIC: &[u8] = b"070701";
 /// Of an EROFS image's superblock, little-endian, and where that is (fs/erofs/erofs_fs.h).

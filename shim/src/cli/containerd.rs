@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::check::SHIM;
 use crate::RUNTIME_NAME;
 
 /// The configuration's place on a host.
@@ -165,12 +166,18 @@ impl ContainerdConfig {
     }
 }
 
-/// Whether one of the runtimes is ours, in whatever plugin's table that is.
+/// Whether one of the runtimes is ours, by type or by path, in whatever plugin's table that is.
 fn names_runtime(table: &toml::Table) -> bool {
-    table.iter().any(|(key, value)| match value {
-        toml::Value::Table(table) => names_runtime(table),
-        value => key == "runtime_type" && value.as_str() == Some(RUNTIME_NAME),
-    })
+    table
+        .iter()
+        .any(|(key, value)| match (key.as_str(), value) {
+            (_, toml::Value::Table(table)) => names_runtime(table),
+            ("runtime_type", value) => value.as_str() == Some(RUNTIME_NAME),
+            ("runtime_path", value) => value
+                .as_str()
+                .is_some_and(|path| Path::new(path).ends_with(SHIM)),
+            _ => false,
+        })
 }
 
 /// What a person does on a host without a configuration.
@@ -285,6 +292,15 @@ mod tests {
             ("/etc/containerd/conf.d/any.bak", DROP_IN),
         ]);
         assert_eq!(none.naming_runtime(), None);
+        for (path, is_ours) in [
+            ("/opt/containerd-shim-nacre-v2", true),
+            ("/opt/other", false),
+        ] {
+            let by_path = "[plugins.x.runtimes.y]\nruntime_type = 'io.containerd.runc.v2'";
+            let text = format!("version = 3\n{by_path}\nruntime_path = '{path}'\n");
+            let (_root, found) = config(&[(CONFIG_PATH, &text)]);
+            assert_eq!(found.naming_runtime().is_some(), is_ours, "{path}");
+        }
         // containerd reads no comments.
         let comments: String = DROP_IN.lines().map(|line| format!("# {line}\n")).collect();
         let (_root, comments) = config(&[(CONFIG_PATH, main), (drop_in, &comments)]);

@@ -5,9 +5,10 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
-use nacre_tests::pods::{HANDLER, PodScene, SANDBOXED};
+use nacre_tests::pods::{HANDLER, PodScene, SANDBOXED, WITH_FEATURES};
 
 use crate::SLEEP;
+use crate::volumes::Mounted;
 
 in_both_modes![
     sysctls,
@@ -118,16 +119,38 @@ const NO_DIRECTORIES: &str = r#"{
 
 /// kubelet reads it before it makes a pod with `hostUsers: false` or a recursive read-only
 /// mount: containerd asks only runtimes of type `io.containerd.runc.v2` what they can. When
-/// this fails, docs/kubernetes.md may promise more.
+/// the first part fails, docs/kubernetes.md may promise more.
 #[test]
-fn kubelet_is_not_told_what_the_runtime_can() {
+fn kubelet_is_told_what_the_runtime_can_if_it_is_of_runc_s_type() {
     let scene = PodScene::new();
     let features = |handler| scene.cri().features(handler).unwrap();
-    // Debian's runc has no namespaces of users with mounts that fit.
-    assert!(features("runc").recursive_read_only_mounts);
     for handler in [HANDLER, SANDBOXED] {
         assert_eq!(features(handler), Default::default(), "{handler}");
     }
+    let told = features(WITH_FEATURES);
+    assert!(
+        told.recursive_read_only_mounts && told.user_namespaces,
+        "{told:?}"
+    );
+
+    let volume = scene.directory("volume");
+    let _below = Mounted::new(volume.join("below"));
+    let pod = scene.pod("told").runtime(WITH_FEATURES);
+    let pod = pod.own_users(1_000_000).run();
+    let container = pod
+        .container("root", SLEEP)
+        .mount_with(&volume, "/volume", |mount| {
+            mount.readonly = true;
+            mount.recursive_read_only = true;
+        })
+        .start();
+    container
+        .sh("id -u; tr -s ' ' < /proc/self/uid_map")
+        .prints("0\n 0 1000000 65536\n");
+    container
+        .sh("touch /volume/below/file")
+        .exits(1)
+        .complains(&["Read-only"]);
 }
 
 /// Profiles refuse what they are there to refuse.

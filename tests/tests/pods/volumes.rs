@@ -255,10 +255,10 @@ fn volumes_belong_to_the_group_of_the_pod() {
 }
 
 /// A mount of the host, taken off again.
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(path: PathBuf) -> Self {
+    pub fn new(path: PathBuf) -> Self {
         fs::create_dir_all(&path).unwrap();
         run("mount", &["-t", "tmpfs", "tmpfs", path.to_str().unwrap()]).exits(0);
         Self(path)
