@@ -374,7 +374,8 @@ fn vcpus_come_and_go_with_the_limits(scene: &PodScene) {
         app.sh("cat /sys/fs/cgroup/cpu.max")
             .prints(&format!("{limit}00000 100000\n"));
         let text = fs::read_to_string(&on_host).unwrap();
-        assert_eq!(text, format!("{limit}00000 100000\n"));
+        // With `overhead_cpu_millis`.
+        assert_eq!(text, format!("{limit}10000 100000\n"));
     };
     let update = |cpus| scene.cri().update(&app.id, limits(cpus)).unwrap();
     has(1, 1);
