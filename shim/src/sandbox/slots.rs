@@ -229,8 +229,8 @@ mod tests {
     #[test]
     fn nor_is_one_that_was_retired() {
         let slots = slots();
-        let [first] = slots.take_roots(1).unwrap().try_into().unwrap();
-        first.retire();
+        let first = slots.take_roots(1).unwrap();
+        first[0].retire();
         drop(first);
         let others = slots.take_roots(2).unwrap();
         let serials: Vec<_> = others.iter().map(Slot::serial).collect();
