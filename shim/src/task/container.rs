@@ -208,7 +208,12 @@ impl Container {
             .ask("create the container", CREATE_TIMEOUT, |context| {
                 agent.create_container(context, &request)
             });
-        answer.await?;
+        answer.await.inspect_err(|error| {
+            // Who gave up in the middle has undone nothing.
+            if matches!(error, SandboxError::Late { .. }) {
+                self.disks.retire();
+            }
+        })?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
         self.in_guest.set(()).map_err(|_| TaskError::Cancelled)?;

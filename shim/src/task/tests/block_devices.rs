@@ -5,10 +5,13 @@ use std::time::Duration;
 use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse, Status};
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::json;
+use tokio::time::{advance, pause, resume};
+use ttrpc::context::with_duration;
 
 use super::fixture::*;
 use crate::machine::fake::Disks;
 use crate::storage::devices::some_disk;
+use crate::task::container::CREATE_TIMEOUT;
 use crate::task::lock;
 
 /// Gives the containers to come so many block devices, read-only: they are disks of
@@ -182,6 +185,11 @@ async fn a_container_that_waits_for_its_disk_keeps_no_other_waiting() {
 
 /// A container whose image has two layers.
 async fn create_of_layers(fixture: &Fixture, id: &str) -> ttrpc::Result<CreateTaskResponse> {
+    let request = of_layers(fixture, id);
+    fixture.client.create(context(), &request).await
+}
+
+fn of_layers(fixture: &Fixture, id: &str) -> CreateTaskRequest {
     let layer = fixture.path("layer.erofs");
     std::fs::write(&layer, [0; 4096]).unwrap();
     let layer = Mount {
@@ -194,13 +202,19 @@ async fn create_of_layers(fixture: &Fixture, id: &str) -> ttrpc::Result<CreateTa
         options: vec!["lowerdir={{ overlay 0 1 }}".into()],
         ..Default::default()
     };
-    let request = CreateTaskRequest {
+    CreateTaskRequest {
         id: id.into(),
         bundle: fixture.bundle(id, "sleep 60"),
         rootfs: vec![layer.clone(), layer, overlay],
         ..Default::default()
-    };
-    fixture.client.create(context(), &request).await
+    }
+}
+
+/// What became of the disks for layers, in order.
+fn layers(fixture: &Fixture) -> Vec<String> {
+    let journal = lock(&fixture.journal);
+    let disks = journal.iter().filter(|line| line.starts_with("root"));
+    disks.cloned().collect()
 }
 
 #[tokio::test]
@@ -235,10 +249,35 @@ async fn a_disk_that_the_guest_does_not_let_go_of_is_no_other_container_s() {
     create_of_layers(&fixture, "held").await.unwrap();
     fixture.delete("held", "").await.unwrap();
     create_of_layers(&fixture, "next").await.unwrap();
-    let journal = lock(&fixture.journal).clone();
-    let disks = journal.iter().filter(|s| s.starts_with("root"));
     let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
-    assert_eq!(disks.collect::<Vec<_>>(), expected);
+    assert_eq!(layers(&fixture), expected);
+}
+
+/// It may have mounted them.
+#[tokio::test]
+async fn nor_is_one_of_a_container_that_the_guest_does_not_make_in_time() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.answers(1).await;
+    machine.hang();
+    let time_passes = async {
+        machine.held(1).await;
+        pause();
+        advance(CREATE_TIMEOUT).await;
+        resume();
+    };
+    let request = of_layers(&fixture, "late");
+    let created = fixture
+        .client
+        .create(with_duration(2 * CREATE_TIMEOUT), &request);
+    let (created, ()) = tokio::join!(created, time_passes);
+    let (_, text) = refusal(created);
+    assert!(text.contains("no answer within 60 s"), "{text}");
+    machine.recover();
+    create_of_layers(&fixture, "next").await.unwrap();
+    let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
+    assert_eq!(layers(&fixture), expected);
 }
 
 #[tokio::test]
