@@ -305,7 +305,10 @@ impl Sandbox {
         };
         self.release_pages(id).await;
         let released = disk::released(disks).await;
-        for error in [removed, unmounted, released].into_iter().filter_map(Result::err) {
+        for error in [removed, unmounted, released]
+            .into_iter()
+            .filter_map(Result::err)
+        {
             tracing::warn!("container {id}: {}", error.full());
         }
     }

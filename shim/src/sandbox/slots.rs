@@ -173,9 +173,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         let is_free = !*self.is_filled.get_mut() && !*self.is_retired.get_mut();
-        if is_free
-            && let Some(taken) = lock(&self.pool).get_mut(self.index)
-        {
+        if is_free && let Some(taken) = lock(&self.pool).get_mut(self.index) {
             *taken = false;
         }
     }

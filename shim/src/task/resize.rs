@@ -109,7 +109,10 @@ impl Pod {
     /// Makes the machine and the host's limits what the containers may use
     /// together, those that are being created among them.
     async fn fit(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), TaskError> {
-        let booted = self.sandbox.get().filter(|sandbox| sandbox.agent().is_some());
+        let booted = self
+            .sandbox
+            .get()
+            .filter(|sandbox| sandbox.agent().is_some());
         let Some(sandbox) = booted else {
             return Ok(());
         };
