@@ -102,6 +102,8 @@ pub struct Container {
     pub id: String,
     /// `CONTAINERS_DIR/<id>`.
     pub dir: PathBuf,
+    /// Serial numbers of disks that become another container's.
+    pub disks: Vec<String>,
     /// Its cgroup.
     pub cgroup: Cgroup,
     /// Its first process.
@@ -123,6 +125,8 @@ pub struct Parts {
     pub id: String,
     /// See [`Container`].
     pub dir: PathBuf,
+    /// See [`Container`].
+    pub disks: Vec<String>,
     /// See [`Container`].
     pub cgroup: Cgroup,
     /// See [`Container`].
@@ -158,6 +162,7 @@ impl Container {
         Self {
             id: parts.id,
             dir: parts.dir,
+            disks: parts.disks,
             cgroup: parts.cgroup,
             init,
             oom,

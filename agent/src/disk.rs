@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -18,14 +19,17 @@ use nix::sys::inotify::AddWatchFlags;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::engine::sys;
 use crate::error::{Context, Error, Result};
 use crate::watch::Watch;
 
-/// How long a disk may take to appear.
+/// How long a disk may take to appear,
 const LIMIT: Duration = Duration::from_secs(10);
+/// and how long the file systems of a container that is gone may be in use.
+const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 /// What /sys/block/vdX/size counts in, whatever the disk has.
 const SECTOR_BYTES: u64 = 512;
-/// Between two looks at a disk's size: at first,
+/// Between two looks at a disk: at first,
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// and at most.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -64,6 +68,13 @@ impl DiskRef {
         }))
     }
 
+    fn whole(serial: &str) -> Self {
+        Self {
+            serial: serial.into(),
+            partition: None,
+        }
+    }
+
     /// Looks the disk up, waiting for it if need be.
     ///
     /// # Errors
@@ -81,11 +92,102 @@ impl DiskRef {
 ///
 /// `NotFound` if there is no such disk, or not in time, else `Io`.
 pub async fn wait_for(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<PathBuf> {
-    let disk = DiskRef {
-        serial: serial.into(),
-        partition: None,
-    };
+    let disk = DiskRef::whole(serial);
     HERE.wait_for(&disk, size_bytes, sector_bytes.into()).await
+}
+
+/// The same for a disk whose file systems are to be mounted: the kernel knows its partitions
+/// then, and none of what the disk was before.
+///
+/// # Errors
+///
+/// Those of [`wait_for`]; `Io` while something of what the disk was before is in use: to
+/// mount the disk would be to have that again.
+pub async fn wait_for_contents(serial: &str, size_bytes: u64, sector_bytes: u32) -> Result<()> {
+    let path = wait_for(serial, size_bytes, sector_bytes).await?;
+    let what = format!("look for partitions of {}", path.display());
+    unless_busy(LIMIT, move || scan_partitions(&path))
+        .await
+        .context(what)
+}
+
+/// Waits until no file system on these disks is in use.
+///
+/// # Errors
+///
+/// `Io` when one still is after some seconds.
+pub async fn released(serials: &[String]) -> Result<()> {
+    for serial in serials {
+        let disk = HERE.find(&DiskRef::whole(serial));
+        let Some(path) = disk.context("look for a disk")? else {
+            continue;
+        };
+        let what = format!("have {} for ourselves", path.display());
+        unless_busy(RELEASE_LIMIT, move || claim(&path))
+            .await
+            .context(what)?;
+    }
+    Ok(())
+}
+
+/// Has the kernel forget the partitions it knows of a disk and look for those there are,
+/// which it does by itself only when it adds a disk (`disk_scan_partitions` in
+/// block/genhd.c).
+fn scan_partitions(disk: &Path) -> io::Result<()> {
+    sys::scan_partitions(fs::File::open(disk)?)
+}
+
+/// Opens a disk as who mounts it does: one at a time can, and none while one of the
+/// partitions is mounted (`O_EXCL` of block devices, open(2)).
+fn claim(disk: &Path) -> io::Result<()> {
+    let mut options = fs::File::options();
+    options.read(true).custom_flags(libc::O_EXCL);
+    options.open(disk).map(drop)
+}
+
+/// Tries again what fails because something is in use. The file systems of a container that
+/// is gone may be for a moment yet: by the mounts that one which is just being made has
+/// copies of.
+async fn unless_busy(
+    limit: Duration,
+    action: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+) -> io::Result<()> {
+    let mut looks = Looks::within(limit);
+    loop {
+        let done = tokio::task::spawn_blocking(action.clone()).await;
+        let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
+        match done {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && looks.again().await => (),
+            done => return done,
+        }
+    }
+}
+
+/// Looks at what the kernel tells nobody of, in time.
+struct Looks {
+    begin: Instant,
+    limit: Duration,
+    pause: Duration,
+}
+
+impl Looks {
+    fn within(limit: Duration) -> Self {
+        Self {
+            begin: Instant::now(),
+            limit,
+            pause: FIRST_PAUSE,
+        }
+    }
+
+    /// Resolves when it is time for the next; to false when there is none.
+    async fn again(&mut self) -> bool {
+        if self.begin.elapsed() >= self.limit {
+            return false;
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        true
+    }
 }
 
 /// A kernel's disks.
@@ -222,7 +324,7 @@ impl Disks {
     /// (`set_capacity_and_notify` in block/genhd.c).
     async fn sized(&self, disk: &DiskRef, size_bytes: u64) -> Result<PathBuf> {
         let path = self.wait(disk).await?;
-        let (begin, mut pause) = (Instant::now(), FIRST_PAUSE);
+        let mut looks = Looks::within(LIMIT);
         loop {
             let sectors = self
                 .number(&path, "size")
@@ -230,12 +332,10 @@ impl Disks {
             if sectors.saturating_mul(SECTOR_BYTES) == size_bytes {
                 return Ok(path);
             }
-            if begin.elapsed() >= LIMIT {
+            if !looks.again().await {
                 let text = format!("disk with serial {:?} and {size_bytes} bytes", disk.serial);
                 return Err(Error::NotFound(text));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -268,8 +368,11 @@ fn rebind(driver: &Path, block: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::channel;
 
+    use nix::errno::Errno;
     use nix::sys::stat::Mode;
     use nix::unistd::mkfifo;
     use tokio::time::sleep;
@@ -423,6 +526,30 @@ mod tests {
         };
         let (path, ()) = tokio::join!(kernel.disks.sized(&disk, 4096), grow_last);
         path.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_is_tried_again() {
+        let tries = Arc::new(AtomicU32::new(0));
+        let after = |count: u32, then: Errno| {
+            let tries = tries.clone();
+            move || match tries.fetch_add(1, Ordering::Relaxed) {
+                tried if tried < count => Err(Errno::EBUSY.into()),
+                _ => Err(then.into()),
+            }
+        };
+        let error = unless_busy(LIMIT, after(3, Errno::EIO)).await.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        assert_eq!(tries.load(Ordering::Relaxed), 4);
+        let error = unless_busy(Duration::ZERO, after(9, Errno::EIO));
+        assert_eq!(error.await.unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    }
+
+    #[test]
+    fn what_is_no_disk_has_no_partitions() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = scan_partitions(file.path()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]

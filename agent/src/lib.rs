@@ -14,6 +14,7 @@
 //!              kernel's word that they are there
 //!   drivers/   driver images: modules, and what containers with their devices get
 //!   forward.rs connections to the pod's loopback from the host
+//!   cpus.rs    which of the guest's CPUs are online
 //!   hugepages.rs  the pool of huge pages that containers may use
 //!   pids.rs    the PID namespace that containers of a pod share
 //!   reaper.rs  exit statuses
@@ -31,6 +32,7 @@ pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod container;
+pub mod cpus;
 pub mod devices;
 pub mod disk;
 pub mod drivers;

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nacre_protocol::agent::{
-    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, Driver, ExecRequest,
+    ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, Disk, Driver, ExecRequest,
     ReadFileRequest, StatsResponse, TmpfsVolume,
 };
 use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
@@ -22,7 +22,9 @@ use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{Cgroup, CgroupBase};
 use crate::clock;
 use crate::container::{Container, Parts, Process};
+use crate::cpus;
 use crate::devices;
+use crate::disk;
 use crate::drivers::{Drivers, ProcessEdits};
 use crate::engine::error::Failure;
 use crate::engine::init::{Kind, Request, set_sysctl};
@@ -151,6 +153,18 @@ impl Sandbox {
         }
     }
 
+    /// Has the guest use so many of its CPUs; returns how many it uses then.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`cpus::set_online`].
+    pub async fn set_cpus(&self, count: u32) -> Result<u32> {
+        match self.mode {
+            Mode::Guest => blocking(move || cpus::set_online(count)).await,
+            Mode::Serve => Ok(count),
+        }
+    }
+
     /// Makes a container up to the execution of its process; returns its PID.
     ///
     /// # Errors
@@ -167,6 +181,7 @@ impl Sandbox {
             }
             slots.insert(id.clone(), Slot::Creating);
         }
+        let disks = serials(&request.disks);
         match self.try_create(request).await {
             Ok(container) => {
                 let pid = container.init.pid.unsigned_abs();
@@ -174,7 +189,7 @@ impl Sandbox {
                 Ok(pid)
             }
             Err(error) => {
-                self.undo_create(&id).await;
+                self.undo_create(&id, &disks).await;
                 self.slots().remove(&id);
                 Err(error)
             }
@@ -194,6 +209,9 @@ impl Sandbox {
         }
         let dir = storage::container_dir(&id)?;
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        for disk in &request.disks {
+            disk::wait_for_contents(&disk.serial, disk.size_bytes, disk.sector_bytes).await?;
+        }
         for storage in request.storages {
             storage::mount_storage(&dir, storage).await?;
         }
@@ -211,6 +229,7 @@ impl Sandbox {
         let connections = stdio::claim(&self.streams, &stdio).await?;
         let cgroup = self.cgroups.create(&id)?;
         limit(&cgroup, &spec)?;
+        let disks = serials(&request.disks);
         let spec = self.reserve_pages(&id, spec).await?;
         let request = Request {
             cgroup: cgroup.path().to_owned(),
@@ -228,6 +247,7 @@ impl Sandbox {
             oom: OomWatch::new(&id, &cgroup, self.oom_sender.clone()),
             id,
             dir,
+            disks,
             cgroup,
             init,
             spawning,
@@ -274,7 +294,7 @@ impl Sandbox {
         }
     }
 
-    async fn undo_create(&self, id: &str) {
+    async fn undo_create(&self, id: &str, disks: &[String]) {
         let removed = match self.cgroups.create(id) {
             Ok(cgroup) => cgroup.remove().await,
             Err(error) => Err(error),
@@ -284,7 +304,11 @@ impl Sandbox {
             Err(error) => Err(error),
         };
         self.release_pages(id).await;
-        for error in [removed, unmounted].into_iter().filter_map(Result::err) {
+        let released = disk::released(disks).await;
+        for error in [removed, unmounted, released]
+            .into_iter()
+            .filter_map(Result::err)
+        {
             tracing::warn!("container {id}: {}", error.full());
         }
     }
@@ -332,7 +356,8 @@ impl Sandbox {
     /// # Errors
     ///
     /// `FailedPrecondition` while its init runs, else those of the steps; the
-    /// call may be repeated.
+    /// call may be repeated. Those of [`disk::released`] when there is no such container any
+    /// more.
     pub async fn delete(&self, id: &str) -> Result<()> {
         let container = self.container(id)?;
         if !container.init.exit.has_exited() {
@@ -348,7 +373,7 @@ impl Sandbox {
         blocking(move || storage::remove(&dir)).await?;
         self.release_pages(id).await;
         self.slots().remove(id);
-        Ok(())
+        disk::released(&container.disks).await
     }
 
     /// Applies new limits.
@@ -426,7 +451,7 @@ impl Sandbox {
         }
         let ids: Vec<String> = self.slots().keys().cloned().collect();
         for id in ids {
-            self.undo_create(&id).await;
+            self.undo_create(&id, &[]).await;
         }
         if let Err(error) = self.cgroups.remove() {
             tracing::warn!("remove the cgroup base: {error}");
@@ -442,6 +467,10 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Error::Internal(error.to_string()))?
+}
+
+fn serials(disks: &[Disk]) -> Vec<String> {
+    disks.iter().map(|disk| disk.serial.clone()).collect()
 }
 
 fn parse<T: serde::de::DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {

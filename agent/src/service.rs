@@ -7,8 +7,8 @@ use nacre_protocol::agent::{
     AdjustClockRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest,
     DirectoryVolume, EjectDeviceRequest, Empty, Event, ExecRequest, ListProcessesResponse, OomKill,
     PingResponse, ProcessRequest, ProcessStarted, ReadFileRequest, ReadFileResponse,
-    RemoveCardRequest, ResizeTerminalRequest, SignalRequest, StatsResponse, TmpfsVolume,
-    UpdateNetworkRequest, UpdateRequest, WaitResponse,
+    RemoveCardRequest, ResizeTerminalRequest, SetCpusRequest, SetCpusResponse, SignalRequest,
+    StatsResponse, TmpfsVolume, UpdateNetworkRequest, UpdateRequest, WaitResponse,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -100,6 +100,17 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         pci::eject(&request.address).await?;
         Ok(Empty::default())
+    }
+
+    async fn set_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetCpusRequest,
+    ) -> ttrpc::Result<SetCpusResponse> {
+        Ok(SetCpusResponse {
+            count: self.0.set_cpus(request.count).await?,
+            ..SetCpusResponse::default()
+        })
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {

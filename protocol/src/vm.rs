@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::channel::MAX_FDS_PER_PACKET;
+
 /// Position of a descriptor among those that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
@@ -41,8 +43,8 @@ pub enum Request {
         number: u64,
         /// The disk's serial number.
         serial: String,
-        /// One file or block device; without one the disk is empty again.
-        file: Option<FdIndex>,
+        /// What they are, or that the disk is empty again.
+        backing: DiskBacking,
         /// Whether writes fail.
         read_only: bool,
     },
@@ -141,7 +143,8 @@ pub struct VmConfig {
     pub jail: Jail,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// vCPUs that are there at boot.
+    /// vCPUs. The kernel may be told to start with fewer (`maxcpus=` in `cmdline`): the
+    /// threads of the others sleep.
     pub vcpus: u8,
     /// Guest memory.
     pub memory: Memory,
@@ -225,9 +228,10 @@ pub struct Disk {
     pub queues: u16,
 }
 
-/// Most partitions of a disk: Linux numbers so many (`DISK_MAX_PARTS`) and does
-/// not show those beyond.
-pub const MAX_PARTITIONS: usize = 255;
+/// Most partitions of a disk: as many files as one packet carries. Requests to a machine that
+/// runs are of one packet, so that one which finds the channel full is sent again as a whole.
+/// Linux would show two more (`DISK_MAX_PARTS`).
+pub const MAX_PARTITIONS: usize = MAX_FDS_PER_PACKET;
 
 /// The bytes of a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

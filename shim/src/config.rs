@@ -7,7 +7,7 @@
 //! would be right:
 //!
 //! ```text
-//! /etc/nacre/nacre.toml:12: default_vcpus: 0 is out of range; allowed: 1 to 64
+//! /etc/nacre/nacre.toml:12: default_vcpus: 0 is out of range; allowed: 1 to 32
 //! ```
 
 use std::ops::RangeInclusive;
@@ -77,6 +77,8 @@ pub struct Config {
     pub virtiofsd: PathBuf,
     /// vCPUs of a pod without a CPU limit.
     pub default_vcpus: u8,
+    /// vCPUs that a pod which runs can have.
+    pub max_vcpus: u8,
     /// Memory of a pod without a memory limit.
     pub default_memory_mib: u32,
     /// What the pod's host cgroup may use beyond the guest's memory.
@@ -87,6 +89,8 @@ pub struct Config {
     pub hugepages: bool,
     /// Block devices the containers of a pod can have at once.
     pub pod_disks: u8,
+    /// Disks for root file systems of containers that join a pod.
+    pub root_disks: u8,
     /// Devices of the host that containers which join a pod can bring.
     pub pci_slots: u8,
     /// Whether guests see the expansion ROMs of devices.
@@ -180,11 +184,13 @@ impl Config {
             initrd: PathBuf::new(),
             virtiofsd: PathBuf::new(),
             default_vcpus: 0,
+            max_vcpus: 0,
             default_memory_mib: 0,
             overhead_memory_mib: 0,
             overhead_cpu_millis: 0,
             hugepages: false,
             pod_disks: 0,
+            root_disks: 0,
             pci_slots: 0,
             pci_roms: false,
             pci_peers: false,
@@ -316,16 +322,18 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 24] = [
+const KEYS: [Key; 26] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
-    key!(default_vcpus, 1..=64),
+    key!(default_vcpus, 1..=32),
+    key!(max_vcpus, 1..=32),
     key!(default_memory_mib, 128..=1_048_576),
     key!(overhead_memory_mib, 0..=4096),
     key!(overhead_cpu_millis, 0..=4000),
     key!(hugepages, bool),
     key!(pod_disks, 0..=16),
+    key!(root_disks, 0..=8),
     key!(pci_slots, 0..=8),
     key!(pci_roms, bool),
     key!(pci_peers, bool),
@@ -573,7 +581,7 @@ mod tests {
     fn mistakes_are_one_line_each() {
         assert_eq!(
             error_of("# c\ndefault_vcpus = 0\n"),
-            "f.toml:2: default_vcpus: 0 is out of range; allowed: 1 to 64"
+            "f.toml:2: default_vcpus: 0 is out of range; allowed: 1 to 32"
         );
         assert_eq!(
             error_of("hugepages = 'yes'"),

@@ -64,9 +64,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
-        SandboxError::NotGrown { .. } | SandboxError::OutOfMemory { .. } => {
-            Code::RESOURCE_EXHAUSTED
-        }
+        SandboxError::NotGrown { .. }
+        | SandboxError::NoVcpus { .. }
+        | SandboxError::OutOfMemory { .. } => Code::RESOURCE_EXHAUSTED,
         SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)

@@ -107,6 +107,9 @@ pub struct State {
     pub netns: Option<PathBuf>,
     /// The daemon's socket.
     pub socket: Option<PathBuf>,
+    /// vCPUs that its guest uses, once it boots, as far as that is known.
+    #[serde(default)]
+    pub vcpus: Option<u8>,
     /// What the monitor may take, once killed, to unpin the guest's memory.
     #[serde(default)]
     pub pin_time: Duration,

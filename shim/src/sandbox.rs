@@ -22,6 +22,7 @@ mod error;
 mod host;
 mod hotplug;
 mod images;
+mod resize;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -30,26 +31,23 @@ mod vm_host;
 mod watch;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::types::mount::Mount;
-use futures::future::BoxFuture;
 use nacre_protocol::agent::ConfigureSandboxRequest;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::STREAM_PORT;
-use nacre_protocol::vm::GROWTH_STEP_MIB;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tracing::info;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
 use crate::machine::{Machine, MachineError, Stop};
-use crate::storage::{BlockDevice, Followers};
+use crate::storage::Followers;
 
 pub use error::SandboxError;
 pub use host::Host;
@@ -57,7 +55,9 @@ pub use host::Host;
 pub use hotplug::HotPlug;
 #[cfg(test)]
 pub use images::Images;
-use slots::Slots;
+use resize::MachineSize;
+pub use resize::{MemorySize, VcpuCount, Wanted};
+pub use slots::{Slot, SlotCounts, Slots};
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
@@ -106,24 +106,15 @@ pub struct Sandbox {
     hangs: AtomicBool,
 }
 
-/// A machine's memory.
-#[derive(Debug, Clone, Copy)]
-pub struct MemorySize {
-    /// What it boots with.
-    pub boot_mib: u32,
-    /// What may be added.
-    pub growth_mib: u32,
-    /// Devices of the host reach it: nothing may be.
-    pub is_pinned: bool,
-}
-
 /// What a machine was made with for containers that come later.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
     /// Its memory.
     pub memory: MemorySize,
+    /// Its vCPUs.
+    pub vcpus: VcpuCount,
     /// Empty disks.
-    pub disks: usize,
+    pub disks: SlotCounts,
 }
 
 /// What there is after the boot.
@@ -131,9 +122,7 @@ struct Guest {
     agent: AgentClient,
     shares_directory: bool,
     slots: Slots,
-    memory: MemorySize,
-    /// What it has.
-    memory_mib: AtomicU32,
+    size: MachineSize,
 }
 
 impl Sandbox {
@@ -179,8 +168,7 @@ impl Sandbox {
             agent,
             shares_directory,
             slots: Slots::new(room.disks),
-            memory: room.memory,
-            memory_mib: AtomicU32::new(room.memory.boot_mib),
+            size: MachineSize::new(room.memory, room.vcpus),
         });
         Ok(())
     }
@@ -205,105 +193,14 @@ impl Sandbox {
         self.guest.get().is_some_and(|guest| guest.shares_directory)
     }
 
-    /// Has the machine's memory be `wanted_mib`, or what it booted with if that is
-    /// more. `limit` sets the host's limits for a size: before the machine grows,
-    /// and after it has shrunk as far as the guest lets it. One caller at a time.
-    ///
-    /// # Errors
-    ///
-    /// `TooLarge`, `Pinned`; `NotGrown`, with size and limits as they were; those of the
-    /// machine and of `limit`.
-    pub async fn resize<'a>(
-        &self,
-        wanted_mib: u32,
-        limit: impl Fn(u32) -> BoxFuture<'a, Result<(), SandboxError>>,
-    ) -> Result<(), SandboxError> {
-        let Some(guest) = self.guest.get() else {
-            return Ok(());
-        };
-        let MemorySize {
-            boot_mib,
-            growth_mib,
-            is_pinned,
-        } = guest.memory;
-        let growth = wanted_mib.saturating_sub(boot_mib);
-        if growth > 0 && is_pinned {
-            return Err(SandboxError::Pinned {
-                wanted_mib,
-                has_mib: boot_mib,
-            });
-        }
-        if growth > growth_mib {
-            return Err(SandboxError::TooLarge {
-                wanted_mib,
-                limit_mib: boot_mib + growth_mib,
-            });
-        }
-        let wanted_mib = boot_mib + growth.next_multiple_of(GROWTH_STEP_MIB);
-        let before_mib = guest.memory_mib.load(Ordering::Relaxed);
-        if wanted_mib > before_mib {
-            limit(wanted_mib).await?;
-            let has_mib = self.resize_to(guest, wanted_mib).await?;
-            if has_mib < wanted_mib {
-                limit(self.resize_to(guest, before_mib).await?).await?;
-                return Err(SandboxError::NotGrown {
-                    wanted_mib,
-                    has_mib,
-                });
-            }
-            return Ok(());
-        }
-        if wanted_mib < before_mib {
-            let has_mib = self.resize_to(guest, wanted_mib).await?;
-            if has_mib > wanted_mib {
-                info!(wanted_mib, has_mib, "the guest keeps memory");
-            }
-        }
-        limit(guest.memory_mib.load(Ordering::Relaxed)).await
+    /// The machine's empty disks, after the boot.
+    pub fn slots(&self) -> Option<&Slots> {
+        self.guest.get().map(|guest| &guest.slots)
     }
 
-    async fn resize_to(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {
-        let boot_mib = guest.memory.boot_mib;
-        let growth = self.machine.resize(wanted_mib - boot_mib).await?;
-        // The guest's word, so it may be any.
-        let has_mib = boot_mib.saturating_add(growth);
-        guest.memory_mib.store(has_mib, Ordering::Relaxed);
-        Ok(has_mib)
-    }
-
-    /// An empty disk of the guest's, a container's from now on; its serial number.
-    ///
-    /// # Errors
-    ///
-    /// `Stopped` before the boot, `NoSlot`.
-    pub fn take_disk(&self, container_id: &str) -> Result<String, SandboxError> {
-        let guest = self.guest.get().ok_or(SandboxError::Stopped)?;
-        guest.slots.take(container_id)
-    }
-
-    /// Makes a block device the bytes of a disk that was taken. After an error it may
-    /// have them all the same, or get them yet, until it is emptied.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Machine::exchange`].
-    pub async fn fill_disk(&self, serial: &str, device: &BlockDevice) -> Result<(), MachineError> {
-        let (file, read_only) = (Some(&device.file), device.read_only);
-        let filled = self.machine.exchange(serial, file, read_only).await;
-        filled.map(drop)
-    }
-
-    /// Takes the device from the guest, and gives the disk back.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Machine::exchange`]: the guest may have the device then. Not once the
-    /// machine is dead.
-    pub async fn empty_disk(&self, serial: &str) -> Result<(), MachineError> {
-        match self.guest.get() {
-            Some(guest) => guest.slots.empty(&*self.machine, serial).await,
-            None => Ok(()),
-        }
+    /// The machine, which has those disks.
+    pub fn machine(&self) -> &dyn Machine {
+        &*self.machine
     }
 
     /// Opens a stdio stream; returns its id with it.

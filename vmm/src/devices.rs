@@ -124,19 +124,28 @@ pub fn build(
 }
 
 fn block(disk: &Disk, fds: &mut Fds) -> Result<Block, DeviceError> {
-    let backing = match &disk.backing {
+    let backing = backing(&disk.backing, fds)?;
+    Block::new(&disk.serial, disk.read_only, backing, disk.queues).map_err(|source| {
+        DeviceError::Disk {
+            serial: disk.serial.clone(),
+            source,
+        }
+    })
+}
+
+/// The bytes of a disk.
+///
+/// # Errors
+///
+/// A descriptor is missing.
+pub fn backing(backing: &DiskBacking, fds: &mut Fds) -> Result<Backing, ChannelError> {
+    Ok(match backing {
         DiskBacking::Whole(file) => Backing::Whole(fds.take(*file)?.into()),
         DiskBacking::Partitions(files) => {
             let files = take_all(files, fds)?;
             Backing::Partitions(files.into_iter().map(File::from).collect())
         }
         DiskBacking::Empty => Backing::Empty,
-    };
-    Block::new(&disk.serial, disk.read_only, backing, disk.queues).map_err(|source| {
-        DeviceError::Disk {
-            serial: disk.serial.clone(),
-            source,
-        }
     })
 }
 

@@ -11,7 +11,6 @@
 //! listens is refused. What may take as long as a device of the host takes is done on
 //! threads of its own ([`exchanges`], [`hotplug`]) and answered later ([`answers`]).
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
@@ -33,7 +32,6 @@ use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
 use crate::vfio::hotplug::Job;
-use crate::virtio::block::Backing;
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
@@ -262,13 +260,10 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
         Request::Exchange {
             number,
             serial,
-            file,
+            backing,
             read_only,
         } => {
-            let backing = match file {
-                Some(file) => Backing::Whole(File::from(fds.take(file)?)),
-                None => Backing::Empty,
-            };
+            let backing = devices::backing(&backing, &mut fds)?;
             peers.exchanges.start(number, &serial, read_only, backing);
         }
         Request::Plug {

@@ -383,6 +383,19 @@ pub fn open_terminal_peer(master: impl AsFd) -> io::Result<(OwnedFd, u32)> {
     Ok((peer, number))
 }
 
+/// Has the kernel look for the partitions of a disk.
+///
+/// # Errors
+///
+/// Those of the ioctl; `EBUSY` while one of those it knows is in use.
+pub fn scan_partitions(disk: impl AsFd) -> io::Result<()> {
+    /// linux/fs.h, `_IO(0x12, 95)`.
+    const BLKRRPART: libc::Ioctl = 0x125f;
+    // SAFETY: BLKRRPART takes nothing.
+    Errno::result(unsafe { libc::ioctl(disk.as_fd().as_raw_fd(), BLKRRPART) })?;
+    Ok(())
+}
+
 /// Makes standard input the controlling terminal of this session.
 ///
 /// # Errors

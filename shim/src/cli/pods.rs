@@ -18,8 +18,6 @@ const LOG_FILE: &str = "log";
 const CONSOLE_FILE: &str = "console";
 /// Ticks per second of proc(5) times; fixed in the kernel's interface.
 const TICKS_PER_SECOND: u64 = 100;
-/// What the monitor calls its vCPU threads, less their number.
-const VCPU_THREAD: &str = "vcpu";
 
 /// A pod on this host.
 #[derive(Debug)]
@@ -223,7 +221,7 @@ fn row(pod: &Pod, uptime: u64, devices: &[Address]) -> [String; 8] {
             monitor.pid.to_string(),
             "running".into(),
             duration(age_seconds(monitor, uptime)),
-            vcpus(monitor.pid).to_string(),
+            pod.state.vcpus.map_or_else(dash, |vcpus| vcpus.to_string()),
             resident_mib(monitor.pid).map_or_else(dash, |mib| format!("{mib} MiB")),
         ],
         Some(_) => [dash(), "stopped".into(), dash(), dash(), dash()],
@@ -251,18 +249,6 @@ fn uptime_ticks() -> u64 {
         .ok()
         .and_then(|text| text.split(' ').next()?.replace('.', "").parse().ok())
         .unwrap_or(0)
-}
-
-/// The VM's vCPUs: each is a thread of the monitor.
-fn vcpus(pid: u32) -> usize {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    threads
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-        .filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok())
-        .filter(|name| name.starts_with(VCPU_THREAD))
-        .count()
 }
 
 /// What the VM occupies on the host, guest memory it never touched not counted.

@@ -4,7 +4,6 @@
 //! runs commands as plain host processes: it needs no privilege, and tests make
 //! it misbehave. [`FakeHost::real`] is `nacre-agent serve`, if it was built.
 
-use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -28,8 +27,11 @@ use crate::devices::{AssignedDevice, DriverImage, System, request};
 use crate::hooks::Runner;
 use crate::network::HostNic;
 use crate::rundir::{RunDir, State};
-use crate::sandbox::{ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError};
-use crate::storage::{Prepared, StorageError};
+use crate::sandbox::{
+    ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots,
+    VcpuCount,
+};
+use crate::storage::{self, HostBacking, Prepared, StorageError};
 use crate::task::lock;
 
 mod scripted;
@@ -43,7 +45,11 @@ const ROOM: Room = Room {
         growth_mib: 1024,
         is_pinned: false,
     },
-    disks: 2,
+    vcpus: VcpuCount { boot: 1, max: 4 },
+    disks: SlotCounts {
+        volumes: 2,
+        roots: 2,
+    },
 };
 
 /// What happened, in order.
@@ -120,29 +126,34 @@ impl Machine for FakeMachine {
     async fn exchange(
         &self,
         serial: &str,
-        mut file: Option<&File>,
+        backing: Option<&HostBacking>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
-        let what = match (file, read_only) {
-            (None, _) => "empty",
-            (Some(_), true) => "read-only",
-            (Some(_), false) => "writable",
+        let what = match (backing, read_only) {
+            (None, _) => "empty".to_owned(),
+            (Some(HostBacking::Partitions(files)), true) => format!("{} layers", files.len()),
+            (Some(_), true) => "read-only".to_owned(),
+            (Some(_), false) => "writable".to_owned(),
         };
         lock(&self.journal).push(format!("{serial} {what}"));
         let mut disks = self.disks.subscribe();
         let disks = *disks.wait_for(|disks| *disks != Disks::Wait).await.unwrap();
         let serial = serial.to_owned();
         match disks {
-            Disks::Refuse if file.is_some() => {
+            Disks::Refuse if backing.is_some() => {
                 let reason = "not this one".into();
                 return Err(MachineError::Disk { serial, reason });
             }
             Disks::Busy => return Err(MachineError::DiskBusy { serial, seconds: 0 }),
             Disks::Exchange | Disks::Refuse | Disks::Wait => (),
         }
-        let size = file
-            .as_mut()
-            .map_or(Ok(0), |file| file.seek(SeekFrom::End(0)));
+        let files = match backing {
+            None => &[],
+            Some(HostBacking::Whole(file)) => std::slice::from_ref(file),
+            Some(HostBacking::Partitions(files)) => files.as_slice(),
+        };
+        let sizes = files.iter().map(|mut file| file.seek(SeekFrom::End(0)));
+        let size = sizes.sum::<std::io::Result<u64>>();
         size.map_err(MachineError::io("look at a disk's file"))
     }
 
@@ -196,6 +207,19 @@ impl Machine for FakeMachine {
 }
 
 impl FakeMachine {
+    /// From now on the guest brings at most so many vCPUs online, and keeps at least so
+    /// many.
+    pub fn uses_vcpus(&self, range: std::ops::RangeInclusive<u32>) {
+        if let Streams::Scripted(agent) = &self.streams {
+            *lock(&agent.vcpus) = Some(range);
+        }
+    }
+
+    /// From now on it does not say how many it uses.
+    pub fn tells_no_vcpus(&self) {
+        self.uses_vcpus(std::ops::RangeInclusive::new(1, 0));
+    }
+
     /// From now on the guest takes at most this much memory beyond its boot's.
     pub fn takes(&self, growth_mib: u32) {
         self.takes_mib.store(growth_mib, Ordering::Relaxed);
@@ -412,15 +436,19 @@ impl FakeHost {
         })
     }
 
-    /// The container's root stays where its bundle is; its volumes are prepared as
-    /// for a guest.
+    /// The container's root stays where its bundle is, unless containerd names mounts of
+    /// it; its volumes are prepared as for a guest.
     pub fn prepare(
         &self,
         config: &ContainerConfig,
-        _booted: bool,
+        slots: Option<&Slots>,
     ) -> Result<Prepared, StorageError> {
         let shared_root = self.root.path().join("shared");
-        crate::storage::prepare_volumes(&config.spec, &config.id, &shared_root)
+        if config.rootfs.is_empty() {
+            storage::prepare_volumes(&config.spec, &config.id, &shared_root)
+        } else {
+            storage::prepare(config, &shared_root, slots)
+        }
     }
 
     /// Next to the machine's own.
@@ -439,6 +467,13 @@ impl FakeHost {
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         let bytes = containers.iter().filter_map(|limits| limits.memory_bytes);
         u32::try_from(bytes.sum::<u64>() >> 20).unwrap()
+    }
+
+    /// What the containers' limits say, in whole vCPUs.
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        let limits = containers.iter().filter_map(|limits| limits.cpu);
+        let vcpus = limits.map(|(quota, period)| quota.div_ceil(period));
+        u8::try_from(vcpus.sum::<u64>()).unwrap()
     }
 
     /// Notes the call.

@@ -14,7 +14,6 @@ mod vm;
 #[cfg(test)]
 pub mod fake;
 
-use std::fs::File;
 use std::io;
 
 use async_trait::async_trait;
@@ -26,6 +25,7 @@ use nacre_vmm::vfio::Passthrough;
 use tokio::net::UnixStream;
 
 use crate::network::HostNic;
+use crate::storage::HostBacking;
 
 pub use vm::{Launch, VmMachine};
 
@@ -131,14 +131,14 @@ pub trait Machine: Send + Sync {
     /// Returns what it uses then.
     async fn resize(&self, growth_mib: u32) -> Result<u32, MachineError>;
 
-    /// Gives a disk that was made empty the bytes of `file`, or none again. Nothing
+    /// Gives a disk that was made empty the bytes of `backing`, or none again. Nothing
     /// touches those it had when this returns. The size in bytes. After an error other
     /// than [`MachineError::Disk`] nobody knows what the disk has; it may be asked for
     /// again, and the last call counts.
     async fn exchange(
         &self,
         serial: &str,
-        file: Option<&File>,
+        backing: Option<&HostBacking>,
         read_only: bool,
     ) -> Result<u64, MachineError>;
 

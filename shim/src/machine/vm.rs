@@ -8,7 +8,6 @@
 //! free by then.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -19,7 +18,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
 use nacre_protocol::guest::AGENT_PORT;
-use nacre_protocol::vm::{Event, Request, VmConfig};
+use nacre_protocol::vm::{DiskBacking, Event, Request, VmConfig};
 use nacre_vmm::jail;
 use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -32,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
 use crate::network::HostNic;
+use crate::storage::HostBacking;
 use crate::task::lock;
 
 /// How long the guest may take for a step of a resize,
@@ -277,15 +277,15 @@ impl Machine for VmMachine {
     async fn exchange(
         &self,
         serial: &str,
-        file: Option<&File>,
+        backing: Option<&HostBacking>,
         read_only: bool,
     ) -> Result<u64, MachineError> {
         let mut fds = FdList::default();
-        let file = file.map(|file| fds.push(file.as_fd()));
+        let backing = backing.map_or(DiskBacking::Empty, |bytes| bytes.describe(&mut fds));
         let exchange = self.ask(&fds, |number| Request::Exchange {
             number,
             serial: serial.to_owned(),
-            file,
+            backing,
             read_only,
         });
         let answer = tokio::time::timeout(EXCHANGE_LIMIT, exchange).await;

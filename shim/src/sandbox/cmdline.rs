@@ -43,13 +43,16 @@ const SILENT: [&str; 5] = [
 /// With the debug console: from the first message on, on the UART.
 const DEBUG: [&str; 2] = ["earlycon=uart8250,io,0x3f8", "console=ttyS0"];
 
-/// The command line.
-pub fn cmdline(debug_console: bool) -> String {
+/// The command line of a machine with `max_vcpus`, of which the guest starts `vcpus`.
+pub fn cmdline(debug_console: bool, vcpus: u8, max_vcpus: u8) -> String {
     let last: &[&str] = if debug_console { &DEBUG } else { &SILENT };
-    ALWAYS
-        .iter()
-        .chain(last.iter())
-        .copied()
+    // The agent brings the others online when the pod is to have them. They are present,
+    // not "online-capable" (ACPI 6.5, 5.2.12.2): to make one of those present takes an
+    // ACPI event, which takes an interrupt line, and saves the guest nothing.
+    let started = (vcpus < max_vcpus).then(|| format!("maxcpus={vcpus}"));
+    let words = ALWAYS.iter().chain(last).copied();
+    words
+        .chain(started.as_deref())
         .collect::<Vec<_>>()
         .join(" ")
 }
@@ -60,10 +63,17 @@ mod tests {
 
     #[test]
     fn console_only_on_request() {
-        assert!(!cmdline(false).contains("console"));
-        assert!(cmdline(true).contains("console=ttyS0"));
-        assert!(!cmdline(true).contains("quiet"));
+        let [silent, debug] = [false, true].map(|debug| cmdline(debug, 1, 1));
+        assert!(!silent.contains("console"));
+        assert!(debug.contains("console=ttyS0"));
+        assert!(!debug.contains("quiet"));
         // The kernel's COMMAND_LINE_SIZE on x86 is 2048, the monitor adds some.
-        assert!(cmdline(true).len() < 1024);
+        assert!(debug.len() < 1024);
+    }
+
+    #[test]
+    fn the_kernel_starts_as_many_vcpus_as_the_pod_has_at_first() {
+        assert!(cmdline(false, 2, 4).ends_with(" maxcpus=2"));
+        assert!(!cmdline(false, 4, 4).contains("maxcpus"));
     }
 }

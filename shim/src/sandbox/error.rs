@@ -192,6 +192,14 @@ pub enum SandboxError {
         /// What it uses.
         has_mib: u32,
     },
+    /// The guest does not use the vCPUs it was to use.
+    #[error("the guest uses only {has} of the {wanted} vCPUs it was to use")]
+    NoVcpus {
+        /// What it was to use.
+        wanted: u8,
+        /// What it uses.
+        has: u8,
+    },
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{ContainerConfig, Sandbox, SandboxError, VmHost, hotplug};
+use super::{ContainerConfig, Sandbox, SandboxError, Slots, VmHost, hotplug};
 use crate::cgroup::Limits;
 use crate::devices::request;
 use crate::hooks;
@@ -38,8 +38,7 @@ impl Host {
         }
     }
 
-    /// Prepares a container's storage. `booted`: the machine runs and gets no
-    /// more disks.
+    /// Prepares a container's storage, for a machine that runs if it has `slots`.
     ///
     /// # Errors
     ///
@@ -47,12 +46,12 @@ impl Host {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        booted: bool,
+        slots: Option<&Slots>,
     ) -> Result<Prepared, StorageError> {
         match self {
-            Self::Vm(host) => host.prepare(config, booted).await,
+            Self::Vm(host) => host.prepare(config, slots).await,
             #[cfg(test)]
-            Self::Fake(host) => host.prepare(config, booted),
+            Self::Fake(host) => host.prepare(config, slots),
         }
     }
 
@@ -197,6 +196,28 @@ impl Host {
             Self::Vm(host) => host.memory_of(containers),
             #[cfg(test)]
             Self::Fake(host) => host.memory_of(containers),
+        }
+    }
+
+    /// vCPUs of a machine for containers with these limits.
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        match self {
+            Self::Vm(host) => host.vcpus_of(containers),
+            #[cfg(test)]
+            Self::Fake(host) => host.vcpus_of(containers),
+        }
+    }
+
+    /// Notes for `nacre ps` how many of them the guest uses, if that is known.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be written.
+    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
+        match self {
+            Self::Vm(host) => host.note_vcpus(vcpus),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(()),
         }
     }
 

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use nacre_protocol::vm::GROWTH_STEP_MIB;
+use nacre_vmm::vcpu::MAX_VCPUS;
 use oci_spec::runtime::Spec;
 
 use crate::cgroup::Limits;
@@ -35,14 +36,15 @@ const BARS_MIB_PER_SECOND: u64 = 2048;
 const HUGE_PAGE_MIB: u32 = 2;
 /// As the configuration's own limits.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
-const MAX_VCPUS: u64 = 64;
 const DEFAULT_PERIOD_USEC: u64 = 100_000;
 
 /// Size of a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
-    /// vCPUs.
+    /// vCPUs that the guest boots with.
     pub vcpus: u8,
+    /// vCPUs that it can have later.
+    pub max_vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
     /// What may be added to it.
@@ -82,11 +84,10 @@ pub fn size_of(spec: &Spec, is_pinned: bool, peer_bars_mib: u64, config: &Config
         .or_else(|| spec_cpu(spec));
     let vcpus = quota
         .map(|(quota, period)| quota.div_ceil(period.unwrap_or(DEFAULT_PERIOD_USEC)))
-        .map(|vcpus| vcpus.clamp(1, MAX_VCPUS))
-        .and_then(|vcpus| u8::try_from(vcpus).ok())
-        .unwrap_or(config.default_vcpus);
+        .map_or(config.default_vcpus, possible_vcpus);
     Size {
         vcpus,
+        max_vcpus: vcpus,
         memory_mib,
         growth_mib: if is_pinned || config.hugepages {
             0
@@ -132,6 +133,29 @@ pub fn memory_of(containers: &[Limits], is_pinned: bool, config: &Config) -> u32
         mib.max(config.default_memory_mib)
     };
     with_huge_pages(mib, Limits::together(containers).huge_pages.bytes())
+}
+
+/// vCPUs for a pod whose containers have these limits: what they may use together, and no
+/// fewer than the default while one of them has no limit.
+pub fn vcpus_of(containers: &[Limits], config: &Config) -> u8 {
+    let share = |(quota, period): (u64, u64)| {
+        u128::from(quota) * u128::from(DEFAULT_PERIOD_USEC) / u128::from(period)
+    };
+    let known = containers.iter().filter_map(|limits| limits.cpu);
+    let usec: u128 = known.map(share).sum();
+    let vcpus = usec.div_ceil(DEFAULT_PERIOD_USEC.into());
+    let vcpus = possible_vcpus(u64::try_from(vcpus).unwrap_or(u64::MAX));
+    if containers.iter().all(|limits| limits.cpu.is_some()) {
+        vcpus
+    } else {
+        vcpus.max(config.default_vcpus)
+    }
+}
+
+/// As many of these vCPUs as a machine can have.
+fn possible_vcpus(vcpus: u64) -> u8 {
+    let vcpus = vcpus.clamp(1, MAX_VCPUS.into());
+    u8::try_from(vcpus).unwrap_or(MAX_VCPUS)
 }
 
 /// Huge pages are beside the memory that has a limit, as in Kubernetes.
@@ -315,6 +339,27 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_are_what_containers_may_use_together() {
+        let config = Config {
+            default_vcpus: 2,
+            ..Config::default()
+        };
+        let limit = |quota, period| Limits {
+            cpu: Some((quota, period)),
+            ..Limits::default()
+        };
+        let of = |containers: &[Limits]| vcpus_of(containers, &config);
+        let half = limit(25_000, 50_000);
+        assert_eq!(of(&[half]), 1);
+        assert_eq!(of(&[half, limit(150_000, 100_000)]), 2);
+        assert_eq!(of(&[half, limit(160_000, 100_000)]), 3);
+        assert_eq!(of(&[half, Limits::default()]), 2, "the default");
+        assert_eq!(of(&[limit(300_000, 100_000), Limits::default()]), 3);
+        assert_eq!(of(&[limit(u64::MAX, 1); 2]), MAX_VCPUS);
+        assert_eq!(of(&[]), 1);
+    }
+
+    #[test]
     fn huge_pages_are_beside_the_other_memory() {
         let config = Config::default();
         let huge = json!([{"pageSize": "2MB", "limit": 64 << 20}]);
@@ -333,6 +378,6 @@ mod tests {
         assert_eq!(size(&pod), (4, 1088));
         let huge = u64::MAX.to_string();
         let pod = json!({"annotations": {MEMORY: huge, CPU_QUOTA: huge, CPU_PERIOD: "0"}});
-        assert_eq!(size(&pod), (64, 1 << 20));
+        assert_eq!(size(&pod), (MAX_VCPUS, 1 << 20));
     }
 }

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 use super::*;
 use crate::machine::fake::FakeHost;
 use crate::network::HostNic;
+use crate::storage::HostBacking;
 use crate::task::{TaskError, lock};
 
 #[tokio::test(start_paused = true)]
@@ -109,7 +110,7 @@ impl Machine for Silent {
     async fn exchange(
         &self,
         _serial: &str,
-        _file: Option<&std::fs::File>,
+        _backing: Option<&HostBacking>,
         _read_only: bool,
     ) -> Result<u64, MachineError> {
         Err(MachineError::Stopped(Stop::Died))
@@ -149,7 +150,8 @@ async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
             growth_mib: 0,
             is_pinned: false,
         },
-        disks: 0,
+        vcpus: VcpuCount { boot: 1, max: 1 },
+        disks: SlotCounts::default(),
     };
     let request = ConfigureSandboxRequest::default();
     let attached = sandbox.attach(boot_timeout, &request, room).await;

@@ -33,8 +33,11 @@ use tracing::{info, warn};
 
 use super::cards::Cards;
 use super::hotplug::HotPlug;
-use super::sizing::{Size, host_limits, memory_of, pin_time, size_of};
-use super::{ContainerConfig, MemorySize, Room, Sandbox, SandboxError, blocking};
+use super::sizing::{Size, host_limits, memory_of, pin_time, size_of, vcpus_of};
+use super::{
+    ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, VcpuCount,
+    blocking,
+};
 use crate::cgroup::{CgroupError, Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
@@ -150,28 +153,14 @@ impl VmHost {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        booted: bool,
+        slots: Option<&Slots>,
     ) -> Result<Prepared, StorageError> {
         if kubernetes::is_sandbox(&config.spec) {
             return Ok(Prepared::nothing(&config.spec));
         }
-        let config = config.clone();
+        let (config, slots) = (config.clone(), slots.cloned());
         let shared_root = self.run_dir.shared_root();
-        let prepare = if booted {
-            storage::prepare_without_disks
-        } else {
-            storage::prepare
-        };
-        blocking(move || {
-            prepare(
-                &config.bundle,
-                &config.id,
-                &config.rootfs,
-                &config.spec,
-                &shared_root,
-            )
-        })
-        .await
+        blocking(move || storage::prepare(&config, &shared_root, slots.as_ref())).await
     }
 
     /// See [`super::Host::release`].
@@ -251,6 +240,7 @@ impl VmHost {
             let machine = parts.machine.clone().ok_or(SandboxError::Stopped)?;
             let uid = parts.state.uid.ok_or(SandboxError::Stopped)?;
             parts.state.pin_time = pin_time;
+            parts.state.vcpus = Some(size.vcpus);
             self.run_dir.save(&parts.state)?;
             let (netns, network) = (parts.netns.take(), parts.network.take());
             (machine, netns, network, uid, parts.pci_slots)
@@ -309,6 +299,10 @@ impl VmHost {
                 growth_mib: size.growth_mib,
                 is_pinned: size.is_pinned,
             },
+            vcpus: VcpuCount {
+                boot: size.vcpus,
+                max: size.max_vcpus,
+            },
             disks: slots,
         };
         let attach = sandbox.attach(timeout, &request, room);
@@ -333,20 +327,28 @@ impl VmHost {
             initrd: open(&self.config.initrd, false)?,
             console: self.open_console()?,
             disks: std::mem::take(&mut prepared.disks),
-            slots: self.slots_for(&config.spec, prepared),
+            slots: self.slots_for(config, prepared),
             passthrough: self.open_devices(&config.id).await?,
         })
     }
 
     /// Disks to be made empty: what the first container needs, and in a pod as many
-    /// as the configuration says.
-    fn slots_for(&self, spec: &Spec, prepared: &Prepared) -> usize {
-        let later = if may_grow(spec) {
-            usize::from(self.config.pod_disks)
+    /// as the configuration says. Those for root file systems only where its containers can
+    /// have them, as each costs the pod's start.
+    fn slots_for(&self, config: &ContainerConfig, prepared: &Prepared) -> SlotCounts {
+        let volumes = prepared.block_devices.len();
+        if !may_grow(&config.spec) {
+            return SlotCounts { volumes, roots: 0 };
+        }
+        let roots = if storage::has_root_on_disks(config) {
+            self.config.root_disks
         } else {
             0
         };
-        later.max(prepared.block_devices.len())
+        SlotCounts {
+            volumes: volumes.max(self.config.pod_disks.into()),
+            roots: roots.into(),
+        }
     }
 
     /// See [`super::Host::hang_timeout`].
@@ -363,6 +365,19 @@ impl VmHost {
     pub fn memory_of(&self, containers: &[Limits]) -> u32 {
         let is_pinned = crate::task::lock(&self.parts).is_pinned();
         memory_of(containers, is_pinned, &self.config)
+    }
+
+    /// See [`super::Host::vcpus_of`].
+    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
+        vcpus_of(containers, &self.config)
+    }
+
+    /// See [`super::Host::note_vcpus`].
+    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
+        if crate::task::lock(&self.parts).state.vcpus == vcpus {
+            return Ok(());
+        }
+        self.record(|parts| parts.state.vcpus = vcpus)
     }
 
     /// See [`super::Host::set_limits`].
@@ -386,9 +401,15 @@ impl VmHost {
     }
 
     fn size_of(&self, spec: &Spec) -> Size {
-        let parts = crate::task::lock(&self.parts);
-        let bars_mib = parts.peer_bars_mib(&self.config);
-        size_of(spec, parts.is_pinned(), bars_mib, &self.config)
+        let mut size = {
+            let parts = crate::task::lock(&self.parts);
+            let bars_mib = parts.peer_bars_mib(&self.config);
+            size_of(spec, parts.is_pinned(), bars_mib, &self.config)
+        };
+        if may_grow(spec) {
+            size.max_vcpus = size.max_vcpus.max(self.config.max_vcpus);
+        }
+        size
     }
 
     /// The monitor's uid and the pod's cgroup.

@@ -20,12 +20,14 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 use rustix::fs::ioctl_blksszget;
 
-use super::StorageError;
+use super::{HostBacking, StorageError};
 use crate::devices::request::is_passthrough_node;
 use crate::oci::device_rules;
 
 /// What sizes of disks count in (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
+/// Logical sectors of nearly all disks, and of files that are none.
+pub(super) const USUAL_SECTOR_BYTES: u32 = 512;
 /// Permission bits of a node where the spec has none.
 const DEFAULT_MODE: u32 = 0o660;
 
@@ -50,7 +52,7 @@ const KERNEL_DEVICES: [(i64, i64, &str); 12] = [
 #[derive(Debug)]
 pub struct BlockDevice {
     /// The device.
-    pub file: File,
+    pub backing: HostBacking,
     /// Its size.
     pub size_bytes: u64,
     /// Size of its logical sectors.
@@ -163,8 +165,8 @@ fn open_one(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> io::Result<Blo
     let size_bytes = file.seek(SeekFrom::End(0))?;
     check_size(size_bytes).map_err(|why| io::Error::other(format!("{}: {why}", path.display())))?;
     Ok(BlockDevice {
-        sector_bytes: ioctl_blksszget(&file)?,
-        file,
+        sector_bytes: sector_bytes(&file)?,
+        backing: HostBacking::Whole(file),
         size_bytes,
         read_only,
         path: device.path().clone(),
@@ -187,6 +189,14 @@ pub fn check_size(bytes: u64) -> Result<(), String> {
     Err(format!(
         "it has {bytes} bytes, not a positive multiple of {SECTOR_BYTES}"
     ))
+}
+
+/// Size of the logical sectors of a disk on this file.
+pub(super) fn sector_bytes(file: &File) -> io::Result<u32> {
+    if file.metadata()?.file_type().is_block_device() {
+        return Ok(ioctl_blksszget(file)?);
+    }
+    Ok(USUAL_SECTOR_BYTES)
 }
 
 /// Opens a device for I/O past the host's page cache, which would not know what another
@@ -257,7 +267,10 @@ mod tests {
         assert_eq!((device.uid, device.gid), (5, 6));
         assert_eq!(device.path, Path::new("/dev/xvda"));
         // Looked at, not tried: it is a disk of this machine.
-        let flags = fcntl(&device.file, FcntlArg::F_GETFL).unwrap();
+        let HostBacking::Whole(file) = &device.backing else {
+            panic!("{device:?}");
+        };
+        let flags = fcntl(file, FcntlArg::F_GETFL).unwrap();
         let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
         assert_eq!(access, OFlag::O_RDONLY);
         let of = |place: &str| {

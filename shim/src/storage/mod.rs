@@ -29,12 +29,16 @@ mod volumes;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
+use nacre_protocol::channel::FdList;
+use nacre_protocol::vm::DiskBacking;
 use oci_spec::runtime::Spec;
+
+use crate::sandbox::{ContainerConfig, Slot, Slots};
 
 pub use devices::BlockDevice;
 pub use pod_files::PodFiles;
@@ -50,6 +54,9 @@ const LAYERS_DIR: &str = "layers";
 pub struct Prepared {
     /// virtio-blk devices the guest needs before the container is created.
     pub disks: Vec<HostDisk>,
+    /// Empty disks of a machine that runs, each of which becomes one of `disks`, in this
+    /// order; none where the machine is made with them.
+    pub slots: Vec<Slot>,
     /// Whether the container needs the pod's shared directory.
     pub uses_shared_dir: bool,
     /// Block devices the container gets.
@@ -96,6 +103,31 @@ pub enum HostBacking {
     Partitions(Vec<File>),
 }
 
+impl HostBacking {
+    /// What a message says of it that takes its descriptors along.
+    pub fn describe<'a>(&'a self, list: &mut FdList<'a>) -> DiskBacking {
+        match self {
+            Self::Whole(file) => DiskBacking::Whole(list.push(file.as_fd())),
+            Self::Partitions(files) => {
+                let files = files.iter().map(|file| list.push(file.as_fd()));
+                DiskBacking::Partitions(files.collect())
+            }
+        }
+    }
+
+    /// Size of its logical sectors.
+    ///
+    /// # Errors
+    ///
+    /// Those of the ioctl that asks a block device.
+    pub fn sector_bytes(&self) -> io::Result<u32> {
+        match self {
+            Self::Whole(file) => devices::sector_bytes(file),
+            Self::Partitions(_) => Ok(devices::USUAL_SECTOR_BYTES),
+        }
+    }
+}
+
 /// Errors of this module.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
@@ -138,10 +170,11 @@ pub enum StorageError {
     /// Neither mounts nor a root path.
     #[error("container {0}: neither rootfs mounts nor a root path")]
     NoRootfs(String),
-    /// The VM runs, and this rootfs would need a new disk in it.
+    /// The VM runs, and this rootfs would need more of its empty disks than there are.
     #[error(
-        "container {container_id}: rootfs mount of type {fstype:?} needs a disk, \
-         which a running VM does not get; use the overlayfs snapshotter for pods"
+        "container {container_id}: rootfs mount of type {fstype:?} needs a disk, and the pod's \
+         running virtual machine has too few empty ones left: raise root_disks in nacre.toml, or \
+         use the overlayfs snapshotter for pods"
     )]
     NeedsDisk {
         /// Whose.
@@ -218,6 +251,7 @@ impl Prepared {
     pub fn nothing(spec: &Spec) -> Self {
         Self {
             disks: Vec::new(),
+            slots: Vec::new(),
             uses_shared_dir: false,
             block_devices: Vec::new(),
             pci_devices: PciDevices::default(),
@@ -240,48 +274,30 @@ impl StorageError {
     }
 }
 
-/// Prepares a container's storage for a VM that has yet to boot.
+/// Prepares a container's storage: for a VM that has yet to boot, or for one that runs and
+/// has these slots. Where too few of them are empty, EROFS layers are mounted on the host
+/// and shared.
 ///
 /// # Errors
 ///
-/// Anything that cannot be given to the guest as asked; nothing stays mounted.
+/// Anything that cannot be given to the guest as asked; nothing stays mounted then.
+/// `NeedsDisk` for what only a disk can be.
 pub fn prepare(
-    bundle: &Path,
-    container_id: &str,
-    rootfs: &[Mount],
-    spec: &Spec,
+    config: &ContainerConfig,
     shared_root: &Path,
+    slots: Option<&Slots>,
 ) -> Result<Prepared, StorageError> {
-    prepare_with(bundle, container_id, rootfs, spec, shared_root, true)
-}
-
-/// Prepares the storage of a container that joins a running VM, which can get
-/// no more disks: EROFS layers are then mounted on the host and shared.
-///
-/// # Errors
-///
-/// Those of [`prepare`], and `NeedsDisk`.
-pub fn prepare_without_disks(
-    bundle: &Path,
-    container_id: &str,
-    rootfs: &[Mount],
-    spec: &Spec,
-    shared_root: &Path,
-) -> Result<Prepared, StorageError> {
-    prepare_with(bundle, container_id, rootfs, spec, shared_root, false)
-}
-
-fn prepare_with(
-    bundle: &Path,
-    container_id: &str,
-    rootfs: &[Mount],
-    spec: &Spec,
-    shared_root: &Path,
-    disks: bool,
-) -> Result<Prepared, StorageError> {
+    let container_id = config.id.as_str();
     check_id(container_id)?;
-    let source = rootfs::Source::of(bundle, container_id, rootfs, spec, disks)?;
-    let prepared = assemble(&source, container_id, spec, shared_root);
+    let on_disks = rootfs::Source::of(config, true)?;
+    let (source, slots) = match slots {
+        None => (on_disks, Vec::new()),
+        Some(slots) => match slots.take_roots(on_disks.disks()) {
+            Some(taken) => (on_disks, taken),
+            None => (rootfs::Source::of(config, false)?, Vec::new()),
+        },
+    };
+    let prepared = assemble(&source, config, shared_root, slots);
     if prepared.is_err()
         && let Err(error) = release(shared_root, container_id)
     {
@@ -290,18 +306,28 @@ fn prepare_with(
     prepared
 }
 
+/// Whether a container's root file system could be on disks. All containers of a pod have
+/// theirs of one snapshotter, so that the first one tells of the others.
+pub fn has_root_on_disks(config: &ContainerConfig) -> bool {
+    let source = rootfs::Source::of(config, true);
+    // What is wrong with it, its container is told when it is prepared.
+    source.is_ok_and(|source| source.disks() > 0)
+}
+
 fn assemble(
     source: &rootfs::Source,
-    container_id: &str,
-    spec: &Spec,
+    config: &ContainerConfig,
     shared_root: &Path,
+    slots: Vec<Slot>,
 ) -> Result<Prepared, StorageError> {
+    let (container_id, spec) = (config.id.as_str(), &*config.spec);
     let block_devices = devices::open(spec, container_id)?;
-    let root = source.realize(container_id, shared_root)?;
+    let root = source.realize(container_id, shared_root, &slots)?;
     let volumes = volumes::translate(spec, container_id, shared_root)?;
     Ok(Prepared {
         uses_shared_dir: root.shared || volumes.shared,
         disks: root.disks,
+        slots,
         block_devices,
         pci_devices: PciDevices::default(),
         storages: root.storages,
@@ -325,6 +351,7 @@ pub(crate) fn prepare_volumes(
     guest_spec.set_mounts(Some(volumes.mounts));
     Ok(Prepared {
         disks: Vec::new(),
+        slots: Vec::new(),
         uses_shared_dir: volumes.shared,
         block_devices,
         pci_devices: PciDevices::default(),

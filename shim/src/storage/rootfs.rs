@@ -21,9 +21,11 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::types::mount::Mount;
 use nacre_protocol::agent;
 use nacre_protocol::idmap::IdMaps;
-use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
+use nacre_protocol::vm::MAX_PARTITIONS;
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder};
 
 use super::{HostDisk, StorageError};
+use crate::sandbox::ContainerConfig;
 
 /// Layer blob of containerd's erofs snapshotter, beside the layer's mount point.
 const LAYER_BLOB: &str = "layer.erofs";
@@ -39,7 +41,7 @@ pub(super) enum Source {
     Host(Vec<HostMount>),
     /// EROFS images, uppermost first, overlaid in the guest.
     Layers { images: Vec<PathBuf>, upper: Upper },
-    /// The same for a VM that takes no more disks: mounted on the host, one
+    /// The same for a VM that has no disks for them: mounted on the host, one
     /// over the other, and shared. `options` are the overlay's without layers.
     HostLayers {
         images: Vec<PathBuf>,
@@ -87,19 +89,13 @@ pub(super) struct Root {
 }
 
 impl Source {
-    /// Decides how a root file system reaches the guest.
-    pub fn of(
-        bundle: &Path,
-        container_id: &str,
-        mounts: &[Mount],
-        spec: &Spec,
-        disks: bool,
-    ) -> Result<Self, StorageError> {
-        let source = Self::read(bundle, container_id, mounts, spec, disks)?;
+    /// Decides how a root file system reaches the guest, which may have it on `disks`.
+    pub fn of(config: &ContainerConfig, disks: bool) -> Result<Self, StorageError> {
+        let source = Self::read(config, disks)?;
         let layers = source.layers();
         if layers > MAX_LAYERS {
             return Err(StorageError::TooManyLayers {
-                container_id: container_id.into(),
+                container_id: config.id.clone(),
                 layers,
                 limit: MAX_LAYERS,
             });
@@ -123,15 +119,22 @@ impl Source {
         }
     }
 
-    fn read(
-        bundle: &Path,
-        container_id: &str,
-        mounts: &[Mount],
-        spec: &Spec,
-        disks: bool,
-    ) -> Result<Self, StorageError> {
+    /// How many disks of the guest it takes.
+    pub fn disks(&self) -> usize {
+        match self {
+            Self::Layers { images, upper } => {
+                let of_upper = usize::from(matches!(upper, Upper::Disk { .. }));
+                images.len().div_ceil(MAX_PARTITIONS) + of_upper
+            }
+            Self::Image { .. } => 1,
+            Self::Host(_) | Self::HostLayers { .. } => 0,
+        }
+    }
+
+    fn read(config: &ContainerConfig, disks: bool) -> Result<Self, StorageError> {
+        let (spec, mounts) = (&*config.spec, config.rootfs.as_slice());
         let reader = Reader {
-            container_id,
+            container_id: &config.id,
             mounts,
             disks,
             mapped: IdMaps::of_spec(spec).is_some(),
@@ -140,9 +143,9 @@ impl Source {
             let root = spec
                 .root()
                 .as_ref()
-                .ok_or_else(|| StorageError::NoRootfs(container_id.into()))?;
+                .ok_or_else(|| StorageError::NoRootfs(config.id.clone()))?;
             return Ok(Self::Host(vec![HostMount::Bind {
-                source: bundle.join(root.path()),
+                source: config.bundle.join(root.path()),
                 read_only: false,
                 maps: None,
             }]));

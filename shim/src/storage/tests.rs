@@ -4,9 +4,12 @@ use super::*;
 
 use std::os::unix::fs::MetadataExt;
 
+use containerd_shim_protos::types::mount::Mount;
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
+
+use crate::sandbox::{Api, SlotCounts};
 
 /// Gives the calling thread its own mounts. Without the right to do so the test
 /// is skipped, and says so.
@@ -59,9 +62,33 @@ impl Host {
     }
 
     fn prepare(&self, mounts: &Value) -> Result<Prepared, StorageError> {
+        self.prepare_as("c1", mounts)
+    }
+
+    fn prepare_as(&self, id: &str, mounts: &Value) -> Result<Prepared, StorageError> {
         let rootfs = [bind_mount(&self.path("snapshot"))];
-        let shared = self.path("shared");
-        prepare(self.0.path(), "c1", &rootfs, &spec(mounts), &shared)
+        let config = self.config(id, &rootfs, mounts);
+        prepare(&config, &self.path("shared"), None)
+    }
+
+    /// For a machine that runs if it has `slots`.
+    fn prepare_root(
+        &self,
+        rootfs: &[Mount],
+        slots: Option<&Slots>,
+    ) -> Result<Prepared, StorageError> {
+        let config = self.config("c1", rootfs, &json!([]));
+        prepare(&config, &self.path("shared"), slots)
+    }
+
+    fn config(&self, id: &str, rootfs: &[Mount], mounts: &Value) -> ContainerConfig {
+        ContainerConfig {
+            api: Api::Task,
+            id: id.into(),
+            bundle: self.0.path().into(),
+            rootfs: rootfs.to_owned(),
+            spec: Arc::new(spec(mounts)),
+        }
     }
 }
 
@@ -134,7 +161,7 @@ fn overlay_with_more_layer_paths_than_a_page() {
     let mount = overlay_mount(vec![format!("lowerdir={lower}"), "ro".into()]);
     let shared = host.path("shared");
 
-    prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared).unwrap();
+    host.prepare_root(&[mount], None).unwrap();
 
     assert!(shared.join("c1/rootfs/file37").exists());
     release(&shared, "c1").unwrap();
@@ -164,7 +191,7 @@ fn overlay_with_as_many_layers_as_there_can_be() {
     let shared = host.path("shared");
     let prepare_on = |lower: &[String]| {
         let mount = overlay_mount(options(lower));
-        prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared)
+        host.prepare_root(&[mount], None)
     };
 
     let error = prepare_on(&lower).unwrap_err().to_string();
@@ -232,7 +259,7 @@ fn overlay_of_layers_with_mapped_owners() {
     ]);
     let shared = host.path("shared");
 
-    prepare(host.0.path(), "c1", &[mount], &spec(&json!([])), &shared).unwrap();
+    host.prepare_root(&[mount], None).unwrap();
 
     let root = shared.join("c1/rootfs");
     let file = std::fs::metadata(root.join("file1")).unwrap();
@@ -272,29 +299,40 @@ fn has_erofs() -> bool {
     has
 }
 
-#[test]
-fn erofs_layers_of_a_running_vm_are_mounted_by_the_host() {
-    if !own_mounts() || !has_erofs() {
-        return;
-    }
-    let host = Host::new();
-    let (low, high) = (erofs_image(&host, "low"), erofs_image(&host, "high"));
-    let layer = |source: String| Mount {
+/// What containerd hands over for an image of these layers.
+fn erofs_mounts(layers: Vec<String>) -> Vec<Mount> {
+    let lower = format!("lowerdir={{{{ overlay 0 {} }}}}", layers.len() - 1);
+    let layer = |source| Mount {
         type_: "erofs".into(),
         source,
         options: vec!["ro".into(), "loop".into()],
         ..Default::default()
     };
-    let overlay = Mount {
+    let mut mounts: Vec<_> = layers.into_iter().map(layer).collect();
+    mounts.push(Mount {
         type_: "format/mkdir/overlay".into(),
         source: "overlay".into(),
-        options: vec!["lowerdir={{ overlay 0 1 }}".into()],
+        options: vec![lower],
         ..Default::default()
-    };
-    let rootfs = [layer(high), layer(low), overlay];
+    });
+    mounts
+}
+
+fn slots(roots: usize) -> Slots {
+    Slots::new(SlotCounts { volumes: 0, roots })
+}
+
+#[test]
+fn erofs_layers_are_mounted_by_the_host_where_no_disk_is_empty() {
+    if !own_mounts() || !has_erofs() {
+        return;
+    }
+    let host = Host::new();
+    let layers = ["high", "low"].map(|name| erofs_image(&host, name));
+    let rootfs = erofs_mounts(layers.into());
     let shared = host.path("shared");
 
-    let prepared = prepare_without_disks(host.0.path(), "c1", &rootfs, &spec(&json!([])), &shared);
+    let prepared = host.prepare_root(&rootfs, Some(&slots(0)));
 
     assert!(prepared.unwrap().uses_shared_dir);
     for file in ["low", "high"] {
@@ -303,6 +341,43 @@ fn erofs_layers_of_a_running_vm_are_mounted_by_the_host() {
     }
     release(&shared, "c1").unwrap();
     assert!(!shared.join("c1").exists());
+}
+
+/// The last one of them, and it is free again with what was prepared.
+#[test]
+fn erofs_layers_of_a_container_that_joins_are_an_empty_disk_s() {
+    let host = Host::new();
+    let image = host.path("layer.erofs");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let rootfs = erofs_mounts(vec![image.display().to_string()]);
+    let slots = slots(1);
+
+    let prepared = host.prepare_root(&rootfs, Some(&slots)).unwrap();
+
+    assert!(!prepared.uses_shared_dir && slots.take_roots(1).is_none());
+    let [slot] = prepared.slots.as_slice() else {
+        panic!("{:?}", prepared.slots);
+    };
+    assert_eq!(prepared.disks.len(), 1);
+    assert_eq!(prepared.disks[0].serial, slot.serial());
+    drop(prepared);
+    std::fs::write(&image, "").unwrap();
+    host.prepare_root(&rootfs, Some(&slots)).unwrap_err();
+    assert!(
+        slots.take_roots(1).is_some(),
+        "nor has one that was refused it"
+    );
+}
+
+/// Whether the pod's machine is made with disks for them.
+#[test]
+fn the_first_container_s_root_tells_of_the_others() {
+    let host = Host::new();
+    let has = |rootfs: &[Mount]| has_root_on_disks(&host.config("pod", rootfs, &json!([])));
+    assert!(has(&erofs_mounts(vec!["/layer.erofs".into()])));
+    assert!(!has(&[bind_mount(Path::new("/"))]));
+    assert!(!has(&[overlay_mount(vec!["lowerdir=/a:/b".into()])]));
+    assert!(!has(&[]), "of a sandbox that containerd has no image of");
 }
 
 #[test]

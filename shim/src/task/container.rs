@@ -182,6 +182,7 @@ impl Container {
         };
         let agent = self.sandbox.agent().ok_or(SandboxError::Stopped)?;
         let subpaths = std::mem::take(&mut prepared.volumes.subpaths);
+        let disks = self.attach_root(&prepared.disks, prepared.slots).await?;
         let block_devices = self.attach_devices(&prepared.block_devices).await?;
         self.attach_volumes(agent, prepared.volumes).await?;
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
@@ -196,6 +197,7 @@ impl Container {
             subpaths,
             bundle: self.config.bundle.display().to_string(),
             block_devices,
+            disks,
             pci_devices: prepared.pci_devices.addresses,
             drivers: prepared.pci_devices.drivers,
             ..Default::default()
@@ -205,7 +207,12 @@ impl Container {
             .ask("create the container", CREATE_TIMEOUT, |context| {
                 agent.create_container(context, &request)
             });
-        answer.await?;
+        answer.await.inspect_err(|error| {
+            // Who gave up in the middle has undone nothing.
+            if matches!(error, SandboxError::Late { .. }) {
+                self.disks.retire();
+            }
+        })?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
         self.in_guest.set(()).map_err(|_| TaskError::Cancelled)?;

@@ -59,7 +59,9 @@ impl Container {
             let request = self.container_request();
             let call = agent.delete_container(with_duration(CALL_TIMEOUT), &request);
             let answer = self.sandbox.unless_stopped(call).await;
-            self.note_cleanup("container", answer);
+            if !self.note_cleanup("container", answer) {
+                self.disks.retire();
+            }
         }
         drain(&self.init).await;
         self.init.detach();
@@ -84,17 +86,20 @@ impl Container {
     }
 
     /// What the guest could not clean up dies with it at the latest. It must not
-    /// be able to keep the host from forgetting the container.
-    fn note_cleanup(&self, what: &str, answer: ttrpc::Result<agent::Empty>) {
+    /// be able to keep the host from forgetting the container. Whether it says it has.
+    fn note_cleanup(&self, what: &str, answer: ttrpc::Result<agent::Empty>) -> bool {
         match answer {
             // The last is the guest's own end.
-            Ok(_) | Err(ttrpc::Error::RemoteClosed) => (),
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => (),
-            Err(error) => warn!(
-                container_id = self.config.id,
-                error = super::agent_message(&error),
-                "the guest keeps the {what}"
-            ),
+            Ok(_) | Err(ttrpc::Error::RemoteClosed) => true,
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => true,
+            Err(error) => {
+                warn!(
+                    container_id = self.config.id,
+                    error = super::agent_message(&error),
+                    "the guest keeps the {what}"
+                );
+                false
+            }
         }
     }
 }

@@ -327,7 +327,7 @@ impl Pod {
     ) -> Result<(Arc<Sandbox>, Prepared), TaskError> {
         let mut first = None;
         let open = async {
-            let prepared = first.insert(self.host.prepare(config, false).await?);
+            let prepared = first.insert(self.host.prepare(config, None).await?);
             let sandbox = self.host.open(config).await?;
             prepared.pci_devices = self.host.guest_devices(config).await?;
             Ok::<_, TaskError>(Arc::new(sandbox))
@@ -362,7 +362,7 @@ impl Pod {
         } else {
             self.host.guest_devices(config).await?
         };
-        let mut prepared = self.host.prepare(config, booted).await?;
+        let mut prepared = self.host.prepare(config, sandbox.slots()).await?;
         prepared.pci_devices = pci_devices;
         if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
             return Err(TaskError::Sandbox(SandboxError::NoHotplug {

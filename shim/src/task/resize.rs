@@ -1,5 +1,5 @@
 //! Limits that change: those of a container in the guest, and with them the
-//! machine's memory and the pod's limits on the host.
+//! machine's memory, its vCPUs and the pod's limits on the host.
 //!
 //! ```text
 //! raised:   host's limits -> machine grows -> container's limits
@@ -7,7 +7,8 @@
 //! ```
 //! In this order nothing is ever allowed more than what is around it has.
 //!
-//! The number of vCPUs is that of the boot: a CPU limit beyond it has no effect.
+//! A machine has no fewer vCPUs than it booted with, as with memory, and no more than
+//! `max_vcpus`: a CPU limit is the most a container may use, so one beyond that is no error.
 
 use std::sync::Arc;
 
@@ -22,6 +23,7 @@ use crate::cgroup::Limits;
 use crate::error::chain;
 #[cfg(doc)]
 use crate::sandbox::Sandbox;
+use crate::sandbox::Wanted;
 
 /// Takes back the room of containers that are gone. Nobody waits for that: what
 /// goes wrong is logged.
@@ -44,7 +46,7 @@ impl Pod {
     /// # Errors
     ///
     /// `Spec` for resources that are none; `TooLarge` and `NotGrown` for memory the
-    /// machine cannot have; the guest's refusal. The limits are as before then.
+    /// machine cannot have; `NoVcpus`; the guest's refusal. The limits are as before then.
     pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let resources = container.parse_resources(json)?;
@@ -80,12 +82,17 @@ impl Pod {
     /// # Errors
     ///
     /// Those of [`Sandbox::resize`].
-    pub(super) async fn make_room(&self, container: &Container) -> Result<(), TaskError> {
+    pub(super) async fn make_room(
+        self: &Arc<Self>,
+        container: &Container,
+    ) -> Result<(), TaskError> {
         let turn = self.resizing.lock().await;
         self.count(container, true);
         let fitted = self.fit(&turn).await;
         if fitted.is_err() {
             self.count(container, false);
+            // Of what it was to have, the machine may have got a part.
+            tokio::spawn(take_room(self.clone()));
         }
         fitted
     }
@@ -102,15 +109,25 @@ impl Pod {
     /// Makes the machine and the host's limits what the containers may use
     /// together, those that are being created among them.
     async fn fit(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), TaskError> {
-        let Some(sandbox) = self.sandbox.get() else {
+        let booted = self
+            .sandbox
+            .get()
+            .filter(|sandbox| sandbox.agent().is_some());
+        let Some(sandbox) = booted else {
             return Ok(());
         };
         let limits = lock(&self.containers)
             .values()
             .filter_map(Entry::limits)
             .collect::<Vec<_>>();
-        let wanted_mib = self.host.memory_of(&limits);
+        let wanted = Wanted {
+            memory_mib: self.host.memory_of(&limits),
+            vcpus: self.host.vcpus_of(&limits),
+        };
         let limit = |memory_mib| self.host.set_limits(&limits, memory_mib).boxed();
-        Ok(sandbox.resize(wanted_mib, limit).await?)
+        let resized = sandbox.resize(wanted, limit).await;
+        // It may have come a part of the way.
+        let noted = self.host.note_vcpus(sandbox.vcpus());
+        Ok(resized.and(noted)?)
     }
 }

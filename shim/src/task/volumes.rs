@@ -1,4 +1,4 @@
-//! A container's volumes and block devices, while the guest has it: what the guest is to have
+//! A container's volumes and disks, while the guest has it: what the guest is to have
 //! before the container is made, and what is left to do when it has ended.
 
 use std::sync::{Arc, Mutex};
@@ -12,9 +12,11 @@ use ttrpc::context::with_duration;
 use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container};
 use super::process::lock;
-#[cfg(doc)]
-use crate::sandbox::Sandbox;
-use crate::storage::{BlockDevice, Follower, GuestVolumes, MAX_LOG_BYTES, StorageError, WriteBack};
+use crate::machine::MachineError;
+use crate::sandbox::{SandboxError, Slot};
+use crate::storage::{
+    BlockDevice, Follower, GuestVolumes, HostDisk, MAX_LOG_BYTES, StorageError, WriteBack,
+};
 
 /// Time a guest has to hand back what a container wrote, before the exit is
 /// told without it.
@@ -31,9 +33,16 @@ struct Held {
     write_back: Vec<WriteBack>,
 }
 
-/// Serial numbers of the disks a container has until it is gone from the guest.
+/// Slots of the machine that a container has until it is gone from the guest.
 #[derive(Default)]
-pub struct Disks(Mutex<Vec<String>>);
+pub struct Disks(Mutex<Vec<Arc<Slot>>>);
+
+impl Disks {
+    /// Has no other container get them.
+    pub(super) fn retire(&self) {
+        lock(&self.0).iter().for_each(|slot| slot.retire());
+    }
+}
 
 impl Container {
     /// Has the guest make what the container's mounts refer to.
@@ -73,11 +82,14 @@ impl Container {
     ) -> Result<Vec<agent::BlockDevice>, TaskError> {
         let mut attached = Vec::new();
         for device in devices {
-            let serial = self.sandbox.take_disk(&self.config.id)?;
-            lock(&self.disks.0).push(serial.clone());
-            self.sandbox.fill_disk(&serial, device).await?;
+            let slots = self.sandbox.slots().ok_or(SandboxError::Stopped)?;
+            let slot = Arc::new(slots.take_volume(&self.config.id)?);
+            lock(&self.disks.0).push(slot.clone());
+            let machine = self.sandbox.machine();
+            slot.fill(machine, &device.backing, device.read_only)
+                .await?;
             attached.push(agent::BlockDevice {
-                serial,
+                serial: slot.serial().to_owned(),
                 size_bytes: device.size_bytes,
                 sector_bytes: device.sector_bytes,
                 path: device.path.to_string_lossy().into_owned(),
@@ -91,18 +103,44 @@ impl Container {
         Ok(attached)
     }
 
-    /// Takes the block devices back, when the guest has no such container any more. One
-    /// that cannot be taken back stays the container's, and this may be tried again.
+    /// Gives the machine, which runs, what the container's root file system is on; returns
+    /// what the agent waits for. The slots are the container's even when this fails.
+    pub(super) async fn attach_root(
+        &self,
+        disks: &[HostDisk],
+        slots: Vec<Slot>,
+    ) -> Result<Vec<agent::Disk>, TaskError> {
+        let slots: Vec<_> = slots.into_iter().map(Arc::new).collect();
+        lock(&self.disks.0).extend(slots.iter().cloned());
+        let mut attached = Vec::new();
+        for (slot, disk) in slots.iter().zip(disks) {
+            let sector_bytes = disk
+                .backing
+                .sector_bytes()
+                .map_err(MachineError::io("look at a disk's sectors"))?;
+            let filled = slot.fill(self.sandbox.machine(), &disk.backing, disk.read_only);
+            attached.push(agent::Disk {
+                serial: slot.serial().to_owned(),
+                size_bytes: filled.await?,
+                sector_bytes,
+                ..Default::default()
+            });
+        }
+        Ok(attached)
+    }
+
+    /// Takes block devices and layers back, when the guest has no such container any more.
+    /// One that cannot be taken back stays the container's, and this may be tried again.
     ///
     /// # Errors
     ///
-    /// Those of [`Sandbox::empty_disk`].
+    /// Those of [`Slot::empty`].
     pub async fn detach_devices(&self) -> Result<(), TaskError> {
-        let serials = lock(&self.disks.0).clone();
+        let slots = lock(&self.disks.0).clone();
         // Each may take its time.
-        let emptied = serials.iter().map(|serial| async move {
-            self.sandbox.empty_disk(serial).await?;
-            lock(&self.disks.0).retain(|other| other != serial);
+        let emptied = slots.iter().map(|slot| async move {
+            slot.empty(self.sandbox.machine()).await?;
+            lock(&self.disks.0).retain(|other| !Arc::ptr_eq(other, slot));
             Ok::<_, TaskError>(())
         });
         futures::future::join_all(emptied)

@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use nacre_tests::{LAYERS, Scene, run, run_with_input};
+use nacre_tests::{Changed, LAYERS, Scene, run, run_with_input};
 
 /// Describes the tree below /data, a line a file: type, mode, owner, links,
 /// device, size, content, extended attributes. `getfattr` is the host's.
@@ -144,13 +144,20 @@ fn ext4_image_is_the_root_and_keeps_what_is_written() {
     let (id, command) = scene.command(nacre_tests::BUSYBOX, &options, &["sh", "-c", script]);
     let said = run_with_input(command, Vec::new()).exits(0);
     assert!(said.stdout.contains(" / ext4 rw"), "{said:#?}");
+    is_written(&scene, &id);
+}
+
+/// Fails the test unless a container that is gone from its guest has left `there` in the
+/// file `written` of its image, and all of it in order: a disk is flushed before that.
+#[track_caller]
+fn is_written(scene: &Scene, id: &str) {
     let mounts = [
         "snapshots",
         "--snapshotter",
         "blockfile",
         "mounts",
         "/mnt",
-        &id,
+        id,
     ];
     let said = scene.ctr(&mounts).exits(0);
     let image = said
@@ -161,8 +168,30 @@ fn ext4_image_is_the_root_and_keeps_what_is_written() {
     run("debugfs", &["-R", "cat /written", image])
         .exits(0)
         .prints("there\n");
-    // A disk that is written to is flushed before the container is gone.
     run("e2fsck", &["-f", "-n", image]).exits(0);
+}
+
+/// On an empty disk of the machine, one after the other; without one there is no other way.
+#[test]
+fn images_of_containers_that_join_a_pod() {
+    let _one_disk = Changed::new("root_disks", "1");
+    let mut scene = Scene::new();
+    let group = "io.containerd.runc.v2.group=images";
+    let options = ["--snapshotter", "blockfile", "--annotation", group];
+    let _first = scene.start_sleeper(&options);
+    for _ in 0..2 {
+        let id = scene.start_sleeper(&options);
+        let script = "grep ' / ' /proc/mounts; cat /written; echo there > /written";
+        let said = scene.exec(&id, &[], &["sh", "-c", script]).exits(0);
+        assert!(said.stdout.contains(" / ext4 rw"), "{said:#?}");
+        assert!(!said.stdout.contains("there"), "of another: {said:#?}");
+        scene
+            .run_with(&options, &["true"])
+            .exits(1)
+            .complains(&["ext4", "raise root_disks in nacre.toml"]);
+        scene.ctr(&["task", "rm", "-f", &id]).exits(0);
+        is_written(&scene, &id);
+    }
 }
 
 #[test]

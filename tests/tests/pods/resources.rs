@@ -6,11 +6,14 @@ use std::process::{Command, Stdio};
 
 use nacre_tests::cri::messages::{ContainerState, HugepageLimit, LinuxContainerResources};
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
-use nacre_tests::{PodDir, eventually};
+use nacre_tests::{PodDir, eventually, run};
 
 use crate::SLEEP;
 
-in_both_modes![the_machine_is_as_large_as_the_pod];
+in_both_modes![
+    the_machine_is_as_large_as_the_pod,
+    vcpus_come_and_go_with_the_limits,
+];
 
 const MIB: i64 = 1 << 20;
 
@@ -340,5 +343,65 @@ pub fn limits_change_in(scene: &PodScene) {
     goes_on();
     app.sh("grep oom_kill /sys/fs/cgroup/memory.events")
         .prints("oom_kill 0\n");
+    assert_eq!(app.state(), ContainerState::Running);
+}
+
+/// In-place resize beyond the vCPUs of the boot and back, under load. The lab has one
+/// processor: how many the guest has is looked at, not how fast they are.
+fn vcpus_come_and_go_with_the_limits(scene: &PodScene) {
+    let pod = scene.pod("wider").limits(256, 1).run();
+    let limits = |cpus: i64| LinuxContainerResources {
+        memory_limit_in_bytes: 128 * MIB,
+        cpu_quota: cpus * 100_000,
+        cpu_period: 100_000,
+        ..Default::default()
+    };
+    let app = pod
+        .container("app", &["sh", "-c", LOAD])
+        .resources(|resources| *resources = limits(1))
+        .start();
+    let shown = || {
+        let table = run("nacre", &["ps"]).exits(0).stdout;
+        let row = table.lines().find(|line| line.starts_with(&pod.id));
+        let vcpus = row.and_then(|row| row.split_whitespace().nth(5));
+        vcpus.map(str::to_owned).unwrap_or(table)
+    };
+    let on_host = pod.cgroup().join("cpu.max");
+    let has = |vcpus: i64, limit: i64| {
+        // What a container may run on follows from a work queue of the kernel's.
+        eventually(&format!("{vcpus} vCPUs"), || number(&app, "nproc") == vcpus);
+        assert_eq!(shown(), vcpus.to_string());
+        app.sh("cat /sys/fs/cgroup/cpu.max")
+            .prints(&format!("{limit}00000 100000\n"));
+        let text = fs::read_to_string(&on_host).unwrap();
+        // With `overhead_cpu_millis`.
+        assert_eq!(text, format!("{limit}10000 100000\n"));
+    };
+    let update = |cpus| scene.cri().update(&app.id, limits(cpus)).unwrap();
+    has(1, 1);
+    app.sh("cat /sys/devices/system/cpu/present")
+        .prints("0-3\n");
+
+    update(3);
+    has(3, 3);
+    // Field 39 of proc(5) stat.
+    app.sh("taskset 4 cut -d ' ' -f 39 /proc/self/stat")
+        .exits(0)
+        .prints("2\n");
+    update(2);
+    has(2, 2);
+    update(8);
+    has(4, 8);
+    update(1);
+    has(1, 1);
+
+    let second = pod
+        .container("second", SLEEP)
+        .resources(|resources| *resources = limits(2))
+        .start();
+    eventually("the vCPUs of both", || number(&app, "nproc") == 3);
+    second.stop(std::time::Duration::ZERO);
+    second.remove();
+    eventually("one is enough again", || number(&app, "nproc") == 1);
     assert_eq!(app.state(), ContainerState::Running);
 }

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use nacre_tests::ctr;
-use nacre_tests::pods::{PodContainer, PodScene};
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
+use nacre_tests::{Changed, LAYERS, ctr, eventually};
 
 use crate::SLEEP;
 
-/// Where a container's snapshot has what is written.
+/// Where a container's snapshot has what is written by the host.
 #[track_caller]
 fn upper(container: &PodContainer) -> PathBuf {
     let said = ctr(&[
@@ -27,21 +28,149 @@ fn upper(container: &PodContainer) -> PathBuf {
     rest[..end].into()
 }
 
-/// Image layers are EROFS images on the host; the root file systems of two containers
-/// are of the same, and each its own.
+/// The disks of the machine that have bytes, and of each the partitions that the guest's
+/// kernel knows.
+#[track_caller]
+fn disks(container: &PodContainer) -> Vec<String> {
+    let script = "cd /sys/block; for d in vd*; do [ $(cat $d/size) = 0 ] || echo $d $d/$d*; done";
+    let said = container.sh(script).exits(0);
+    said.stdout.lines().map(str::to_owned).collect()
+}
+
+/// Whether a container's root file system is an overlay of the guest's.
+#[track_caller]
+fn is_on_a_disk(container: &PodContainer) -> bool {
+    let said = container.sh("grep ' / ' /proc/mounts").exits(0).stdout;
+    assert!(
+        said.contains("overlay") != said.contains("virtiofs"),
+        "{said}"
+    );
+    said.contains("overlay")
+}
+
+fn gone(container: &PodContainer) {
+    container.stop(Duration::ZERO);
+    container.remove();
+}
+
+fn pod_of<'s>(scene: &'s PodScene, name: &str) -> Pod<'s> {
+    scene.pod(name).runtime("nacre-erofs").run()
+}
+
+/// Image layers are partitions of a disk, of which each container has one; the root file
+/// systems of two containers are of the same layers, and each its own.
 #[test]
 fn pods_of_erofs_layers() {
     let scene = PodScene::new();
-    let pod = scene.pod("layers").runtime("nacre-erofs").run();
+    let pod = pod_of(&scene, "layers");
     let [one, two] = ["one", "two"].map(|name| pod.container(name, SLEEP).start());
-    one.sh("echo one > /written && rm /bin/wget && ls /bin/busybox")
+    assert!(is_on_a_disk(&one) && is_on_a_disk(&two));
+    let used = disks(&one);
+    assert_eq!(used.len(), 2, "{used:?}");
+    for disk in &used {
+        let (name, partitions) = disk.split_once(' ').unwrap();
+        assert!(partitions.starts_with(&format!("{name}/{name}1")), "{disk}");
+    }
+    one.sh("echo one > /written && rm /bin/wget && ls /bin/busybox && cat /written")
         .exits(0)
-        .prints("/bin/busybox\n");
+        .prints("/bin/busybox\none\n");
     two.sh("ls /bin/wget; ls /written")
         .exits(1)
         .prints("/bin/wget\n");
-    let written = upper(&one).join("written");
-    assert_eq!(fs::read_to_string(written).unwrap(), "one\n");
-    let again = pod.container("two", &["ls", "/bin/wget"]).attempt(1).run();
-    again.exits(0).prints("/bin/wget\n");
+    assert!(!upper(&one).join("written").exists(), "it is the guest's");
+
+    // The disk of one that is gone is the next one's.
+    gone(&one);
+    // The guest is told of it, and nobody waits until it has looked.
+    eventually("its disk is empty", || disks(&two).len() == 1);
+    for attempt in 1..=3 {
+        let again = pod.container("one", SLEEP).attempt(attempt).start();
+        assert!(is_on_a_disk(&again));
+        assert_eq!(disks(&two), used);
+        again
+            .sh("ls /bin/wget; ls /written")
+            .exits(1)
+            .prints("/bin/wget\n");
+        gone(&again);
+    }
+}
+
+/// Another image on the same disk of the machine: the guest reads its layers, not what it
+/// has read of the first one's.
+#[test]
+fn a_disk_has_the_layers_of_one_image_after_another() {
+    let _one_disk = Changed::new("root_disks", "1");
+    let scene = PodScene::new();
+    scene.import(LAYERS, "/opt/lab/images/layers.tar".as_ref());
+    let pod = pod_of(&scene, "turns");
+    let mut sums = Vec::new();
+    for (image, round) in [(None, 0), (Some(LAYERS), 1), (None, 2)] {
+        let mut app = pod.container("app", SLEEP).attempt(round);
+        if let Some(image) = image {
+            app = app.image(image);
+        }
+        let app = app.start();
+        assert!(is_on_a_disk(&app));
+        app.sh("[ -e /data ]").exits(i32::from(image.is_none()));
+        let all = "md5sum /bin/busybox $([ ! -e /data ] || find /data -type f | sort)";
+        sums.push(app.sh(all).exits(0).stdout);
+        gone(&app);
+    }
+    assert!(sums[0] == sums[2] && sums[0] != sums[1], "{sums:?}");
+}
+
+/// One more than there are disks is shared by the host, and writes to its snapshot.
+#[test]
+fn layers_are_shared_where_no_disk_is_empty() {
+    let _one_disk = Changed::new("root_disks", "1");
+    let scene = PodScene::new();
+    let pod = pod_of(&scene, "shared");
+    let [one, two] = ["one", "two"].map(|name| pod.container(name, SLEEP).start());
+    assert!(is_on_a_disk(&one) && !is_on_a_disk(&two));
+    two.sh("echo two > /written && ls /bin/wget")
+        .exits(0)
+        .prints("/bin/wget\n");
+    let written = upper(&two).join("written");
+    assert_eq!(fs::read_to_string(written).unwrap(), "two\n");
+    gone(&one);
+    let three = pod.container("three", SLEEP).start();
+    assert!(is_on_a_disk(&three));
+    two.sh("ls /bin/wget").exits(0);
+}
+
+/// As `kubectl debug` may do: a process of another container holds on to the files of one that
+/// is gone. The next one gets another disk, or none.
+#[test]
+fn a_disk_that_somebody_holds_is_no_other_container_s() {
+    let _two_disks = Changed::new("root_disks", "2");
+    let scene = PodScene::new();
+    let manifest = scene.pod("held").shared_pids();
+    let pod = manifest.runtime("nacre-erofs").run();
+    let one = pod.container("one", &["sleep", "7201"]).start();
+    let two = pod.container("two", SLEEP).start();
+    assert!(is_on_a_disk(&one) && is_on_a_disk(&two));
+    let hold = "set -- $(ps -o pid,args | grep 'sleep [7]201') && cd /proc/$1/root && \
+                { exec sleep 7202 < /dev/null > /dev/null 2>&1 & }";
+    two.sh(hold).exits(0);
+    gone(&one);
+    let three = pod.container("three", SLEEP).start();
+    assert!(!is_on_a_disk(&three));
+    gone(&three);
+    gone(&two);
+    let four = pod.container("four", SLEEP).start();
+    assert!(is_on_a_disk(&four), "the other one is free");
+}
+
+/// Pods of other snapshotters pay nothing for what they do not use.
+#[test]
+fn pods_of_shared_directories_have_no_disks_for_layers() {
+    let scene = PodScene::new();
+    let count = |pod: &Pod| {
+        let app = pod.container("app", SLEEP).start();
+        let said = app.sh("ls -d /sys/block/vd* | wc -l").exits(0).stdout;
+        said.trim().parse::<usize>().unwrap()
+    };
+    let shared = count(&scene.pod("directories").run());
+    let on_disks = count(&pod_of(&scene, "images"));
+    assert_eq!(on_disks, shared + 4, "root_disks");
 }

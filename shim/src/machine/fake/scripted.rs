@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio as ProcessStdio;
@@ -54,6 +55,8 @@ pub struct Agent {
     pub refusals: AtomicU32,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
+    /// The fewest and the most vCPUs it uses.
+    pub vcpus: Mutex<Option<RangeInclusive<u32>>>,
     /// By how much the guest's clock is ahead of the host's.
     pub clock_ahead_ns: watch::Sender<i64>,
     journal: Journal,
@@ -255,6 +258,12 @@ impl agent_ttrpc::Agent for Service {
         if !program.is_some_and(|program| std::path::Path::new(program).exists()) {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not found"));
         }
+        for disk in &request.disks {
+            lock(&self.0.journal).push(format!(
+                "{} waits for {}, {} bytes in sectors of {}",
+                request.container_id, disk.serial, disk.size_bytes, disk.sector_bytes
+            ));
+        }
         for device in &request.pci_devices {
             lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
         }
@@ -338,6 +347,9 @@ impl agent_ttrpc::Agent for Service {
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.0.unless(&self.0.deletes_hang).await;
         lock(&self.0.processes).retain(|(id, _), _| *id != request.container_id);
+        if request.container_id == "held" {
+            return Err(get_rpc_status(Code::INTERNAL, "its disk is in use"));
+        }
         Ok(Empty::new())
     }
 
@@ -345,6 +357,21 @@ impl agent_ttrpc::Agent for Service {
         self.0.unless_hung().await;
         lock(&self.0.journal).push(format!("eject {}", request.address));
         Ok(Empty::new())
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> Result<SetCpusResponse> {
+        lock(&self.0.journal).push(format!("vcpus {}", request.count));
+        let count = match &*lock(&self.0.vcpus) {
+            Some(range) if range.is_empty() => {
+                return Err(get_rpc_status(Code::INTERNAL, "no such number"));
+            }
+            Some(range) => request.count.clamp(*range.start(), *range.end()),
+            None => request.count,
+        };
+        Ok(SetCpusResponse {
+            count,
+            ..Default::default()
+        })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

@@ -1,4 +1,5 @@
 use super::*;
+use std::fs::File;
 use std::io::Read;
 use std::process::Command;
 
@@ -149,8 +150,11 @@ async fn a_disk_that_stays_busy_keeps_nobody_waiting() {
 async fn exchanges_are_answered_with_a_size_or_a_reason() {
     let (machine, mut monitor) = with_stand_in();
     let shim = tokio::spawn(async move {
-        let file = File::open("/dev/null").unwrap();
-        let size = machine.exchange("slot0", Some(&file), true).await;
+        let file = || File::open("/dev/null").unwrap();
+        let whole = HostBacking::Whole(file());
+        let size = machine.exchange("slot0", Some(&whole), true).await;
+        let layers = HostBacking::Partitions(vec![file(), file()]);
+        let size = size.and(machine.exchange("root0", Some(&layers), true).await);
         let refused = machine.exchange("slot1", None, false).await;
         machine.kill();
         let dead = machine.exchange("slot0", None, false).await;
@@ -160,7 +164,7 @@ async fn exchanges_are_answered_with_a_size_or_a_reason() {
         let (request, mut fds) = monitor.recv::<Request>().unwrap();
         let Request::Exchange {
             number,
-            file: Some(file),
+            backing: DiskBacking::Whole(file),
             read_only: true,
             ..
         } = request
@@ -168,6 +172,20 @@ async fn exchanges_are_answered_with_a_size_or_a_reason() {
             panic!("{request:?}");
         };
         fds.take(file).unwrap();
+        answer(&monitor, number, Ok(512));
+        let (request, mut fds) = monitor.recv::<Request>().unwrap();
+        let Request::Exchange {
+            number,
+            backing: DiskBacking::Partitions(files),
+            ..
+        } = request
+        else {
+            panic!("{request:?}");
+        };
+        assert_eq!(files.len(), 2);
+        for file in files {
+            fds.take(file).unwrap();
+        }
         answer(&monitor, number, Ok(4096));
         let (disk, second) = exchange_request(&mut monitor);
         assert_eq!(disk, "slot1");

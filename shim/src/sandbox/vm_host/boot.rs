@@ -6,14 +6,15 @@ use std::os::unix::net::UnixStream;
 
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, DiskBacking, Jail, Memory, PciOptions, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, Jail, Memory, PciOptions, SharedDir, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
-use super::super::{SandboxError, cmdline, slots};
+use super::super::slots::{self, SlotCounts};
+use super::super::{SandboxError, cmdline};
 use crate::machine::VmMachine;
 use crate::network::PodNetwork;
-use crate::storage::{HostBacking, HostDisk};
+use crate::storage::HostDisk;
 
 /// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
 /// vCPUs do not wait for each other, up to what a disk can make use of.
@@ -27,7 +28,7 @@ pub(super) struct BootFds {
     pub(super) console: Option<File>,
     pub(super) disks: Vec<HostDisk>,
     /// Disks without bytes.
-    pub(super) slots: usize,
+    pub(super) slots: SlotCounts,
     pub(super) passthrough: Option<Passthrough>,
     pub(super) socket: Option<UnixStream>,
 }
@@ -62,7 +63,7 @@ impl BootFds {
                 gid: boot.uid,
             },
             kvm: list.push(self.kvm.as_fd()),
-            vcpus: size.vcpus,
+            vcpus: size.max_vcpus,
             memory: Memory {
                 size_mib: size.memory_mib,
                 growth_mib: size.growth_mib,
@@ -70,7 +71,7 @@ impl BootFds {
             },
             kernel: list.push(self.kernel.as_fd()),
             initrd: list.push(self.initrd.as_fd()),
-            cmdline: cmdline::cmdline(self.console.is_some()),
+            cmdline: cmdline::cmdline(self.console.is_some(), size.vcpus, size.max_vcpus),
             disks: self
                 .disks
                 .iter()
@@ -105,12 +106,7 @@ fn vm_disk<'a>(disk: &'a HostDisk, queues: u16, list: &mut FdList<'a>) -> Disk {
     Disk {
         serial: disk.serial.clone(),
         read_only: disk.read_only,
-        backing: match &disk.backing {
-            HostBacking::Whole(file) => DiskBacking::Whole(list.push(file.as_fd())),
-            HostBacking::Partitions(files) => {
-                DiskBacking::Partitions(files.iter().map(|file| list.push(file.as_fd())).collect())
-            }
-        },
+        backing: disk.backing.describe(list),
         queues,
     }
 }

@@ -14,17 +14,27 @@ use sha2::{Digest, Sha256};
 
 use super::{HostMount, Root, Source, Upper};
 use crate::oci::{container_dir, guest_rootfs};
+use crate::sandbox::Slot;
 use crate::storage::{HostBacking, HostDisk, LAYERS_DIR, StorageError, host};
 
 /// A block of the smallest image of either kind.
 const MIN_IMAGE_BYTES: u64 = 4096;
 
 impl Source {
-    /// Mounts or opens the source.
-    pub fn realize(&self, container_id: &str, shared_root: &Path) -> Result<Root, StorageError> {
+    /// Mounts or opens the source, for disks of these slots or of its own.
+    pub fn realize(
+        &self,
+        container_id: &str,
+        shared_root: &Path,
+        slots: &[Slot],
+    ) -> Result<Root, StorageError> {
+        let mut names = Names {
+            container_id,
+            slots: slots.iter(),
+        };
         match self {
             Self::Host(mounts) => share(mounts, container_id, shared_root),
-            Self::Layers { images, upper } => layers(images, upper, container_id),
+            Self::Layers { images, upper } => layers(images, upper, &mut names),
             Self::HostLayers {
                 images,
                 options,
@@ -34,8 +44,28 @@ impl Source {
                 map(&layers, maps.as_ref(), container_id)?;
                 share_layers(&layers, options, container_id, shared_root)
             }
-            Self::Image { path, read_only } => image(path, *read_only, container_id),
+            Self::Image { path, read_only } => image(path, *read_only, &mut names),
         }
+    }
+}
+
+/// Serial numbers of a container's disks.
+pub(super) struct Names<'a> {
+    pub(super) container_id: &'a str,
+    /// Those it takes the place of, if the machine was not made with its own.
+    pub(super) slots: std::slice::Iter<'a, Slot>,
+}
+
+impl Names<'_> {
+    /// The next one: a slot's, or what the disk is and whose. Container ids are longer than
+    /// the 20 bytes a serial number has.
+    fn next(&mut self, role: &str) -> String {
+        if let Some(slot) = self.slots.next() {
+            return slot.serial().to_owned();
+        }
+        let digest = Sha256::digest(self.container_id.as_bytes());
+        let hex: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
+        format!("{role}{hex}")
     }
 }
 
@@ -176,14 +206,14 @@ fn share_layers(
     Ok(shared(container_id))
 }
 
-fn image(path: &Path, read_only: bool, container_id: &str) -> Result<Root, StorageError> {
-    let serial = serial('r', container_id);
+fn image(path: &Path, read_only: bool, names: &mut Names<'_>) -> Result<Root, StorageError> {
+    let serial = names.next("r");
     let options = [if read_only { "ro" } else { "rw" }];
     let source = format!("serial:{serial}");
     Ok(Root {
         storages: vec![storage(
             &source,
-            &guest_rootfs(container_id),
+            &guest_rootfs(names.container_id),
             "ext4",
             options,
         )],
@@ -195,13 +225,13 @@ fn image(path: &Path, read_only: bool, container_id: &str) -> Result<Root, Stora
 pub(super) fn layers(
     images: &[PathBuf],
     upper: &Upper,
-    container_id: &str,
+    names: &mut Names<'_>,
 ) -> Result<Root, StorageError> {
-    let dir = container_dir(container_id);
+    let dir = container_dir(names.container_id);
     let mut root = Root::default();
     let mut targets = (1..).map(|number: usize| dir.join("layers").join(number.to_string()));
     for (index, part) in images.chunks(MAX_PARTITIONS).enumerate() {
-        let serial = format!("{}{index}", serial('l', container_id));
+        let serial = names.next(&format!("l{index}"));
         let mut files = Vec::new();
         for ((number, path), target) in (1..).zip(part).zip(&mut targets) {
             files.push(open(path, false)?);
@@ -215,12 +245,12 @@ pub(super) fn layers(
             backing: HostBacking::Partitions(files),
         });
     }
-    overlay(root, upper, container_id)
+    overlay(root, upper, names)
 }
 
 /// Adds an overlay of what is mounted by now.
-fn overlay(mut root: Root, upper: &Upper, container_id: &str) -> Result<Root, StorageError> {
-    let dir = container_dir(container_id);
+fn overlay(mut root: Root, upper: &Upper, names: &mut Names<'_>) -> Result<Root, StorageError> {
+    let dir = container_dir(names.container_id);
     let layers = root.storages.iter().map(|layer| layer.target.as_str());
     let lower = layers.collect::<Vec<_>>().join(":");
     let scratch = dir.join("scratch");
@@ -231,7 +261,7 @@ fn overlay(mut root: Root, upper: &Upper, container_id: &str) -> Result<Root, St
             ("upper", "work")
         }
         Upper::Disk { path, upper, work } => {
-            let serial = serial('u', container_id);
+            let serial = names.next("u");
             let source = format!("serial:{serial}");
             root.storages
                 .push(storage(&source, &scratch, "ext4", ["rw"]));
@@ -247,7 +277,7 @@ fn overlay(mut root: Root, upper: &Upper, container_id: &str) -> Result<Root, St
     let options = options.each_ref().map(String::as_str);
     root.storages.push(storage(
         "overlay",
-        &guest_rootfs(container_id),
+        &guest_rootfs(names.container_id),
         "overlay",
         options,
     ));
@@ -295,12 +325,4 @@ fn open(path: &Path, write: bool) -> Result<File, StorageError> {
         Ok(file)
     };
     open().map_err(StorageError::host("open", path))
-}
-
-/// A serial number of 17 bytes: what the disk is, and whose. Container ids are
-/// longer than the 20 bytes a serial number has.
-fn serial(role: char, container_id: &str) -> String {
-    let digest = Sha256::digest(container_id.as_bytes());
-    let hex: String = digest.iter().take(8).map(|b| format!("{b:02x}")).collect();
-    format!("{role}{hex}")
 }

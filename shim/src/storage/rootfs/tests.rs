@@ -1,7 +1,11 @@
-use super::realize::layers;
+use super::realize::{Names, layers};
 use super::*;
+use crate::sandbox::{Api, SlotCounts, Slots};
 use crate::storage::HostBacking;
 
+use std::sync::Arc;
+
+use oci_spec::runtime::Spec;
 use serde_json::json;
 
 fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
@@ -17,8 +21,30 @@ fn spec() -> Spec {
     serde_json::from_value(json!({"ociVersion": "1.1.0", "root": {"path": "rootfs"}})).unwrap()
 }
 
+fn config(mounts: &[Mount], spec: Spec) -> ContainerConfig {
+    ContainerConfig {
+        api: Api::Task,
+        id: "c1".into(),
+        bundle: "/bundle".into(),
+        rootfs: mounts.to_owned(),
+        spec: Arc::new(spec),
+    }
+}
+
 fn source_of(mounts: &[Mount]) -> Result<Source, StorageError> {
-    Source::of(Path::new("/bundle"), "c1", mounts, &spec(), true)
+    Source::of(&config(mounts, spec()), true)
+}
+
+/// In a machine without disks for it.
+fn source_without_disks(mounts: &[Mount]) -> Result<Source, StorageError> {
+    Source::of(&config(mounts, spec()), false)
+}
+
+fn own_names() -> Names<'static> {
+    Names {
+        container_id: "c1",
+        slots: [].iter(),
+    }
 }
 
 #[test]
@@ -71,7 +97,7 @@ fn overlay_of_erofs_mounts_becomes_their_blobs() {
             upper: Upper::Tmpfs,
         }
     );
-    let running = Source::of(Path::new("/b"), "c1", &mounts, &spec(), false).unwrap();
+    let running = source_without_disks(&mounts).unwrap();
     assert!(matches!(running, Source::Host(_)));
 }
 
@@ -167,7 +193,7 @@ fn unknown_type_names_type_and_container() {
 }
 
 #[test]
-fn running_vm_gets_raw_layers_by_the_host() {
+fn vm_without_disks_gets_raw_layers_by_the_host() {
     let mut mounts = [
         mount("erofs", "/s/8/layer.erofs", &["ro", "loop"]),
         mount("erofs", "/s/9/layer.erofs", &["ro", "loop"]),
@@ -177,7 +203,7 @@ fn running_vm_gets_raw_layers_by_the_host() {
             &["upperdir=/s/10/fs", "lowerdir={{ overlay 1 0 }}"],
         ),
     ];
-    let source = |mounts: &[Mount]| Source::of(Path::new("/b"), "c1", mounts, &spec(), false);
+    let source = source_without_disks;
     assert_eq!(
         source(&mounts).unwrap(),
         Source::HostLayers {
@@ -194,9 +220,9 @@ fn running_vm_gets_raw_layers_by_the_host() {
 }
 
 #[test]
-fn running_vm_gets_no_image() {
+fn vm_without_disks_gets_no_image() {
     let mounts = [mount("ext4", "/dev/mapper/x", &["rw"])];
-    let result = Source::of(Path::new("/b"), "c1", &mounts, &spec(), false);
+    let result = source_without_disks(&mounts);
     assert!(matches!(result, Err(StorageError::NeedsDisk { .. })));
 }
 
@@ -208,7 +234,7 @@ fn layers_become_one_disk_and_an_overlay() {
         std::fs::write(image, [0; 4096]).unwrap();
     }
 
-    let root = layers(&images, &Upper::Tmpfs, "c1").unwrap();
+    let root = layers(&images, &Upper::Tmpfs, &mut own_names()).unwrap();
 
     let [disk] = root.disks.as_slice() else {
         panic!("{} disks", root.disks.len());
@@ -231,7 +257,68 @@ fn layers_become_one_disk_and_an_overlay() {
     assert!(!root.shared);
 }
 
-/// A disk shows 255 partitions, an overlay takes 500 layers.
+/// The machine runs, and was made with empty disks.
+#[test]
+fn layers_and_their_upper_take_the_place_of_empty_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let upper = Upper::Disk {
+        path: image.clone(),
+        upper: "upper".into(),
+        work: "work".into(),
+    };
+    let source = Source::Layers {
+        images: vec![image.clone(), image],
+        upper,
+    };
+    let slots = Slots::new(SlotCounts {
+        volumes: 0,
+        roots: 2,
+    });
+    let slots = slots.take_roots(source.disks()).unwrap();
+
+    let root = source.realize("c1", dir.path(), &slots).unwrap();
+
+    let disks = root.disks.iter();
+    let disks = disks.map(|disk| (disk.serial.as_str(), disk.read_only));
+    assert_eq!(
+        disks.collect::<Vec<_>>(),
+        [("root0", true), ("root1", false)]
+    );
+    let sources: Vec<_> = root.storages.iter().map(|s| s.source.as_str()).collect();
+    let expected = [
+        "serial:root0:1",
+        "serial:root0:2",
+        "serial:root1",
+        "overlay",
+    ];
+    assert_eq!(sources, expected);
+}
+
+#[test]
+fn disks_are_counted() {
+    let images = |count| vec![PathBuf::new(); count];
+    let on_tmpfs = |count| Source::Layers {
+        images: images(count),
+        upper: Upper::Tmpfs,
+    };
+    let counts = [1, MAX_PARTITIONS, MAX_PARTITIONS + 1].map(|count| on_tmpfs(count).disks());
+    assert_eq!(counts, [1, 1, 2]);
+    let by_the_host = Source::HostLayers {
+        images: images(3),
+        options: Vec::new(),
+        maps: None,
+    };
+    assert_eq!(by_the_host.disks(), 0);
+    let image = Source::Image {
+        path: PathBuf::new(),
+        read_only: false,
+    };
+    assert_eq!(image.disks(), 1);
+}
+
+/// A disk has 253 partitions, an overlay takes 500 layers.
 #[test]
 fn many_layers_become_several_disks() {
     let dir = tempfile::tempdir().unwrap();
@@ -239,13 +326,13 @@ fn many_layers_become_several_disks() {
     std::fs::write(&image, [0; 4096]).unwrap();
     let images = vec![image; MAX_LAYERS];
 
-    let root = layers(&images, &Upper::Tmpfs, "c1").unwrap();
+    let root = layers(&images, &Upper::Tmpfs, &mut own_names()).unwrap();
 
     let counts = root.disks.iter().map(|disk| match &disk.backing {
         HostBacking::Partitions(files) => files.len(),
         HostBacking::Whole(_) => panic!("a whole disk"),
     });
-    assert_eq!(counts.collect::<Vec<_>>(), [255, 245]);
+    assert_eq!(counts.collect::<Vec<_>>(), [253, 247]);
     let serials: Vec<_> = root.disks.iter().map(|disk| &disk.serial).collect();
     assert!(serials[0] != serials[1] && serials.iter().all(|serial| serial.len() <= 20));
     let places = |index: usize| {
@@ -256,9 +343,9 @@ fn many_layers_become_several_disks() {
         let target = format!("/run/nacre/containers/c1/layers/{layer}");
         (format!("serial:{serial}:{partition}"), target)
     };
-    assert_eq!(places(254), at(serials[0], 255, 255));
-    assert_eq!(places(255), at(serials[1], 1, 256));
-    assert_eq!(places(499), at(serials[1], 245, 500));
+    assert_eq!(places(252), at(serials[0], 253, 253));
+    assert_eq!(places(253), at(serials[1], 1, 254));
+    assert_eq!(places(499), at(serials[1], 247, 500));
     let overlay = root.storages.last().unwrap();
     let lower = overlay.options[0].strip_prefix("lowerdir=").unwrap();
     assert_eq!(lower.split(':').count(), 500);
@@ -273,7 +360,7 @@ fn more_layers_than_an_overlay_takes_are_refused() {
         mounts
     };
     for disks in [true, false] {
-        let of = |count| Source::of(Path::new("/b"), "c1", &raw(count), &spec(), disks);
+        let of = |count| Source::of(&config(&raw(count), spec()), disks);
         assert!(of(500).is_ok());
         let error = of(501).unwrap_err();
         assert!(
@@ -288,7 +375,12 @@ fn image_that_was_cut_to_nothing_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("layer.erofs");
     std::fs::write(&image, "cut").unwrap();
-    let error = layers(std::slice::from_ref(&image), &Upper::Tmpfs, "c1").err();
+    let error = layers(
+        std::slice::from_ref(&image),
+        &Upper::Tmpfs,
+        &mut own_names(),
+    )
+    .err();
     let error = crate::error::chain(&error.unwrap());
     assert!(
         error.contains("layer.erofs") && error.contains("3 bytes"),
@@ -340,7 +432,7 @@ fn users_of_their_own_have_their_layers_mounted_by_the_host() {
     let linux = json!({"namespaces": [{"type": "user"}]});
     let spec = json!({"ociVersion": "1.1.0", "linux": linux});
     let spec: Spec = serde_json::from_value(spec).unwrap();
-    let of = |mounts: &[Mount]| Source::of(Path::new("/b"), "c1", mounts, &spec, true);
+    let of = |mounts: &[Mount]| Source::of(&config(mounts, spec.clone()), true);
     let overlay = |upper: &str| {
         let options = [
             "lowerdir={{ overlay 0 0 }}",

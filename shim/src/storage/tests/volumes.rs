@@ -142,10 +142,8 @@ fn a_directory_is_shared_once_for_the_pod() {
     let host = Host::new();
     let data = host.path("data");
     let of = |id: &str, options: &[&str]| {
-        let spec = spec(&json!([bind(&data, "/data", options)]));
-        let shared = host.path("shared");
-        let rootfs = [bind_mount(&host.path("snapshot"))];
-        let prepared = prepare(host.0.path(), id, &rootfs, &spec, &shared).unwrap();
+        let mounts = json!([bind(&data, "/data", options)]);
+        let prepared = host.prepare_as(id, &mounts).unwrap();
         sources(&prepared).remove(0)
     };
 
@@ -229,10 +227,7 @@ fn a_directory_is_shared_once_for_each_mapping() {
             mount["uidMappings"] = map.clone();
             mount["gidMappings"] = map;
         }
-        let spec = spec(&json!([mount]));
-        let rootfs = [bind_mount(&host.path("snapshot"))];
-        let shared = host.path("shared");
-        let prepared = prepare(host.0.path(), id, &rootfs, &spec, &shared).unwrap();
+        let prepared = host.prepare_as(id, &json!([mount])).unwrap();
         assert!(!options(&prepared, 0).contains(&"idmap".to_owned()));
         let source = sources(&prepared).remove(0);
         let owner = std::fs::metadata(host.shared(&source).join("file"))

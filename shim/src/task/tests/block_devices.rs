@@ -1,13 +1,17 @@
-//! Block devices of containers, on a machine with two empty disks.
+//! Block devices and layers of containers, on a machine with two empty disks for each.
 
 use std::time::Duration;
 
-use containerd_shim_protos::api::{CreateTaskRequest, Status};
+use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse, Status};
+use containerd_shim_protos::types::mount::Mount;
 use serde_json::json;
+use tokio::time::{advance, pause, resume};
+use ttrpc::context::with_duration;
 
 use super::fixture::*;
 use crate::machine::fake::Disks;
 use crate::storage::devices::some_disk;
+use crate::task::container::CREATE_TIMEOUT;
 use crate::task::lock;
 
 /// Gives the containers to come so many block devices, read-only: they are disks of
@@ -177,4 +181,118 @@ async fn a_container_that_waits_for_its_disk_keeps_no_other_waiting() {
     };
     let (created, ()) = tokio::join!(fixture.client.create(context(), &request), others);
     created.unwrap();
+}
+
+/// A container whose image has two layers.
+async fn create_of_layers(fixture: &Fixture, id: &str) -> ttrpc::Result<CreateTaskResponse> {
+    let request = of_layers(fixture, id);
+    fixture.client.create(context(), &request).await
+}
+
+fn of_layers(fixture: &Fixture, id: &str) -> CreateTaskRequest {
+    let layer = fixture.path("layer.erofs");
+    std::fs::write(&layer, [0; 4096]).unwrap();
+    let layer = Mount {
+        type_: "erofs".into(),
+        source: layer.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let overlay = Mount {
+        type_: "format/mkdir/overlay".into(),
+        options: vec!["lowerdir={{ overlay 0 1 }}".into()],
+        ..Default::default()
+    };
+    CreateTaskRequest {
+        id: id.into(),
+        bundle: fixture.bundle(id, "sleep 60"),
+        rootfs: vec![layer.clone(), layer, overlay],
+        ..Default::default()
+    }
+}
+
+/// What became of the disks for layers, in order.
+fn layers(fixture: &Fixture) -> Vec<String> {
+    let journal = lock(&fixture.journal);
+    let disks = journal.iter().filter(|line| line.starts_with("root"));
+    disks.cloned().collect()
+}
+
+#[tokio::test]
+async fn layers_of_containers_that_join_are_disks_while_they_are_there() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    create_of_layers(&fixture, "one").await.unwrap();
+    create_of_layers(&fixture, "two").await.unwrap();
+    fixture.delete("one", "").await.unwrap();
+    create_of_layers(&fixture, "three").await.unwrap();
+    let journal = lock(&fixture.journal).clone();
+    let disks: Vec<_> = journal.iter().filter(|s| s.contains("root")).collect();
+    assert_eq!(
+        disks,
+        [
+            "root0 2 layers",
+            "one waits for root0, 8192 bytes in sectors of 512",
+            "root1 2 layers",
+            "two waits for root1, 8192 bytes in sectors of 512",
+            "root0 empty",
+            "root0 2 layers",
+            "three waits for root0, 8192 bytes in sectors of 512",
+        ]
+    );
+}
+
+/// Something of it may be written when the next one's file systems are there.
+#[tokio::test]
+async fn a_disk_that_the_guest_does_not_let_go_of_is_no_other_container_s() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    create_of_layers(&fixture, "held").await.unwrap();
+    fixture.delete("held", "").await.unwrap();
+    create_of_layers(&fixture, "next").await.unwrap();
+    let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
+    assert_eq!(layers(&fixture), expected);
+}
+
+/// It may have mounted them.
+#[tokio::test]
+async fn nor_is_one_of_a_container_that_the_guest_does_not_make_in_time() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.answers(1).await;
+    machine.hang();
+    let time_passes = async {
+        machine.held(1).await;
+        pause();
+        advance(CREATE_TIMEOUT).await;
+        resume();
+    };
+    let request = of_layers(&fixture, "late");
+    let created = fixture
+        .client
+        .create(with_duration(2 * CREATE_TIMEOUT), &request);
+    let (created, ()) = tokio::join!(created, time_passes);
+    let (_, text) = refusal(created);
+    assert!(text.contains("no answer within 60 s"), "{text}");
+    machine.recover();
+    create_of_layers(&fixture, "next").await.unwrap();
+    let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
+    assert_eq!(layers(&fixture), expected);
+}
+
+#[tokio::test]
+async fn layers_of_a_container_that_is_not_made_are_taken_back() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.disks(Disks::Refuse);
+    let refused = create_of_layers(&fixture, "unlucky").await.unwrap_err();
+    assert!(
+        refused.to_string().contains("root0: not this one"),
+        "{refused}"
+    );
+    machine.disks(Disks::Exchange);
+    for id in ["one", "two"] {
+        create_of_layers(&fixture, id).await.unwrap();
+    }
 }

@@ -1,5 +1,6 @@
 //! Limits that change, and the machine with them. It boots with 256 MiB and can
-//! have 1280; the host counts a container's limit alone (`FakeHost`).
+//! have 1280, and with one vCPU of four; the host counts containers' limits alone
+//! (`FakeHost`).
 
 use std::time::Duration;
 
@@ -95,6 +96,89 @@ async fn room_for_containers_that_come_and_go() {
     fixture.wait("second", "").await;
     fixture.delete("second", "").await.unwrap();
     assert_eq!(next(&fixture, 2).await, ["machine +0", "host 256"]);
+}
+
+/// A limit of memory that has the machine as it is, and one of CPUs.
+fn cpus(count: u64) -> serde_json::Value {
+    json!({"cpu": {"quota": count * 100_000, "period": 100_000}})
+}
+
+fn guest_cpus(count: u64) -> String {
+    let quota = count * 100_000;
+    format!(r#"guest {{"cpu":{{"quota":{quota},"period":100000}}}}"#)
+}
+
+async fn with_one_cpu() -> Fixture {
+    let fixture = fixture().await;
+    update(&fixture, cpus(1)).await.unwrap();
+    journal(&fixture);
+    fixture
+}
+
+#[tokio::test]
+async fn vcpus_come_and_go_with_the_limit() {
+    let fixture = with_one_cpu().await;
+    update(&fixture, cpus(3)).await.unwrap();
+    let raised = ["host 256", "vcpus 3", &guest_cpus(3)];
+    assert_eq!(journal(&fixture), raised);
+    update(&fixture, cpus(2)).await.unwrap();
+    let lowered = [&guest_cpus(2), "vcpus 2", "host 256"];
+    assert_eq!(journal(&fixture), lowered);
+    update(&fixture, cpus(9)).await.unwrap();
+    let all = ["host 256", "vcpus 4", &guest_cpus(9)];
+    assert_eq!(journal(&fixture), all, "as many as there are");
+    update(&fixture, cpus(1)).await.unwrap();
+    let boot = [&guest_cpus(1), "vcpus 1", "host 256"];
+    assert_eq!(journal(&fixture), boot);
+}
+
+#[tokio::test]
+async fn vcpus_that_the_guest_does_not_use_are_no_limit() {
+    let fixture = with_one_cpu().await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.uses_vcpus(1..=2);
+    let refused = update(&fixture, cpus(3)).await;
+    let (code, text) = refusal(refused);
+    assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{text}");
+    assert!(text.contains("only 2 of the 3 vCPUs"), "{text}");
+    let tried = ["host 256", "vcpus 3", "vcpus 1", "host 256"];
+    assert_eq!(journal(&fixture), tried, "all is as it was");
+
+    machine.uses_vcpus(1..=4);
+    update(&fixture, cpus(3)).await.unwrap();
+    machine.uses_vcpus(2..=4);
+    journal(&fixture);
+    update(&fixture, cpus(1)).await.unwrap();
+    let kept = [&guest_cpus(1), "vcpus 1", "host 256"];
+    assert_eq!(journal(&fixture), kept, "what it keeps is no error");
+}
+
+#[tokio::test]
+async fn vcpus_that_nobody_knows_of_are_asked_for_again() {
+    let fixture = with_one_cpu().await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.tells_no_vcpus();
+    let (_, text) = refusal(update(&fixture, cpus(3)).await);
+    assert!(text.contains("no such number"), "{text}");
+    assert_eq!(journal(&fixture), ["host 256", "vcpus 3", "vcpus 1"]);
+    machine.uses_vcpus(1..=4);
+    update(&fixture, cpus(2)).await.unwrap();
+    let again = ["vcpus 2", "host 256", &guest_cpus(2)];
+    assert_eq!(journal(&fixture), again);
+}
+
+#[tokio::test]
+async fn a_container_that_joins_has_its_vcpus() {
+    let mut fixture = with_one_cpu().await;
+    fixture.resources = cpus(2);
+    fixture.run("second", "sleep 60").await;
+    assert_eq!(journal(&fixture), ["host 256", "vcpus 3"]);
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.uses_vcpus(1..=3);
+    fixture.resources = cpus(1);
+    fixture.create("third", "sleep 60").await.unwrap_err();
+    let undone = ["host 256", "vcpus 4", "host 256"];
+    assert_eq!(next(&fixture, 3).await, undone);
 }
 
 /// The next things that happen: nobody waits for a guest to give back what it has.

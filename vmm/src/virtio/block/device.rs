@@ -45,6 +45,7 @@ const FLUSH: u64 = 1 << spec::VIRTIO_BLK_F_FLUSH;
 
 /// A disk.
 pub struct Block {
+    serial: String,
     service: Arc<Service>,
     interrupt: Arc<ConfigInterrupt>,
     read_only: bool,
@@ -59,9 +60,10 @@ fn lock(interrupt: &ConfigInterrupt) -> MutexGuard<'_, Option<Arc<EventFd>>> {
     interrupt.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Puts another file in the place of a disk's.
+/// Puts other bytes in the place of a disk's.
 #[derive(Clone)]
 pub struct Exchanger {
+    serial: String,
     service: Arc<Service>,
     interrupt: Arc<ConfigInterrupt>,
 }
@@ -81,7 +83,7 @@ impl Exchanger {
         read_only: bool,
         backing: Backing,
     ) -> Result<u64, BlockError> {
-        let disk = Disk::open("", read_only, backing)?;
+        let disk = Disk::open(&self.serial, read_only, backing)?;
         let size = disk.size();
         self.service.replace(number, disk);
         if let Some(interrupt) = &*lock(&self.interrupt)
@@ -122,6 +124,7 @@ impl Block {
         }
         let service = Service::new(Disk::open(serial, read_only, backing)?, bytes);
         Ok(Self {
+            serial: serial.to_owned(),
             service: Arc::new(service),
             interrupt: Arc::default(),
             read_only,
@@ -134,6 +137,7 @@ impl Block {
     #[must_use]
     pub fn exchanger(&self) -> Exchanger {
         Exchanger {
+            serial: self.serial.clone(),
             service: self.service.clone(),
             interrupt: self.interrupt.clone(),
         }

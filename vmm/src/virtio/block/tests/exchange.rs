@@ -62,6 +62,33 @@ fn an_empty_disk_gets_bytes_while_the_driver_runs() {
     assert_eq!(told.read().unwrap(), 3);
 }
 
+/// Layers of a container that joins the pod: each begins at a multiple of 1 MiB.
+#[test]
+fn an_empty_disk_gets_partitions() {
+    let memory = memory();
+    let mut block = Block::new("slot", false, Backing::Empty, 1).unwrap();
+    let exchanger = block.exchanger();
+    let mut driver = Driver::new(&memory, 0, 16);
+    activate(&mut block, &memory, &[&driver]);
+    let layers = || Backing::Partitions(vec![file_of(&[1; 4096]), file_of(&[2; 4096])]);
+    assert!(exchanger.exchange(1, false, layers()).is_err());
+    let size = exchanger.exchange(2, true, layers()).unwrap();
+    assert_eq!(capacity(&block), size / 512);
+    let sector = [(DATA, 512, true)];
+    assert_eq!(request(&mut driver, IN, 1, &sector), (OK, 513));
+    assert_eq!(driver.load(DATA, 8), b"EFI PART");
+    for (start, byte) in [(2048, 1), (4096, 2)] {
+        assert_eq!(request(&mut driver, IN, start, &sector), (OK, 513));
+        assert_eq!(driver.load(DATA, 512), [byte; 512]);
+    }
+    assert_eq!(
+        request(&mut driver, OUT, 2048, &[(DATA, 512, false)]).0,
+        IOERR
+    );
+    exchanger.exchange(3, false, Backing::Empty).unwrap();
+    assert_eq!(request(&mut driver, IN, 2048, &sector).0, IOERR);
+}
+
 /// While that waits for a device of the host.
 #[test]
 fn a_driver_asks_what_a_disk_is_while_that_is_exchanged() {
