@@ -25,7 +25,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::bus::BusDevice;
 use crate::layout;
-use crate::vfio::VfioPci;
+use crate::vfio::{VfioError, VfioPci};
 use crate::virtio::transport::{BAR_SIZE, VirtioPci};
 use crate::vm::{Vm, VmError};
 
@@ -145,13 +145,18 @@ impl Port {
     }
 
     /// Takes the device out, whether the guest has let go of it or not, and stops it.
-    pub fn unplug(&self) {
+    ///
+    /// # Errors
+    ///
+    /// KVM's: the guest can reach the device yet.
+    pub fn unplug(&self) -> Result<(), VfioError> {
         let device = self.device.own().take();
-        if let Some(device) = device {
+        if let Some(device) = &device {
             device.withdraw();
             device.stop();
         }
         self.root.set_present(None);
+        device.map_or(Ok(()), |device| device.close())
     }
 }
 

@@ -8,9 +8,10 @@
 //!           device goes the address space, and nothing is pinned any more
 //! ```
 //!
-//! Either is all or nothing, and may take seconds, for pinning. So a thread of its own does
-//! them, one after another, and tells what became of each. Whoever unplugs asks the guest
-//! to let go first; it is not waited for here.
+//! Plugging is all or nothing, and may take seconds, for pinning. So a thread of its own does
+//! the jobs, one after another, and tells what became of each. Whoever unplugs asks the guest
+//! to let go first; it is not waited for here. Unplugging goes on to its end whatever fails: then
+//! KVM may have something of a device as long as the machine is there.
 
 use std::sync::Arc;
 use std::sync::mpsc::{SendError, Sender, channel};
@@ -95,8 +96,7 @@ impl Slots {
         Self { roms, ..self }
     }
 
-    /// Does a job, unless the machine has ended; returns with how many devices, or why
-    /// all is as it was.
+    /// Does a job, unless the machine has ended; returns with how many devices.
     fn work(&mut self, job: Job) -> Result<u64, String> {
         if self.stop.outcome().is_some() {
             return Err("the machine has ended".into());
@@ -158,15 +158,16 @@ impl Slots {
         let at = plugged.position(|(of, _)| of == slots);
         let first = slots.first().copied().unwrap_or(u8::MAX);
         let (slots, watch) = self.plugged.remove(at.ok_or(VfioError::Slot(first))?);
+        let mut result = Ok(());
         for slot in &slots {
             if let Some(port) = self.port(*slot) {
-                port.unplug();
+                result = result.and(port.unplug());
             }
         }
-        watch.stop();
+        result = result.and(watch.stop().map_err(VfioError::from));
         self.leave_space();
         tracing::info!(?slots, "PCI devices unplugged");
-        Ok(())
+        result
     }
 
     /// The kernel unmaps the guest's memory when nothing is in its address space.
@@ -189,7 +190,7 @@ impl Slots {
     /// When the machine has ended and its devices were stopped.
     fn close(self) {
         for (_, watch) in self.plugged {
-            watch.stop();
+            watch.end();
         }
     }
 }
@@ -224,8 +225,8 @@ impl Worker {
         Ok(Self { jobs, thread })
     }
 
-    /// Has a job done. `done` is told how many devices it was about, or why all is as it
-    /// was.
+    /// Has a job done. `done` is told how many devices it was about, or why they are not plugged
+    /// in, or may not be free.
     pub fn request(&self, job: Job, done: impl FnOnce(Result<u64, String>) + Send + 'static) {
         let done: Done = Box::new(done);
         // It ends only with `self`, unless it panicked.

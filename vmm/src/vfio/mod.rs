@@ -297,9 +297,17 @@ impl KnownToKvm {
     }
 }
 
+impl KnownToKvm {
+    /// KVM knows them no more.
+    fn forget(&mut self) -> Result<(), VmError> {
+        let files = std::mem::take(&mut self.files);
+        self.vm.detach_vfio(files.iter().map(AsFd::as_fd))
+    }
+}
+
 impl Drop for KnownToKvm {
     fn drop(&mut self) {
-        if let Err(error) = self.vm.detach_vfio(self.files.iter().map(AsFd::as_fd)) {
+        if let Err(error) = self.forget() {
             tracing::warn!(%error, "KVM keeps a PCI device open");
         }
     }
@@ -414,11 +422,22 @@ pub struct Watch {
 
 impl Watch {
     /// Does not watch any more; KVM forgets the devices.
-    pub fn stop(self) {
+    ///
+    /// # Errors
+    ///
+    /// KVM's: it keeps a device open.
+    pub fn stop(self) -> Result<(), VmError> {
         if self.worker.stop().is_none() {
             tracing::error!("the thread that watches PCI devices panicked");
         }
-        drop(self.known);
+        self.known.map_or(Ok(()), |mut known| known.forget())
+    }
+
+    /// The same when the machine ends, with which goes what KVM keeps.
+    pub fn end(self) {
+        if let Err(error) = self.stop() {
+            tracing::warn!(%error, "KVM keeps a PCI device open");
+        }
     }
 }
 
