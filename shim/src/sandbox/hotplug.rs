@@ -31,7 +31,8 @@ use crate::rundir::RunDir;
 use crate::storage::PciDevices;
 use crate::task::{agent_message, lock};
 
-/// Time the guest's drivers have to let go of a device.
+/// Time the guest's drivers have to let go of a device: they end the requests it has, which an
+/// NVMe disk is given some seconds for. A guest that does not answer costs its containers' deletion as much.
 const EJECT_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// The slots of a pod's machine.
