@@ -21,7 +21,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
-use nacre_protocol::guest::START_SECONDS;
+use nacre_protocol::guest::{ARRIVAL_SECONDS, DISKS_SECONDS, PROBE_SECONDS, START_SECONDS};
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info};
@@ -44,8 +44,11 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time the agent has to start one process among many, on a host that is busy with those
 /// who ask for them. A guest that hangs is found by `hang_timeout_seconds`.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time the agent has to mount a container's storage and make it.
+/// Time the agent has to mount a container's storage and make it,
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// and beside it for each PCI device, which it waits for one after the other.
+const DEVICE_TIMEOUT: Duration =
+    Duration::from_secs(ARRIVAL_SECONDS + PROBE_SECONDS + DISKS_SECONDS);
 /// Time output has to reach its readers after the exit, which is told within five seconds.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 /// Status of a process that went down with its machine: 128 + SIGKILL.
@@ -80,6 +83,12 @@ pub struct Container {
 pub struct Pending {
     /// The machine's disks, too, if it has not booted.
     pub prepared: Prepared,
+}
+
+/// Time the agent has to make a container with so many PCI devices.
+fn create_timeout(devices: usize) -> Duration {
+    let devices = u32::try_from(devices).unwrap_or(u32::MAX);
+    CREATE_TIMEOUT + DEVICE_TIMEOUT * devices
 }
 
 /// Gives a process's output time to be read. What is not read by then goes on
@@ -188,6 +197,7 @@ impl Container {
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
         let size = self.init.size();
         (ids.width, ids.height) = size;
+        let limit = create_timeout(prepared.pci_devices.addresses.len());
         let request = agent::CreateContainerRequest {
             container_id: self.config.id.clone(),
             spec,
@@ -201,11 +211,9 @@ impl Container {
             drivers: prepared.pci_devices.drivers,
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .ask("create the container", CREATE_TIMEOUT, |context| {
-                agent.create_container(context, &request)
-            });
+        let answer = self.sandbox.ask("create the container", limit, |context| {
+            agent.create_container(context, &request)
+        });
         answer.await?;
         self.init.attach(streams);
         // Once: whoever has the pending container.
@@ -509,6 +517,22 @@ impl Container {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),
             ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Else nobody hears which device has not come.
+    #[test]
+    fn creation_takes_as_long_as_the_agent_waits_for_devices() {
+        assert_eq!(create_timeout(0), CREATE_TIMEOUT);
+        for count in 1u32..=32 {
+            let waits = Duration::from_secs(ARRIVAL_SECONDS + DISKS_SECONDS) * count;
+            let rest = create_timeout(usize::try_from(count).unwrap()) - waits;
+            assert!(rest >= CREATE_TIMEOUT + Duration::from_secs(PROBE_SECONDS));
         }
     }
 }
