@@ -255,6 +255,14 @@ impl FakeMachine {
         ahead.wait_for(right).await.unwrap();
     }
 
+    /// From now on the guest says that its kernel has killed in this container for want of
+    /// memory, and with exits that it has so in theirs.
+    pub fn lacks_memory(&self, container_id: &str) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.lacks_memory.send_replace(Some(container_id.into()));
+        }
+    }
+
     /// From now on the guest answers nothing that is asked of what runs.
     pub fn hang(&self) {
         if let Streams::Scripted(agent) = &self.streams {

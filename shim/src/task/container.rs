@@ -18,7 +18,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
-use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart,
+};
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::{ARRIVAL_SECONDS, DISKS_SECONDS, PROBE_SECONDS, START_SECONDS};
@@ -72,6 +74,8 @@ pub struct Container {
     /// When.
     created_at: SystemTime,
     pub(super) disks: Disks,
+    /// Kills for want of memory that containerd was told of.
+    oom_kills: Mutex<u64>,
     /// Whether it is the pod's sandbox container, without a process.
     is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
@@ -122,6 +126,7 @@ impl Container {
             publisher,
             attached: Attached::default(),
             disks: Disks::default(),
+            oom_kills: Mutex::default(),
             pending: Mutex::new(Some(Pending { prepared })),
             in_guest: SetOnce::new(),
         }
@@ -303,8 +308,11 @@ impl Container {
             exit = process.exited() => return exit,
         };
         match answer {
-            // The host's clock counts: the guest may claim any time.
-            Ok(answer) => Exit::now(answer.exit_status.min(255)),
+            Ok(answer) => {
+                self.report_oom(answer.oom_kills);
+                // The host's clock counts: the guest may claim any time.
+                Exit::now(answer.exit_status.min(255))
+            }
             Err(answer) => {
                 // Without an exit to wait for the pod could never be deleted.
                 error!(
@@ -315,6 +323,19 @@ impl Container {
                 self.sandbox.give_up().await;
                 Exit::now(LOST_STATUS)
             }
+        }
+    }
+
+    /// The guest's kernel has killed so often in the container for want of memory. The guest
+    /// says so by itself, and with each exit, whose cause it may be.
+    pub(super) fn report_oom(&self, kills: u64) {
+        let mut reported = lock(&self.oom_kills);
+        if kills > *reported {
+            *reported = kills;
+            self.publisher.publish(&TaskOOM {
+                container_id: self.config.id.clone(),
+                ..Default::default()
+            });
         }
     }
 

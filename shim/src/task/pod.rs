@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse};
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskOOM};
+use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
@@ -540,10 +540,7 @@ impl Pod {
             return;
         }
         match self.container(&event.container_id) {
-            Ok(container) => self.publisher.publish(&TaskOOM {
-                container_id: container.config().id.clone(),
-                ..Default::default()
-            }),
+            Ok(container) => container.report_oom(event.oom_kill().count),
             Err(_) => warn!("the guest reports on a container it does not have"),
         }
     }
