@@ -215,6 +215,32 @@ async fn a_container_that_nobody_waits_for_is_deleted_when_it_is_made() {
     fixture.expect(&["create", "start", "exit"]).await;
 }
 
+/// Whether it is deleted already or cannot be.
+#[tokio::test]
+async fn a_container_that_was_given_up_keeps_no_pod() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "true").await;
+    fixture.wait("c", "").await;
+    fixture.delete("c", "").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let given_up = async {
+        machine.held(1).await;
+        assert_eq!(code(fixture.delete("new", "").await), Code::NOT_FOUND);
+        machine.hang_deletes();
+        machine.recover();
+        machine.held(2).await;
+        let request = ShutdownRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        fixture.client.shutdown(context(), &request).await.unwrap();
+        assert!(fixture.pod.ended().now_or_never().is_some());
+    };
+    let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), given_up);
+    assert_eq!(code(created), Code::FAILED_PRECONDITION);
+}
+
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
