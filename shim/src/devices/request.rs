@@ -343,8 +343,16 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
     let cdi_name = match name {
         Allocated::Plugin { resource, id } => match id.parse() {
             Ok(address) => {
-                let is_ready = system.function(address)?.is_on_vfio();
-                return Ok(is_ready.then_some(address).into_iter().collect());
+                let function = system.function(address)?;
+                if function.is_on_vfio() {
+                    return Ok(vec![address]);
+                }
+                tracing::info!(
+                    ?name,
+                    driver = function.driver_name(),
+                    "allocated to the pod, and not bound to vfio-pci: `nacre devices bind` does that"
+                );
+                return Ok(Vec::new());
             }
             Err(_) => format!("{resource}={id}"),
         },
