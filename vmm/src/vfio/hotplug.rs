@@ -114,6 +114,7 @@ impl Slots {
         let attached = devices.attach(&self.vm, &mut self.space, self.roms);
         let result = attached.and_then(|attached| self.show(slots, attached));
         if result.is_err() {
+            // It may have been made for them.
             self.leave_space();
         }
         result

@@ -249,17 +249,16 @@ impl Passthrough {
         let named = devices
             .iter()
             .map(|(address, device)| (address.as_str(), device));
-        let mapped = match space {
+        let (new, mapped) = match space {
             Some(space) => {
                 space.join(named)?;
-                Mapped::default()
+                (None, Mapped::default())
             }
-            none => {
+            None => {
                 let new = container.space()?;
                 new.join(named)?;
                 let mapped = new.map(vm.memory())?;
-                *none = Some(new);
-                mapped
+                (Some(new), mapped)
             }
         };
         let mut endpoints = devices
@@ -277,6 +276,9 @@ impl Passthrough {
             known: Some(known),
         };
         attached.log(mapped, start);
+        if new.is_some() {
+            *space = new;
+        }
         Ok(attached)
     }
 }
