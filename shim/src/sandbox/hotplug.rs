@@ -54,7 +54,7 @@ struct Slots {
     /// Devices in slots that nobody uses again: the monitor may have them.
     lost: Vec<Address>,
     images: Images,
-    /// What the groups of all devices are in.
+    /// What the groups of all devices are in, or those of the last ones were.
     container: Option<OwnedFd>,
     /// Time the monitor has for one of its steps.
     timeout: Duration,
@@ -362,6 +362,13 @@ impl Slots {
         }
     }
 
+    /// What the groups of other devices are in, if the machine may have any: with the last one a
+    /// container loses its type, and the next device gets a new one.
+    fn take_container(&mut self) -> Option<OwnedFd> {
+        let has_none = self.first.is_empty() && self.plugged.is_empty() && self.lost.is_empty();
+        self.container.take().filter(|_| !has_none)
+    }
+
     /// Opens devices; returns with them the driver image that each needs.
     async fn open(
         &mut self,
@@ -369,7 +376,7 @@ impl Slots {
         container_id: &str,
         devices: Vec<AssignedDevice>,
     ) -> Result<(Passthrough, Vec<Option<PathBuf>>), SandboxError> {
-        let (system, container) = (system.clone(), self.container.take());
+        let (system, container) = (system.clone(), self.take_container());
         let rules = self.images.rules().to_owned();
         let (opened, images, container) = super::blocking(move || {
             let opened = request::open(&system, &devices, container.as_ref());
@@ -408,5 +415,23 @@ impl Plugged {
 
     fn has(&self, address: Address) -> bool {
         self.slot(address).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_that_has_lost_its_type_is_not_used_again() {
+        let container = || std::fs::File::open("/dev/null").unwrap().into();
+        let mut slots = Slots {
+            container: Some(container()),
+            ..Slots::default()
+        };
+        assert!(slots.take_container().is_none(), "nothing is in it");
+        slots.container = Some(container());
+        slots.lost.push("0000:01:00.0".parse().unwrap());
+        assert!(slots.take_container().is_some(), "the machine may have it");
     }
 }
