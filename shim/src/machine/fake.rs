@@ -20,7 +20,7 @@ use nacre_protocol::guest::STREAM_PORT;
 use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
@@ -69,6 +69,9 @@ pub struct FakeMachine {
     disks: watch::Sender<Disks>,
     /// Why it takes no devices, and leaves those it has.
     keeps_devices: Mutex<Option<fn() -> MachineError>>,
+    /// Whether it never says what becomes of them, and who is told that it was asked.
+    devices_hang: AtomicBool,
+    devices_asked: Notify,
     /// Whether it has no room for network cards.
     is_full: AtomicBool,
     journal: Journal,
@@ -147,7 +150,7 @@ impl Machine for FakeMachine {
     }
 
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
-        self.may_change_devices()?;
+        self.may_change_devices().await?;
         let described = devices.describe(&mut FdList::default());
         for (slot, device) in slots.iter().zip(described.devices) {
             lock(&self.journal).push(format!("plug {slot} {}", device.address));
@@ -156,7 +159,7 @@ impl Machine for FakeMachine {
     }
 
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
-        self.may_change_devices()?;
+        self.may_change_devices().await?;
         lock(&self.journal).push(format!("unplug {slots:?}"));
         Ok(())
     }
@@ -210,7 +213,17 @@ impl FakeMachine {
         *lock(&self.keeps_devices) = why;
     }
 
-    fn may_change_devices(&self) -> Result<(), MachineError> {
+    /// From now on it never says what becomes of devices; resolves when it has been asked.
+    pub async fn hang_devices(&self) {
+        self.devices_hang.store(true, Ordering::Relaxed);
+        self.devices_asked.notified().await;
+    }
+
+    async fn may_change_devices(&self) -> Result<(), MachineError> {
+        if self.devices_hang.load(Ordering::Relaxed) {
+            self.devices_asked.notify_one();
+            std::future::pending::<()>().await;
+        }
         match *lock(&self.keeps_devices) {
             Some(why) => Err(why()),
             None => Ok(()),
@@ -517,6 +530,8 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        devices_hang: AtomicBool::new(false),
+        devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
         journal,
     }
@@ -547,6 +562,8 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        devices_hang: AtomicBool::new(false),
+        devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
         journal: Journal::default(),
     }
