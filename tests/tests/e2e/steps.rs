@@ -2,6 +2,7 @@
 //! container's life: every call returns, containerd knows, nothing is left.
 
 use std::io::Read;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -121,6 +122,17 @@ fn of_containerd_while_a_container_starts() {
         scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     }
     assert_eq!(scene.status(&id), None);
+    eventually("its pod is gone", || {
+        !Path::new("/run/nacre/default").join(&id).exists()
+    });
+    // The container has no task, and can have another one.
+    let start = ["task", "start", "--null-io", "--detach", &id];
+    scene.ctr(&start).exits(0);
+    scene
+        .exec(&id, &[], &["echo", "here"])
+        .exits(0)
+        .prints("here\n");
+    scene.ctr(&["task", "rm", "-f", &id]).exits(0);
 }
 
 #[test]
