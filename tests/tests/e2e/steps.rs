@@ -7,13 +7,14 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, Shim, eventually, process_of, run, spawn};
+use nacre_tests::{
+    BUSYBOX, CONTAINERD_2, Changed, Said, Scene, Shim, eventually, process_of, run, spawn,
+};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::death::{Killed, LOST, MOMENTS_MS, as_configured, in_time, kill, log_has, returns};
-use crate::failures::Changed;
 
 const FILE_SERVER: &str = "virtiofsd";
 
