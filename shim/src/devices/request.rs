@@ -146,11 +146,13 @@ pub fn open(
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if
 /// one is not among them.
 pub fn in_guest(pod_s: &[AssignedDevice], asked: &[AssignedDevice]) -> Option<Vec<String>> {
-    let position = |device: &AssignedDevice| {
-        let same = |other: &AssignedDevice| other.address == device.address;
-        pod_s.iter().position(same).map(guest_address)
-    };
-    asked.iter().map(position).collect()
+    let address = |device: &AssignedDevice| position(pod_s, device.address).map(guest_address);
+    asked.iter().map(address).collect()
+}
+
+/// The place of a device among others.
+pub fn position(devices: &[AssignedDevice], address: Address) -> Option<usize> {
+    devices.iter().position(|device| device.address == address)
 }
 
 /// Whether a device node stands for a device that the machine is given as a whole, so

@@ -313,13 +313,9 @@ impl Slots {
 
     /// A device's place behind the guest's root ports.
     fn position(&self, address: Address) -> Option<usize> {
-        let mut first = self.first.iter();
-        let at_boot = first.position(|device| device.address == address);
-        at_boot.or_else(|| {
-            let slot = self
-                .plugged
-                .iter()
-                .find_map(|plugged| plugged.slot(address));
+        request::position(&self.first, address).or_else(|| {
+            let mut plugged = self.plugged.iter();
+            let slot = plugged.find_map(|plugged| plugged.slot(address));
             slot.map(|slot| self.first.len() + usize::from(slot))
         })
     }
@@ -409,7 +405,7 @@ impl Slots {
 
 impl Plugged {
     fn slot(&self, address: Address) -> Option<u8> {
-        let at = self.devices.iter().position(|one| one.address == address)?;
+        let at = request::position(&self.devices, address)?;
         self.slots.get(at).copied()
     }
 
