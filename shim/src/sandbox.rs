@@ -57,7 +57,7 @@ pub use host::Host;
 pub use hotplug::HotPlug;
 #[cfg(test)]
 pub use images::Images;
-use slots::Slots;
+use slots::DiskSlots;
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
@@ -130,7 +130,7 @@ pub struct Room {
 struct Guest {
     agent: AgentClient,
     shares_directory: bool,
-    slots: Slots,
+    slots: DiskSlots,
     memory: MemorySize,
     /// What it has.
     memory_mib: AtomicU32,
@@ -178,7 +178,7 @@ impl Sandbox {
         self.guest.get_or_init(|| Guest {
             agent,
             shares_directory,
-            slots: Slots::new(room.disks),
+            slots: DiskSlots::new(room.disks),
             memory: room.memory,
             memory_mib: AtomicU32::new(room.memory.boot_mib),
         });

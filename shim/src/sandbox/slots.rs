@@ -25,14 +25,14 @@ fn serial(index: usize) -> String {
     format!("slot{index}")
 }
 
-/// A machine's slots.
+/// A machine's slots for disks.
 #[derive(Debug)]
-pub struct Slots {
+pub struct DiskSlots {
     /// Which have a device.
     taken: Mutex<Vec<bool>>,
 }
 
-impl Slots {
+impl DiskSlots {
     /// As many as the machine was made with.
     pub fn new(count: usize) -> Self {
         Self {
