@@ -247,6 +247,13 @@ impl FakeMachine {
         }
     }
 
+    /// From now on the guest freezes no container and thaws none.
+    pub fn keeps_phases(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.keeps_phases.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Resolves when the guest has answered `count` pings.
     pub async fn answers(&self, count: u32) {
         let Streams::Scripted(agent) = &self.streams else {

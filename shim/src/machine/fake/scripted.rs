@@ -50,6 +50,8 @@ pub struct Agent {
     pub held: watch::Sender<u32>,
     /// The container of which it says that there was no memory. With an exit it says so of all.
     pub lacks_memory: watch::Sender<Option<String>>,
+    /// Whether it freezes no container and thaws none.
+    pub keeps_phases: AtomicBool,
     /// Whether it lets go of no network card.
     pub keeps_cards: AtomicBool,
     /// How many were answered.
@@ -348,17 +350,17 @@ impl agent_ttrpc::Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
-        if request.container_id == "stubborn" {
+        if self.0.keeps_phases.load(Ordering::Relaxed) {
             return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not freeze"));
         }
         Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
-        if request.container_id == "frozen" {
+        if self.0.keeps_phases.load(Ordering::Relaxed) {
             return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not thaw"));
         }
         Ok(Empty::new())
