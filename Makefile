@@ -53,7 +53,8 @@ stage: build kernel
 	@cd target/initramfs && echo init | cpio -o -H newc --reproducible --owner 0:0 --quiet > ../stage$(PREFIX)/share/nacre/initrd.img
 	@install -m 644 config/nacre.toml $(STAGE)/etc/nacre/nacre.toml
 
-# The monitor without shim and agent, for tests and the demonstration.
+# The monitor without shim and agent, for tests and the demonstration. The packages are those of
+# `unit`: of other ones dependencies would have other features, and be compiled again.
 stage-boot: stage
 	@cargo build --locked --workspace --exclude nacre-tests --example boot
 	@install -m 755 -s target/debug/examples/boot $(STAGE)$(PREFIX)/bin/boot

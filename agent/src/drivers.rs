@@ -72,8 +72,8 @@ impl Drivers {
         Ok(())
     }
 
-    /// Adds to a container what the images for its devices have for it. They were
-    /// attached.
+    /// Adds to a container what those of the images have for it that are for one of its devices.
+    /// They were attached.
     ///
     /// # Errors
     ///
@@ -87,10 +87,14 @@ impl Drivers {
         let images = self.0.lock().await;
         let mut edits = ProcessEdits::default();
         for driver in drivers {
+            let numbers = numbers(driver, devices);
+            if numbers.is_empty() {
+                continue;
+            }
             let (root, specs) = specs_of(&images, driver)?;
             for cdi in specs {
                 edits
-                    .add(spec, cdi, root, &numbers(driver, devices))
+                    .add(spec, cdi, root, &numbers)
                     .map_err(|error| unusable(&driver.path, &error.full()))?;
             }
         }
@@ -342,7 +346,8 @@ mod tests {
         let before = serde_json::to_value(spec()).unwrap();
         let (drivers, devices) = (image(dir.path()), owned(&[OTHER]));
         let mut spec = spec();
-        let edits = drivers.edit(&mut spec, &devices, &[]).await;
+        let of_others = [driver(&[FIRST])];
+        let edits = drivers.edit(&mut spec, &devices, &of_others).await;
         assert_eq!(edits.unwrap(), ProcessEdits::default());
         assert_eq!(serde_json::to_value(&spec).unwrap(), before);
     }

@@ -22,15 +22,16 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use nacre_protocol::guest::{ARRIVAL_SECONDS, DISKS_SECONDS};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 
 use crate::error::{Context, Error, Result};
 use crate::uevent::Uevents;
 
-/// How long a controller's disks may take. One may have none.
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long a controller's disks may take.
+const DISKS_LIMIT: Duration = Duration::from_secs(DISKS_SECONDS);
 /// How long the kernel may take to find a device that was plugged in.
-const ARRIVAL_LIMIT: Duration = Duration::from_secs(20);
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(ARRIVAL_SECONDS);
 /// Mass storage (PCI Code and ID Assignment, 1.2), in `class`.
 const STORAGE: &str = "0x01";
 /// Permission bits of nodes for which the driver asks for no others.
@@ -136,8 +137,8 @@ impl Slot {
         };
         let arrived = tokio::time::timeout(ARRIVAL_LIMIT, arrived).await;
         arrived.unwrap_or_else(|_| {
-            let seconds = ARRIVAL_LIMIT.as_secs();
-            let text = format!("PCI device {} in its slot within {seconds} s", self.address);
+            let address = &self.address;
+            let text = format!("PCI device {address} in its slot within {ARRIVAL_SECONDS} s");
             Err(Error::NotFound(text))
         })?;
         write(&self.rescan, "1")
@@ -233,7 +234,7 @@ impl Function {
                 }
             }
         };
-        let settled = tokio::time::timeout(LIMIT, settle).await;
+        let settled = tokio::time::timeout(DISKS_LIMIT, settle).await;
         let found = settled.unwrap_or_else(|_| {
             let address = &self.address;
             tracing::warn!("PCI device {address} has no disk, or one that does not get ready");

@@ -332,23 +332,22 @@ impl Sandbox {
         Ok(pid.unsigned_abs())
     }
 
-    /// Waits for a process's exit and its last output.
+    /// Waits for a process's exit and its last output. With the exit, which it may be the
+    /// cause of, comes how often the kernel has killed in the container for want of memory.
     ///
     /// # Errors
     ///
     /// `NotFound`.
-    pub async fn wait(&self, container_id: &str, exec_id: &str) -> Result<Exit> {
+    pub async fn wait(&self, container_id: &str, exec_id: &str) -> Result<(Exit, u64)> {
         let container = self.container(container_id)?;
         let process = container.process(exec_id)?;
         let (mut exit, drained) = (process.exit.clone(), process.io.drained());
         drop(process);
         exit.wait().await;
         drained.await;
-        container.oom.check();
-        // Whoever waits for that on this one thread answers first.
-        tokio::task::yield_now().await;
-        exit.get()
-            .ok_or_else(|| Error::Internal("the reaper is gone".into()))
+        let exit = exit.get();
+        let exit = exit.ok_or_else(|| Error::Internal("the reaper is gone".into()))?;
+        Ok((exit, container.oom.count()))
     }
 
     /// Frees a stopped container.

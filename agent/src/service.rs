@@ -126,11 +126,12 @@ impl Agent for Service {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
-        let exit = self.0.wait(&request.container_id, &request.exec_id).await?;
+        let (exit, oom_kills) = self.0.wait(&request.container_id, &request.exec_id).await?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at_seconds: exit.seconds,
             exited_at_nanos: exit.nanos,
+            oom_kills,
             ..WaitResponse::default()
         })
     }

@@ -43,6 +43,17 @@ pub const VOLUMES_DIR: &str = "/run/nacre/volumes";
 /// Those of driver images, of which the host knows nothing, have no more.
 pub const START_SECONDS: u64 = 10;
 
+/// Seconds that the guest's kernel may take to find a PCI device in a hot-plug slot. Its driver
+/// waits a second for the link and looks then; the rest is for a host that is busy.
+pub const ARRIVAL_SECONDS: u64 = 20;
+
+/// Seconds that a driver is given to take a PCI device, its modules loaded first. That of a GPU
+/// loads firmware and takes ten and more. The guest does not cut it short.
+pub const PROBE_SECONDS: u64 = 30;
+
+/// Seconds that the disks of a storage controller may take. One may have none.
+pub const DISKS_SECONDS: u64 = 10;
+
 /// The size of a huge page, in KiB, from its name as resources have it: "2MB"
 /// (runtime-spec 1.2, config-linux.md, "Huge page limits").
 #[must_use]

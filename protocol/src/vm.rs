@@ -60,7 +60,8 @@ pub enum Request {
         devices: Passthrough,
     },
     /// Take out what came with one [`Request::Plug`], whether the guest has let go of it
-    /// or not; answered with how many devices. The monitor has nothing of them open then.
+    /// or not; answered with how many devices. The monitor has nothing of them open then. After
+    /// an error the guest may reach them as long as the VM is there.
     Unplug {
         /// See [`Request`].
         number: u64,
@@ -109,7 +110,7 @@ pub enum Event {
     Answered {
         /// The request's.
         number: u64,
-        /// What the request says, or why all is as it was.
+        /// What the request says, or why all is as it was; see [`Request::Unplug`].
         result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.

@@ -51,7 +51,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
-        SandboxError::AgentSilent { .. } | SandboxError::Late { .. } => Code::DEADLINE_EXCEEDED,
+        SandboxError::AgentSilent { .. }
+        | SandboxError::Late { .. }
+        | SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Stopped | SandboxError::Kubelet { .. } => Code::UNAVAILABLE,
         SandboxError::NoHotplug { .. }
         | SandboxError::Devices { .. }
@@ -67,7 +69,6 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::NotGrown { .. }
         | SandboxError::NoVcpus { .. }
         | SandboxError::OutOfMemory { .. } => Code::RESOURCE_EXHAUSTED,
-        SandboxError::PlugTimeout { .. } => Code::DEADLINE_EXCEEDED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
         | SandboxError::Config(_)
@@ -136,12 +137,6 @@ impl TaskError {
             text = format!("pod {sandbox_id}: {text}");
         }
         ttrpc::error::get_rpc_status(code(self), text)
-    }
-}
-
-impl From<TaskError> for ttrpc::Error {
-    fn from(error: TaskError) -> Self {
-        ttrpc::error::get_rpc_status(code(&error), chain(&error))
     }
 }
 

@@ -57,7 +57,7 @@ pub use hotplug::HotPlug;
 pub use images::Images;
 use resize::MachineSize;
 pub use resize::{MemorySize, VcpuCount, Wanted};
-pub use slots::{Slot, SlotCounts, Slots};
+pub use slots::{DiskSlots, Slot, SlotCounts};
 pub use vm_host::VmHost;
 
 /// Time a guest without its agent has to end by itself.
@@ -121,7 +121,7 @@ pub struct Room {
 struct Guest {
     agent: AgentClient,
     shares_directory: bool,
-    slots: Slots,
+    slots: DiskSlots,
     size: MachineSize,
 }
 
@@ -167,7 +167,7 @@ impl Sandbox {
         self.guest.get_or_init(|| Guest {
             agent,
             shares_directory,
-            slots: Slots::new(room.disks),
+            slots: DiskSlots::new(room.disks),
             size: MachineSize::new(room.memory, room.vcpus),
         });
         Ok(())

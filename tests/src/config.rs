@@ -5,7 +5,7 @@ use std::fs;
 /// Where it is.
 pub const CONFIG: &str = "/etc/nacre/nacre.toml";
 
-/// The configuration with one key changed, until this is dropped.
+/// The configuration with something changed, until this is dropped.
 pub struct Changed {
     before: String,
 }
@@ -18,22 +18,34 @@ impl Changed {
     /// When there is no such key.
     #[must_use]
     pub fn new(key: &str, value: &str) -> Self {
+        Self::by(|before| {
+            let mut found = false;
+            let after: Vec<String> = before
+                .lines()
+                .map(|line| {
+                    let this = line.starts_with(&format!("{key} ="));
+                    found |= this;
+                    if this {
+                        format!("{key} = {value}")
+                    } else {
+                        line.to_owned()
+                    }
+                })
+                .collect();
+            assert!(found, "no key {key} in {CONFIG}");
+            after.join("\n")
+        })
+    }
+
+    /// Makes another text of it.
+    ///
+    /// # Panics
+    ///
+    /// When there is no configuration.
+    #[must_use]
+    pub fn by(change: impl FnOnce(&str) -> String) -> Self {
         let before = fs::read_to_string(CONFIG).expect("there is a configuration");
-        let mut found = false;
-        let after: Vec<String> = before
-            .lines()
-            .map(|line| {
-                let this = line.starts_with(&format!("{key} ="));
-                found |= this;
-                if this {
-                    format!("{key} = {value}")
-                } else {
-                    line.to_owned()
-                }
-            })
-            .collect();
-        assert!(found, "no key {key} in {CONFIG}");
-        fs::write(CONFIG, after.join("\n")).expect("/etc is writable");
+        fs::write(CONFIG, change(&before)).expect("/etc is writable");
         Self { before }
     }
 

@@ -9,6 +9,7 @@
 mod config;
 pub mod cri;
 mod deaths;
+mod hugepages;
 mod kubelet;
 mod leftovers;
 pub mod pods;
@@ -29,6 +30,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 pub use config::{CONFIG, Changed};
 pub use deaths::{five_seconds, process_of, spawn};
+pub use hugepages::HugePages;
 pub use kubelet::PodDir;
 pub use leftovers::Machine;
 pub use sample::Sample;
@@ -387,6 +389,14 @@ impl Scene {
             let mut words = line.split_whitespace();
             (words.next() == Some(id)).then(|| words.nth(1).unwrap_or_default().to_owned())
         })
+    }
+
+    /// Kills a container's process and deletes its task, as a client does.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        self.ctr(&["task", "kill", "-s", "KILL", id]).exits(0);
+        self.await_status(id, "STOPPED");
+        self.ctr(&["task", "rm", id]).exits(0);
     }
 
     /// Waits until a container has a status.

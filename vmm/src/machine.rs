@@ -313,7 +313,7 @@ impl Running {
         let slots = self.hot_plug.and_then(hotplug::Worker::stop);
         self.root.reset();
         if let Some(watch) = self.watch {
-            watch.stop();
+            watch.end();
         }
         if let Some(slots) = slots {
             slots.close();

@@ -31,7 +31,7 @@ use crate::memory::{self, MemoryError};
 use crate::pstore;
 use crate::stop::Outcome;
 use crate::vfio::Passthrough;
-use crate::vfio::hotplug::Job;
+use crate::vfio::hotplug::{self, Job};
 use crate::virtio::mem::Resizer;
 use crate::virtio::vsock::Dialer;
 
@@ -272,9 +272,21 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
             devices,
         } => {
             let devices = Passthrough::take(&devices, &mut fds)?;
-            plug(running, peers, number, Job::Plug(slots, devices));
+            plug(
+                running.hot_plug(),
+                &peers.answers,
+                number,
+                Job::Plug(slots, devices),
+            );
         }
-        Request::Unplug { number, slots } => plug(running, peers, number, Job::Unplug(slots)),
+        Request::Unplug { number, slots } => {
+            plug(
+                running.hot_plug(),
+                &peers.answers,
+                number,
+                Job::Unplug(slots),
+            );
+        }
         Request::AddNic { number, nic } => {
             let device = devices::net(&nic, &mut fds).map_err(MonitorError::from);
             let slot = device.and_then(|device| Ok(running.add(Box::new(device))?));
@@ -293,10 +305,10 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
     Ok(())
 }
 
-fn plug(running: &Running, peers: &Peers, number: u64, job: Job) {
-    let answerer = peers.answers.answerer();
+fn plug(worker: Option<&hotplug::Worker>, answers: &Answers, number: u64, job: Job) {
+    let answerer = answers.answerer();
     let done = move |result| answerer.answer(number, result);
-    match running.hot_plug() {
+    match worker {
         Some(worker) => worker.request(job, done),
         None => done(Err("the machine has no slots for PCI devices".into())),
     }

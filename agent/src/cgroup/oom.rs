@@ -35,15 +35,18 @@ impl OomWatch {
         }
     }
 
-    /// Reports kills that were not yet reported. Called on changes, and before
-    /// an exit status is handed out, so that the cause comes before the exit.
-    pub fn check(&self) {
-        let Ok(text) = fs::read_to_string(&self.path) else {
-            return; // No memory controller, or the cgroup is gone: no kills.
-        };
-        let count = stats::keyed(&text)
+    /// Kills so far.
+    pub fn count(&self) -> u64 {
+        // No memory controller, or the cgroup is gone: no kills.
+        let text = fs::read_to_string(&self.path).unwrap_or_default();
+        stats::keyed(&text)
             .find(|(key, _)| *key == "oom_kill")
-            .map_or(0, |(_, count)| count);
+            .map_or(0, |(_, count)| count)
+    }
+
+    /// Reports kills that were not yet reported.
+    fn check(&self) {
+        let count = self.count();
         let mut reported = self.reported.lock().unwrap_or_else(|e| e.into_inner());
         if count > *reported {
             *reported = count;
@@ -70,5 +73,31 @@ impl OomWatch {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc::unbounded_channel;
+
+    #[test]
+    fn kills_are_counted_and_told_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sender, mut told) = unbounded_channel();
+        let watch = OomWatch {
+            container_id: "c1".into(),
+            path: dir.path().join("memory.events"),
+            reported: Mutex::default(),
+            sender,
+        };
+        watch.check();
+        assert_eq!(watch.count(), 0, "no memory controller");
+        fs::write(&watch.path, "oom 3\noom_kill 2\noom_group_kill 1\n").unwrap();
+        watch.check();
+        watch.check();
+        assert_eq!(watch.count(), 2);
+        assert_eq!(told.try_recv().unwrap(), ("c1".to_owned(), 2));
+        assert!(told.try_recv().is_err());
     }
 }

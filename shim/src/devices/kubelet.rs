@@ -30,9 +30,19 @@ pub enum KubeletError {
         /// Why.
         source: tonic::transport::Error,
     },
-    /// A refusal, or no answer in time.
+    /// A refusal.
     #[error("kubelet does not list the resources of pods")]
     List(#[source] Box<Status>),
+    /// No answer in time.
+    #[error(
+        "kubelet does not answer at pod_resources_socket {} within {} s",
+        path.display(),
+        PATIENCE.as_secs()
+    )]
+    Late {
+        /// Where.
+        path: PathBuf,
+    },
 }
 
 /// A device, as kubelet names it.
@@ -60,7 +70,11 @@ pub async fn allocated(
     namespace: &str,
     name: &str,
 ) -> Result<Vec<Allocated>, KubeletError> {
-    let pods = list(socket).await?.pod_resources;
+    let answer = tokio::time::timeout(PATIENCE, list(socket)).await;
+    let late = |_| KubeletError::Late {
+        path: socket.to_owned(),
+    };
+    let pods = answer.map_err(late)??.pod_resources;
     let is_this =
         |pod: &PodResources| (pod.namespace.as_str(), pod.name.as_str()) == (namespace, name);
     let containers = pods
@@ -77,7 +91,6 @@ async fn list(socket: &Path) -> Result<ListResponse, KubeletError> {
     };
     let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()));
     let endpoint = endpoint.map_err(connect)?;
-    let endpoint = endpoint.connect_timeout(PATIENCE).timeout(PATIENCE);
     let channel = endpoint.connect().await.map_err(connect)?;
     let mut client = Grpc::new(channel);
     client.ready().await.map_err(connect)?;

@@ -1,4 +1,4 @@
-//! The memory node that devices are at: a guest whose memory and processors are there too
+//! The NUMA node that devices are at: a guest whose memory and processors are there too
 //! has its DMA and interrupts without a way between sockets.
 
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use super::pci::Address;
 use super::{DeviceError, System};
 use crate::cgroup::NumberList;
 
-/// A memory node of the host.
+/// A NUMA node of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Node {
     /// Its number.

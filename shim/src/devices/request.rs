@@ -148,11 +148,13 @@ pub fn open(
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if
 /// one is not among them.
 pub fn in_guest(pod_s: &[AssignedDevice], asked: &[AssignedDevice]) -> Option<Vec<String>> {
-    let position = |device: &AssignedDevice| {
-        let same = |other: &AssignedDevice| other.address == device.address;
-        pod_s.iter().position(same).map(guest_address)
-    };
-    asked.iter().map(position).collect()
+    let address = |device: &AssignedDevice| position(pod_s, device.address).map(guest_address);
+    asked.iter().map(address).collect()
+}
+
+/// The place of a device among others.
+pub fn position(devices: &[AssignedDevice], address: Address) -> Option<usize> {
+    devices.iter().position(|device| device.address == address)
 }
 
 /// Whether a device node stands for a device that the machine is given as a whole, so
@@ -346,8 +348,16 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
     let cdi_name = match name {
         Allocated::Plugin { resource, id } => match id.parse() {
             Ok(address) => {
-                let is_ready = system.function(address)?.is_on_vfio();
-                return Ok(is_ready.then_some(address).into_iter().collect());
+                let function = system.function(address)?;
+                if function.is_on_vfio() {
+                    return Ok(vec![address]);
+                }
+                tracing::info!(
+                    ?name,
+                    driver = function.driver_name(),
+                    "allocated to the pod, and not bound to vfio-pci: `nacre devices bind` does that"
+                );
+                return Ok(Vec::new());
             }
             Err(_) => format!("{resource}={id}"),
         },

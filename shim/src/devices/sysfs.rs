@@ -124,7 +124,7 @@ impl System {
         Ok(groups)
     }
 
-    /// The processors of a memory node; `None` where there is no such node.
+    /// The processors of a NUMA node; `None` where there is no such node.
     ///
     /// # Errors
     ///

@@ -19,7 +19,7 @@ use nacre_protocol::guest::STREAM_PORT;
 use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{Machine, MachineError, Stop};
 use crate::cgroup::Limits;
@@ -75,6 +75,9 @@ pub struct FakeMachine {
     disks: watch::Sender<Disks>,
     /// Why it takes no devices, and leaves those it has.
     keeps_devices: Mutex<Option<fn() -> MachineError>>,
+    /// Whether it never says what becomes of them, and who is told that it was asked.
+    devices_hang: AtomicBool,
+    devices_asked: Notify,
     /// Whether it has no room for network cards.
     is_full: AtomicBool,
     journal: Journal,
@@ -158,7 +161,7 @@ impl Machine for FakeMachine {
     }
 
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError> {
-        self.may_change_devices()?;
+        self.may_change_devices().await?;
         let described = devices.describe(&mut FdList::default());
         for (slot, device) in slots.iter().zip(described.devices) {
             lock(&self.journal).push(format!("plug {slot} {}", device.address));
@@ -167,7 +170,7 @@ impl Machine for FakeMachine {
     }
 
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError> {
-        self.may_change_devices()?;
+        self.may_change_devices().await?;
         lock(&self.journal).push(format!("unplug {slots:?}"));
         Ok(())
     }
@@ -235,7 +238,17 @@ impl FakeMachine {
         *lock(&self.keeps_devices) = why;
     }
 
-    fn may_change_devices(&self) -> Result<(), MachineError> {
+    /// From now on it never says what becomes of devices; resolves when it has been asked.
+    pub async fn hang_devices(&self) {
+        self.devices_hang.store(true, Ordering::Relaxed);
+        self.devices_asked.notified().await;
+    }
+
+    async fn may_change_devices(&self) -> Result<(), MachineError> {
+        if self.devices_hang.load(Ordering::Relaxed) {
+            self.devices_asked.notify_one();
+            std::future::pending::<()>().await;
+        }
         match *lock(&self.keeps_devices) {
             Some(why) => Err(why()),
             None => Ok(()),
@@ -266,6 +279,13 @@ impl FakeMachine {
         }
     }
 
+    /// From now on the guest freezes no container and thaws none.
+    pub fn keeps_phases(&self) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.keeps_phases.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Resolves when the guest has answered `count` pings.
     pub async fn answers(&self, count: u32) {
         let Streams::Scripted(agent) = &self.streams else {
@@ -285,6 +305,14 @@ impl FakeMachine {
         let mut ahead = agent.clock_ahead_ns.subscribe();
         let right = |ns: &i64| ns.unsigned_abs() < 1_000_000_000;
         ahead.wait_for(right).await.unwrap();
+    }
+
+    /// From now on the guest says that its kernel has killed in this container for want of
+    /// memory, and with exits that it has so in theirs.
+    pub fn lacks_memory(&self, container_id: &str) {
+        if let Streams::Scripted(agent) = &self.streams {
+            agent.lacks_memory.send_replace(Some(container_id.into()));
+        }
     }
 
     /// From now on the guest answers nothing that is asked of what runs.
@@ -552,6 +580,8 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        devices_hang: AtomicBool::new(false),
+        devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
         journal,
     }
@@ -582,6 +612,8 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         keeps_mib: AtomicU32::new(0),
         disks: watch::Sender::new(Disks::Exchange),
         keeps_devices: Mutex::default(),
+        devices_hang: AtomicBool::new(false),
+        devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
         journal: Journal::default(),
     }

@@ -68,7 +68,8 @@ pub enum MachineError {
         /// The time.
         seconds: u64,
     },
-    /// Devices are not plugged in, or not unplugged: all is as it was.
+    /// Devices are not plugged in: all is as it was. Or what keeps a machine from letting go of
+    /// them.
     #[error("{0}")]
     Slots(String),
     /// A network card cannot be put in or taken out.
@@ -148,8 +149,8 @@ pub trait Machine: Send + Sync {
     async fn plug(&self, slots: &[u8], devices: &Passthrough) -> Result<(), MachineError>;
 
     /// Takes out what came with one call of [`Machine::plug`], whether the guest has let
-    /// go of it or not. The machine has nothing of it when this returns. Of errors holds
-    /// the same.
+    /// go of it or not. The machine has nothing of it when this returns. After any error, or when
+    /// this was not waited for, it may have it until it is dead.
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError>;
 
     /// Puts a network card into the running machine; the slot of bus 0 it is in, where

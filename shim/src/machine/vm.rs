@@ -79,7 +79,7 @@ struct Waiting {
     callers: HashMap<u64, oneshot::Sender<Answer>>,
 }
 
-/// What the request says, or why all is as it was.
+/// What the request says, or what failed.
 type Answer = Result<u64, String>;
 
 impl Waiting {

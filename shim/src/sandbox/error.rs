@@ -126,10 +126,10 @@ pub enum SandboxError {
         /// The limit.
         seconds: u64,
     },
-    /// The monitor has not said what became of a device.
+    /// The monitor has not let go of a device, or has not said what became of it.
     #[error(
         "container {container_id}: PCI device {address} may be in the pod's virtual machine, whose \
-         monitor did not say when it was to be plugged in or out: it is nobody's before the pod ends"
+         monitor did not say that it let go of it: it is nobody's before the pod ends"
     )]
     LostDevice {
         /// The container.

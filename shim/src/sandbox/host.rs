@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{ContainerConfig, Sandbox, SandboxError, Slots, VmHost, hotplug};
+use super::{ContainerConfig, DiskSlots, Sandbox, SandboxError, VmHost, hotplug};
 use crate::cgroup::Limits;
 use crate::devices::request;
 use crate::hooks;
@@ -46,7 +46,7 @@ impl Host {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        slots: Option<&Slots>,
+        slots: Option<&DiskSlots>,
     ) -> Result<Prepared, StorageError> {
         match self {
             Self::Vm(host) => host.prepare(config, slots).await,

@@ -31,7 +31,8 @@ use crate::rundir::RunDir;
 use crate::storage::PciDevices;
 use crate::task::{agent_message, lock};
 
-/// Time the guest's drivers have to let go of a device.
+/// Time the guest's drivers have to let go of a device: they end the requests it has, which an
+/// NVMe disk is given some seconds for. A guest that does not answer costs its containers' deletion as much.
 const EJECT_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// The slots of a pod's machine.
@@ -53,7 +54,7 @@ struct Slots {
     /// Devices in slots that nobody uses again: the monitor may have them.
     lost: Vec<Address>,
     images: Images,
-    /// What the groups of all devices are in.
+    /// What the groups of all devices are in, or those of the last ones were.
     container: Option<OwnedFd>,
     /// Time the monitor has for one of its steps.
     timeout: Duration,
@@ -312,13 +313,9 @@ impl Slots {
 
     /// A device's place behind the guest's root ports.
     fn position(&self, address: Address) -> Option<usize> {
-        let mut first = self.first.iter();
-        let at_boot = first.position(|device| device.address == address);
-        at_boot.or_else(|| {
-            let slot = self
-                .plugged
-                .iter()
-                .find_map(|plugged| plugged.slot(address));
+        request::position(&self.first, address).or_else(|| {
+            let mut plugged = self.plugged.iter();
+            let slot = plugged.find_map(|plugged| plugged.slot(address));
             slot.map(|slot| self.first.len() + usize::from(slot))
         })
     }
@@ -361,6 +358,13 @@ impl Slots {
         }
     }
 
+    /// What the groups of other devices are in, if the machine may have any: with the last one a
+    /// container loses its type, and the next device gets a new one.
+    fn take_container(&mut self) -> Option<OwnedFd> {
+        let has_none = self.first.is_empty() && self.plugged.is_empty() && self.lost.is_empty();
+        self.container.take().filter(|_| !has_none)
+    }
+
     /// Opens devices; returns with them the driver image that each needs.
     async fn open(
         &mut self,
@@ -368,7 +372,7 @@ impl Slots {
         container_id: &str,
         devices: Vec<AssignedDevice>,
     ) -> Result<(Passthrough, Vec<Option<PathBuf>>), SandboxError> {
-        let (system, container) = (system.clone(), self.container.take());
+        let (system, container) = (system.clone(), self.take_container());
         let rules = self.images.rules().to_owned();
         let (opened, images, container) = super::blocking(move || {
             let opened = request::open(&system, &devices, container.as_ref());
@@ -401,11 +405,29 @@ impl Slots {
 
 impl Plugged {
     fn slot(&self, address: Address) -> Option<u8> {
-        let at = self.devices.iter().position(|one| one.address == address)?;
+        let at = request::position(&self.devices, address)?;
         self.slots.get(at).copied()
     }
 
     fn has(&self, address: Address) -> bool {
         self.slot(address).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_that_has_lost_its_type_is_not_used_again() {
+        let container = || std::fs::File::open("/dev/null").unwrap().into();
+        let mut slots = Slots {
+            container: Some(container()),
+            ..Slots::default()
+        };
+        assert!(slots.take_container().is_none(), "nothing is in it");
+        slots.container = Some(container());
+        slots.lost.push("0000:01:00.0".parse().unwrap());
+        assert!(slots.take_container().is_some(), "the machine may have it");
     }
 }

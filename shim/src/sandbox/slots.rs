@@ -53,9 +53,9 @@ fn serial(prefix: &str, index: usize) -> String {
     format!("{prefix}{index}")
 }
 
-/// A machine's slots.
+/// A machine's slots for disks.
 #[derive(Debug, Clone)]
-pub struct Slots {
+pub struct DiskSlots {
     volumes: Pool,
     roots: Pool,
 }
@@ -63,7 +63,7 @@ pub struct Slots {
 /// Slots of one kind; which are taken.
 type Pool = Arc<Mutex<Vec<bool>>>;
 
-impl Slots {
+impl DiskSlots {
     /// As many as the machine was made with.
     pub fn new(counts: SlotCounts) -> Self {
         let pool = |count| Arc::new(Mutex::new(vec![false; count]));
@@ -183,8 +183,8 @@ impl Drop for Slot {
 mod tests {
     use super::*;
 
-    fn slots() -> Slots {
-        Slots::new(SlotCounts {
+    fn slots() -> DiskSlots {
+        DiskSlots::new(SlotCounts {
             volumes: 1,
             roots: 3,
         })

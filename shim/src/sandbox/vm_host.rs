@@ -35,7 +35,7 @@ use super::cards::Cards;
 use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, memory_of, pin_time, size_of, vcpus_of};
 use super::{
-    ContainerConfig, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots, VcpuCount,
+    ContainerConfig, DiskSlots, MemorySize, Room, Sandbox, SandboxError, SlotCounts, VcpuCount,
     blocking,
 };
 use crate::cgroup::{CgroupError, Limits, PodCgroup};
@@ -153,7 +153,7 @@ impl VmHost {
     pub async fn prepare(
         &self,
         config: &ContainerConfig,
-        slots: Option<&Slots>,
+        slots: Option<&DiskSlots>,
     ) -> Result<Prepared, StorageError> {
         if kubernetes::is_sandbox(&config.spec) {
             return Ok(Prepared::nothing(&config.spec));

@@ -109,7 +109,8 @@ impl Console for ConsoleService {
         let pod = self.pod.clone();
         // Not left half made if the caller goes away meanwhile.
         let opening = tokio::spawn(async move { Shell::open(&pod, &request).await });
-        let opened = opening.await.map_err(|_| TaskError::Cancelled)?;
+        let cancelled = |_| ConsoleError::from(TaskError::Cancelled);
+        let opened = opening.await.map_err(cancelled)?;
         let exit_status = opened?.exit(sizes).await?;
         Ok(RunResponse {
             exit_status,

@@ -18,10 +18,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{ExecProcessRequest, StateResponse};
-use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart,
+};
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
-use nacre_protocol::guest::START_SECONDS;
+use nacre_protocol::guest::{ARRIVAL_SECONDS, DISKS_SECONDS, PROBE_SECONDS, START_SECONDS};
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info};
@@ -43,8 +45,11 @@ pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time the agent has to start one process among many, on a host that is busy with those
 /// who ask for them. A guest that hangs is found by `hang_timeout_seconds`.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time the agent has to mount a container's storage and make it.
+/// Time the agent has to mount a container's storage and make it,
 pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// and beside it for each PCI device, which it waits for one after the other.
+const DEVICE_TIMEOUT: Duration =
+    Duration::from_secs(ARRIVAL_SECONDS + PROBE_SECONDS + DISKS_SECONDS);
 /// Time output has to reach its readers after the exit, which is told within five seconds.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 /// Status of a process that went down with its machine: 128 + SIGKILL.
@@ -68,6 +73,8 @@ pub struct Container {
     /// When.
     created_at: SystemTime,
     pub(super) disks: Disks,
+    /// Kills for want of memory that containerd was told of.
+    oom_kills: Mutex<u64>,
     /// Whether it is the pod's sandbox container, without a process.
     is_sandbox: bool,
     pending: Mutex<Option<Pending>>,
@@ -79,6 +86,12 @@ pub struct Container {
 pub struct Pending {
     /// The machine's disks, too, if it has not booted.
     pub prepared: Prepared,
+}
+
+/// Time the agent has to make a container with so many PCI devices.
+fn create_timeout(devices: usize) -> Duration {
+    let devices = u32::try_from(devices).unwrap_or(u32::MAX);
+    CREATE_TIMEOUT + DEVICE_TIMEOUT * devices
 }
 
 /// Gives a process's output time to be read. What is not read by then goes on
@@ -112,6 +125,7 @@ impl Container {
             publisher,
             attached: Attached::default(),
             disks: Disks::default(),
+            oom_kills: Mutex::default(),
             pending: Mutex::new(Some(Pending { prepared })),
             in_guest: SetOnce::new(),
         }
@@ -188,6 +202,7 @@ impl Container {
         let (streams, mut ids) = Streams::open(&self.sandbox, &self.init.stdio, owner).await?;
         let size = self.init.size();
         (ids.width, ids.height) = size;
+        let limit = create_timeout(prepared.pci_devices.addresses.len());
         let request = agent::CreateContainerRequest {
             container_id: self.config.id.clone(),
             spec,
@@ -202,11 +217,9 @@ impl Container {
             drivers: prepared.pci_devices.drivers,
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .ask("create the container", CREATE_TIMEOUT, |context| {
-                agent.create_container(context, &request)
-            });
+        let answer = self.sandbox.ask("create the container", limit, |context| {
+            agent.create_container(context, &request)
+        });
         answer.await.inspect_err(|error| {
             // Who gave up in the middle has undone nothing.
             if matches!(error, SandboxError::Late { .. }) {
@@ -301,8 +314,11 @@ impl Container {
             exit = process.exited() => return exit,
         };
         match answer {
-            // The host's clock counts: the guest may claim any time.
-            Ok(answer) => Exit::now(answer.exit_status.min(255)),
+            Ok(answer) => {
+                self.report_oom(answer.oom_kills);
+                // The host's clock counts: the guest may claim any time.
+                Exit::now(answer.exit_status.min(255))
+            }
             Err(answer) => {
                 // Without an exit to wait for the pod could never be deleted.
                 error!(
@@ -313,6 +329,19 @@ impl Container {
                 self.sandbox.give_up().await;
                 Exit::now(LOST_STATUS)
             }
+        }
+    }
+
+    /// The guest's kernel has killed so often in the container for want of memory. The guest
+    /// says so by itself, and with each exit, whose cause it may be.
+    pub(super) fn report_oom(&self, kills: u64) {
+        let mut reported = lock(&self.oom_kills);
+        if kills > *reported {
+            *reported = kills;
+            self.publisher.publish(&TaskOOM {
+                container_id: self.config.id.clone(),
+                ..Default::default()
+            });
         }
     }
 
@@ -515,6 +544,22 @@ impl Container {
             container_id: self.config.id.clone(),
             exec_id: process.exec_id.clone(),
             ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Else nobody hears which device has not come.
+    #[test]
+    fn creation_takes_as_long_as_the_agent_waits_for_devices() {
+        assert_eq!(create_timeout(0), CREATE_TIMEOUT);
+        for count in 1u32..=32 {
+            let waits = Duration::from_secs(ARRIVAL_SECONDS + DISKS_SECONDS) * count;
+            let rest = create_timeout(usize::try_from(count).unwrap()) - waits;
+            assert!(rest >= CREATE_TIMEOUT + Duration::from_secs(PROBE_SECONDS));
         }
     }
 }

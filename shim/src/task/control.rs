@@ -6,11 +6,12 @@ use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use nacre_protocol::agent;
 use oci_spec::runtime::LinuxResources;
+use protobuf::well_known_types::any::Any;
 use tracing::info;
 
-use super::TaskError;
 use super::container::{CALL_TIMEOUT, Container};
 use super::process::{Exit, Phase, Process, lock};
+use super::{TaskError, stats};
 use crate::cgroup::Limits;
 use crate::error::chain;
 use crate::events::pack;
@@ -308,13 +309,17 @@ impl Container {
             .map(|exec| exec.exec_id.clone())
     }
 
-    /// The container's counters; those of the sandbox's, which uses nothing, are
+    /// The container's counters, packed; those of the sandbox's, which uses nothing, are
     /// zeros.
     ///
     /// # Errors
     ///
     /// The guest's refusal.
-    pub async fn stats(&self) -> Result<agent::StatsResponse, TaskError> {
+    pub async fn stats(&self) -> Result<Any, TaskError> {
+        stats::metrics(self.counters().await?).map_err(TaskError::Encode)
+    }
+
+    async fn counters(&self) -> Result<agent::StatsResponse, TaskError> {
         if self.is_sandbox() {
             return Ok(agent::StatsResponse::default());
         }

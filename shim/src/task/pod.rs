@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse};
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO, TaskOOM};
+use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
@@ -62,6 +62,8 @@ pub(super) enum Entry {
     Creating(Creation),
     /// It is there.
     Made(Arc<Container>),
+    /// It is there, and was given up before: it is to be deleted.
+    GivenUp(Arc<Container>),
 }
 
 /// A container that is being created.
@@ -77,19 +79,25 @@ impl Entry {
     fn container(&self) -> Option<Arc<Container>> {
         match self {
             Self::Creating(_) => None,
-            Self::Made(container) => Some(container.clone()),
+            Self::Made(container) | Self::GivenUp(container) => Some(container.clone()),
         }
     }
 
     fn is_given_up(&self) -> bool {
-        matches!(self, Self::Creating(Creation { given_up: true, .. }))
+        match self {
+            Self::Creating(creation) => creation.given_up,
+            Self::Made(_) => false,
+            Self::GivenUp(_) => true,
+        }
     }
 
     /// What it counts with for the pod's size; the sandbox container does not.
     pub(super) fn limits(&self) -> Option<Limits> {
         match self {
             Self::Creating(creation) => creation.limits.as_deref().copied(),
-            Self::Made(container) => (!container.is_sandbox()).then(|| container.limits()),
+            Self::Made(container) | Self::GivenUp(container) => {
+                (!container.is_sandbox()).then(|| container.limits())
+            }
         }
     }
 }
@@ -180,7 +188,10 @@ impl Pod {
                 id: id.clone(),
                 ..Default::default()
             };
-            self.delete(&request).await?;
+            if let Err(error) = self.delete(&request).await {
+                let error = crate::error::chain(&error);
+                warn!(container_id = id, error, "given up, and not deleted");
+            }
             return Err(TaskError::GivenUp(id));
         }
         result
@@ -193,21 +204,24 @@ impl Pod {
         result: Result<Arc<Container>, TaskError>,
     ) -> (Result<Arc<Container>, TaskError>, bool) {
         let mut containers = lock(&self.containers);
-        let entry = match &result {
+        let entry = containers.remove(id);
+        let given_up = entry.as_ref().is_some_and(Entry::is_given_up);
+        let had_room = entry.is_some_and(|entry| entry.limits().is_some());
+        match &result {
             Ok(container) => {
                 container.publisher.publish(&create_event(container));
                 container.watch_init();
-                containers.insert(id.to_owned(), Entry::Made(container.clone()))
+                let made = if given_up {
+                    Entry::GivenUp
+                } else {
+                    Entry::Made
+                };
+                containers.insert(id.to_owned(), made(container.clone()));
             }
-            Err(_) => {
-                let entry = containers.remove(id);
-                if entry.as_ref().is_some_and(|entry| entry.limits().is_some()) {
-                    tokio::spawn(take_room(self.clone()));
-                }
-                entry
-            }
-        };
-        (result, entry.is_some_and(|entry| entry.is_given_up()))
+            Err(_) if had_room => drop(tokio::spawn(take_room(self.clone()))),
+            Err(_) => (),
+        }
+        (result, given_up)
     }
 
     fn reserve(&self, id: &str) -> Result<(), TaskError> {
@@ -540,10 +554,7 @@ impl Pod {
             return;
         }
         match self.container(&event.container_id) {
-            Ok(container) => self.publisher.publish(&TaskOOM {
-                container_id: container.config().id.clone(),
-                ..Default::default()
-            }),
+            Ok(container) => container.report_oom(event.oom_kill().count),
             Err(_) => warn!("the guest reports on a container it does not have"),
         }
     }

@@ -27,12 +27,12 @@ use nacre_protocol::cri::PodSandboxConfig;
 use protobuf::Message;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
+use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
 use super::pod::Pod;
 use super::process::{Phase, lock};
-use super::service::detached;
-use super::{TaskError, stats};
+use super::service::{answer, detached};
 use crate::events::timestamp;
 use crate::oci::pod::sandbox_spec;
 use crate::sandbox::{Api, ContainerConfig, SandboxError};
@@ -57,6 +57,12 @@ struct SandboxService {
     pod: Arc<Pod>,
 }
 
+impl SandboxService {
+    fn container(&self, sandbox_id: &str) -> ttrpc::Result<Arc<Container>> {
+        answer(&self.pod, self.pod.sandbox_container(sandbox_id))
+    }
+}
+
 #[async_trait]
 impl Sandbox for SandboxService {
     async fn create_sandbox(
@@ -75,7 +81,7 @@ impl Sandbox for SandboxService {
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
         let pod = self.pod.clone();
-        let container = pod.sandbox_container(&request.sandbox_id)?;
+        let container = self.container(&request.sandbox_id)?;
         let created_at = container.created_at();
         let pid = detached(&self.pod, async move { pod.start_in(&container, "").await }).await?;
         Ok(StartSandboxResponse {
@@ -90,7 +96,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: PlatformRequest,
     ) -> ttrpc::Result<PlatformResponse> {
-        self.pod.sandbox_container(&request.sandbox_id)?;
+        self.container(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
         // In Go's words, as everywhere in containerd.
@@ -116,7 +122,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: WaitSandboxRequest,
     ) -> ttrpc::Result<WaitSandboxResponse> {
-        let container = self.pod.sandbox_container(&request.sandbox_id)?;
+        let container = self.container(&request.sandbox_id)?;
         let exit = container.init().exited().await;
         Ok(WaitSandboxResponse {
             exit_status: exit.status,
@@ -130,7 +136,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: SandboxStatusRequest,
     ) -> ttrpc::Result<SandboxStatusResponse> {
-        let container = self.pod.sandbox_container(&request.sandbox_id)?;
+        let container = self.container(&request.sandbox_id)?;
         Ok(status(&container, request.verbose))
     }
 
@@ -139,10 +145,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: PingRequest,
     ) -> ttrpc::Result<PingResponse> {
-        let container = self.pod.sandbox_container(&request.sandbox_id)?;
+        let container = self.container(&request.sandbox_id)?;
         match container.init().phase().exit() {
             None => Ok(PingResponse::new()),
-            Some(_) => Err(TaskError::from(SandboxError::Stopped).into()),
+            Some(_) => answer(&self.pod, Err(SandboxError::Stopped.into())),
         }
     }
 
@@ -165,9 +171,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
-        let container = self.pod.sandbox_container(&request.sandbox_id)?;
-        let counters = container.stats().await?;
-        let packed = stats::metrics(counters).map_err(TaskError::Encode)?;
+        let container = self.container(&request.sandbox_id)?;
+        let packed = answer(&self.pod, container.stats().await)?;
         let mut response = SandboxMetricsResponse::new();
         let metric = response.metrics.mut_or_insert_default();
         metric.id = request.sandbox_id;

@@ -14,8 +14,10 @@ use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
+use super::TaskError;
+use super::container::Container;
 use super::pod::Pod;
-use super::{TaskError, stats};
+use super::process::Process;
 use crate::events::timestamp;
 
 const V2: &str = "containerd.task.v2.Task";
@@ -33,21 +35,36 @@ struct TaskService {
     pod: Arc<Pod>,
 }
 
-/// Runs `work` on a pod to its end, whatever becomes of the caller. What the kubelet or a
-/// log has of an error is its text alone, so that names the pod.
+/// The answer to a call on a pod. What the kubelet or a log has of an error is its text
+/// alone, so that names the pod.
+pub(super) fn answer<T>(pod: &Pod, result: Result<T, TaskError>) -> ttrpc::Result<T> {
+    result.map_err(|error| error.of_pod(pod.host.sandbox_id()))
+}
+
+/// Runs `work` on a pod to its end, whatever becomes of the caller.
 pub(super) async fn detached<T: Send + 'static>(
     pod: &Pod,
     work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let result = tokio::spawn(work).await;
-    let result = result.unwrap_or(Err(TaskError::Cancelled));
-    result.map_err(|error| error.of_pod(pod.host.sandbox_id()))
+    answer(pod, result.unwrap_or(Err(TaskError::Cancelled)))
+}
+
+impl TaskService {
+    fn container(&self, id: &str) -> ttrpc::Result<Arc<Container>> {
+        answer(&self.pod, self.pod.container(id))
+    }
+
+    fn process(&self, id: &str, exec_id: &str) -> ttrpc::Result<Arc<Process>> {
+        answer(&self.pod, self.container(id)?.process(exec_id))
+    }
 }
 
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        Ok(self.pod.container(&request.id)?.state(&request.exec_id)?)
+        let state = self.container(&request.id)?.state(&request.exec_id);
+        answer(&self.pod, state)
     }
 
     async fn create(
@@ -85,35 +102,38 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let pids = self.container(&request.id)?.pids().await;
         Ok(PidsResponse {
-            processes: self.pod.container(&request.id)?.pids().await?,
+            processes: answer(&self.pod, pids)?,
             ..Default::default()
         })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        let container = self.pod.container(&request.id)?;
+        let container = self.container(&request.id)?;
         detached(&self.pod, async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        let container = self.pod.container(&request.id)?;
+        let container = self.container(&request.id)?;
         detached(&self.pod, async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unsupported("checkpointing").into())
+        answer(&self.pod, Err(TaskError::Unsupported("checkpointing")))
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.pod.container(&request.id)?.kill(&request).await?;
+        let killed = self.container(&request.id)?.kill(&request).await;
+        answer(&self.pod, killed)?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.pod.container(&request.id)?.exec(request)?;
+        let added = self.container(&request.id)?.exec(request);
+        answer(&self.pod, added)?;
         Ok(Empty::new())
     }
 
@@ -122,15 +142,14 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
-        self.pod
-            .container(&request.id)?
-            .resize(&request.exec_id, request.width, request.height)
-            .await?;
+        let container = self.container(&request.id)?;
+        let resized = container.resize(&request.exec_id, request.width, request.height);
+        answer(&self.pod, resized.await)?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
         if request.stdin {
             process.close_stdin();
         }
@@ -147,7 +166,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
         let exit = process.exited().await;
         Ok(WaitResponse {
             exit_status: exit.status,
@@ -157,10 +176,9 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let counters = self.pod.container(&request.id)?.stats().await?;
-        let packed = stats::metrics(counters).map_err(TaskError::Encode)?;
+        let stats = self.container(&request.id)?.stats().await;
         Ok(StatsResponse {
-            stats: Some(packed).into(),
+            stats: Some(answer(&self.pod, stats)?).into(),
             ..Default::default()
         })
     }

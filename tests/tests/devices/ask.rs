@@ -5,7 +5,7 @@ use std::fs;
 use nacre_tests::{Said, Scene};
 use serde_json::json;
 
-use crate::{Bound, EDU, NVME_PORT, PAIR, behind, disk, driver, group, no_claims};
+use crate::{Bound, DEVICES, EDU, NVME_PORT, PAIR, behind, disk, driver, group, no_claims};
 
 /// Prints the ids of what is behind the guest's root ports.
 const LOOK: [&str; 3] = [
@@ -29,17 +29,17 @@ fn with_annotation(scene: &mut Scene, key: &str, value: &str) -> Said {
 fn by_address_and_by_path() {
     let mut scene = Scene::new();
     let nvme = behind(NVME_PORT);
-    with_annotation(&mut scene, "io.nacre.devices", &nvme)
+    with_annotation(&mut scene, DEVICES, &nvme)
         .exits(1)
         .complains(&[&nvme, "driver nvme", "nacre devices bind"]);
     // The shim moves nothing.
     assert_eq!(driver(&nvme).as_deref(), Some("nvme"));
     let bound = Bound::new(&[&nvme, EDU]);
     let both = format!("{nvme},/sys/bus/pci/devices/{EDU}");
-    with_annotation(&mut scene, "io.nacre.devices", &both)
+    with_annotation(&mut scene, DEVICES, &both)
         .exits(0)
         .prints(&format!("{EDU_ID}{NVME_ID}"));
-    with_annotation(&mut scene, "io.nacre.devices", "0000:7f:00.0")
+    with_annotation(&mut scene, DEVICES, "0000:7f:00.0")
         .exits(1)
         .complains(&["no PCI device 0000:7f:00.0"]);
     drop(bound);
@@ -53,7 +53,7 @@ fn a_device_that_vanished() {
     let bound = Bound::new(&[&nvme]);
     let node = format!("/dev/vfio/{}", group(&nvme));
     fs::write(crate::sysfs(&nvme).join("remove"), "1").unwrap();
-    let by_address = with_annotation(&mut scene, "io.nacre.devices", &nvme);
+    let by_address = with_annotation(&mut scene, DEVICES, &nvme);
     let by_node = scene.run_with(&["--device", &node], &LOOK);
     fs::write("/sys/bus/pci/rescan", "1").unwrap();
     by_address
@@ -129,7 +129,7 @@ fn a_group_that_is_not_complete() {
     let mut scene = Scene::new();
     let [first, second] = PAIR;
     crate::devices(&["bind", first]).exits(0);
-    let said = with_annotation(&mut scene, "io.nacre.devices", first);
+    let said = with_annotation(&mut scene, DEVICES, first);
     crate::devices(&["unbind", first]).exits(0);
     said.exits(1)
         .complains(&["IOMMU group", &format!("{second} (nvme)")]);

@@ -4,37 +4,23 @@
 
 use std::fs;
 
-use nacre_tests::{Said, Scene};
+use nacre_tests::{Changed, Said, Scene};
 use serde_json::{Value, json};
 
-use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, no_claims};
+use crate::{Bound, DEVICES, EDU, NVME_PORT, SLEEP, SWITCH_PORT, behind, no_claims};
 
 const IMAGES: &str = "/nacre/tests/drivers";
-const CONFIG: &str = "/etc/nacre/nacre.toml";
-const DEVICES: &str = "io.nacre.devices";
 
-/// Lines of `[drivers]`, until this is dropped.
-pub struct Drivers {
-    before: String,
-}
-
-impl Drivers {
-    pub fn new(lines: &[(&str, &str)]) -> Self {
-        let before = fs::read_to_string(CONFIG).unwrap();
+/// The configuration with these lines in `[drivers]`, until it is dropped.
+pub fn drivers(lines: &[(&str, &str)]) -> Changed {
+    let lines = lines
+        .iter()
+        .map(|(filter, path)| format!("{filter:?} = {path:?}\n"));
+    let lines: String = lines.collect();
+    Changed::by(|before| {
         let (rest, _) = before.split_once("\n[drivers]\n").unwrap();
-        let lines = lines
-            .iter()
-            .map(|(filter, path)| format!("{filter:?} = {path:?}\n"));
-        let lines: String = lines.collect();
-        fs::write(CONFIG, format!("{rest}\n[drivers]\n{lines}")).unwrap();
-        Self { before }
-    }
-}
-
-impl Drop for Drivers {
-    fn drop(&mut self) {
-        fs::write(CONFIG, &self.before).unwrap();
-    }
+        format!("{rest}\n[drivers]\n{lines}")
+    })
 }
 
 pub fn image(name: &str) -> String {
@@ -55,16 +41,15 @@ fn run_to_end(scene: &mut Scene, devices: &str, command: &[&str]) -> Said {
 /// Two disks in a pod, and a container with both, one with one, and one with none.
 #[test]
 fn libraries_are_in_the_containers_with_their_devices() {
-    let [alone, switched] = [NVME_PORT, SWITCH_PORT].map(behind);
+    let [alone, switched] = [NVME_PORT, SLEEP, SWITCH_PORT].map(behind);
     let _bound = Bound::new(&[&alone, &switched]);
-    let _drivers = Drivers::new(&[("::0108", &image("nvme"))]);
+    let _drivers = drivers(&[("::0108", &image("nvme"))]);
     let mut scene = Scene::new();
-    let sleep = ["sleep", "3600"];
     let both = format!("{alone},{switched}");
-    let first = scene.start_spec(|spec| container(spec, &both, &sleep));
+    let first = scene.start_spec(|spec| container(spec, &both, &SLEEP));
     let mut join = |devices: &str| {
         scene.start_spec(|spec| {
-            container(spec, devices, &sleep);
+            container(spec, devices, &SLEEP);
             spec["annotations"]["io.containerd.runc.v2.group"] = json!(first);
         })
     };
@@ -118,7 +103,7 @@ fn libraries_are_in_the_containers_with_their_devices() {
 #[test]
 fn a_vendor_s_driver_drives_its_device() {
     let _bound = Bound::new(&[EDU]);
-    let _drivers = Drivers::new(&[("::0108", &image("nvme")), ("1234:11e8", &image("edu"))]);
+    let _drivers = drivers(&[("::0108", &image("nvme")), ("1234:11e8", &image("edu"))]);
     let mut scene = Scene::new();
     let look = ["sh", "-c", "cat /dev/edu; cat /dev/education; echo $EDU"];
     let line = "010000ed 3 firm\n";
@@ -133,7 +118,7 @@ fn images_that_cannot_be_used() {
     let _bound = Bound::new(&[EDU]);
     let mut scene = Scene::new();
     let mut refused = |path: &str, parts: &[&str]| {
-        let _drivers = Drivers::new(&[("1234:", path)]);
+        let _drivers = drivers(&[("1234:", path)]);
         let said = run_to_end(&mut scene, EDU, &["true"]).exits(1);
         said.complains(&[&[path][..], parts].concat());
     };

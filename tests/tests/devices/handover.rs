@@ -6,11 +6,9 @@ use std::thread;
 use nacre_tests::{Scene, run};
 use serde_json::{Value, json};
 
-use crate::{Bound, NVME_PORT, behind, driver, group, no_claims};
+use crate::{Bound, DEVICES, DISK, NVME_PORT, SLEEP, behind, driver, group, no_claims};
 
-const DISK: &str = "/dev/nvme0n1";
 const VFIO_PCI: &str = "/sys/bus/pci/drivers/vfio-pci";
-const SLEEP: [&str; 2] = ["sleep", "3600"];
 
 fn log_has(id: &str, text: &str) {
     let log = run("nacre", &["logs", id]).exits(0).stdout;
@@ -52,7 +50,7 @@ fn a_device_that_the_host_takes_back_ends_the_pod() {
     let _bound = Bound::new(&[&nvme]);
     let mut scene = Scene::new();
     let id = scene.start_spec(|spec: &mut Value| {
-        spec["annotations"] = json!({"io.nacre.devices": nvme});
+        spec["annotations"] = json!({DEVICES: nvme});
         spec["process"]["args"] = json!(SLEEP);
     });
     scene.exec(&id, &[], &["test", "-b", DISK]).exits(0);
@@ -67,7 +65,7 @@ fn a_device_that_the_host_takes_back_ends_the_pod() {
 
     fs::write(format!("{VFIO_PCI}/bind"), &nvme).unwrap();
     let again = scene.run_spec(|spec| {
-        spec["annotations"] = json!({"io.nacre.devices": nvme});
+        spec["annotations"] = json!({DEVICES: nvme});
         spec["process"]["args"] = json!(["test", "-b", DISK]);
     });
     again.exits(0);

@@ -33,6 +33,12 @@ const TESTDEV: &str = "0000:00:14.0";
 const NIC: &str = "0000:00:15.0";
 const VGA: &str = "0000:00:16.0";
 
+/// The annotation that asks for devices.
+const DEVICES: &str = "io.nacre.devices";
+/// What a guest calls its first disk.
+const DISK: &str = "/dev/nvme0n1";
+const SLEEP: [&str; 2] = ["sleep", "3600"];
+
 /// `nacre devices` with arguments.
 fn devices(arguments: &[&str]) -> Said {
     run("nacre", &[&["devices"][..], arguments].concat())

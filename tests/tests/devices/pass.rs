@@ -3,16 +3,15 @@
 use std::fs;
 use std::process::Command;
 
-use nacre_tests::{Said, Scene, eventually, run};
+use nacre_tests::{Changed, HugePages, Said, Scene, eventually, run};
 use serde_json::{Value, json};
 
-use crate::{Bound, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group, no_claims};
+use crate::{
+    Bound, DEVICES, DISK, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group, no_claims,
+};
 
-const DEVICES: &str = "io.nacre.devices";
 /// Of the disk: all of it.
 const MIB: usize = 64;
-/// What the guest calls its only one.
-const DISK: &str = "/dev/nvme0n1";
 
 /// A container of `script` that asks for devices.
 fn container(spec: &mut Value, devices: &str, script: &str) {
@@ -70,49 +69,16 @@ fn a_disk_is_written_and_read_in_a_container() {
     Said::from(read.unwrap()).exits(0).prints(&sum);
 }
 
-/// Pages of 2 MiB that the host keeps ready and pods are made of, until this is dropped.
-struct HugePages {
-    config: String,
-}
-
-impl HugePages {
-    const CONFIG: &str = "/etc/nacre/nacre.toml";
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn new(count: u64) -> Self {
-        fs::write(Self::COUNT, count.to_string()).unwrap();
-        assert_eq!(Self::free(), count, "the lab's memory is in pieces");
-        let config = fs::read_to_string(Self::CONFIG).unwrap();
-        let changed = config.replace("hugepages = false", "hugepages = true");
-        assert_ne!(changed, config);
-        fs::write(Self::CONFIG, changed).unwrap();
-        Self { config }
-    }
-
-    fn free() -> u64 {
-        let text = fs::read_to_string("/proc/meminfo").unwrap();
-        let mut lines = text.lines();
-        let free = lines.find_map(|line| line.strip_prefix("HugePages_Free:"));
-        free.unwrap().trim().parse().unwrap()
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        fs::write(Self::CONFIG, &self.config).unwrap();
-        fs::write(Self::COUNT, "0").unwrap();
-    }
-}
-
 /// The guest's 512 MiB by default are taken at once, and given back.
 #[test]
 fn memory_in_huge_pages_is_a_device_s_too() {
     let nvme = behind(NVME_PORT);
     let _bound = Bound::new(&[&nvme]);
-    let _pages = HugePages::new(300);
+    let _config = Changed::new("hugepages", "true");
+    let pool = HugePages::new(300);
     let mut scene = Scene::new();
     let id = scene.start_spec(|spec| container(spec, &nvme, "sleep 3600"));
-    assert_eq!(HugePages::free(), 300 - 256);
+    assert_eq!(pool.left(), 300 - 256);
     let read = format!("dd if={DISK} bs=1M count=1 2>/dev/null | wc -c");
     scene
         .exec(&id, &[], &["sh", "-c", &read])
@@ -120,7 +86,7 @@ fn memory_in_huge_pages_is_a_device_s_too() {
         .prints("1048576\n");
     scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     no_claims();
-    eventually("the pages are free again", || HugePages::free() == 300);
+    eventually("the pages are free again", || pool.left() == 300);
 }
 
 /// The guest's kernel reads the table of partitions after it has made the disk.

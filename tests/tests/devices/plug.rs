@@ -1,57 +1,29 @@
 //! Devices that come with a container which joins a running pod, and go with it. Their
 //! drivers are in images that the pod has a disk for from the start.
 
-use std::fs;
 use std::process::Command;
 
-use nacre_tests::{Said, Scene, run};
+use nacre_tests::{Changed, Said, Scene, run};
 use serde_json::{Value, json};
 
-use crate::drivers::{Drivers, image};
-use crate::{Bound, EDU, NVME_PORT, SWITCH_PORT, behind, disk, no_claims};
+use crate::drivers::{drivers, image};
+use crate::{Bound, DEVICES, DISK, EDU, NVME_PORT, SLEEP, SWITCH_PORT, behind, disk, no_claims};
 
-const CONFIG: &str = "/etc/nacre/nacre.toml";
-/// What a guest calls its first disk, and where it is.
-const DISK: &str = "/dev/nvme0n1";
+/// Where a guest has its first device.
 const IN_GUEST: &str = "/sys/bus/pci/devices/0000:01:00.0";
 const MIB: usize = 8;
-
-/// Pods with so many slots, until this is dropped.
-struct Slots(String);
-
-impl Slots {
-    fn new(count: u8) -> Self {
-        let before = fs::read_to_string(CONFIG).unwrap();
-        let after = before.replace("pci_slots = 0", &format!("pci_slots = {count}"));
-        assert_ne!(before, after);
-        fs::write(CONFIG, after).unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for Slots {
-    fn drop(&mut self) {
-        fs::write(CONFIG, &self.0).unwrap();
-    }
-}
 
 /// A container of the test's pod.
 fn member(spec: &mut Value, devices: &str, command: &[&str]) {
     spec["annotations"] = json!({
         "io.containerd.runc.v2.group": "plugged",
-        "io.nacre.devices": devices,
+        DEVICES: devices,
     });
     spec["process"]["args"] = json!(command);
 }
 
 fn start(scene: &mut Scene, devices: &str) -> String {
-    scene.start_spec(|spec| member(spec, devices, &["sleep", "3600"]))
-}
-
-fn remove(scene: &Scene, id: &str) {
-    scene.ctr(&["task", "kill", "-s", "KILL", id]).exits(0);
-    scene.await_status(id, "STOPPED");
-    scene.ctr(&["task", "rm", id]).exits(0);
+    scene.start_spec(|spec| member(spec, devices, &SLEEP))
 }
 
 /// One slot serves one disk after another, the first of them again at the end. The
@@ -60,8 +32,8 @@ fn remove(scene: &Scene, id: &str) {
 fn disks_come_and_go_with_containers_that_join() {
     let [alone, switched] = [NVME_PORT, SWITCH_PORT].map(behind);
     let bound = Bound::new(&[&alone, &switched]);
-    let _slots = Slots::new(1);
-    let _drivers = Drivers::new(&[("::0108", &image("nvme"))]);
+    let _slots = Changed::new("pci_slots", "1");
+    let _drivers = drivers(&[("::0108", &image("nvme"))]);
     let mut scene = Scene::new();
     let first = start(&mut scene, "");
     scene.exec(&first, &[], &["test", "-e", IN_GUEST]).exits(1);
@@ -94,11 +66,11 @@ fn disks_come_and_go_with_containers_that_join() {
             .exits(1)
             .complains(&["of its 1 slots", "0 are empty", "pci_slots"]);
 
-        remove(&scene, &id);
+        scene.remove(&id);
         no_claims();
         scene.exec(&first, &[], &["test", "-e", IN_GUEST]).exits(1);
     }
-    remove(&scene, &first);
+    scene.remove(&first);
     drop(bound);
     let (len, sum) = last;
     let script = format!("head -c {len} {} | md5sum", disk(&alone));
@@ -111,8 +83,8 @@ fn disks_come_and_go_with_containers_that_join() {
 #[test]
 fn a_vendor_s_driver_comes_with_its_device() {
     let _bound = Bound::new(&[EDU]);
-    let _slots = Slots::new(1);
-    let _drivers = Drivers::new(&[("1234:11e8", &image("edu"))]);
+    let _slots = Changed::new("pci_slots", "1");
+    let _drivers = drivers(&[("1234:11e8", &image("edu"))]);
     let mut scene = Scene::new();
     let first = start(&mut scene, "");
     let is_loaded = ["test", "-e", "/sys/module/edu"];

@@ -6,13 +6,10 @@ use std::fs;
 use nacre_tests::pods::PodScene;
 use nacre_tests::run;
 
-use crate::{Bound, NVME_PORT, begins, behind, disk, driver, no_claims};
+use crate::{Bound, DEVICES, DISK, NVME_PORT, SLEEP, begins, behind, disk, driver, no_claims};
 
-const DEVICES: &str = "io.nacre.devices";
 /// The runtime for which containerd passes it on.
 const HANDLER: &str = "nacre-devices";
-const DISK: &str = "/dev/nvme0n1";
-const SLEEP: &[&str] = &["sleep", "3600"];
 const MIB: u64 = 1 << 20;
 
 #[test]
@@ -23,7 +20,7 @@ fn a_pod_has_the_disk_its_annotation_names() {
     let pod = scene.pod("disk").runtime(HANDLER).limits(256, 1);
     let pod = pod.annotation(DEVICES, &nvme).run();
     // Both are the pod's, which is what has the disk.
-    let [writer, reader] = ["writer", "reader"].map(|name| pod.container(name, SLEEP).start());
+    let [writer, reader] = ["writer", "reader"].map(|name| pod.container(name, &SLEEP).start());
     let line = format!("of pod {}", pod.id);
     let write = format!("printf '{line}' | dd of={DISK} conv=fsync 2>/dev/null");
     writer.sh(&write).exits(0);

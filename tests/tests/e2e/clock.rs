@@ -4,9 +4,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nacre_tests::{BUSYBOX, Scene, eventually, run};
+use nacre_tests::{BUSYBOX, Changed, Scene, eventually, run};
 
-use crate::failures::Changed;
 use crate::host::pid_of;
 
 /// Most the clocks may differ.

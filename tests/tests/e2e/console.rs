@@ -2,9 +2,8 @@
 
 use std::process::{Command, Stdio};
 
-use nacre_tests::{OnTerminal, Said, Scene, eventually, run, run_with_input};
+use nacre_tests::{Changed, OnTerminal, Said, Scene, eventually, run, run_with_input};
 
-use crate::failures::Changed;
 use crate::host::{Events, LIFE_WITH_AN_EXEC, pid_of};
 
 /// What the shell's prompt starts with: it waits for input when this has come.

@@ -7,10 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Said, Scene, eventually, five_seconds, process_of, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Said, Scene, eventually, five_seconds, process_of, run, spawn,
 };
 
-use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
 
 /// What a client of a container that was lost exits with.

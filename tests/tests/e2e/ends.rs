@@ -11,12 +11,11 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, KILL_AGENT, Said, Scene, eventually, process_of, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, KILL_AGENT, Said, Scene, eventually, process_of, run, spawn,
 };
 
 use crate::boot::initramfs;
 use crate::death::{LOST, in_time};
-use crate::failures::Changed;
 
 /// What a guest does, as its root.
 struct Way {

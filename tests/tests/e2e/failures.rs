@@ -4,8 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use nacre_tests::Changed;
-use nacre_tests::{CONFIG, Said, Scene, five_seconds, run};
+use nacre_tests::{CONFIG, Changed, Said, Scene, five_seconds, run};
 use serde_json::json;
 
 use crate::boot::initramfs;

@@ -7,10 +7,8 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use nacre_tests::{PATIENCE, Said, Scene, eventually, run};
+use nacre_tests::{Changed, PATIENCE, Said, Scene, eventually, run};
 use serde_json::json;
-
-use crate::failures::Changed;
 
 /// `ctr events`, listening before this is made.
 pub struct Events {
@@ -88,9 +86,7 @@ fn events_come_in_their_order() {
     let events = Events::listen(&scene);
     let id = scene.start_sleeper(&[]);
     scene.exec(&id, &[], &["true"]).exits(0);
-    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
-    scene.await_status(&id, "STOPPED");
-    scene.ctr(&["task", "rm", &id]).exits(0);
+    scene.remove(&id);
     let life = LIFE_WITH_AN_EXEC;
     assert_eq!(events.topics(&id, life.len()), life);
 }

@@ -5,10 +5,8 @@ use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use nacre_tests::{BUSYBOX, Said, Scene, run};
+use nacre_tests::{BUSYBOX, Changed, Said, Scene, run};
 use serde_json::json;
-
-use crate::failures::Changed;
 
 const SHARE: &str = "/usr/local/share/nacre";
 
@@ -247,9 +245,7 @@ fn run_directory_that_is_full() {
     let id = scene.start_sleeper(&[]);
     full.fill();
     scene.exec(&id, &[], &["sh", "-c", "exit 4"]).exits(4);
-    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
-    scene.await_status(&id, "STOPPED");
-    scene.ctr(&["task", "rm", &id]).exits(0);
+    scene.remove(&id);
     drop(scene);
     fs::remove_file("/tmp/e2e-full/filling").unwrap();
     let left = run("find", &["/tmp/e2e-full", "-type", "f"])
@@ -323,8 +319,6 @@ fn disk_on_a_file_system_that_is_full() {
         .exec(&id, &[], &["echo", "hi"])
         .exits(0)
         .prints("hi\n");
-    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
-    scene.await_status(&id, "STOPPED");
-    scene.ctr(&["task", "rm", &id]).exits(0);
+    scene.remove(&id);
     drop(over);
 }

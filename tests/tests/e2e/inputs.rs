@@ -5,10 +5,9 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use nacre_tests::{Scene, Shim, run};
+use nacre_tests::{Changed, Scene, Shim, run};
 use serde_json::{Value, json};
 
-use crate::failures::Changed;
 use crate::host::{pid_of, status_of};
 
 fn with_script(spec: &mut Value, script: &str) {

@@ -3,10 +3,9 @@
 use std::fs;
 use std::time::Instant;
 
-use nacre_tests::{Scene, Shim, eventually};
+use nacre_tests::{Changed, HugePages, Scene, Shim, eventually};
 use serde_json::json;
 
-use crate::failures::Changed;
 use crate::host::{Events, pid_of, status_of};
 
 #[test]
@@ -242,40 +241,6 @@ fn processor_time_and_processes_are_changed_while_running() {
     fork().exits(0).prints("all\n");
 }
 
-/// The host's pool of 2 MiB pages, as large as this says until it is dropped.
-struct HugePages;
-
-impl HugePages {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-    fn new(count: u32) -> Self {
-        let pool = Self;
-        pool.resize(count);
-        assert_eq!(pool.left(), count, "the host has no room for them");
-        pool
-    }
-
-    fn resize(&self, count: u32) {
-        let path = format!("{}/nr_hugepages", Self::POOL);
-        fs::write(path, count.to_string()).unwrap();
-    }
-
-    /// Those that nobody has and nobody was promised.
-    fn left(&self) -> u32 {
-        let number = |name: &str| -> u32 {
-            let path = format!("{}/{name}_hugepages", Self::POOL);
-            fs::read_to_string(path).unwrap().trim().parse().unwrap()
-        };
-        number("free") - number("resv")
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        self.resize(0);
-    }
-}
-
 /// `hugepages = true`: a machine's memory is the pool's, all of it from the start, and
 /// without enough of them there is no pod.
 #[test]
@@ -295,8 +260,6 @@ fn machines_of_the_host_s_huge_pages() {
         .run_with(&LIMIT, &["true"])
         .exits(1)
         .complains(&["128 MiB", "vm.nr_hugepages"]);
-    scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
-    scene.await_status(&id, "STOPPED");
-    scene.ctr(&["task", "rm", &id]).exits(0);
+    scene.remove(&id);
     eventually("they are given back", || pool.left() == 96);
 }

@@ -3,9 +3,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, Said, Sample, Scene, Shim, eventually};
-
-use crate::failures::Changed;
+use nacre_tests::{BUSYBOX, Changed, Said, Sample, Scene, Shim, eventually};
 
 #[test]
 #[ignore = "twenty machines take the lab's one emulated processor for minutes: make long"]

@@ -2,17 +2,19 @@
 //! container's life: every call returns, containerd knows, nothing is left.
 
 use std::io::Read;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONTAINERD_2, Said, Scene, Shim, eventually, process_of, run, spawn};
+use nacre_tests::{
+    BUSYBOX, CONTAINERD_2, Changed, Said, Scene, Shim, eventually, process_of, run, spawn,
+};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::death::{Killed, LOST, MOMENTS_MS, as_configured, in_time, kill, log_has, returns};
-use crate::failures::Changed;
 
 const FILE_SERVER: &str = "virtiofsd";
 
@@ -121,6 +123,17 @@ fn of_containerd_while_a_container_starts() {
         scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     }
     assert_eq!(scene.status(&id), None);
+    eventually("its pod is gone", || {
+        !Path::new("/run/nacre/default").join(&id).exists()
+    });
+    // The container has no task, and can have another one.
+    let start = ["task", "start", "--null-io", "--detach", &id];
+    scene.ctr(&start).exits(0);
+    scene
+        .exec(&id, &[], &["echo", "here"])
+        .exits(0)
+        .prints("here\n");
+    scene.ctr(&["task", "rm", "-f", &id]).exits(0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
-use nacre_tests::{BUSYBOX, OnTerminal, Scene, eventually, run_with_input};
+use nacre_tests::{BUSYBOX, Changed, OnTerminal, Scene, eventually, run_with_input};
 
 const BULK: usize = 256 << 20;
 
@@ -204,7 +204,7 @@ fn killed_attach_takes_nothing_with_it() {
 /// Longer without a byte than a guest may be without an answer to a ping.
 #[test]
 fn exec_that_idles_is_not_cut() {
-    let _timeout = crate::failures::Changed::new("hang_timeout_seconds", "10");
+    let _timeout = Changed::new("hang_timeout_seconds", "10");
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
     let mut command = scene.exec_command(&id, &[], &["sh", "-c", "read word; echo $word; exit 5"]);

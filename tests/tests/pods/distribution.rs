@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use nacre_tests::pods::PodScene;
-use nacre_tests::{eventually, run};
+use nacre_tests::{PATIENCE, eventually, run};
 
 use crate::network::fetch;
 
@@ -48,6 +48,6 @@ fn a_server_of_a_real_distribution() {
     app.await_logged("stdout", "ready");
     let address = format!("{}:8080", pod.ip());
     eventually("it is reached", || {
-        fetch(&address).as_deref() == Some("www-data serves\n")
+        fetch(&address, PATIENCE).as_deref() == Some("www-data serves\n")
     });
 }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::pods::PodScene;
-use nacre_tests::{eventually, run};
+use nacre_tests::{Changed, eventually, run};
 
 use crate::SLEEP;
-use crate::numbers::LongBoots;
+use crate::numbers::LONG_BOOT;
 
 /// Without a network configuration there is no pod, and nothing of it.
 #[test]
@@ -78,7 +78,7 @@ fn a_container_that_cannot_be_made() {
 #[ignore = "fifty pods take the lab's one emulated processor for a minutes: make long"]
 fn fifty_pods_at_once() {
     const LIMIT: Duration = Duration::from_secs(500);
-    let _patience = LongBoots::new();
+    let _patience = Changed::new("boot_timeout_seconds", LONG_BOOT);
     let scene = PodScene::within(LIMIT);
     thread::scope(|threads| {
         for n in 0..50 {

@@ -22,6 +22,9 @@ const DOCUMENTATION: &str = include_str!("../../../docs/kubernetes.md");
 const DEVICES: &str = include_str!("../../../docs/gpu.md");
 const LAB: &str = include_str!("../../lab/guest/etc/containerd/config.toml");
 
+/// What the guest's kernel and agent take beside the containers, MiB (docs/kubernetes.md).
+pub const GUEST_RESERVE_MIB: u64 = 64;
+
 /// What nacre.toml says a pod may use beyond its containers, MiB.
 pub fn overhead_mib() -> u64 {
     number("overhead_memory_mib = ")
@@ -153,8 +156,9 @@ fn documented_class_for_devices_has_room_for_what_is_pinned() {
         number.parse::<u64>().unwrap() * factor
     };
     let limits = &pod["spec"]["containers"][0]["resources"]["limits"];
-    let guest = mebibytes(&limits["memory"]) + 64;
-    let needed = 64 + (guest * 3).div_ceil(512) + overhead_mib();
+    let guest = mebibytes(&limits["memory"]) + GUEST_RESERVE_MIB;
+    // Three page tables for all of it, with an entry of 8 bytes for each page.
+    let needed = GUEST_RESERVE_MIB + (guest * 3).div_ceil(512) + overhead_mib();
     let overhead = mebibytes(&class["overhead"]["podFixed"]["memory"]);
     assert!(overhead >= needed, "{overhead} MiB of {needed}");
 }

@@ -1,12 +1,13 @@
 //! The pod's network: addresses, names, ports.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::thread;
+use std::time::Duration;
 
 use nacre_tests::cri::stream::{STDIN, Stream};
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
-use nacre_tests::{eventually, md5};
+use nacre_tests::{PATIENCE, eventually, md5};
 
 use crate::SLEEP;
 
@@ -15,9 +16,11 @@ in_both_modes![names_and_name_servers];
 /// Answers each connection to port 8080 with the host name.
 const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
 
-/// What is served at an address.
-pub fn fetch(address: &str) -> Option<String> {
-    let mut stream = TcpStream::connect(address).ok()?;
+/// What is served at an address, if a connection to it is made in time.
+pub fn fetch(address: &str, patience: Duration) -> Option<String> {
+    let address: SocketAddr = address.parse().unwrap();
+    let mut stream = TcpStream::connect_timeout(&address, patience).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
     stream.write_all(b"\n").ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
@@ -43,12 +46,12 @@ fn pods_reach_each_other_and_the_host_reaches_them() {
     });
     let direct = format!("{}:8080", server.ip());
     eventually("the pod's address answers", || {
-        fetch(&direct).as_deref() == Some("server\n")
+        fetch(&direct, PATIENCE).as_deref() == Some("server\n")
     });
     // portmap does not lead the host's own loopback.
     let gateway = "10.88.0.1:18080";
     eventually("the host's port answers", || {
-        fetch(gateway).as_deref() == Some("server\n")
+        fetch(gateway, PATIENCE).as_deref() == Some("server\n")
     });
 }
 

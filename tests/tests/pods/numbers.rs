@@ -5,10 +5,14 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nacre_tests::Changed;
 use nacre_tests::pods::{HANDLER, PodScene};
 
 use crate::SLEEP;
 use crate::manifests::overhead_mib;
+
+/// Seconds that guests may take to boot, where many do at once.
+pub const LONG_BOOT: &str = "600";
 
 /// Runs `pods` at once, each from `RunPodSandbox` to a container's output;
 /// returns the longest.
@@ -59,29 +63,8 @@ fn print_starts(at_once: &[usize]) {
 #[test]
 #[ignore = "dozens of pods take the lab's one emulated processor for minutes: make long"]
 fn many_pods_start_beside_runc() {
-    let _patience = LongBoots::new();
+    let _patience = Changed::new("boot_timeout_seconds", LONG_BOOT);
     print_starts(&[1, 5, 20]);
-}
-
-/// Guests may take ten minutes to boot until it is dropped, as many at once in the lab do.
-pub struct LongBoots {
-    before: String,
-}
-
-impl LongBoots {
-    const CONFIG: &str = "/etc/nacre/nacre.toml";
-
-    pub fn new() -> Self {
-        let before = fs::read_to_string(Self::CONFIG).unwrap();
-        fs::write(Self::CONFIG, "boot_timeout_seconds = 600\n").unwrap();
-        Self { before }
-    }
-}
-
-impl Drop for LongBoots {
-    fn drop(&mut self) {
-        fs::write(Self::CONFIG, &self.before).unwrap();
-    }
 }
 
 /// Proportional set size of all processes in the pod's cgroup, KiB.

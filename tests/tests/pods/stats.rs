@@ -9,10 +9,7 @@ use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{Said, eventually};
 
 use crate::SLEEP;
-use crate::manifests::overhead_mib;
-
-/// What the guest's kernel and agent take beside the containers (docs/kubernetes.md).
-const GUEST_RESERVE_MIB: u64 = 64;
+use crate::manifests::{GUEST_RESERVE_MIB, overhead_mib};
 
 fn value(counter: Option<UInt64Value>) -> u64 {
     counter.expect("a counter").value

@@ -1,8 +1,8 @@
 //! What goes through the pod's network besides TCP streams, and what must not.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{PATIENCE, eventually, run, run_with_input};
 
+use crate::network::fetch;
 use crate::{PERL, SLEEP};
 
 /// The host's end of a pod's veth.
@@ -72,15 +73,6 @@ impl Drop for Policy {
     }
 }
 
-/// What is served at a port of the pod.
-fn fetch(address: SocketAddr, patience: Duration) -> Option<String> {
-    let mut stream = TcpStream::connect_timeout(&address, patience).ok()?;
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    Some(text)
-}
-
 /// What a container gets at a port of the host.
 fn fetch_from_host(container: &PodContainer, listener: &TcpListener) -> String {
     let port = listener.local_addr().unwrap().port();
@@ -104,10 +96,10 @@ fn policies_on_the_host_s_end_of_the_veth_apply() {
            while true; do echo served | nc -l -p $port; done & done; wait"
     );
     let app = pod.container("app", &["sh", "-c", &serve]).start();
-    let at = |port| SocketAddr::new(pod.ip().parse().unwrap(), port);
+    let at = |port| format!("{}:{port}", pod.ip());
     let answers = |port| {
         eventually(&format!("port {port} answers"), || {
-            fetch(at(port), PATIENCE).as_deref() == Some("served\n")
+            fetch(&at(port), PATIENCE).as_deref() == Some("served\n")
         });
     };
     let [dropped, open] = [DROPPED, OPEN].map(|port| {
@@ -116,7 +108,7 @@ fn policies_on_the_host_s_end_of_the_veth_apply() {
     });
 
     let policy = Policy::drop_port(&pod, DROPPED);
-    assert_eq!(fetch(at(DROPPED), Duration::from_secs(2)), None);
+    assert_eq!(fetch(&at(DROPPED), Duration::from_secs(2)), None);
     assert_eq!(policy.dropped(), 1);
     let connect = format!("nc -w 2 10.88.0.1 {DROPPED} </dev/null");
     app.sh(&connect).exits(1).prints("");

@@ -58,6 +58,17 @@ fn calls_beyond_the_queue_are_refused() {
 }
 
 #[test]
+fn machine_without_slots_says_so() {
+    let (mut near, far) = Channel::pair().unwrap();
+    let answers = Answers::new().unwrap();
+    plug(None, &answers, 7, Job::Unplug(vec![0]));
+    answers.report(&far).unwrap();
+    let (event, _) = near.recv::<Event>().unwrap();
+    let result = Err("the machine has no slots for PCI devices".into());
+    assert_eq!(event, Event::Answered { number: 7, result });
+}
+
+#[test]
 fn hangup_is_no_message() {
     let (near, mut far) = UnixStream::pair().unwrap();
     far.write_all(b"answer").unwrap();

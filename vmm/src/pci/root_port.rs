@@ -42,6 +42,8 @@ const FLAGS_SLOT: u8 = 1;
 const FLAGS_ROOT_PORT: u8 = 4 << 4 | 2;
 /// Device capabilities: role-based error reporting.
 const ROLE_BASED_ERRORS: u32 = 1 << 15;
+/// Device control: the largest payload.
+const CONTROL_PAYLOAD: u16 = 7 << 5;
 /// Link capabilities: a link without ASPM is no mistake.
 const NO_ASPM_BY_INTENT: u32 = 1 << 22;
 /// And link status says whether the link is up,
@@ -210,13 +212,16 @@ impl Port {
             hot_plug,
             ..
         } = self;
-        let mut put = |at: usize, bytes: &[u8]| config.put(*express + at, bytes);
         let payload = link.payload & 7;
+        // Its other bits are the guest's.
+        let control = config.u16_at(*express + DEVICE_CONTROL) & !CONTROL_PAYLOAD;
+        let control = control | u16::from(payload) << CONTROL_PAYLOAD.trailing_zeros();
+        let mut put = |at: usize, bytes: &[u8]| config.put(*express + at, bytes);
         let speed_and_width = u16::from(link.speed & 0xf) | u16::from(link.width & 0x3f) << 4;
         let speeds = ((1u32 << (link.speed & 0xf)) - 1) << 1;
         let capabilities = ROLE_BASED_ERRORS | u32::from(payload);
         put(DEVICE_CAPABILITIES, &capabilities.to_le_bytes());
-        put(DEVICE_CONTROL, &[payload << 5]);
+        put(DEVICE_CONTROL, &control.to_le_bytes());
         put(LINK_CAPABILITIES, &speed_and_width.to_le_bytes());
         put(LINK_CAPABILITIES_2, &speeds.to_le_bytes());
         put(LINK_CONTROL_2, &[link.speed & 0xf]);
@@ -358,7 +363,9 @@ mod tests {
             width: 4,
             payload: 1,
         };
+        port.config_write(at + DEVICE_CONTROL, &[0x1f, 0x20]);
         port.set_present(Some(link));
+        assert_eq!(u32_at(&port, at + DEVICE_CONTROL), 0x203f, "the guest's");
         assert_eq!(status(&port), 1 << 13 | 4 << 4 | 3);
         assert_eq!(u32_at(&port, at + LINK_CAPABILITIES) & 0x3ff, 4 << 4 | 3);
         port.set_present(None);

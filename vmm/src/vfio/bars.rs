@@ -102,6 +102,19 @@ impl BarMap {
         })
     }
 
+    /// Maps nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// KVM's first: the guest has that part yet. It has none of the others.
+    pub fn close(&mut self) -> Result<(), VmError> {
+        let mut result = Ok(());
+        for mut area in std::mem::take(&mut self.bars).into_iter().flatten() {
+            result = result.and(self.vm.remove_device_memory(&mut area.memory));
+        }
+        result
+    }
+
     /// Where the mapped parts of a BAR are.
     #[cfg(test)]
     pub fn addresses(&self, place: usize) -> Vec<Option<u64>> {
@@ -122,10 +135,8 @@ impl BarMap {
 
 impl Drop for BarMap {
     fn drop(&mut self) {
-        for area in self.bars.iter_mut().flatten() {
-            if let Err(error) = self.vm.remove_device_memory(&mut area.memory) {
-                tracing::warn!(%error, "a device's registers stay mapped");
-            }
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "a device's registers stay mapped");
         }
     }
 }

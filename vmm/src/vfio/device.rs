@@ -387,6 +387,17 @@ impl VfioPci {
         }
     }
 
+    /// Gives up what KVM has of a device that was stopped.
+    ///
+    /// # Errors
+    ///
+    /// KVM's: the guest can reach the device yet.
+    pub fn close(self) -> Result<(), VfioError> {
+        let result = self.lock().map.close().map_err(io::Error::other);
+        let what = "take its registers from the guest";
+        result.map_err(VfioError::device(&self.address, what))
+    }
+
     fn owner(&self, bar: &Bar, offset: u64) -> Owner {
         if bar.is_rom() {
             return Owner::Rom;

@@ -8,9 +8,10 @@
 //!           device goes the address space, and nothing is pinned any more
 //! ```
 //!
-//! Either is all or nothing, and may take seconds, for pinning. So a thread of its own does
-//! them, one after another, and tells what became of each. Whoever unplugs asks the guest
-//! to let go first; it is not waited for here.
+//! Plugging is all or nothing, and may take seconds, for pinning. So a thread of its own does
+//! the jobs, one after another, and tells what became of each. Whoever unplugs asks the guest
+//! to let go first; it is not waited for here. Unplugging goes on to its end whatever fails: then
+//! KVM may have something of a device as long as the machine is there.
 
 use std::sync::Arc;
 use std::sync::mpsc::{SendError, Sender, channel};
@@ -95,8 +96,7 @@ impl Slots {
         Self { roms, ..self }
     }
 
-    /// Does a job, unless the machine has ended; returns with how many devices, or why
-    /// all is as it was.
+    /// Does a job, unless the machine has ended; returns with how many devices.
     fn work(&mut self, job: Job) -> Result<u64, String> {
         if self.stop.outcome().is_some() {
             return Err("the machine has ended".into());
@@ -114,6 +114,7 @@ impl Slots {
         let attached = devices.attach(&self.vm, &mut self.space, self.roms);
         let result = attached.and_then(|attached| self.show(slots, attached));
         if result.is_err() {
+            // It may have been made for them.
             self.leave_space();
         }
         result
@@ -160,14 +161,16 @@ impl Slots {
         let (slots, watch) = self.plugged.remove(at.ok_or(VfioError::Slot(first))?);
         let ports = slots.iter().filter_map(|slot| self.port(*slot));
         let devices: Vec<_> = ports.filter_map(Port::unplug).collect();
+        let mut result = Ok(());
         // Quiet by now, all of them: what could write to the others is not left.
         for device in devices {
             device.reset();
+            result = result.and(device.close());
         }
-        watch.stop();
+        result = result.and(watch.stop().map_err(VfioError::from));
         self.leave_space();
         tracing::info!(?slots, "PCI devices unplugged");
-        Ok(())
+        result
     }
 
     /// The kernel unmaps the guest's memory when nothing is in its address space.
@@ -184,7 +187,7 @@ impl Slots {
     /// When the machine has ended and its devices were stopped.
     fn close(self) {
         for (_, watch) in self.plugged {
-            watch.stop();
+            watch.end();
         }
     }
 }
@@ -219,8 +222,8 @@ impl Worker {
         Ok(Self { jobs, thread })
     }
 
-    /// Has a job done. `done` is told how many devices it was about, or why all is as it
-    /// was.
+    /// Has a job done. `done` is told how many devices it was about, or why they are not plugged
+    /// in, or may not be free.
     pub fn request(&self, job: Job, done: impl FnOnce(Result<u64, String>) + Send + 'static) {
         let done: Done = Box::new(done);
         // It ends only with `self`, unless it panicked.

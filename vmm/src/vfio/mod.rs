@@ -273,17 +273,16 @@ impl Passthrough {
         let named = devices
             .iter()
             .map(|(address, device)| (address.as_str(), device));
-        let mapped = match space {
+        let (new, mapped) = match space {
             Some(space) => {
                 space.join(named)?;
-                Mapped::default()
+                (None, Mapped::default())
             }
-            none => {
+            None => {
                 let new = container.space()?;
                 new.join(named)?;
                 let mapped = new.map(vm.memory())?;
-                *none = Some(new);
-                mapped
+                (Some(new), mapped)
             }
         };
         let mut endpoints = devices
@@ -303,6 +302,9 @@ impl Passthrough {
             known: Some(known),
         };
         attached.log(mapped, start);
+        if new.is_some() {
+            *space = new;
+        }
         Ok(attached)
     }
 }
@@ -323,9 +325,17 @@ impl KnownToKvm {
     }
 }
 
+impl KnownToKvm {
+    /// KVM knows them no more.
+    fn forget(&mut self) -> Result<(), VmError> {
+        let files = std::mem::take(&mut self.files);
+        self.vm.detach_vfio(files.iter().map(AsFd::as_fd))
+    }
+}
+
 impl Drop for KnownToKvm {
     fn drop(&mut self) {
-        if let Err(error) = self.vm.detach_vfio(self.files.iter().map(AsFd::as_fd)) {
+        if let Err(error) = self.forget() {
             tracing::warn!(%error, "KVM keeps a PCI device open");
         }
     }
@@ -446,11 +456,22 @@ pub struct Watch {
 
 impl Watch {
     /// Does not watch any more; KVM forgets the devices.
-    pub fn stop(self) {
+    ///
+    /// # Errors
+    ///
+    /// KVM's: it keeps a device open.
+    pub fn stop(self) -> Result<(), VmError> {
         if self.worker.stop().is_none() {
             tracing::error!("the thread that watches PCI devices panicked");
         }
-        drop(self.known);
+        self.known.map_or(Ok(()), |mut known| known.forget())
+    }
+
+    /// The same when the machine ends, with which goes what KVM keeps.
+    pub fn end(self) {
+        if let Err(error) = self.stop() {
+            tracing::warn!(%error, "KVM keeps a PCI device open");
+        }
     }
 }
 

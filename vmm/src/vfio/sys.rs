@@ -65,7 +65,8 @@ const IRQ_SET_WORDS: usize = 5;
 const HOT_RESET_WORDS: usize = 3;
 /// `struct vfio_pci_dependent_device`: group or device, segment, bus, device and function.
 const NEIGHBOR_WORDS: usize = 2;
-/// Functions on a bus, and on those behind it, of which more are no GPU's.
+/// Functions that are reset with a bus: a bus has up to 256, and this is four full ones. Of more
+/// the kernel says `ENOSPC`, and the device is not passed on.
 const MAX_NEIGHBORS: usize = 1024;
 
 /// `struct iommu_ioas_alloc`.

@@ -152,7 +152,7 @@ fn machine_s_end_gives_the_devices_back() {
     };
     let watch = session.watch(Arc::new(Stop::new().unwrap())).unwrap();
     root.reset();
-    watch.stop();
+    watch.stop().unwrap();
     assert_eq!(mock.state().resets, 2, "before and after");
 }
 

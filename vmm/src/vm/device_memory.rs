@@ -184,6 +184,15 @@ impl Vm {
         let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         mappings.len()
     }
+
+    /// From now on KVM refuses to remove what is mapped: it has been, behind our back.
+    #[cfg(test)]
+    pub fn refuse_removals(&self) {
+        for slot in 0..self.new_slot() {
+            // Not all of them are in use.
+            let _ = self.remove_slot(slot, 0);
+        }
+    }
 }
 
 impl DeviceMemory {

@@ -47,16 +47,19 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// KVM's: it does not know one.
+    /// KVM's first: it does not know one. It forgets the others all the same.
     pub fn detach_vfio<'a>(
         &self,
         files: impl IntoIterator<Item = BorrowedFd<'a>>,
     ) -> Result<(), VmError> {
         let vfio = self.vfio.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut files = files.into_iter();
-        vfio.iter().try_for_each(|device| {
-            files.try_for_each(|file| tell(device, KVM_DEV_VFIO_FILE_DEL, file))
-        })
+        let mut result = Ok(());
+        if let Some(device) = &*vfio {
+            for file in files {
+                result = result.and(tell(device, KVM_DEV_VFIO_FILE_DEL, file));
+            }
+        }
+        result
     }
 
     fn make_vfio(&self) -> Result<DeviceFd, VmError> {

@@ -50,3 +50,14 @@ async fn who_does_not_answer_is_named() {
     let text = chain(&error.unwrap_err());
     assert!(text.contains("as the test wants"), "{text}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_says_nothing_is_waited_for_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("kubelet.sock");
+    let _silent = tokio::net::UnixListener::bind(&socket).unwrap();
+    let begin = tokio::time::Instant::now();
+    let error = allocated(&socket, "default", "trainer").await.unwrap_err();
+    assert!(matches!(error, KubeletError::Late { .. }), "{error}");
+    assert!(begin.elapsed() < PATIENCE * 3 / 2);
+}

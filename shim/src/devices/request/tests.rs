@@ -1,5 +1,8 @@
 use super::*;
 
+use std::fs::File;
+use std::sync::Arc;
+
 use serde_json::json;
 
 use crate::devices::testing::{Tree, address};
@@ -277,6 +280,32 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
     ] {
         assert!(by(other.clone()).is_empty(), "{other}");
     }
+}
+
+/// A device that nobody has bound is the commonest mistake.
+#[test]
+fn what_kubelet_has_given_and_is_passed_over_is_logged() {
+    let tree = host();
+    let path = tree.path("log");
+    let log = Arc::new(File::create(&path).unwrap());
+    let subscriber = tracing_subscriber::fmt().with_writer(log).finish();
+    let names = [
+        Allocated::Plugin {
+            resource: "vendor.com/nic".into(),
+            id: "0000:03:00.0".into(),
+        },
+        Allocated::Cdi("vendor.com/disk=none".into()),
+    ];
+    tracing::subscriber::with_default(subscriber, || {
+        let devices = assigned_to_pod(&tree.system(), &named(""), false, &names);
+        assert!(devices.unwrap().is_empty());
+    });
+    let text = std::fs::read_to_string(&path).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 2, "{text}");
+    assert!(lines[0].contains("0000:03:00.0"), "{text}");
+    assert!(lines[0].contains("e1000e"), "{text}");
+    assert!(lines[1].contains("vendor.com/disk=none"), "{text}");
 }
 
 /// Names as device plugins and DRA drivers give them.

@@ -49,6 +49,10 @@ pub struct Agent {
     pub deletes_hang: watch::Sender<bool>,
     /// How many do.
     pub held: watch::Sender<u32>,
+    /// The container of which it says that there was no memory. With an exit it says so of all.
+    pub lacks_memory: watch::Sender<Option<String>>,
+    /// Whether it freezes no container and thaws none.
+    pub keeps_phases: AtomicBool,
     /// Whether it lets go of no network card.
     pub keeps_cards: AtomicBool,
     /// How many changes of the network it refuses yet.
@@ -333,6 +337,7 @@ impl agent_ttrpc::Agent for Service {
             .map_err(|_| not_found())?;
         Ok(WaitResponse {
             exit_status: status.unwrap(),
+            oom_kills: u64::from(self.0.lacks_memory.borrow().is_some()),
             ..Default::default()
         })
     }
@@ -374,17 +379,17 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
-    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
-        if request.container_id == "stubborn" {
+        if self.0.keeps_phases.load(Ordering::Relaxed) {
             return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not freeze"));
         }
         Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
-        if request.container_id == "frozen" {
+        if self.0.keeps_phases.load(Ordering::Relaxed) {
             return Err(get_rpc_status(Code::FAILED_PRECONDITION, "does not thaw"));
         }
         Ok(Empty::new())
@@ -483,7 +488,19 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
+    /// The same whenever it is asked.
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
-        std::future::pending().await
+        let mut lacks_memory = self.0.lacks_memory.subscribe();
+        // This agent holds the sender.
+        let container_id = lacks_memory.wait_for(Option::is_some).await.unwrap();
+        let mut event = Event {
+            container_id: container_id.clone().unwrap(),
+            ..Default::default()
+        };
+        event.set_oom_kill(OomKill {
+            count: 1,
+            ..Default::default()
+        });
+        Ok(event)
     }
 }

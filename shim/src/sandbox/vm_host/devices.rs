@@ -83,21 +83,24 @@ impl VmHost {
     /// it decides on slots for what they bring.
     pub(super) async fn claim_devices(&self, config: &ContainerConfig) -> Result<(), SandboxError> {
         let devices = self.devices_of_pod(config).await?;
-        if may_grow(&config.spec) {
-            crate::task::lock(&self.parts).pci_slots = self.config.pci_slots;
-        }
-        if devices.is_empty() {
-            return Ok(());
-        }
         let addresses: Vec<_> = devices.iter().map(|device| device.address).collect();
-        let run_dir = self.run_dir.clone();
-        blocking(move || run_dir.claims().claim(&run_dir, &addresses))
-            .await
-            .map_err(|source| SandboxError::Claim {
-                container_id: config.id.clone(),
-                source,
-            })?;
-        crate::task::lock(&self.parts).devices = devices;
+        if !addresses.is_empty() {
+            let run_dir = self.run_dir.clone();
+            blocking(move || run_dir.claims().claim(&run_dir, &addresses))
+                .await
+                .map_err(|source| SandboxError::Claim {
+                    container_id: config.id.clone(),
+                    source,
+                })?;
+        }
+        // Those of an attempt that failed are not claimed any more.
+        let mut parts = crate::task::lock(&self.parts);
+        parts.devices = devices;
+        parts.pci_slots = if may_grow(&config.spec) {
+            self.config.pci_slots
+        } else {
+            0
+        };
         Ok(())
     }
 
@@ -241,11 +244,16 @@ mod tests {
         }
     }
 
+    fn spec(annotations: &serde_json::Value) -> Spec {
+        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
+        serde_json::from_value(spec).unwrap()
+    }
+
     /// Of a pod that others join.
     fn sandbox() -> Arc<Spec> {
-        let annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
-        let spec = json!({"ociVersion": "1.1.0", "annotations": annotations});
-        Arc::new(serde_json::from_value(spec).unwrap())
+        Arc::new(spec(
+            &json!({"io.kubernetes.cri.container-type": "sandbox"}),
+        ))
     }
 
     #[tokio::test]
@@ -313,6 +321,7 @@ mod tests {
         pod.host.config.pod_resources_socket = None;
         pod.claim_as("sandbox").await.unwrap();
         assert_eq!(pod.holder("0000:02:00.0"), None);
+        assert!(pod.host.pod_devices().is_empty(), "what nobody has claimed");
     }
 
     /// Killed, it may unpin memory for long, and has the devices open until it has.
@@ -372,6 +381,10 @@ mod tests {
         assert_eq!(crate::task::lock(&pod.host.parts).pci_slots, 2);
         let size = pod.host.size_of(&pod.config.spec);
         assert_eq!((size.growth_mib, size.is_pinned), (0, true));
+        // If its machine is not made, another container may be the first.
+        pod.config.spec = Arc::new(spec(&json!({})));
+        pod.host.claim_devices(&pod.config).await.unwrap();
+        assert_eq!(crate::task::lock(&pod.host.parts).pci_slots, 0);
     }
 
     /// A page table for each 2 MiB of it, and the time to fill them.

@@ -1,4 +1,4 @@
-//! A pod's machine near its devices, where the host has several memory nodes. Neither is a
+//! A pod's machine near its devices, where the host has several NUMA nodes. Neither is a
 //! must: memory comes from elsewhere when the node has no more, and a cpuset counts more than
 //! where a device is.
 

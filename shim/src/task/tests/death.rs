@@ -86,12 +86,11 @@ async fn calls_under_way_return(stop: Stop, what: &str) {
     let all = tokio::time::timeout(SOON, all).await;
     let (refused, answered, ()) = all.expect("they return");
     let (start, exec, kill, stats, pids, update, resize, pause, resume) = refused;
-    let gone = format!("the virtual machine is gone: {what}");
-    for refusal in [kill, stats, pids, resize] {
+    let gone = of_pod(&format!("the virtual machine is gone: {what}"));
+    for refusal in [
+        start, exec, kill, stats, pids, update, resize, pause, resume,
+    ] {
         assert_eq!(refusal, (Code::UNAVAILABLE, gone.clone()));
-    }
-    for refusal in [start, exec, update, pause, resume] {
-        assert_eq!(refusal, (Code::UNAVAILABLE, of_pod(&gone)));
     }
     assert_eq!(answered, (3, 4, 137, 137));
     let late = refusal(fixture.stats("c").await);
@@ -133,8 +132,9 @@ async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
     let calls = tokio::time::timeout(most, calls).await;
     let (start, stats, status) = calls.expect("in time");
     let gone = "the virtual machine is gone: the guest hung: no answer within hang_timeout_seconds";
-    assert_eq!(start, (Code::UNAVAILABLE, of_pod(gone)));
-    assert_eq!(stats, (Code::UNAVAILABLE, gone.to_owned()));
+    for refusal in [start, stats] {
+        assert_eq!(refusal, (Code::UNAVAILABLE, of_pod(gone)));
+    }
     assert_eq!(status, 137);
     fixture.expect(&["exit"]).await;
 }
@@ -215,6 +215,32 @@ async fn a_container_that_nobody_waits_for_is_deleted_when_it_is_made() {
     fixture.expect(&["create", "start", "exit"]).await;
 }
 
+/// Whether it is deleted already or cannot be.
+#[tokio::test]
+async fn a_container_that_was_given_up_keeps_no_pod() {
+    let fixture = Fixture::new().await;
+    fixture.run("c", "true").await;
+    fixture.wait("c", "").await;
+    fixture.delete("c", "").await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    let given_up = async {
+        machine.held(1).await;
+        assert_eq!(code(fixture.delete("new", "").await), Code::NOT_FOUND);
+        machine.hang_deletes();
+        machine.recover();
+        machine.held(2).await;
+        let request = ShutdownRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        fixture.client.shutdown(context(), &request).await.unwrap();
+        assert!(fixture.pod.ended().now_or_never().is_some());
+    };
+    let (created, ()) = tokio::join!(fixture.create("new", "sleep 60"), given_up);
+    assert_eq!(code(created), Code::FAILED_PRECONDITION);
+}
+
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
@@ -257,12 +283,12 @@ async fn a_guest_that_does_not_answer_is_not_waited_for() {
     let ((kill, stats, pause), ()) = tokio::join!(calls, time);
     let late = |what: &str| {
         let seconds = CALL_TIMEOUT.as_secs();
-        format!("guest: {what}: no answer within {seconds} s")
+        of_pod(&format!("guest: {what}: no answer within {seconds} s"))
     };
     for (refused, message) in [
         (kill, late("signal")),
         (stats, late("read the counters")),
-        (pause, of_pod(&late("pause"))),
+        (pause, late("pause")),
     ] {
         assert_eq!(refused, (Code::DEADLINE_EXCEEDED, message));
     }

@@ -191,6 +191,27 @@ async fn a_device_of_which_nobody_knows_stays_the_pod_s() {
     assert!(text.contains("0000:01:00.0 may be in the pod's"), "{text}");
 }
 
+/// It may plug it in yet.
+#[tokio::test]
+async fn a_device_that_is_not_plugged_in_in_time_stays_the_pod_s() {
+    let tree = Tree::new();
+    let (fixture, run_dir) = with_slots(&tree).await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    let time = async {
+        machine.hang_devices().await;
+        // From here on it passes as soon as all wait.
+        tokio::time::pause();
+    };
+    let ((), (code, text)) = tokio::join!(time, refusal(&fixture, "second"));
+    assert_eq!(code, Code::DEADLINE_EXCEEDED);
+    assert!(text.contains("not plugged in within 10 s"), "{text}");
+    let holder = holder(&run_dir, "0000:05:00.0");
+    assert_eq!(holder.as_deref(), Some("default/pod"));
+    let (code, text) = refusal(&fixture, "second").await;
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(text.contains("0000:05:00.0 may be in the pod's"), "{text}");
+}
+
 #[tokio::test]
 async fn driver_images_are_told_with_the_devices_there_are() {
     let tree = Tree::new();

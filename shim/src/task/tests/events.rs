@@ -83,6 +83,25 @@ async fn exits(fixture: &mut Fixture, id: &str, status: u32) {
     assert_eq!(state.exited_at, exit.exited_at);
 }
 
+/// The guest tells of one container in half a second by itself.
+#[tokio::test]
+async fn lack_of_memory_is_told_once_and_before_the_exits_it_causes() {
+    let mut fixture = Fixture::new().await;
+    fixture.run("a", "exec sleep 60").await;
+    fixture.run("b", "exec sleep 60").await;
+    fixture
+        .expect(&["create", "start", "create", "start"])
+        .await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.lacks_memory("a");
+    assert_eq!(fixture.event::<TaskOOM>().await.container_id, "a");
+    fixture.kill("a", "").await.unwrap();
+    assert_eq!(fixture.event::<TaskExit>().await.container_id, "a");
+    fixture.kill("b", "").await.unwrap();
+    assert_eq!(fixture.event::<TaskOOM>().await.container_id, "b");
+    assert_eq!(fixture.event::<TaskExit>().await.container_id, "b");
+}
+
 #[tokio::test]
 async fn exits_with_the_machine_have_a_status_of_their_own() {
     let mut fixture = Fixture::new().await;

@@ -362,7 +362,7 @@ pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     }
 }
 
-/// What a call that may take its time says: it names the pod.
+/// What a call on the pod says.
 pub fn of_pod(text: &str) -> String {
     format!("pod {SANDBOX_ID}: {text}")
 }

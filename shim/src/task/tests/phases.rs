@@ -5,6 +5,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use super::fixture::*;
+use crate::task::lock;
 
 /// The codes of these calls, in this order: start, exec, pause, resume, update, stats,
 /// the size of the terminal, the end of the input; without `allowed`, which would change
@@ -116,6 +117,7 @@ async fn execs_that_are_missing_or_have_ended() {
 async fn a_container_that_does_not_freeze_runs_on() {
     let mut fixture = Fixture::new().await;
     fixture.run("stubborn", "sleep 60").await;
+    lock(&fixture.machine).clone().unwrap().keeps_phases();
     let expected = (
         Code::FAILED_PRECONDITION,
         of_pod("guest: pause: does not freeze"),
@@ -131,6 +133,7 @@ async fn a_container_that_does_not_thaw_stays_paused() {
     let mut fixture = Fixture::new().await;
     fixture.run("frozen", "sleep 60").await;
     fixture.pause("frozen").await.unwrap();
+    lock(&fixture.machine).clone().unwrap().keeps_phases();
     let expected = (
         Code::FAILED_PRECONDITION,
         of_pod("guest: resume: does not thaw"),

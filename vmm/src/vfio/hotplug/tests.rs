@@ -1,11 +1,12 @@
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::*;
 use crate::bus::BusDevice;
 use crate::layout::{GIB, WINDOW32_START};
 use crate::pci::{Slot, Window};
 use crate::stop::Outcome;
+use crate::vfio::KnownToKvm;
 use crate::vfio::access::Irq;
 use crate::vfio::container::Container;
 use crate::vfio::mock::{self, Mock};
@@ -88,6 +89,49 @@ fn a_device_comes_is_driven_and_goes() {
     assert_eq!(mock.calls(), ["Msix off"]);
     assert_eq!(mock.state().resets, 2, "before and after");
     assert_eq!(Arc::strong_count(&mock), 1, "nobody has it open");
+}
+
+/// Whoever gives the devices to others must know.
+#[test]
+fn what_kvm_keeps_of_a_device_is_an_error() {
+    let Some(mut slots) = slots(2) else { return };
+    let mocks = [Arc::new(Mock::default()), Arc::new(Mock::default())];
+    slots.show(&[0, 1], attached(&mocks)).unwrap();
+    configure(&slots, 1);
+    configure(&slots, 2);
+    slots.vm.refuse_removals();
+    let error = slots.unplug(&[0, 1]).unwrap_err().to_string();
+    let start = "PCI device 0000:01:00.0: cannot take its registers from the guest: KVM: ";
+    assert!(error.starts_with(start), "{error}");
+    // The rest is done all the same.
+    assert_eq!(
+        (status(&slots, 1) & PRESENT, status(&slots, 2) & PRESENT),
+        (0, 0)
+    );
+    for mock in &mocks {
+        assert_eq!((mock.state().resets, Arc::strong_count(mock)), (2, 1));
+    }
+}
+
+#[test]
+fn files_that_kvm_keeps_are_an_error() {
+    let Some(mut slots) = slots(1) else { return };
+    let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    // No VFIO file, but KVM has to do with them from now on.
+    let refused = slots.vm.attach_vfio([null.as_fd()]).unwrap_err();
+    if !refused.what.contains("add or remove") {
+        eprintln!("skipped: {refused}");
+        return;
+    }
+    let mut attached = attached(&[Arc::new(Mock::default())]);
+    attached.known = Some(KnownToKvm {
+        vm: slots.vm.clone(),
+        files: vec![null],
+    });
+    slots.show(&[0], attached).unwrap();
+    let error = slots.unplug(&[0]).unwrap_err();
+    assert!(matches!(error, VfioError::Vm(_)), "{error}");
+    assert!(slots.plugged.is_empty());
 }
 
 /// What devices have of KVM's comes back: there are 4096 interrupt routes, and a slot
