@@ -194,7 +194,7 @@ impl Sandbox {
     }
 
     /// The machine's empty disks, after the boot.
-    pub fn slots(&self) -> Option<&Slots> {
+    pub fn slots(&self) -> Option<&DiskSlots> {
         self.guest.get().map(|guest| &guest.slots)
     }
 

@@ -28,8 +28,8 @@ use crate::hooks::Runner;
 use crate::network::HostNic;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{
-    ContainerConfig, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError, SlotCounts, Slots,
-    VcpuCount,
+    ContainerConfig, DiskSlots, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError,
+    SlotCounts, VcpuCount,
 };
 use crate::storage::{self, HostBacking, Prepared, StorageError};
 use crate::task::lock;
@@ -469,7 +469,7 @@ impl FakeHost {
     pub fn prepare(
         &self,
         config: &ContainerConfig,
-        slots: Option<&Slots>,
+        slots: Option<&DiskSlots>,
     ) -> Result<Prepared, StorageError> {
         let shared_root = self.root.path().join("shared");
         if config.rootfs.is_empty() {

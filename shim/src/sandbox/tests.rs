@@ -158,7 +158,7 @@ async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
     let seconds = begin.elapsed().as_secs();
     assert!((490..=510).contains(&seconds), "{seconds} s");
     let error = TaskError::from(attached.unwrap_err());
-    match ttrpc::Error::from(error) {
+    match error.of_pod("p1") {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other}"),
     }
@@ -173,7 +173,7 @@ async fn guest_has_the_time_of_its_boot_to_be_set_up() {
     }));
     let (code, message) = attach(&sandbox).await;
     assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
-    let expected = "guest: configure the sandbox: no answer within 500 s";
+    let expected = "pod p1: guest: configure the sandbox: no answer within 500 s";
     assert_eq!(message, expected);
 }
 
@@ -186,6 +186,6 @@ async fn guest_whose_agent_does_not_come_is_not_waited_for() {
     let _connection = machine.agent().await.unwrap();
     let (code, message) = attach(&sandbox).await;
     assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
-    let expected = "the guest's agent did not answer within 500 s of the start";
+    let expected = "pod p1: the guest's agent did not answer within 500 s of the start";
     assert!(message.starts_with(expected), "{message}");
 }

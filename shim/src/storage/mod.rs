@@ -38,7 +38,7 @@ use nacre_protocol::channel::FdList;
 use nacre_protocol::vm::DiskBacking;
 use oci_spec::runtime::Spec;
 
-use crate::sandbox::{ContainerConfig, Slot, Slots};
+use crate::sandbox::{ContainerConfig, DiskSlots, Slot};
 
 pub use devices::BlockDevice;
 pub use pod_files::PodFiles;
@@ -285,7 +285,7 @@ impl StorageError {
 pub fn prepare(
     config: &ContainerConfig,
     shared_root: &Path,
-    slots: Option<&Slots>,
+    slots: Option<&DiskSlots>,
 ) -> Result<Prepared, StorageError> {
     let container_id = config.id.as_str();
     check_id(container_id)?;

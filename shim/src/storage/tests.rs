@@ -75,7 +75,7 @@ impl Host {
     fn prepare_root(
         &self,
         rootfs: &[Mount],
-        slots: Option<&Slots>,
+        slots: Option<&DiskSlots>,
     ) -> Result<Prepared, StorageError> {
         let config = self.config("c1", rootfs, &json!([]));
         prepare(&config, &self.path("shared"), slots)
@@ -318,8 +318,8 @@ fn erofs_mounts(layers: Vec<String>) -> Vec<Mount> {
     mounts
 }
 
-fn slots(roots: usize) -> Slots {
-    Slots::new(SlotCounts { volumes: 0, roots })
+fn slots(roots: usize) -> DiskSlots {
+    DiskSlots::new(SlotCounts { volumes: 0, roots })
 }
 
 #[test]

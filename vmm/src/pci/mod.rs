@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use crate::bus::BusDevice;
 use crate::layout;
-use crate::vfio::{VfioError, VfioPci};
+use crate::vfio::VfioPci;
 use crate::virtio::transport::{BAR_SIZE, VirtioPci};
 use crate::vm::{Vm, VmError};
 

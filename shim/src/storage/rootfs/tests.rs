@@ -1,6 +1,6 @@
 use super::realize::{Names, layers};
 use super::*;
-use crate::sandbox::{Api, SlotCounts, Slots};
+use crate::sandbox::{Api, DiskSlots, SlotCounts};
 use crate::storage::HostBacking;
 
 use std::sync::Arc;
@@ -272,7 +272,7 @@ fn layers_and_their_upper_take_the_place_of_empty_disks() {
         images: vec![image.clone(), image],
         upper,
     };
-    let slots = Slots::new(SlotCounts {
+    let slots = DiskSlots::new(SlotCounts {
         volumes: 0,
         roots: 2,
     });
