@@ -41,7 +41,7 @@ fn run_to_end(scene: &mut Scene, devices: &str, command: &[&str]) -> Said {
 /// Two disks in a pod, and a container with both, one with one, and one with none.
 #[test]
 fn libraries_are_in_the_containers_with_their_devices() {
-    let [alone, switched] = [NVME_PORT, SLEEP, SWITCH_PORT].map(behind);
+    let [alone, switched] = [NVME_PORT, SWITCH_PORT].map(behind);
     let _bound = Bound::new(&[&alone, &switched]);
     let _drivers = drivers(&[("::0108", &image("nvme"))]);
     let mut scene = Scene::new();
