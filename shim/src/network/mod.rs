@@ -283,6 +283,18 @@ fn refuse_host_network(netns: &File) -> Result<(), NetworkError> {
     Ok(())
 }
 
+/// The same namespace by a descriptor to keep: one that was opened by its path keeps what is
+/// mounted there busy, and whoever made the namespace could not unmount it.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub fn unmounted(netns: &File) -> Result<File, NetworkError> {
+    in_netns(netns, || {
+        File::open("/proc/thread-self/ns/net").map_err(system("open the pod's network namespace"))
+    })
+}
+
 /// Runs `work` on a thread inside `netns`.
 fn in_netns<T: Send>(
     netns: &File,

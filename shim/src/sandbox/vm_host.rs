@@ -15,6 +15,7 @@ mod near;
 mod netns;
 mod network;
 mod progress;
+mod size;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -33,7 +34,7 @@ use tracing::{info, warn};
 
 use super::cards::Cards;
 use super::hotplug::HotPlug;
-use super::sizing::{Size, host_limits, memory_of, pin_time, size_of, vcpus_of};
+use super::sizing::{Size, host_limits, pin_time};
 use super::{
     ContainerConfig, DiskSlots, MemorySize, Room, Sandbox, SandboxError, SlotCounts, VcpuCount,
     blocking,
@@ -311,7 +312,7 @@ impl VmHost {
         } else {
             attach.await?;
         }
-        self.follow(netns, machine, sandbox, cards)
+        self.follow(netns, machine, sandbox, cards).await
     }
 
     async fn boot_fds(
@@ -359,57 +360,6 @@ impl VmHost {
     /// See [`super::Host::debug_shell`].
     pub fn debug_shell(&self) -> Option<&Path> {
         self.config.debug_shell.as_deref()
-    }
-
-    /// See [`super::Host::memory_of`].
-    pub fn memory_of(&self, containers: &[Limits]) -> u32 {
-        let is_pinned = crate::task::lock(&self.parts).is_pinned();
-        memory_of(containers, is_pinned, &self.config)
-    }
-
-    /// See [`super::Host::vcpus_of`].
-    pub fn vcpus_of(&self, containers: &[Limits]) -> u8 {
-        vcpus_of(containers, &self.config)
-    }
-
-    /// See [`super::Host::note_vcpus`].
-    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
-        if crate::task::lock(&self.parts).state.vcpus == vcpus {
-            return Ok(());
-        }
-        self.record(|parts| parts.state.vcpus = vcpus)
-    }
-
-    /// See [`super::Host::set_limits`].
-    pub async fn set_limits(
-        &self,
-        containers: &[Limits],
-        memory_mib: u32,
-    ) -> Result<(), SandboxError> {
-        let (cgroup, is_pinned, bars_mib) = {
-            let mut parts = crate::task::lock(&self.parts);
-            parts.oom_score_adj = Limits::together(containers).oom_score_adj;
-            parts.expose();
-            let bars_mib = parts.peer_bars_mib(&self.config);
-            (parts.cgroup.clone(), parts.is_pinned(), bars_mib)
-        };
-        let Some(cgroup) = cgroup else {
-            return Ok(());
-        };
-        let limits = host_limits(containers, memory_mib, is_pinned, bars_mib, &self.config);
-        Ok(blocking(move || cgroup.set_limits(&limits)).await?)
-    }
-
-    fn size_of(&self, spec: &Spec) -> Size {
-        let mut size = {
-            let parts = crate::task::lock(&self.parts);
-            let bars_mib = parts.peer_bars_mib(&self.config);
-            size_of(spec, parts.is_pinned(), bars_mib, &self.config)
-        };
-        if may_grow(spec) {
-            size.max_vcpus = size.max_vcpus.max(self.config.max_vcpus);
-        }
-        size
     }
 
     /// The monitor's uid and the pod's cgroup.

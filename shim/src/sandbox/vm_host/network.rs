@@ -23,15 +23,16 @@ impl VmHost {
     }
 
     /// Has the cards of a machine that has booted follow the namespace from now on.
-    pub(super) fn follow(
+    pub(super) async fn follow(
         &self,
         netns: NetNs,
         machine: Arc<VmMachine>,
         sandbox: &Sandbox,
         cards: Cards,
     ) -> Result<(), SandboxError> {
+        let netns = blocking(move || network::unmounted(&netns.file)).await?;
         let follower = Follower {
-            netns: Arc::new(netns.file),
+            netns: Arc::new(netns),
             queues: self.config.net_queues,
             machine,
             agent: sandbox.agent().ok_or(SandboxError::Stopped)?.clone(),
