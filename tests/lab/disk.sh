@@ -10,8 +10,9 @@
 #               Debian release whatever the host's is, and its backports
 #
 # QEMU 10.2 or newer: before, its VMRUN changes the word of pending interrupts with a plain
-# read and write (target/i386/tcg/system, helper_vmrun). An interrupt that came at that
-# moment was lost, and with the timer's the whole lab stood still, once in some ten hours.
+# read and write (target/i386/tcg/system, helper_vmrun), so that an interrupt that comes at
+# that moment is lost. That is most likely why the whole lab stood still, once in some ten
+# hours: with the timer's interrupt nothing else comes. It was not seen in the act.
 #
 # Nothing needs a loop mount, a block device or a fixed mirror: the mirror is
 # the one in the host's apt configuration, or debootstrap's own default.
