@@ -383,9 +383,20 @@ fn express(put: &mut impl FnMut(usize, &[u8])) {
 }
 
 /// Waits until an event is signalled, which takes no time unless the test fails.
+#[track_caller]
 pub fn wait_for(event: &EventFd) {
-    // SAFETY: the descriptor is open as long as `event` is borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let ready = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], 10_000u16);
-    assert_eq!(ready, Ok(1), "nothing was signalled");
+    wait_for_one([event]);
+}
+
+/// Waits until one of `events` is signalled; which.
+#[track_caller]
+pub fn wait_for_one<const N: usize>(events: [&EventFd; N]) -> usize {
+    let mut fds = events.map(|event| {
+        // SAFETY: the descriptor is open as long as `event` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+        PollFd::new(fd, PollFlags::POLLIN)
+    });
+    poll(&mut fds, 10_000u16).unwrap();
+    let signalled = fds.iter().position(|fd| fd.any() == Some(true));
+    signalled.expect("nothing was signalled")
 }

@@ -135,10 +135,10 @@ impl Code {
         self.0
     }
 
-    /// Until a word is `value`: `cmp dword [address], value; jne` to itself.
+    /// Until a word is `value` or more: `cmp dword [address], value; jb` to itself.
     pub fn wait_for(self, address: u64, value: u32) -> Self {
         let code = self.bytes(&[0x81, 0x3d], &[u32::try_from(address).unwrap(), value]);
-        code.bytes(&[0x0f, 0x85], &[(-16i32).cast_unsigned()])
+        code.bytes(&[0x0f, 0x82], &[(-16i32).cast_unsigned()])
     }
 
     /// `mov dx, port; mov al, value; out dx, al`

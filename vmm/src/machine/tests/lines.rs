@@ -20,6 +20,20 @@ const INTX_PENDING: u32 = 1 << 19;
 /// What "edu" is told when its interrupt was served.
 const ACKNOWLEDGE: u64 = BAR + 0x64;
 
+/// Raises a line again each time that `served` says so, as a device does that always wants
+/// something, until the guest has had enough. KVM says so also when a guest unmasks a line that
+/// is raised, so that what was raised before is no interrupt.
+fn raise_until_stopped(running: &Running, served: &EventFd, raise: impl Fn()) {
+    let stopped = running.stop_handle().event();
+    loop {
+        raise();
+        if mock::wait_for_one([served, stopped]) == 1 {
+            return;
+        }
+        served.read().unwrap();
+    }
+}
+
 /// Whoever raised a line hears when the guest has served it, and raises it again.
 #[test]
 fn line_is_raised_until_the_guest_has_served_it() {
@@ -43,12 +57,7 @@ fn line_is_raised_until_the_guest_has_served_it() {
         .vm
         .route(running.vm.new_gsi().unwrap(), message)
         .unwrap();
-    for _ in 0..2 {
-        trigger.write(1).unwrap();
-        mock::wait_for(&resample);
-        resample.read().unwrap();
-    }
-    mock::wait_for(running.stop_handle().event());
+    raise_until_stopped(&running, &resample, || trigger.write(1).unwrap());
     let stop = running.stop_handle().clone();
     running.stop();
     let outcome = Outcome::Stopped(StopReason::Shutdown);
@@ -71,12 +80,7 @@ fn device_raises_its_line_again_once_it_is_unmasked() {
     // Bus mastering alone: registers are no matter.
     device.config_write(4, &[4, 0]);
     let unmask = mock.state().unmask.as_ref().unwrap().try_clone().unwrap();
-    for _ in 0..2 {
-        assert!(mock.signal(Irq::Intx, 0));
-        mock::wait_for(&unmask);
-        unmask.read().unwrap();
-    }
-    mock::wait_for(running.stop_handle().event());
+    raise_until_stopped(&running, &unmask, || assert!(mock.signal(Irq::Intx, 0)));
     let stop = running.stop_handle().clone();
     device.quiesce();
     running.stop();
