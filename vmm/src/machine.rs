@@ -67,7 +67,10 @@ pub enum MachineError {
     #[error("{0} vCPUs: 1 to {MAX_VCPUS} are possible")]
     Vcpus(u8),
     /// The bus is full.
-    #[error("{0} devices: the bus has room for {MAX_DEVICES}")]
+    #[error(
+        "{0} devices: the bus has room for {MAX_DEVICES}, among them disks and ports that are \
+         empty at first (pod_disks, root_disks and pci_slots in nacre.toml)"
+    )]
     Devices(usize),
     /// Nothing that could be taken out is there.
     #[error("no virtio device is in slot {0} of bus 0")]

@@ -127,7 +127,10 @@ fn devices_come_and_go_while_vcpus_run() {
     assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 3);
     while running.add(Box::new(Rng::new())).is_ok() {}
     let error = running.add(Box::new(Rng::new())).unwrap_err().to_string();
-    assert_eq!(error, "32 devices: the bus has room for 31");
+    assert!(
+        error.starts_with("32 devices: the bus has room for 31, "),
+        "{error}"
+    );
     running.stop();
 }
 
