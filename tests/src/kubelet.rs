@@ -47,6 +47,19 @@ impl PodDir {
         path
     }
 
+    /// An emptyDir on a file system of so many MiB, as a quota caps one.
+    #[must_use]
+    pub fn capped(&mut self, name: &str, mib: u32) -> PathBuf {
+        let path = self.volume("empty-dir", name);
+        let image = self.path.join(format!("{name}.ext4"));
+        let image = image.to_str().expect("paths of tests are UTF-8");
+        let size = format!("{mib}m");
+        run("mke2fs", &["-q", "-F", "-t", "ext4", image, &size]).exits(0);
+        run("modprobe", &["loop"]).exits(0);
+        self.mount(&["-o", "loop", image], &path);
+        path
+    }
+
     /// A volume for what the kubelet writes to memory: a Secret, a projected volume.
     #[must_use]
     pub fn written_in_memory(&mut self, plugin: &str, name: &str) -> PathBuf {

@@ -148,6 +148,7 @@ fn empty_dirs_of_disk_and_memory() {
     let scene = PodScene::new();
     let mut kubelet = PodDir::new("empty-dirs");
     let disk = kubelet.volume("empty-dir", "disk");
+    let capped = kubelet.capped("capped", 8);
     let memory = kubelet.memory("memory", "size=2m,mode=1777");
     fs::create_dir(disk.join("part")).unwrap();
     let part = kubelet.subpath(&disk.join("part"), "disk");
@@ -156,6 +157,7 @@ fn empty_dirs_of_disk_and_memory() {
     let [one, two] = ["one", "two"].map(|name| {
         let container = pod.container(name, SLEEP).mount(&disk, "/disk");
         let container = container.mount(&memory, "/memory").mount(&part, "/part");
+        let container = container.mount(&capped, "/capped");
         container.mount_read_only(usr, "/run/usr").start()
     });
     for directory in ["/disk", "/memory"] {
@@ -184,16 +186,23 @@ fn empty_dirs_of_disk_and_memory() {
         "it is the guest's"
     );
 
-    let before = used_kib(&disk);
-    fill("/disk/file", 8192).exits(0);
-    one.sh("sync").exits(0);
-    let full = used_kib(&disk);
-    assert!(
-        (8192..9000).contains(&(full - before)),
-        "{before} to {full}"
-    );
-    one.sh("rm /disk/file").exits(0);
-    eventually("the space is given back", || used_kib(&disk) <= before + 64);
+    for (directory, name) in [(&disk, "/disk/file"), (&capped, "/capped/file")] {
+        let before = used_kib(directory);
+        fill(name, 4096).exits(0);
+        one.sh("sync").exits(0);
+        let full = used_kib(directory);
+        assert!(
+            (4096..4600).contains(&(full - before)),
+            "{before} to {full}"
+        );
+        one.sh(&format!("rm {name}")).exits(0);
+        eventually("the space is given back", || {
+            used_kib(directory) <= before + 64
+        });
+    }
+    fill("/capped/file", 16384).exits(1);
+    one.sh("rm /capped/file").exits(0);
+    fill("/capped/file", 4096).exits(0);
 }
 
 /// Plugins of the volumes the kubelet writes itself.
