@@ -71,7 +71,7 @@ lint: setup
 unit: setup
 	NACRE_TEST_AGENT=$(CURDIR)/target/debug/nacre-agent RUST_BACKTRACE=1 \
 	  cargo test --locked --workspace --exclude nacre-tests
-	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel
+	cargo test --locked -p nacre-tests --lib --bins --test guest_kernel --test containerd
 
 # Builds the tests that $(1) selects and installs their program as $(2).
 install-tests = cargo test --locked $(1) --no-run && \

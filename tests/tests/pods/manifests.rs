@@ -14,10 +14,6 @@ use serde_json::{Value, json};
 
 const RUNTIME_CLASS: &str = include_str!("../../../config/runtimeclass.yaml");
 const NACRE_TOML: &str = include_str!("../../../config/nacre.toml");
-const CONTAINERD: [&str; 2] = [
-    include_str!("../../../config/containerd-2.toml"),
-    include_str!("../../../config/containerd-1.7.toml"),
-];
 const DOCUMENTATION: &str = include_str!("../../../docs/kubernetes.md");
 const DEVICES: &str = include_str!("../../../docs/gpu.md");
 const LAB: &str = include_str!("../../lab/guest/etc/containerd/config.toml");
@@ -161,13 +157,4 @@ fn documented_class_for_devices_has_room_for_what_is_pinned() {
     let needed = GUEST_RESERVE_MIB + (guest * 3).div_ceil(512) + overhead_mib();
     let overhead = mebibytes(&class["overhead"]["podFixed"]["memory"]);
     assert!(overhead >= needed, "{overhead} MiB of {needed}");
-}
-
-/// The RuntimeClass's handler is the runtime's name in containerd's configuration.
-#[test]
-fn containerd_has_the_handler() {
-    for text in CONTAINERD {
-        let table = format!(".containerd.runtimes.{HANDLER}]");
-        assert!(text.lines().any(|line| line.ends_with(&table)), "{text}");
-    }
 }
