@@ -20,7 +20,8 @@ fn hook(script: &str) -> Value {
     }])
 }
 
-/// Makes the interface eth0 in the network namespace of the state's process.
+/// Makes the interface eth0 in the network namespace of the state's process, and keeps what
+/// the shim has written of the pod by then.
 const MAKE_NETWORK: &str = "
     set -e; echo \"$state\" > /tmp/e2e-hooks/create
     netns=$(echo \"$state\" | sed 's|.*\"nerdctl/network-namespace\":\"\\([^\"]*\\)\".*|\\1|')
@@ -32,6 +33,8 @@ const MAKE_NETWORK: &str = "
     inside ip addr add 10.99.0.2/24 dev eth0
     inside ip link set eth0 up
     inside ip route add default via 10.99.0.1
+    id=$(echo \"$state\" | sed 's|.*\"id\":\"\\([^\"]*\\)\".*|\\1|')
+    cp /run/nacre/default/$id/state.json /tmp/e2e-hooks/pod
 ";
 
 fn scene() -> Scene {
@@ -72,13 +75,19 @@ fn network_made_by_a_hook() {
     assert_eq!(created["annotations"]["to-be"], "seen");
     let bundle = created["bundle"].as_str().unwrap();
     assert!(id.starts_with("e2e-") && bundle.ends_with(id), "{created}");
+    // The guest's interfaces may come later as well, so they do not tell: these come with its
+    // boot.
+    let pod = state("pod");
+    for part in ["virtiofsd", "vcpus"] {
+        assert_eq!(pod.get(part), Some(&Value::Null), "{pod}");
+    }
     let stopped = state("stop");
     assert_eq!(stopped["status"], "stopped");
     assert_eq!(stopped["id"], created["id"]);
 }
 
-/// As CNI plugins do, which leave a name of the network namespace, and sometimes a
-/// process.
+/// As CNI plugins do, which leave a name of the network namespace. What processes a hook
+/// leaves are in its group.
 #[test]
 fn what_a_hook_leaves_is_the_host_s_and_not_the_pod_s() {
     let mut scene = scene();
