@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
-use nacre_tests::{Changed, HugePages, Scene, Shim, eventually};
+use nacre_tests::{Changed, HugePages, Scene, Shim, eventually, run};
 use serde_json::json;
 
 use crate::host::{Events, pid_of, status_of};
@@ -184,15 +184,27 @@ fn the_kernel_prefers_the_machine_to_the_shim() {
 #[test]
 fn a_full_cgroup_ends_the_machine_and_not_the_shim() {
     let mut scene = Scene::new();
-    let id = scene.start_sleeper(&["--memory-limit", "67108864"]);
+    let id = scene.start_sleeper(&["--memory-limit", "134217728"]);
     let shim = status_of(&pid_of(&scene, &id))["PPid"].clone();
-    let current: u64 = on_host(&id, "memory.current").parse().unwrap();
+    let stat = on_host(&id, "memory.stat");
+    let bytes = |name: &str| -> u64 {
+        let line = stat.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().trim().parse().unwrap()
+    };
+    // Of files' pages the kernel would make room for more.
+    let held = bytes("anon ") + bytes("shmem ") + bytes("kernel ");
     let limit = format!("/sys/fs/cgroup/default/{id}/memory.max");
-    fs::write(limit, (current + 8 * MIB).to_string()).unwrap();
+    fs::write(limit, (held + 8 * MIB).to_string()).unwrap();
     // The container may, the pod may not. Nobody is left to tell how it ended.
-    let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=40M", "count=1"];
-    scene.exec(&id, &[], &fill);
+    let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1"];
+    let said = scene.exec(&id, &[], &fill);
+    assert_ne!(said.code, Some(0), "{said:#?}");
     scene.await_status(&id, "STOPPED");
+    eventually("the pod's log has it", || {
+        let log = run("nacre", &["logs", &id]).exits(0).stdout;
+        let mut lines = log.lines();
+        lines.any(|line| line.contains("monitor process ended") && line.contains("SIGKILL"))
+    });
     let events = on_host(&id, "memory.events");
     let kills = events
         .lines()
@@ -200,7 +212,7 @@ fn a_full_cgroup_ends_the_machine_and_not_the_shim() {
     assert_ne!(kills.unwrap(), "0");
     let group = fs::read_to_string(format!("/proc/{shim}/cgroup")).unwrap();
     assert_eq!(group, format!("0::/default/{id}\n"));
-    let said = scene.ctr(&["task", "rm", &id]);
+    let said = scene.ctr(&["task", "rm", &id]).exits(0);
     said.complains(&["exit with non-zero exit code 137"]);
 }
 
