@@ -327,7 +327,7 @@ fn of_the_guest_by_power_off() {
     let pod = Pod::start(&["--privileged"]);
     let since = end_by(&pod, "echo o > /proc/sysrq-trigger");
     log_has(&pod.id, "the guest powered off");
-    log_has(&pod.id, "guest kernel: ");
+    log_has(&pod.id, "reboot: Power down");
     let console = run("nacre", &["logs", "--console", &pod.id])
         .exits(0)
         .stdout;
