@@ -75,7 +75,7 @@ fn a_container_that_cannot_be_made() {
 
 /// The smallest there are: fifty of them fit into the lab.
 #[test]
-#[ignore = "fifty pods take the lab's one emulated processor for a minutes: make long"]
+#[ignore = "fifty pods take the lab's one emulated processor for minutes: make long"]
 fn fifty_pods_at_once() {
     const LIMIT: Duration = Duration::from_secs(500);
     let _patience = Changed::new("boot_timeout_seconds", LONG_BOOT);

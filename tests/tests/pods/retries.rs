@@ -10,15 +10,17 @@ use tonic::{Code, Status};
 
 use crate::SLEEP;
 
+/// Too short for anything.
+const FIRST: Duration = Duration::from_millis(1);
+
 /// Makes a call with twice the time each time, until it is done in it: so it is given up
 /// at one point after the other. `collect` removes what was done too late for anyone to
 /// know, as kubelet would. How often it was given up, and what came of it.
 fn until_done<T>(
-    first: Duration,
     mut call: impl FnMut(Duration) -> Result<T, Status>,
     collect: impl Fn(),
 ) -> (u32, T) {
-    let (mut limit, mut given_up) = (first, 0);
+    let (mut limit, mut given_up) = (FIRST, 0);
     loop {
         let mut answer = None;
         eventually("the try before is at an end", || match call(limit) {
@@ -58,7 +60,6 @@ fn pods_and_containers_are_made_once_however_often_they_are_asked_for() {
         metadata.is_some_and(|metadata| metadata.name.starts_with("impatient-"))
     };
     let (given_up, pod) = until_done(
-        Duration::from_millis(800),
         |limit| manifest.clone().within(limit).try_run(),
         || {
             for late in cri.pods().unwrap() {
@@ -80,7 +81,6 @@ fn pods_and_containers_are_made_once_however_often_they_are_asked_for() {
             .collect::<Vec<_>>()
     };
     let (given_up, app) = until_done(
-        Duration::from_millis(50),
         |limit| container.clone().within(limit).try_create(),
         || {
             for late in of_the_pod() {

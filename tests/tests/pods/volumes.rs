@@ -172,12 +172,14 @@ fn empty_dirs_of_disk_and_memory() {
 
     let fill = |path: &str, kib: u32| {
         one.sh(&format!(
-            "dd if=/dev/urandom of={path} bs=64k count={} 2>/dev/null",
+            "dd if=/dev/urandom of={path} bs=64k count={}",
             kib / 64
         ))
     };
     fill("/memory/half", 1024).exits(0);
-    fill("/memory/more", 2048).exits(1);
+    fill("/memory/more", 2048)
+        .exits(1)
+        .complains(&["No space left on device"]);
     one.sh("rm /memory/more").exits(0);
     fill("/memory/more", 512).exits(0);
     assert_eq!(
@@ -200,7 +202,9 @@ fn empty_dirs_of_disk_and_memory() {
             used_kib(directory) <= before + 64
         });
     }
-    fill("/capped/file", 16384).exits(1);
+    fill("/capped/file", 16384)
+        .exits(1)
+        .complains(&["No space left on device"]);
     one.sh("rm /capped/file").exits(0);
     fill("/capped/file", 4096).exits(0);
 }
