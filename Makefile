@@ -148,7 +148,7 @@ long: stage driver-images
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@$(install-wire)
-	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'nacre-e2e --test-threads=1 --ignored && nacre-pods --test-threads=1 --ignored --nocapture'
+	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'code=0; nacre-e2e --test-threads=1 --ignored || code=$$?; nacre-pods --test-threads=1 --ignored --nocapture || code=$$?; exit $$code'
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

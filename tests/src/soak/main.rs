@@ -135,14 +135,15 @@ fn outlives_containerd(scene: &mut Scene) -> Result<()> {
     kill(scene, &id)
 }
 
-/// A process of the pod is killed, half of the time while the container starts: then at any
-/// moment of that.
+/// A process of the pod is killed, half of the time so long after it is there: mostly while the
+/// container starts.
 fn loses(scene: &mut Scene, name: &str, random: u64) -> Result<()> {
     // Other bits than those that have chosen the way.
     let moment = Duration::from_millis((random >> 32) % (2 * STARTS_MS));
     if moment > Duration::from_millis(STARTS_MS) {
         let id = scene.start_sleeper(&["--cni"]);
-        run("kill", &["-9", &process_of(&id, name)]);
+        let said = run("kill", &["-9", &process_of(&id, name)]);
+        ensure!(said.code == Some(0), "{said:#?}");
         containerd_notices(scene, &id);
         return Ok(());
     }
@@ -152,7 +153,9 @@ fn loses(scene: &mut Scene, name: &str, random: u64) -> Result<()> {
     sleep(moment);
     run("kill", &["-9", &pid]);
     // What it is told is a matter of the moment.
-    let _ = Said::from(client.wait_with_output()?);
+    let said = Said::from(client.wait_with_output()?);
+    let is_done = said.code == Some(0);
+    println!("{:>14}{name} killed, start done: {is_done}", "");
     containerd_notices(scene, &id);
     Ok(())
 }

@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 use nacre_tests::{BUSYBOX, Changed, Said, Sample, Scene, Shim, eventually};
 
+/// What they leave shows at once where it is counted one by one (mounts, interfaces, cgroups),
+/// and in descriptors and processes if each leaves one. Memory that grows shows over the many pods
+/// of `make soak`: of two rounds it may be the kernel's own.
 #[test]
 #[ignore = "twenty machines take the lab's one emulated processor for minutes: make long"]
 fn twenty_machines_at_once() {
