@@ -75,6 +75,29 @@ fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
     assert!(!mock.state().was_loose);
 }
 
+/// The host would mask it at its first interrupt, for good.
+#[test]
+fn line_that_can_be_neither_unmasked_nor_turned_off_is_silent() {
+    let Some((function, mock)) = function_with_line() else {
+        return;
+    };
+    {
+        let mut state = mock.state();
+        (state.is_never_unmasked, state.stuck) = (true, Some(Irq::Intx));
+    }
+    function.config_write(COMMAND, &[2, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
+    assert_eq!(mock.state().command(), 0x403);
+    {
+        let mut state = mock.state();
+        (state.is_never_unmasked, state.stuck) = (false, None);
+    }
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), [&["Intx off"][..], &LINE_ON].concat());
+    assert_eq!(mock.state().command(), 7);
+    assert!(!mock.state().was_loose);
+}
+
 #[test]
 fn machine_without_lines_shows_none() {
     let Some((function, mock)) = function() else {
