@@ -78,6 +78,12 @@ pub enum ConfigError {
     /// VFIO's size of a BAR is not one that hardware has.
     #[error("its BAR {0} has {1:#x} bytes, which is no power of two")]
     BarSize(usize, u64),
+    /// Its driver would wait for ever.
+    #[error(
+        "its only interrupt is a line, and the pod has none: this host's KVM makes no I/O APIC \
+         (CONFIG_KVM_IOAPIC)"
+    )]
+    OnlyIntx,
 }
 
 /// Where a byte comes from.
@@ -189,9 +195,17 @@ impl GuestConfig {
     }
 
     /// Hides its interrupt line.
-    pub fn hide_intx(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// When it has no messages instead.
+    pub fn hide_intx(&mut self) -> Result<(), ConfigError> {
+        if self.has_intx && self.layout.msi.is_none() && self.layout.msix.is_none() {
+            return Err(ConfigError::OnlyIntx);
+        }
         self.has_intx = false;
         self.bytes.ours[INTERRUPT_PIN] = 0;
+        Ok(())
     }
 
     /// What of the device the guest uses: bits of the command register.

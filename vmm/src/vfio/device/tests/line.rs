@@ -114,6 +114,23 @@ fn machine_without_lines_shows_none() {
     assert!(!mock.state().was_loose);
 }
 
+/// Its driver would wait for ever.
+#[test]
+fn machine_without_lines_takes_no_device_without_messages() {
+    let Some(vm) = test_vm() else { return };
+    let made = |pin| {
+        let mock = Arc::new(Mock::default());
+        mock.state().config[0x34] = 0;
+        mock.state().config[0x3d] = pin;
+        let endpoint = Endpoint::open("0000:01:00.0", mock).unwrap();
+        VfioPci::new(&vm, endpoint, LINE, &ADDRESSES, WINDOW64)
+    };
+    let error = made(1).err().unwrap().to_string();
+    let start = "PCI device 0000:01:00.0: its only interrupt is a line";
+    assert!(error.starts_with(start), "{error}");
+    assert!(made(0).is_ok(), "it never interrupts");
+}
+
 /// A machine whose devices come and go has a line's event no longer than the device has.
 #[test]
 fn nothing_is_left_of_a_line_that_is_off() {
