@@ -290,13 +290,11 @@ impl Running {
     ///
     /// When there is none.
     pub fn remove(&self, number: u8, is_let_go: bool) -> Result<(), MachineError> {
-        let device = if is_let_go {
-            self.root.take(number)
+        if self.root.remove(number, is_let_go) {
+            Ok(())
         } else {
-            self.root.take_by_force(number)
-        };
-        device.ok_or(MachineError::NoDevice(number))?.retire();
-        Ok(())
+            Err(MachineError::NoDevice(number))
+        }
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
