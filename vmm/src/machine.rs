@@ -73,8 +73,13 @@ pub enum MachineError {
     )]
     Devices(usize),
     /// Nothing that could be taken out is there.
-    #[error("no virtio device is in slot {0} of bus 0")]
-    NoDevice(u8),
+    #[error("no virtio device of type {device_type} is in slot {number} of bus 0")]
+    NoDevice {
+        /// What was to be taken out (virtio 1.2, 5).
+        device_type: u16,
+        /// Where.
+        number: u8,
+    },
     /// See the source.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -283,17 +288,26 @@ impl Running {
         Ok(number)
     }
 
-    /// Takes a virtio device out of its slot, whether the guest has let go of it or not; if
-    /// not, the slot stays as it is to the end. Nothing works for it any more when this returns.
+    /// Takes a virtio device of this type out of its slot, whether the guest has let go of it or
+    /// not; if not, the slot stays as it is to the end. Nothing works for it any more when this
+    /// returns.
     ///
     /// # Errors
     ///
     /// When there is none.
-    pub fn remove(&self, number: u8, is_let_go: bool) -> Result<(), MachineError> {
-        if self.root.remove(number, is_let_go) {
+    pub fn remove(
+        &self,
+        device_type: u16,
+        number: u8,
+        is_let_go: bool,
+    ) -> Result<(), MachineError> {
+        if self.root.remove(device_type, number, is_let_go) {
             Ok(())
         } else {
-            Err(MachineError::NoDevice(number))
+            Err(MachineError::NoDevice {
+                device_type,
+                number,
+            })
         }
     }
 

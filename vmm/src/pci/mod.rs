@@ -253,10 +253,10 @@ impl PciRoot {
         Ok(())
     }
 
-    /// Takes a virtio device out of its slot and stops it; whether there was one. If the guest
-    /// has not let go of it, or KVM goes on showing it, the slot stays empty.
-    pub fn remove(&self, number: u8, is_let_go: bool) -> bool {
-        let Some(device) = self.take(number, is_let_go) else {
+    /// Takes a virtio device of this type out of its slot and stops it; whether there was one. If
+    /// the guest has not let go of it, or KVM goes on showing it, the slot stays empty.
+    pub fn remove(&self, device_type: u16, number: u8, is_let_go: bool) -> bool {
+        let Some(device) = self.take(device_type, number, is_let_go) else {
             return false;
         };
         if let Err(error) = device.retire() {
@@ -270,9 +270,9 @@ impl PciRoot {
         true
     }
 
-    fn take(&self, number: u8, is_let_go: bool) -> Option<Box<VirtioPci>> {
+    fn take(&self, device_type: u16, number: u8, is_let_go: bool) -> Option<Box<VirtioPci>> {
         let mut place = self.virtio(number)?.own();
-        let device = place.take()?;
+        let device = place.take_if(|device| device.device_type() == device_type)?;
         if !is_let_go {
             // Whoever finds no device there any more, finds this.
             self.lost().insert(number, device.bar_address());
@@ -525,7 +525,7 @@ fn offset_in_bar(bar: u64, address: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::rng::Rng;
+    use crate::virtio::rng::{DEVICE_TYPE, Rng};
     use crate::vm::test_vm;
 
     #[test]
@@ -575,8 +575,8 @@ mod tests {
             u16::from_le_bytes(data)
         };
         assert_eq!((id(2), queues()), (0x1044_1af4, 1));
-        assert!(root.remove(2, true));
-        assert!(!root.remove(2, true));
+        assert!(root.remove(DEVICE_TYPE, 2, true));
+        assert!(!root.remove(DEVICE_TYPE, 2, true));
         assert_eq!((id(2), queues()), (u32::MAX, u16::MAX));
         assert_eq!(id(3), 0x1044_1af4);
         assert_eq!(add(), 2);
@@ -584,7 +584,7 @@ mod tests {
             add();
         }
         assert_eq!(id(31), 0x1044_1af4);
-        assert!(!root.remove(0, true) && !root.remove(32, true));
+        assert!(!root.remove(DEVICE_TYPE, 0, true) && !root.remove(DEVICE_TYPE, 32, true));
         let device = VirtioPci::new(&vm, Box::new(Rng::new()), layout::WINDOW32_START).unwrap();
         assert!(root.insert(32, device).is_err());
     }
@@ -610,8 +610,8 @@ mod tests {
             number
         };
         assert_eq!([add(), add()], [1, 2]);
-        assert!(root.remove(1, false));
-        assert!(!root.remove(1, false));
+        assert!(root.remove(DEVICE_TYPE, 1, false));
+        assert!(!root.remove(DEVICE_TYPE, 1, false));
         let mut id = [0; 4];
         ecam.read(1 << SLOT_SHIFT, &mut id);
         assert_eq!(id, [0xff; 4], "nothing to find");
@@ -625,7 +625,7 @@ mod tests {
         };
         assert_eq!([status(1), status(2), status(3)], [0, 0, 0xff]);
         assert_eq!(add(), 3);
-        assert!(root.remove(2, true));
+        assert!(root.remove(DEVICE_TYPE, 2, true));
         assert_eq!(add(), 2);
     }
 
@@ -643,7 +643,7 @@ mod tests {
         };
         assert_eq!([add(), add()], [1, 2]);
         vm.refuse_removals();
-        assert!(root.remove(1, true));
+        assert!(root.remove(DEVICE_TYPE, 1, true));
         assert_eq!(add(), 3);
     }
 

@@ -138,6 +138,12 @@ impl VirtioPci {
         })
     }
 
+    /// Device type (virtio 1.2, 5).
+    #[must_use]
+    pub fn device_type(&self) -> u16 {
+        self.lock().device.device_type()
+    }
+
     /// Where the BAR answers now.
     #[must_use]
     pub fn bar_address(&self) -> Option<u64> {

@@ -26,7 +26,7 @@ mod tap;
 mod tests;
 mod vhost;
 
-pub use device::Net;
+pub use device::{DEVICE_TYPE, Net};
 
 use std::io;
 
