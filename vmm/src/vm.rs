@@ -404,22 +404,27 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
 /// no KVM.
 #[cfg(test)]
 pub fn test_vm() -> Option<Arc<Vm>> {
-    test_vm_with(IrqChip::Split)
+    test_vm_with(IrqChip::Split, crate::memory::allocate(32, false).unwrap())
+}
+
+/// The same without memory, of which nothing has to be mapped for DMA.
+#[cfg(test)]
+pub fn test_vm_without_memory() -> Option<Arc<Vm>> {
+    test_vm_with(IrqChip::Split, GuestMemory::new())
 }
 
 /// The same with interrupt lines, as those have that may get devices of the host.
 #[cfg(test)]
 pub fn test_vm_with_lines() -> Option<Arc<Vm>> {
-    test_vm_with(IrqChip::Full)
+    test_vm_with(IrqChip::Full, crate::memory::allocate(32, false).unwrap())
 }
 
 #[cfg(test)]
-fn test_vm_with(irq_chip: IrqChip) -> Option<Arc<Vm>> {
+fn test_vm_with(irq_chip: IrqChip, memory: GuestMemory) -> Option<Arc<Vm>> {
     let Ok(kvm) = Kvm::new() else {
         eprintln!("skipped: no /dev/kvm");
         return None;
     };
-    let memory = crate::memory::allocate(32, false).unwrap();
     Some(Arc::new(Vm::new(&kvm, memory, irq_chip).unwrap()))
 }
 
