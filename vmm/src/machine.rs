@@ -426,4 +426,4 @@ fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

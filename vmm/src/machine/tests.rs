@@ -15,7 +15,7 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
 }
 
 /// What it is made of.
-fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
+pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
         eprintln!("skipped: no /dev/kvm");
         return None;

@@ -23,7 +23,7 @@ mod device;
 mod pair;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vhost;
 
 pub use device::{DEVICE_TYPE, Net};
