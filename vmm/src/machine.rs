@@ -145,7 +145,8 @@ impl Machine {
         let mut space = None;
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
+                let attached = devices.attach(&vm, &mut space)?;
+                let attached = attached.with_roms(parts.pci.roms);
                 let peers = space.as_ref().filter(|_| parts.pci.peers);
                 let (root_ports, session) = attached.place(&vm, &mut placement, peers)?;
                 (root_ports, Some(session))

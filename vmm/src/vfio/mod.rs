@@ -253,7 +253,7 @@ impl Passthrough {
     }
 
     /// Gives the devices to `vm`, in the address space that others are in already, or in
-    /// a new one: the guest's memory is pinned from then on. It sees their expansion ROMs, or not.
+    /// a new one: the guest's memory is pinned from then on.
     ///
     /// # Errors
     ///
@@ -263,7 +263,6 @@ impl Passthrough {
         self,
         vm: &Arc<Vm>,
         space: &mut Option<AddressSpace>,
-        roms: bool,
     ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
@@ -294,9 +293,6 @@ impl Passthrough {
             })
             .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
-        if roms {
-            endpoints = endpoints.into_iter().map(Endpoint::with_rom).collect();
-        }
         let attached = Attached {
             endpoints,
             known: Some(known),
@@ -355,6 +351,19 @@ pub struct Session {
 }
 
 impl Attached {
+    /// Has the guest see their expansion ROMs, or not.
+    #[must_use]
+    pub fn with_roms(self, roms: bool) -> Self {
+        if !roms {
+            return self;
+        }
+        let endpoints = self.endpoints.into_iter().map(Endpoint::with_rom);
+        Self {
+            endpoints: endpoints.collect(),
+            known: self.known,
+        }
+    }
+
     /// One line that tells what it took.
     fn log(&self, mapped: Mapped, start: Instant) {
         let resets = self

@@ -91,6 +91,18 @@ fn a_device_comes_is_driven_and_goes() {
     assert_eq!(Arc::strong_count(&mock), 1, "nobody has it open");
 }
 
+#[test]
+fn a_device_that_comes_has_its_rom_if_that_is_wanted() {
+    for (wanted, mask) in [(false, 0), (true, 0xffff_f001)] {
+        let Some(slots) = slots(1) else { return };
+        let mut slots = slots.with_roms(wanted);
+        let mock = Arc::new(Mock::default());
+        slots.show(&[0], attached(&[mock])).unwrap();
+        write(&slots.root, 1, 0, 0x30, &[0xff; 4]);
+        assert_eq!(config(&slots.root, 1, 0, 0x30), mask);
+    }
+}
+
 /// Whoever gives the devices to others must know.
 #[test]
 fn what_kvm_keeps_of_a_device_is_an_error() {
@@ -228,7 +240,7 @@ fn an_address_space_is_kept_only_for_devices_that_can_be_used() {
         return;
     }
     let mut space = None;
-    let attached = no_device().attach(&vm, &mut space, false);
+    let attached = no_device().attach(&vm, &mut space);
     let error = attached.err().unwrap().to_string();
     let mapped = "PCI device 0000:01:00.0: cannot ask what it is: ";
     assert!(error.starts_with(mapped) && space.is_none(), "{error}");
