@@ -274,7 +274,8 @@ impl PciRoot {
         let mut place = self.virtio(number)?.own();
         let device = place.take_if(|device| device.device_type() == device_type)?;
         if !is_let_go {
-            // Whoever finds no device there any more, finds this.
+            // Whoever finds no device there any more, finds this. One whose BAR is off reads as ones
+            // as it did before: nobody waits for that.
             self.lost().insert(number, device.bar_address());
         }
         Some(device)
@@ -625,6 +626,10 @@ mod tests {
         };
         assert_eq!([status(1), status(2), status(3)], [0, 0, 0xff]);
         assert_eq!(add(), 3);
+        ecam.write(3 << SLOT_SHIFT | config::COMMAND as u64, &[0, 0]);
+        assert_eq!(status(3), 0xff);
+        assert!(root.remove(DEVICE_TYPE, 3, false));
+        assert_eq!((status(3), add()), (0xff, 4), "it was off");
         assert!(root.remove(DEVICE_TYPE, 2, true));
         assert_eq!(add(), 2);
     }
