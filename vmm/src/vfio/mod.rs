@@ -12,8 +12,9 @@
 //!
 //! The guest drives the device without us: its registers are memory slots
 //! ([`bars`]), its interrupts irqfds ([`interrupts`]), its DMA goes through the
-//! host's IOMMU, in which the guest's memory is all there is ([`container`]). What
-//! comes here is configuration space ([`config`]) and the MSI-X table.
+//! host's IOMMU, in which the guest's memory is all there is ([`container`]), but for the BARs of
+//! its other devices, if that is wanted ([`peers`]). What comes here is configuration space
+//! ([`config`]) and what cannot be mapped: the MSI-X table, I/O ports, the expansion ROM.
 //!
 //! Trust: the guest is hostile and the device does as it says. What a device may
 //! do to the host is limited by the IOMMU, by the kernel's VFIO, and by what of configuration
