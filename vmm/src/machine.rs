@@ -72,6 +72,13 @@ pub enum MachineError {
          empty at first (pod_disks, root_disks and pci_slots in nacre.toml)"
     )]
     Devices(usize),
+    /// Nothing can be put there while the guest runs.
+    #[error(
+        "no slot of bus 0 is free: disks and ports that are empty at first take some (pod_disks, \
+         root_disks and pci_slots in nacre.toml), and one whose device the guest has not let go of \
+         stays empty"
+    )]
+    NoSlot,
     /// Nothing that could be taken out is there.
     #[error("no virtio device of type {device_type} is in slot {number} of bus 0")]
     NoDevice {
@@ -283,7 +290,7 @@ impl Running {
     /// When there is no slot, or the device cannot be put on the bus.
     pub fn add(&self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
         let number = self.root.empty_slot();
-        let number = number.ok_or(MachineError::Devices(MAX_DEVICES + 1))?;
+        let number = number.ok_or(MachineError::NoSlot)?;
         let function = VirtioPci::new(&self.vm, device, PciRoot::bar_address(number))?;
         self.root.insert(number, function)?;
         Ok(number)

@@ -132,10 +132,7 @@ fn devices_come_and_go_while_vcpus_run() {
     assert_eq!(running.add(Box::new(Rng::new())).unwrap(), 3);
     while running.add(Box::new(Rng::new())).is_ok() {}
     let error = running.add(Box::new(Rng::new())).unwrap_err().to_string();
-    assert!(
-        error.starts_with("32 devices: the bus has room for 31, "),
-        "{error}"
-    );
+    assert!(error.starts_with("no slot of bus 0 is free"), "{error}");
     running.stop();
 }
 
