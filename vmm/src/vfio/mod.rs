@@ -320,9 +320,7 @@ impl KnownToKvm {
             files,
         })
     }
-}
 
-impl KnownToKvm {
     /// KVM knows them no more.
     fn forget(&mut self) -> Result<(), VmError> {
         let files = std::mem::take(&mut self.files);
