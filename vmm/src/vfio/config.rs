@@ -20,7 +20,7 @@ use std::io;
 use std::ops::Range;
 
 use super::access::{Access, CONFIG_REGION};
-use super::capabilities::{self, Layout};
+use super::capabilities::{self, Layout, MSI_ENABLE, MSIX_ENABLE};
 use crate::pci::root_port::{Link, NO_LINK};
 
 mod bar;
@@ -219,14 +219,21 @@ impl GuestConfig {
     /// nothing here, since drivers may do so at each interrupt.
     #[must_use]
     pub fn wants_intx(&self) -> bool {
-        let Layout { msi, msix, .. } = self.layout;
-        let on = |control: Option<usize>, bit| {
-            control.is_some_and(|control| self.u16_at(control) & bit != 0)
-        };
-        self.has_intx
-            && self.in_use() != 0
-            && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
-            && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
+        self.has_intx && self.in_use() != 0 && !self.msi_is_on() && !self.msix_is_on()
+    }
+
+    /// Whether the guest has turned MSI on,
+    #[must_use]
+    pub fn msi_is_on(&self) -> bool {
+        let msi = self.layout.msi;
+        msi.is_some_and(|msi| self.u16_at(msi.control) & MSI_ENABLE != 0)
+    }
+
+    /// and whether MSI-X.
+    #[must_use]
+    pub fn msix_is_on(&self) -> bool {
+        let msix = self.layout.msix;
+        msix.is_some_and(|msix| self.u16_at(msix.control) & MSIX_ENABLE != 0)
     }
 
     /// Its link.
