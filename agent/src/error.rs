@@ -27,6 +27,9 @@ pub enum Error {
     /// does not exist.
     #[error("{0}")]
     InvalidArgument(String),
+    /// Nothing was made, and something may use disks yet that were to be part of it.
+    #[error("{0}")]
+    Aborted(String),
     /// The system refused.
     #[error("{what}")]
     Io {
@@ -108,6 +111,7 @@ impl From<Error> for ttrpc::Error {
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Error::InvalidArgument(_) => Code::INVALID_ARGUMENT,
+            Error::Aborted(_) => Code::ABORTED,
             Error::Io { .. } | Error::Internal(_) => Code::INTERNAL,
         };
         ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.full()))

@@ -98,13 +98,25 @@ impl Network {
         first.result()
     }
 
+    /// Takes away what is `removed`, and sets up what is `added`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::configure`].
+    pub async fn update(&mut self, removed: &NetworkConfig, added: &NetworkConfig) -> Result<()> {
+        let mut first = FirstError::default();
+        first.of(self.take_away(removed).await);
+        first.of(self.configure(added).await);
+        first.result()
+    }
+
     /// Takes away what is there of it, in the reverse order. Of interfaces that is
     /// their addresses.
     ///
     /// # Errors
     ///
     /// Those of [`Self::configure`], but not that something is gone.
-    pub async fn take_away(&mut self, config: &NetworkConfig) -> Result<()> {
+    async fn take_away(&mut self, config: &NetworkConfig) -> Result<()> {
         let mut first = FirstError::default();
         for neighbor in &config.neighbors {
             first.of(unless_gone(self.remove_neighbor(neighbor).await));
@@ -363,6 +375,8 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use netlink_packet_route::AddressFamily;
     use netlink_packet_route::route::RouteAttribute;
@@ -482,8 +496,18 @@ mod tests {
         let error = network.configure(&config).await.unwrap_err().full();
         assert!(error.contains("interface none"), "the first: {error}");
         assert!(has_rule(&network, 700).await);
-        let error = network.take_away(&config).await.unwrap_err().full();
-        assert!(error.contains("nowhere"), "{error}");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let log = Arc::new(file.reopen().unwrap());
+        let subscriber = tracing_subscriber::fmt().with_writer(log).finish();
+        let logging = tracing::subscriber::set_default(subscriber);
+        let error = network.update(&config, &config).await;
+        drop(logging);
+        let error = error.unwrap_err().full();
+        assert!(error.contains("nowhere"), "of what was removed: {error}");
+        let log = std::fs::read_to_string(file.path()).unwrap();
+        assert!(log.contains("interface none"), "of what was added: {log}");
+        assert!(has_rule(&network, 700).await, "taken away and added again");
+        network.take_away(&config).await.unwrap_err();
         assert!(!has_rule(&network, 700).await);
     }
 

@@ -170,7 +170,8 @@ impl Sandbox {
     /// # Errors
     ///
     /// `AlreadyExists`; `InvalidArgument` for a specification that cannot be
-    /// carried out; those of the steps. Nothing is left behind.
+    /// carried out; those of the steps. Nothing is left behind then; after `Aborted` something
+    /// may use its disks yet.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
         let id = request.container_id.clone();
         storage::check_id(&id)?;
@@ -189,9 +190,10 @@ impl Sandbox {
                 Ok(pid)
             }
             Err(error) => {
-                self.undo_create(&id, &disks).await;
+                self.undo_create(&id).await;
+                let released = disk::released(&disks).await;
                 self.slots().remove(&id);
-                Err(error)
+                Err(not_made(error, released))
             }
         }
     }
@@ -294,7 +296,7 @@ impl Sandbox {
         }
     }
 
-    async fn undo_create(&self, id: &str, disks: &[String]) {
+    async fn undo_create(&self, id: &str) {
         let removed = match self.cgroups.create(id) {
             Ok(cgroup) => cgroup.remove().await,
             Err(error) => Err(error),
@@ -304,11 +306,7 @@ impl Sandbox {
             Err(error) => Err(error),
         };
         self.release_pages(id).await;
-        let released = disk::released(disks).await;
-        for error in [removed, unmounted, released]
-            .into_iter()
-            .filter_map(Result::err)
-        {
+        for error in [removed, unmounted].into_iter().filter_map(Result::err) {
             tracing::warn!("container {id}: {}", error.full());
         }
     }
@@ -450,7 +448,7 @@ impl Sandbox {
         }
         let ids: Vec<String> = self.slots().keys().cloned().collect();
         for id in ids {
-            self.undo_create(&id, &[]).await;
+            self.undo_create(&id).await;
         }
         if let Err(error) = self.cgroups.remove() {
             tracing::warn!("remove the cgroup base: {error}");
@@ -466,6 +464,14 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Error::Internal(error.to_string()))?
+}
+
+/// Why there is no container: `error`, and worse than that, its disks may be in use yet.
+fn not_made(error: Error, released: Result<()>) -> Error {
+    match released {
+        Ok(()) => error,
+        Err(in_use) => Error::Aborted(format!("{}; {}", error.full(), in_use.full())),
+    }
 }
 
 fn serials(disks: &[Disk]) -> Vec<String> {
@@ -512,4 +518,26 @@ fn mount_shared() -> Result<()> {
         None::<&str>,
     )
     .with_context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_that_are_in_use_are_told_with_what_failed() {
+        let failed = || Error::NotFound("the command".into());
+        let code = |error: Error| match error.into() {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+            other => panic!("{other}"),
+        };
+        let made = code(not_made(failed(), Ok(())));
+        let expected = (ttrpc::Code::NOT_FOUND, "the command not found".to_owned());
+        assert_eq!(made, expected);
+        let busy = Err(nix::errno::Errno::EBUSY).context("have /dev/vda for ourselves");
+        let (code, text) = code(not_made(failed(), busy));
+        assert_eq!(code, ttrpc::Code::ABORTED);
+        let start = "the command not found; have /dev/vda for ourselves: ";
+        assert!(text.starts_with(start), "{text}");
+    }
 }

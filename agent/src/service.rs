@@ -47,9 +47,7 @@ impl Agent for Service {
         request: UpdateNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         let mut network = Network::connect()?;
-        let taken_away = network.take_away(&request.removed).await;
-        let configured = network.configure(&request.added).await;
-        taken_away.and(configured)?;
+        network.update(&request.removed, &request.added).await?;
         Ok(Empty::default())
     }
 

@@ -110,7 +110,7 @@ pub enum Event {
     Answered {
         /// The request's.
         number: u64,
-        /// What the request says, or why all is as it was; see [`Request::Unplug`].
+        /// What the request says, or why all is as it was; but see [`Request::Unplug`].
         result: Result<u64, String>,
     },
     /// The VM stopped. The monitor exits after this.

@@ -72,9 +72,21 @@ pub enum MachineError {
          empty at first (pod_disks, root_disks and pci_slots in nacre.toml)"
     )]
     Devices(usize),
+    /// Nothing can be put there while the guest runs.
+    #[error(
+        "no slot of bus 0 is free: disks and ports that are empty at first take some (pod_disks, \
+         root_disks and pci_slots in nacre.toml), and one whose device the guest has not let go of \
+         stays empty"
+    )]
+    NoSlot,
     /// Nothing that could be taken out is there.
-    #[error("no virtio device is in slot {0} of bus 0")]
-    NoDevice(u8),
+    #[error("no virtio device of type {device_type} is in slot {number} of bus 0")]
+    NoDevice {
+        /// What was to be taken out (virtio 1.2, 5).
+        device_type: u16,
+        /// Where.
+        number: u8,
+    },
     /// See the source.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -140,7 +152,8 @@ impl Machine {
         let mut space = None;
         let (root_ports, session) = match parts.passthrough {
             Some(devices) => {
-                let attached = devices.attach(&vm, &mut space, parts.pci.roms)?;
+                let attached = devices.attach(&vm, &mut space)?;
+                let attached = attached.with_roms(parts.pci.roms);
                 let peers = space.as_ref().filter(|_| parts.pci.peers);
                 let (root_ports, session) = attached.place(&vm, &mut placement, peers)?;
                 (root_ports, Some(session))
@@ -277,26 +290,33 @@ impl Running {
     /// When there is no slot, or the device cannot be put on the bus.
     pub fn add(&self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
         let number = self.root.empty_slot();
-        let number = number.ok_or(MachineError::Devices(MAX_DEVICES + 1))?;
+        let number = number.ok_or(MachineError::NoSlot)?;
         let function = VirtioPci::new(&self.vm, device, PciRoot::bar_address(number))?;
         self.root.insert(number, function)?;
         Ok(number)
     }
 
-    /// Takes a virtio device out of its slot, whether the guest has let go of it or not; if
-    /// not, the slot stays as it is to the end. Nothing works for it any more when this returns.
+    /// Takes a virtio device of this type out of its slot, whether the guest has let go of it or
+    /// not; if not, the slot stays as it is to the end. Nothing works for it any more when this
+    /// returns.
     ///
     /// # Errors
     ///
     /// When there is none.
-    pub fn remove(&self, number: u8, is_let_go: bool) -> Result<(), MachineError> {
-        let device = if is_let_go {
-            self.root.take(number)
+    pub fn remove(
+        &self,
+        device_type: u16,
+        number: u8,
+        is_let_go: bool,
+    ) -> Result<(), MachineError> {
+        if self.root.remove(device_type, number, is_let_go) {
+            Ok(())
         } else {
-            self.root.take_by_force(number)
-        };
-        device.ok_or(MachineError::NoDevice(number))?.retire();
-        Ok(())
+            Err(MachineError::NoDevice {
+                device_type,
+                number,
+            })
+        }
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
@@ -414,4 +434,4 @@ fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -33,6 +33,7 @@ use crate::stop::Outcome;
 use crate::vfio::Passthrough;
 use crate::vfio::hotplug::{self, Job};
 use crate::virtio::mem::Resizer;
+use crate::virtio::net;
 use crate::virtio::vsock::Dialer;
 
 mod answers;
@@ -297,7 +298,8 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
             slot,
             is_let_go,
         } => {
-            let removed = running.remove(slot, is_let_go).map_err(MonitorError::from);
+            let removed = running.remove(net::DEVICE_TYPE, slot, is_let_go);
+            let removed = removed.map_err(MonitorError::from);
             answer(peers, number, removed.map(|()| slot));
         }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),

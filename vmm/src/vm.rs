@@ -2,9 +2,9 @@
 //!
 //! Interrupts are MSIs. KVM emulates the local APICs ("split irqchip") and nothing
 //! else, but for machines that may get devices of the host, whose INTx are [`lines`]: these have KVM's
-//! whole controller, with an I/O APIC and, since it cannot be left out, a PIC. A GSI here is only the name
-//! of an MSI route, of which KVM has a few thousand; a vector of a device takes one
-//! when it is used for the first time and keeps it as long as the device is there.
+//! whole controller, with an I/O APIC and, since it cannot be left out, a PIC. Their first GSIs are
+//! its pins. Any other is only the name of an MSI route, of which KVM has a few thousand; a vector of
+//! a device takes one when it is used for the first time and keeps it as long as the device is there.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -112,7 +112,7 @@ impl ReadOnlyPage {
 
 impl Vm {
     /// Creates a VM that has `memory`, and an interrupt controller such as `irq_chip` or, where KVM
-    /// has no I/O APIC, a split one.
+    /// makes no such, a split one.
     ///
     /// # Errors
     ///
@@ -371,7 +371,7 @@ fn make_irq_chip(fd: &VmFd, irq_chip: IrqChip) -> Result<(), VmError> {
 }
 
 /// Has `make` make the controller. A host's kernel may be built without an I/O APIC of KVM's
-/// (`CONFIG_KVM_IOAPIC`), and few devices need a line.
+/// (`CONFIG_KVM_IOAPIC`), and few devices need a line: whatever the error is, a machine is tried without.
 fn made_or_split(
     wanted: IrqChip,
     make: impl Fn(IrqChip) -> Result<(), VmError>,
@@ -404,22 +404,27 @@ fn entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
 /// no KVM.
 #[cfg(test)]
 pub fn test_vm() -> Option<Arc<Vm>> {
-    test_vm_with(IrqChip::Split)
+    test_vm_with(IrqChip::Split, crate::memory::allocate(32, false).unwrap())
+}
+
+/// The same without memory, of which nothing has to be mapped for DMA.
+#[cfg(test)]
+pub fn test_vm_without_memory() -> Option<Arc<Vm>> {
+    test_vm_with(IrqChip::Split, GuestMemory::new())
 }
 
 /// The same with interrupt lines, as those have that may get devices of the host.
 #[cfg(test)]
 pub fn test_vm_with_lines() -> Option<Arc<Vm>> {
-    test_vm_with(IrqChip::Full)
+    test_vm_with(IrqChip::Full, crate::memory::allocate(32, false).unwrap())
 }
 
 #[cfg(test)]
-fn test_vm_with(irq_chip: IrqChip) -> Option<Arc<Vm>> {
+fn test_vm_with(irq_chip: IrqChip, memory: GuestMemory) -> Option<Arc<Vm>> {
     let Ok(kvm) = Kvm::new() else {
         eprintln!("skipped: no /dev/kvm");
         return None;
     };
-    let memory = crate::memory::allocate(32, false).unwrap();
     Some(Arc::new(Vm::new(&kvm, memory, irq_chip).unwrap()))
 }
 

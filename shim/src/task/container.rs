@@ -94,6 +94,19 @@ fn create_timeout(devices: usize) -> Duration {
     CREATE_TIMEOUT + DEVICE_TIMEOUT * devices
 }
 
+/// Whether something in the guest may use the disks of a container that it has not made.
+fn may_use_disks(error: &SandboxError) -> bool {
+    match error {
+        // Who gave up in the middle has undone nothing.
+        SandboxError::Late { .. } => true,
+        SandboxError::Agent {
+            answer: ttrpc::Error::RpcStatus(status),
+            ..
+        } => status.code() == ttrpc::Code::ABORTED,
+        _ => false,
+    }
+}
+
 /// Gives a process's output time to be read. What is not read by then goes on
 /// being copied until the process is deleted.
 pub(super) async fn drain(process: &Process) {
@@ -221,8 +234,7 @@ impl Container {
             agent.create_container(context, &request)
         });
         answer.await.inspect_err(|error| {
-            // Who gave up in the middle has undone nothing.
-            if matches!(error, SandboxError::Late { .. }) {
+            if may_use_disks(error) {
                 self.disks.retire();
             }
         })?;

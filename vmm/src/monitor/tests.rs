@@ -1,10 +1,14 @@
 use super::*;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use nacre_protocol::vm::{FdIndex, Iommu, Jail};
+use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic};
+
+use crate::machine::tests::parts;
+use crate::virtio::vsock::Vsock;
 
 #[test]
 fn first_request_must_be_boot() {
@@ -66,6 +70,91 @@ fn machine_without_slots_says_so() {
     let (event, _) = near.recv::<Event>().unwrap();
     let result = Err("the machine has no slots for PCI devices".into());
     assert_eq!(event, Event::Answered { number: 7, result });
+}
+
+/// A shim whose machine runs.
+struct Shim {
+    near: Channel,
+    far: Channel,
+    running: Running,
+    peers: Peers,
+}
+
+impl Shim {
+    fn new(running: Running) -> Self {
+        let (near, far) = Channel::pair().unwrap();
+        let (_, dialer) = Vsock::new(3, |_, _| ()).unwrap();
+        let answers = Answers::new().unwrap();
+        let peers = Peers {
+            dialer,
+            file_server: None,
+            resizer: None,
+            exchanges: Exchanges::new(HashMap::new(), answers.answerer()),
+            answers,
+        };
+        Self {
+            near,
+            far,
+            running,
+            peers,
+        }
+    }
+
+    /// The answer to a request, whose number is 7.
+    fn ask(&mut self, request: &Request, fds: &FdList<'_>) -> Result<u64, String> {
+        self.near.send(request, fds).unwrap();
+        obey(&mut self.far, &self.running, &self.peers).unwrap();
+        self.peers.answers.report(&self.far).unwrap();
+        let (event, _) = self.near.recv::<Event>().unwrap();
+        let Event::Answered { number: 7, result } = event else {
+            panic!("{event:?}");
+        };
+        result
+    }
+
+    fn add(&mut self, tap: BorrowedFd<'_>) -> Result<u64, String> {
+        let mut fds = FdList::default();
+        let nic = Nic {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            taps: vec![fds.push(tap)],
+            vhost: Vec::new(),
+        };
+        self.ask(&Request::AddNic { number: 7, nic }, &fds)
+    }
+
+    fn remove(&mut self, slot: u8, is_let_go: bool) -> Result<u64, String> {
+        let remove = Request::RemoveNic {
+            number: 7,
+            slot,
+            is_let_go,
+        };
+        self.ask(&remove, &FdList::default())
+    }
+}
+
+#[test]
+fn shim_is_told_where_cards_are_and_why_one_is_not() {
+    // jmp to itself
+    let Some(parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    let Some(tap) = net::tests::tap() else { return };
+    let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
+    assert_eq!(
+        [shim.add(tap.as_fd()), shim.add(tap.as_fd())],
+        [Ok(1), Ok(2)]
+    );
+    let null = File::open("/dev/null").unwrap();
+    let no_tap = shim.add(null.as_fd()).unwrap_err();
+    assert!(no_tap.contains("tap"), "{no_tap}");
+    assert_eq!(shim.remove(1, true), Ok(1));
+    let gone = Err("no virtio device of type 1 is in slot 1 of bus 0".into());
+    assert_eq!(shim.remove(1, true), gone);
+    assert_eq!(shim.add(tap.as_fd()), Ok(1));
+    assert_eq!(shim.remove(1, false), Ok(1));
+    assert_eq!(shim.add(tap.as_fd()), Ok(3), "the guest has 1 yet");
+    shim.running.stop();
 }
 
 #[test]

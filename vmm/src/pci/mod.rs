@@ -20,7 +20,7 @@
 //!
 //! Virtio devices may come and go while the guest runs, too. Nothing on bus 0 tells the
 //! guest of that, as a hot-plug slot does: who asks for it has the guest look, or let go.
-//! What a guest has not let go of can be taken by force ([`PciRoot::take_by_force`]). No other
+//! What a guest has not let go of can be taken by force ([`PciRoot::remove`]). No other
 //! device comes into that slot, which the guest would take for the one it knows. It reads
 //! as empty, and where its BAR was, as zeros: Linux resets a device that it lets go of, and waits,
 //! for ever and with its PCI buses locked, until the status is 0 (virtio 1.2, 4.1.4.3.2).
@@ -68,7 +68,8 @@ pub struct PciRoot {
     bridge: ConfigSpace,
     /// What is on bus 0 from slot 1 on,
     slots: Vec<Slot>,
-    /// and the slots whose device was taken by force, with the last address of its BAR.
+    /// and the slots that stay empty: whose device was taken by force, with the last address of
+    /// its BAR, or can be seen yet.
     lost: Mutex<BTreeMap<u8, Option<u64>>>,
 }
 
@@ -252,19 +253,32 @@ impl PciRoot {
         Ok(())
     }
 
-    /// Takes a virtio device out of its slot, where the guest has it no more.
-    pub fn take(&self, number: u8) -> Option<VirtioPci> {
-        let device = self.virtio(number)?.own().take()?;
-        Some(*device)
+    /// Takes a virtio device of this type out of its slot and stops it; whether there was one. If
+    /// the guest has not let go of it, or KVM goes on showing it, the slot stays empty.
+    pub fn remove(&self, device_type: u16, number: u8, is_let_go: bool) -> bool {
+        let Some(device) = self.take(device_type, number, is_let_go) else {
+            return false;
+        };
+        if let Err(error) = device.retire() {
+            tracing::warn!(
+                %error,
+                number,
+                "the guest still sees a device that is gone, whose slot stays empty"
+            );
+            self.lost().entry(number).or_insert(None);
+        }
+        true
     }
 
-    /// Takes a virtio device out of its slot, which the guest has still.
-    pub fn take_by_force(&self, number: u8) -> Option<VirtioPci> {
+    fn take(&self, device_type: u16, number: u8, is_let_go: bool) -> Option<Box<VirtioPci>> {
         let mut place = self.virtio(number)?.own();
-        let bar = place.as_ref()?.bar_address();
-        // Whoever finds no device there any more, finds this.
-        self.lost().insert(number, bar);
-        Some(*place.take()?)
+        let device = place.take_if(|device| device.device_type() == device_type)?;
+        if !is_let_go {
+            // Whoever finds no device there any more, finds this. One whose BAR is off reads as ones
+            // as it did before: nobody waits for that.
+            self.lost().insert(number, device.bar_address());
+        }
+        Some(device)
     }
 
     /// Whether the BAR of a device that was taken by force was there.
@@ -512,7 +526,7 @@ fn offset_in_bar(bar: u64, address: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::rng::Rng;
+    use crate::virtio::rng::{DEVICE_TYPE, Rng};
     use crate::vm::test_vm;
 
     #[test]
@@ -562,8 +576,8 @@ mod tests {
             u16::from_le_bytes(data)
         };
         assert_eq!((id(2), queues()), (0x1044_1af4, 1));
-        root.take(2).unwrap().retire();
-        assert!(root.take(2).is_none());
+        assert!(root.remove(DEVICE_TYPE, 2, true));
+        assert!(!root.remove(DEVICE_TYPE, 2, true));
         assert_eq!((id(2), queues()), (u32::MAX, u16::MAX));
         assert_eq!(id(3), 0x1044_1af4);
         assert_eq!(add(), 2);
@@ -571,7 +585,7 @@ mod tests {
             add();
         }
         assert_eq!(id(31), 0x1044_1af4);
-        assert!(root.take(0).is_none() && root.take(32).is_none());
+        assert!(!root.remove(DEVICE_TYPE, 0, true) && !root.remove(DEVICE_TYPE, 32, true));
         let device = VirtioPci::new(&vm, Box::new(Rng::new()), layout::WINDOW32_START).unwrap();
         assert!(root.insert(32, device).is_err());
     }
@@ -597,8 +611,8 @@ mod tests {
             number
         };
         assert_eq!([add(), add()], [1, 2]);
-        root.take_by_force(1).unwrap().retire();
-        assert!(root.take_by_force(1).is_none());
+        assert!(root.remove(DEVICE_TYPE, 1, false));
+        assert!(!root.remove(DEVICE_TYPE, 1, false));
         let mut id = [0; 4];
         ecam.read(1 << SLOT_SHIFT, &mut id);
         assert_eq!(id, [0xff; 4], "nothing to find");
@@ -612,8 +626,30 @@ mod tests {
         };
         assert_eq!([status(1), status(2), status(3)], [0, 0, 0xff]);
         assert_eq!(add(), 3);
-        root.take(2).unwrap().retire();
+        ecam.write(3 << SLOT_SHIFT | config::COMMAND as u64, &[0, 0]);
+        assert_eq!(status(3), 0xff);
+        assert!(root.remove(DEVICE_TYPE, 3, false));
+        assert_eq!((status(3), add()), (0xff, 4), "it was off");
+        assert!(root.remove(DEVICE_TYPE, 2, true));
         assert_eq!(add(), 2);
+    }
+
+    /// Else no device could be added any more, for KVM has a page of the first empty slot.
+    #[test]
+    fn slot_of_a_device_that_kvm_goes_on_showing_is_not_used_again() {
+        let Some(vm) = test_vm() else { return };
+        let root = PciRoot::new(Vec::new());
+        let add = || {
+            let number = root.empty_slot().unwrap();
+            let bar = PciRoot::bar_address(number);
+            let device = VirtioPci::new(&vm, Box::new(Rng::new()), bar).unwrap();
+            root.insert(number, device).unwrap();
+            number
+        };
+        assert_eq!([add(), add()], [1, 2]);
+        vm.refuse_removals();
+        assert!(root.remove(DEVICE_TYPE, 1, true));
+        assert_eq!(add(), 3);
     }
 
     #[test]

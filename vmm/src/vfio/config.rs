@@ -20,7 +20,7 @@ use std::io;
 use std::ops::Range;
 
 use super::access::{Access, CONFIG_REGION};
-use super::capabilities::{self, Layout};
+use super::capabilities::{self, Layout, MSI_ENABLE, MSIX_ENABLE};
 use crate::pci::root_port::{Link, NO_LINK};
 
 mod bar;
@@ -78,6 +78,12 @@ pub enum ConfigError {
     /// VFIO's size of a BAR is not one that hardware has.
     #[error("its BAR {0} has {1:#x} bytes, which is no power of two")]
     BarSize(usize, u64),
+    /// Its driver would wait for ever.
+    #[error(
+        "its only interrupt is a line, and the pod has none: this host's KVM makes no I/O APIC \
+         (CONFIG_KVM_IOAPIC)"
+    )]
+    OnlyIntx,
 }
 
 /// Where a byte comes from.
@@ -189,9 +195,17 @@ impl GuestConfig {
     }
 
     /// Hides its interrupt line.
-    pub fn hide_intx(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// When it has no messages instead.
+    pub fn hide_intx(&mut self) -> Result<(), ConfigError> {
+        if self.has_intx && self.layout.msi.is_none() && self.layout.msix.is_none() {
+            return Err(ConfigError::OnlyIntx);
+        }
         self.has_intx = false;
         self.bytes.ours[INTERRUPT_PIN] = 0;
+        Ok(())
     }
 
     /// What of the device the guest uses: bits of the command register.
@@ -205,14 +219,21 @@ impl GuestConfig {
     /// nothing here, since drivers may do so at each interrupt.
     #[must_use]
     pub fn wants_intx(&self) -> bool {
-        let Layout { msi, msix, .. } = self.layout;
-        let on = |control: Option<usize>, bit| {
-            control.is_some_and(|control| self.u16_at(control) & bit != 0)
-        };
-        self.has_intx
-            && self.in_use() != 0
-            && !on(msi.map(|msi| msi.control), capabilities::MSI_ENABLE)
-            && !on(msix.map(|msix| msix.control), capabilities::MSIX_ENABLE)
+        self.has_intx && self.in_use() != 0 && !self.msi_is_on() && !self.msix_is_on()
+    }
+
+    /// Whether the guest has turned MSI on,
+    #[must_use]
+    pub fn msi_is_on(&self) -> bool {
+        let msi = self.layout.msi;
+        msi.is_some_and(|msi| self.u16_at(msi.control) & MSI_ENABLE != 0)
+    }
+
+    /// and whether MSI-X.
+    #[must_use]
+    pub fn msix_is_on(&self) -> bool {
+        let msix = self.layout.msix;
+        msix.is_some_and(|msix| self.u16_at(msix.control) & MSIX_ENABLE != 0)
     }
 
     /// Its link.

@@ -188,7 +188,7 @@ impl VfioPci {
     ///
     /// # Errors
     ///
-    /// When its BARs cannot be mapped.
+    /// When its BARs cannot be mapped, or it could not interrupt the guest.
     pub fn new(
         vm: &Arc<Vm>,
         endpoint: Endpoint,
@@ -212,7 +212,11 @@ impl VfioPci {
             .collect();
         config.set_bars(addresses);
         if !vm.has_lines() {
-            config.hide_intx();
+            let hidden = config.hide_intx();
+            hidden.map_err(|source| VfioError::Config {
+                address: address.clone(),
+                source,
+            })?;
         }
         let mut places = bars.iter().zip(addresses);
         if places.any(|((bar, _), port)| bar.is_io() && *port == 0) {

@@ -111,7 +111,7 @@ impl Slots {
     }
 
     fn plug(&mut self, slots: &[u8], devices: Passthrough) -> Result<(), VfioError> {
-        let attached = devices.attach(&self.vm, &mut self.space, self.roms);
+        let attached = devices.attach(&self.vm, &mut self.space);
         let result = attached.and_then(|attached| self.show(slots, attached));
         if result.is_err() {
             // It may have been made for them.
@@ -121,7 +121,7 @@ impl Slots {
     }
 
     fn show(&mut self, slots: &[u8], attached: Attached) -> Result<(), VfioError> {
-        let Attached { endpoints, known } = attached;
+        let Attached { endpoints, known } = attached.with_roms(self.roms);
         if let Some(more) = slots.get(endpoints.len()) {
             return Err(VfioError::Slot(*more));
         }

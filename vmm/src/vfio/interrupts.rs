@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::access::{Access, Irq, IrqError};
-use super::capabilities::{MSI_ENABLE, MSIX_ENABLE, MsiLayout, MsixLayout};
+use super::capabilities::{MsiLayout, MsixLayout};
 use super::config::GuestConfig;
 use super::intx::Intx;
 use crate::pci::msix::{ENABLE, Msix};
@@ -95,8 +95,8 @@ impl Interrupts {
         if let Some((layout, vectors)) = &mut self.msix {
             let control = config.u16_at(layout.control);
             vectors.table.set_control(control);
-            let enabled = control & MSIX_ENABLE != 0;
-            result = result.and(vectors.sync(device, enabled.then_some(vectors.count)));
+            let count = config.msix_is_on().then_some(vectors.count);
+            result = result.and(vectors.sync(device, count));
         }
         result?;
         match &mut self.intx {
@@ -197,7 +197,7 @@ impl Msi {
                 .table
                 .set_entry(vector, MsiRoute { data, ..route }, vector >= count);
         }
-        let enabled = control & MSI_ENABLE != 0;
+        let enabled = config.msi_is_on();
         let on = if enabled { ENABLE } else { 0 };
         self.vectors.table.set_control(u16::from_le_bytes([0, on]));
         self.vectors.sync(device, enabled.then_some(count))?;

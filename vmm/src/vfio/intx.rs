@@ -23,7 +23,7 @@ use crate::vm::Vm;
 pub struct Intx {
     vm: Arc<Vm>,
     line: u32,
-    /// While it is on.
+    /// While it is on, or could not be turned off.
     events: Option<Events>,
     /// What the guest used of the device when it could not be turned on.
     failed: Option<u16>,
@@ -32,6 +32,8 @@ pub struct Intx {
 struct Events {
     trigger: EventFd,
     resample: EventFd,
+    /// Whether the device unmasks its line by `resample`: else there is one interrupt, and no more.
+    is_complete: bool,
 }
 
 impl Intx {
@@ -49,7 +51,8 @@ impl Intx {
     /// Whether somebody listens to it.
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.events.is_some()
+        let events = self.events.as_ref();
+        events.is_some_and(|events| events.is_complete)
     }
 
     /// Lets the device raise the guest's line, if it does not already. What has failed is tried
@@ -59,10 +62,10 @@ impl Intx {
     ///
     /// The device's or KVM's.
     pub fn turn_on(&mut self, device: &dyn Access, in_use: u16) -> io::Result<()> {
-        if self.events.is_some() || self.failed == Some(in_use) {
+        if self.is_on() || self.failed == Some(in_use) {
             return Ok(());
         }
-        let result = self.attach(device);
+        let result = self.turn_off(device).and_then(|()| self.attach(device));
         self.failed = result.is_err().then_some(in_use);
         result
     }
@@ -70,11 +73,14 @@ impl Intx {
     /// What was signalled before the kernel listens to `resample`, it finds.
     fn attach(&mut self, device: &dyn Access) -> io::Result<()> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let events = Events {
+        let mut events = Events {
             trigger: event()?,
             resample: event()?,
+            is_complete: false,
         };
-        let Events { trigger, resample } = &events;
+        let Events {
+            trigger, resample, ..
+        } = &events;
         self.vm
             .add_resample_irqfd(trigger, resample, self.line)
             .map_err(io::Error::other)?;
@@ -83,6 +89,7 @@ impl Intx {
             return Err(error.into());
         }
         let result = device.unmask_on(resample);
+        events.is_complete = result.is_ok();
         self.events = Some(events);
         result.inspect_err(|_| {
             // Of two errors the first is told.

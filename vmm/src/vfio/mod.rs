@@ -12,8 +12,9 @@
 //!
 //! The guest drives the device without us: its registers are memory slots
 //! ([`bars`]), its interrupts irqfds ([`interrupts`]), its DMA goes through the
-//! host's IOMMU, in which the guest's memory is all there is ([`container`]). What
-//! comes here is configuration space ([`config`]) and the MSI-X table.
+//! host's IOMMU, in which the guest's memory is all there is ([`container`]), but for the BARs of
+//! its other devices, if that is wanted ([`peers`]). What comes here is configuration space
+//! ([`config`]) and what cannot be mapped: the MSI-X table, I/O ports, the expansion ROM.
 //!
 //! Trust: the guest is hostile and the device does as it says. What a device may
 //! do to the host is limited by the IOMMU, by the kernel's VFIO, and by what of configuration
@@ -253,7 +254,7 @@ impl Passthrough {
     }
 
     /// Gives the devices to `vm`, in the address space that others are in already, or in
-    /// a new one: the guest's memory is pinned from then on. It sees their expansion ROMs, or not.
+    /// a new one: the guest's memory is pinned from then on.
     ///
     /// # Errors
     ///
@@ -263,7 +264,6 @@ impl Passthrough {
         self,
         vm: &Arc<Vm>,
         space: &mut Option<AddressSpace>,
-        roms: bool,
     ) -> Result<Attached, VfioError> {
         let start = Instant::now();
         let Self { container, devices } = self;
@@ -294,9 +294,6 @@ impl Passthrough {
             })
             .collect::<Result<Vec<_>, VfioError>>()?;
         bus_reset::reset_rest(&mut endpoints, &groups)?;
-        if roms {
-            endpoints = endpoints.into_iter().map(Endpoint::with_rom).collect();
-        }
         let attached = Attached {
             endpoints,
             known: Some(known),
@@ -323,9 +320,7 @@ impl KnownToKvm {
             files,
         })
     }
-}
 
-impl KnownToKvm {
     /// KVM knows them no more.
     fn forget(&mut self) -> Result<(), VmError> {
         let files = std::mem::take(&mut self.files);
@@ -355,6 +350,19 @@ pub struct Session {
 }
 
 impl Attached {
+    /// Has the guest see their expansion ROMs, or not.
+    #[must_use]
+    pub fn with_roms(self, roms: bool) -> Self {
+        if !roms {
+            return self;
+        }
+        let endpoints = self.endpoints.into_iter().map(Endpoint::with_rom);
+        Self {
+            endpoints: endpoints.collect(),
+            known: self.known,
+        }
+    }
+
     /// One line that tells what it took.
     fn log(&self, mapped: Mapped, start: Instant) {
         let resets = self

@@ -4,7 +4,7 @@
 //! Only if it is wanted (`pci_peers`), and only with two devices or more: mapping takes time, and the
 //! host's root complex has to pass on what one device sends to another, which not all do. It is done
 //! once, for what is there before the guest runs: a BAR that the guest moves is still
-//! reached where it was, which is nobody else's. A device that comes later is in the same address space:
+//! reached where it was, whatever the guest has put there since. A device that comes later is in the same address space:
 //! it reaches the BARs of the others, and they do not reach its.
 //!
 //! What is mapped stays so. While the kernel resets one of them, or it has failed, the others' transfers to it

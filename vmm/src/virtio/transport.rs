@@ -138,6 +138,12 @@ impl VirtioPci {
         })
     }
 
+    /// Device type (virtio 1.2, 5).
+    #[must_use]
+    pub fn device_type(&self) -> u16 {
+        self.lock().device.device_type()
+    }
+
     /// Where the BAR answers now.
     #[must_use]
     pub fn bar_address(&self) -> Option<u64> {
@@ -204,14 +210,17 @@ impl VirtioPci {
     }
 
     /// Stops the device, which is in no slot any more, and gives back what it has of KVM.
-    pub fn retire(self) {
+    ///
+    /// # Errors
+    ///
+    /// KVM's: the guest still sees its configuration.
+    pub fn retire(self) -> Result<(), VmError> {
         let mut function = self.lock();
         function.reset();
         function.msix.release();
-        if let Some(page) = function.page.take()
-            && let Err(error) = function.vm.remove_read_only_page(&page)
-        {
-            tracing::warn!(%error, "the guest still sees a device that is gone");
+        match function.page.take() {
+            Some(page) => function.vm.remove_read_only_page(&page),
+            None => Ok(()),
         }
     }
 

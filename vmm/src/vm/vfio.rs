@@ -47,7 +47,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// KVM's first: it does not know one. It forgets the others all the same.
+    /// KVM's first: it does not know one (`kvm_vfio_file_del` in virt/kvm/vfio.c). It forgets the others all the same.
     pub fn detach_vfio<'a>(
         &self,
         files: impl IntoIterator<Item = BorrowedFd<'a>>,

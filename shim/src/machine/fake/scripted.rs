@@ -268,6 +268,9 @@ impl agent_ttrpc::Agent for Service {
                 request.container_id, disk.serial, disk.size_bytes, disk.sector_bytes
             ));
         }
+        if request.container_id == "aborted" {
+            return Err(get_rpc_status(Code::ABORTED, "its disk is in use"));
+        }
         for device in &request.pci_devices {
             lock(&self.0.journal).push(format!("{} has {device}", request.container_id));
         }

@@ -280,6 +280,18 @@ async fn nor_is_one_of_a_container_that_the_guest_does_not_make_in_time() {
     assert_eq!(layers(&fixture), expected);
 }
 
+/// The guest has made nothing, and says that something uses its disk all the same.
+#[tokio::test]
+async fn nor_is_one_of_a_container_that_the_guest_cannot_undo() {
+    let fixture = Fixture::new().await;
+    fixture.run("first", "sleep 60").await;
+    let (_, text) = refusal(create_of_layers(&fixture, "aborted").await);
+    assert!(text.contains("its disk is in use"), "{text}");
+    create_of_layers(&fixture, "next").await.unwrap();
+    let expected = ["root0 2 layers", "root0 empty", "root1 2 layers"];
+    assert_eq!(layers(&fixture), expected);
+}
+
 #[tokio::test]
 async fn layers_of_a_container_that_is_not_made_are_taken_back() {
     let fixture = Fixture::new().await;

@@ -322,7 +322,7 @@ fn interrupt_that_is_pending_shows() {
         assert_eq!(status(&config, register, len), 0x18);
     }
     let mut without = GuestConfig::new(&mock::space(), BAR_SIZES).unwrap();
-    without.hide_intx();
+    without.hide_intx().unwrap();
     assert_eq!(status(&without, COMMAND, 4), 0x10);
     mock.state().is_gone = true;
     let mut byte = [0];

@@ -11,7 +11,7 @@ use crate::vfio::access::Irq;
 use crate::vfio::container::Container;
 use crate::vfio::mock::{self, Mock};
 use crate::vfio::tests::{WINDOW64, attached, config, write};
-use crate::vm::{lines, test_vm, test_vm_with_lines};
+use crate::vm::{lines, test_vm, test_vm_with_lines, test_vm_without_memory};
 
 /// Registers of a root port: of its PCI Express capability, which is the first.
 const PORT_EXPRESS: u64 = 0x40;
@@ -91,6 +91,18 @@ fn a_device_comes_is_driven_and_goes() {
     assert_eq!(Arc::strong_count(&mock), 1, "nobody has it open");
 }
 
+#[test]
+fn a_device_that_comes_has_its_rom_if_that_is_wanted() {
+    for (wanted, mask) in [(false, 0), (true, 0xffff_f001)] {
+        let Some(slots) = slots(1) else { return };
+        let mut slots = slots.with_roms(wanted);
+        let mock = Arc::new(Mock::default());
+        slots.show(&[0], attached(&[mock])).unwrap();
+        write(&slots.root, 1, 0, 0x30, &[0xff; 4]);
+        assert_eq!(config(&slots.root, 1, 0, 0x30), mask);
+    }
+}
+
 /// Whoever gives the devices to others must know.
 #[test]
 fn what_kvm_keeps_of_a_device_is_an_error() {
@@ -116,7 +128,7 @@ fn what_kvm_keeps_of_a_device_is_an_error() {
 #[test]
 fn files_that_kvm_keeps_are_an_error() {
     let Some(mut slots) = slots(1) else { return };
-    let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let null = null();
     // No VFIO file, but KVM has to do with them from now on.
     let refused = slots.vm.attach_vfio([null.as_fd()]).unwrap_err();
     if !refused.what.contains("add or remove") {
@@ -195,6 +207,45 @@ fn device_that_goes_leaves_its_line() {
     assert!(!mock.state().was_loose);
 }
 
+fn has_vfio(vm: &Vm) -> bool {
+    let has_it = vm.attach_vfio(std::iter::empty()).is_ok();
+    if !has_it {
+        eprintln!("skipped: KVM has no VFIO");
+    }
+    has_it
+}
+
+fn null() -> OwnedFd {
+    File::open("/dev/null").unwrap().into()
+}
+
+/// Whose container and device are neither.
+fn no_device() -> Passthrough {
+    Passthrough {
+        container: Container::Groups {
+            container: null(),
+            groups: Vec::new(),
+        },
+        devices: vec![("0000:01:00.0".into(), null())],
+    }
+}
+
+/// Memory that is mapped for nobody would stay pinned.
+#[test]
+fn an_address_space_is_kept_only_for_devices_that_can_be_used() {
+    let Some(vm) = test_vm_without_memory() else {
+        return;
+    };
+    if !has_vfio(&vm) {
+        return;
+    }
+    let mut space = None;
+    let attached = no_device().attach(&vm, &mut space);
+    let error = attached.err().unwrap().to_string();
+    let mapped = "PCI device 0000:01:00.0: cannot ask what it is: ";
+    assert!(error.starts_with(mapped) && space.is_none(), "{error}");
+}
+
 /// What comes later reaches what the devices reach that are there from the start: the memory, and with
 /// `pci_peers` their BARs.
 #[test]
@@ -202,21 +253,12 @@ fn a_device_that_comes_joins_the_address_space_of_the_others() {
     let [Some(first), Some(second)] = [slots(1), slots(1)] else {
         return;
     };
-    if first.vm.attach_vfio(std::iter::empty()).is_err() {
-        eprintln!("skipped: KVM has no VFIO");
+    if !has_vfio(&first.vm) {
         return;
     }
-    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
-    let devices = || Passthrough {
-        container: Container::Groups {
-            container: null(),
-            groups: Vec::new(),
-        },
-        devices: vec![("0000:01:00.0".into(), null())],
-    };
     let plug = |mut slots: Slots, space: Option<AddressSpace>| {
         (slots.space_stays, slots.space) = (space.is_some(), space);
-        let error = slots.plug(&[0], devices()).unwrap_err().to_string();
+        let error = slots.plug(&[0], no_device()).unwrap_err().to_string();
         (error, slots.space.is_some())
     };
     let (error, stays) = plug(first, Some(AddressSpace::Ioas(null(), 1)));

@@ -17,7 +17,7 @@ use crate::virtio::{
 use crate::worker::Worker;
 
 /// Device type (virtio 1.2, 5).
-const DEVICE_TYPE: u16 = 1;
+pub const DEVICE_TYPE: u16 = 1;
 const QUEUE_SIZE: u16 = 256;
 /// Most queue pairs; a tap has no more queues (`MAX_TAP_QUEUES`).
 pub const MAX_PAIRS: usize = 256;

@@ -23,10 +23,10 @@ mod device;
 mod pair;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vhost;
 
-pub use device::Net;
+pub use device::{DEVICE_TYPE, Net};
 
 use std::io;
 

@@ -238,6 +238,11 @@ fn device_refuses_what_is_no_tap() {
     ));
 }
 
+/// A tap in a new network namespace, with one queue.
+pub(crate) fn tap() -> Option<OwnedFd> {
+    Lab::new(1)?.taps.pop()
+}
+
 /// A tap that is up in a new network namespace, and a packet socket on it.
 struct Lab {
     taps: Vec<OwnedFd>,

@@ -14,7 +14,7 @@ use super::{
 use crate::worker::{Poller, Worker};
 
 /// Device type (virtio 1.2, 5.4.1).
-const DEVICE_TYPE: u16 = 4;
+pub const DEVICE_TYPE: u16 = 4;
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes one request gets.
 pub const MAX_BYTES: usize = 64 << 10;

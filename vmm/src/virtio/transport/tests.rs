@@ -207,7 +207,7 @@ fn device_that_is_taken_out_is_stopped_and_leaves_what_it_had() {
     // They are handed out from the first one on.
     let first = test_vm().unwrap().new_gsi().unwrap();
     assert!(vm.new_gsi().unwrap() > first);
-    function.retire();
+    function.retire().unwrap();
     assert_eq!(log.resets.load(Ordering::Relaxed), 1);
     let page = vm.add_read_only_page(layout::ECAM_START).unwrap();
     vm.remove_read_only_page(&page).unwrap();

@@ -75,6 +75,29 @@ fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
     assert!(!mock.state().was_loose);
 }
 
+/// The host would mask it at its first interrupt, for good.
+#[test]
+fn line_that_can_be_neither_unmasked_nor_turned_off_is_silent() {
+    let Some((function, mock)) = function_with_line() else {
+        return;
+    };
+    {
+        let mut state = mock.state();
+        (state.is_never_unmasked, state.stuck) = (true, Some(Irq::Intx));
+    }
+    function.config_write(COMMAND, &[2, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
+    assert_eq!(mock.state().command(), 0x403);
+    {
+        let mut state = mock.state();
+        (state.is_never_unmasked, state.stuck) = (false, None);
+    }
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), [&["Intx off"][..], &LINE_ON].concat());
+    assert_eq!(mock.state().command(), 7);
+    assert!(!mock.state().was_loose);
+}
+
 #[test]
 fn machine_without_lines_shows_none() {
     let Some((function, mock)) = function() else {
@@ -89,6 +112,23 @@ fn machine_without_lines_shows_none() {
     assert_eq!(data[2] & 8, 0, "nothing is pending");
     assert_eq!(mock.calls(), [""; 0]);
     assert!(!mock.state().was_loose);
+}
+
+/// Its driver would wait for ever.
+#[test]
+fn machine_without_lines_takes_no_device_without_messages() {
+    let Some(vm) = test_vm() else { return };
+    let made = |pin| {
+        let mock = Arc::new(Mock::default());
+        mock.state().config[0x34] = 0;
+        mock.state().config[0x3d] = pin;
+        let endpoint = Endpoint::open("0000:01:00.0", mock).unwrap();
+        VfioPci::new(&vm, endpoint, LINE, &ADDRESSES, WINDOW64)
+    };
+    let error = made(1).err().unwrap().to_string();
+    let start = "PCI device 0000:01:00.0: its only interrupt is a line";
+    assert!(error.starts_with(start), "{error}");
+    assert!(made(0).is_ok(), "it never interrupts");
 }
 
 /// A machine whose devices come and go has a line's event no longer than the device has.
