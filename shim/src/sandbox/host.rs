@@ -236,7 +236,7 @@ impl Host {
             Self::Vm(host) => host.set_limits(containers, memory_mib).await,
             #[cfg(test)]
             Self::Fake(host) => {
-                host.set_limits(memory_mib);
+                host.set_limits(containers, memory_mib);
                 Ok(())
             }
         }

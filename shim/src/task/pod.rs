@@ -27,7 +27,7 @@ use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
 use super::process::{Phase, lock};
-use super::resize::take_room;
+use super::resize::{Turn, take_room};
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
@@ -50,7 +50,7 @@ pub struct Pod {
     /// Those the shim had to make.
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
-    pub(super) resizing: tokio::sync::Mutex<()>,
+    pub(super) resizing: tokio::sync::Mutex<Turn>,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
     ended: watch::Sender<bool>,
