@@ -115,6 +115,8 @@ pub struct VmHost {
     hot_plug: HotPlug,
     hooks: hooks::Runner,
     parts: Mutex<Parts>,
+    /// The turn of whoever takes the machine down: what it has is free when it is gone.
+    teardown: tokio::sync::Mutex<()>,
 }
 
 impl VmHost {
@@ -137,6 +139,7 @@ impl VmHost {
                 state,
                 ..Parts::default()
             }),
+            teardown: tokio::sync::Mutex::default(),
         }
     }
 
@@ -495,11 +498,12 @@ impl VmHost {
 
     /// See [`super::Host::teardown`].
     pub async fn teardown(&self) {
+        let _turn = self.teardown.lock().await;
         let (machine, virtiofsd, pin_time) = {
             let mut parts = crate::task::lock(&self.parts);
             (parts.network, parts.netns) = (None, None);
             let pin_time = parts.state.pin_time;
-            (parts.machine.take(), parts.virtiofsd.take(), pin_time)
+            (parts.machine.clone(), parts.virtiofsd.take(), pin_time)
         };
         let mut is_gone = true;
         if let Some(machine) = machine {
@@ -508,11 +512,12 @@ impl VmHost {
             is_gone = wait.await.is_ok();
             if !is_gone {
                 warn!("the monitor does not die; until it has, its devices are the pod's");
-                crate::task::lock(&self.parts).machine = Some(machine);
             }
         }
         let cgroup = if is_gone {
-            crate::task::lock(&self.parts).cgroup.take()
+            let mut parts = crate::task::lock(&self.parts);
+            parts.machine = None;
+            parts.cgroup.take()
         } else {
             None
         };
