@@ -39,7 +39,7 @@ use super::{
     ContainerConfig, DiskSlots, MemorySize, Room, Sandbox, SandboxError, SlotCounts, VcpuCount,
     blocking,
 };
-use crate::cgroup::{CgroupError, Limits, PodCgroup};
+use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
@@ -385,7 +385,6 @@ impl VmHost {
         self.record(|parts| {
             parts.oom_score_adj = oom_score_adj;
             parts.state.uid = Some(uid);
-            parts.state.cgroup.clone_from(&path);
             parts.state.netns.clone_from(&netns.path);
         })?;
         if let Some(path) = path {
@@ -399,13 +398,14 @@ impl VmHost {
             } = size;
             let config = &self.config;
             let limits = host_limits(&containers, memory_mib, is_pinned, peer_bars_mib, config);
-            let cgroup = blocking(move || PodCgroup::create(&path, &limits)).await;
-            if let Err(CgroupError::Exists(_)) = &cgroup {
-                // Another's, which is not to be cleaned up.
-                self.record(|parts| parts.state.cgroup = None)?;
-            }
-            let cgroup = Arc::new(cgroup?);
-            self.record(|parts| parts.cgroup = Some(cgroup))?;
+            let created = path.clone();
+            let cgroup = blocking(move || PodCgroup::create(&created, &limits)).await?;
+            // Before it is known to be ours it is not to be cleaned up: it may be another's.
+            // Of a shim that is killed meanwhile a scope ends by itself, a directory stays empty.
+            self.record(|parts| {
+                parts.cgroup = Some(Arc::new(cgroup));
+                parts.state.cgroup = Some(path);
+            })?;
         }
         Ok(())
     }
