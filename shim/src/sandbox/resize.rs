@@ -183,10 +183,15 @@ impl Sandbox {
     }
 
     async fn set_memory(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {
-        let boot_mib = guest.size.memory.boot_mib;
+        let MemorySize {
+            boot_mib,
+            growth_mib,
+            ..
+        } = guest.size.memory;
         let growth = self.machine.resize(wanted_mib - boot_mib).await?;
-        // The guest's word, so it may be any.
-        let has_mib = boot_mib.saturating_add(growth);
+        // The monitor's word, so it may be any: the host does not allow more for it than the
+        // machine may have.
+        let has_mib = boot_mib + growth.min(growth_mib);
         guest.size.memory_mib.store(has_mib, Ordering::Relaxed);
         Ok(has_mib)
     }

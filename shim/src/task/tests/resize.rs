@@ -66,6 +66,10 @@ async fn what_the_guest_does_not_give_back_stays_allowed() {
     update(&fixture, memory(256)).await.unwrap();
     let expected = [&guest(256), "machine +0", "host 356"];
     assert_eq!(journal(&fixture), expected);
+    machine.keeps(u32::MAX);
+    update(&fixture, memory(255)).await.unwrap();
+    let all = [&guest(255), "machine +0", "host 1280"];
+    assert_eq!(journal(&fixture), all, "no more than there is");
 }
 
 #[tokio::test]
