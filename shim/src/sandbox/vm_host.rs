@@ -87,11 +87,12 @@ impl Parts {
 
     /// Has the host's kernel end the machine before the shim.
     fn expose(&self) {
-        let monitor = self.machine.as_ref().map(|machine| machine.pid());
-        let file_server = self.virtiofsd.as_ref().map(Child::id);
-        for pid in monitor.into_iter().chain(file_server) {
-            if let Err(error) = oom::expose(pid, self.oom_score_adj) {
-                warn!(pid, %error, "oom_score_adj stays as it is");
+        for process in [self.state.monitor, self.state.virtiofsd]
+            .into_iter()
+            .flatten()
+        {
+            if let Err(error) = oom::expose(process, self.oom_score_adj) {
+                warn!(pid = process.pid, %error, "oom_score_adj stays as it is");
             }
         }
     }
