@@ -143,7 +143,7 @@ impl Pod {
         let resized = sandbox.resize(wanted, limit).await;
         turn.is_unfit = resized.is_err();
         // It may have come a part of the way.
-        let noted = self.host.note_vcpus(sandbox.vcpus());
-        Ok(resized.and(noted)?)
+        self.host.note_vcpus(sandbox.vcpus());
+        Ok(resized?)
     }
 }
