@@ -586,6 +586,59 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
+    fn host() -> (tempfile::TempDir, VmHost) {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(root.path(), "default", "pod").unwrap();
+        run_dir.create().unwrap();
+        let (config, hooks) = (Config::default(), hooks::Runner::default());
+        let host = VmHost::new(config, run_dir, "pod".into(), State::default(), hooks);
+        (root, host)
+    }
+
+    /// It may be another's.
+    #[tokio::test]
+    async fn a_cgroup_that_is_not_made_is_not_cleaned_up() {
+        let (_root, host) = host();
+        let path = "neither:spelling";
+        let spec = spec(json!({"ociVersion": "1.2.0", "linux": {"cgroupsPath": path}}));
+        let file = File::open("/dev/null").unwrap();
+        let netns = NetNs { file, path: None };
+        let error = host.claim_identity(&spec, &netns).await.unwrap_err();
+        assert!(matches!(error, SandboxError::Cgroup(_)), "{error}");
+        let state = host.run_dir.load().unwrap().unwrap();
+        assert_eq!((state.uid.is_some(), state.cgroup), (true, None));
+    }
+
+    #[tokio::test]
+    async fn monitor_and_file_server_are_ended_before_the_shim() {
+        let (_root, host) = host();
+        let mut processes = [(); 2].map(|()| {
+            std::process::Command::new("cat")
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        });
+        let [monitor, virtiofsd] = [0, 1].map(|at| Proc::of(processes[at].id()));
+        host.record(|parts| (parts.state.monitor, parts.state.virtiofsd) = (monitor, virtiofsd))
+            .unwrap();
+        let limits = |oom_score_adj| {
+            [Limits {
+                oom_score_adj: Some(oom_score_adj),
+                ..Limits::default()
+            }]
+        };
+        host.set_limits(&limits(1000), 256).await.unwrap();
+        for process in &mut processes {
+            let path = format!("/proc/{}/oom_score_adj", process.id());
+            let set = std::fs::read_to_string(path).unwrap();
+            drop(process.stdin.take());
+            process.wait().unwrap();
+            assert_eq!(set.trim(), "1000");
+        }
+        // Of those that are gone there is nothing to set, nor to complain of.
+        crate::task::lock(&host.parts).expose();
+    }
+
     #[test]
     fn hostname_is_the_spec_s_or_the_pod_s() {
         let named = spec(serde_json::json!({"ociVersion": "1.2.0", "hostname": "web"}));
