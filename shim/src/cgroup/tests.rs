@@ -133,19 +133,19 @@ fn huge_pages_of_sizes_that_an_update_does_not_name_stay() {
 }
 
 /// A child of the test's, which is killed with it.
-struct Process(Child);
+pub(super) struct Process(pub(super) Child);
 
 impl Process {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Command::new("sleep").arg("600").spawn().unwrap())
     }
 
-    fn pid(&self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         self.0.id()
     }
 
     /// What the kernel says of its group.
-    fn group(&self) -> String {
+    pub(super) fn group(&self) -> String {
         let text = fs::read_to_string(format!("/proc/{}/cgroup", self.pid())).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix("0::"));
         line.unwrap_or("/").to_owned()
