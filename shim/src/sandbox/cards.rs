@@ -15,7 +15,8 @@
 //! What the guest does not do of what it is told is in doubt: it is told all again, a second
 //! later and then more and more seldom, and all that it may have and should not is taken
 //! away from it. What it says and how often is its own affair, so only the first of several
-//! refusals is a line in the log.
+//! refusals of what it is told is a line in the log. Of cards that are put in and taken out each
+//! is: there are no more of those than interfaces come and go.
 //!
 //! Cards are put in at bus 0, where nothing tells the guest; it looks there when the
 //! agent is told of an interface whose card it does not know. The guest's own hot-plug
