@@ -184,13 +184,19 @@ impl Follower {
     }
 
     async fn keep_up(&mut self) -> Result<(), NetworkError> {
-        let netns = self.netns.clone();
-        let changes = blocking(move || Changes::of(&netns)).await?;
         let mut complained = Complained {
             others: std::mem::take(&mut self.cards.others),
             refused: HashSet::new(),
         };
         let mut pause = None;
+        let changes = loop {
+            let netns = self.netns.clone();
+            match blocking(move || Changes::of(&netns)).await {
+                Ok(changes) => break changes,
+                Err(error) => pause = Some(behind(&error.into(), pause)),
+            }
+            tokio::time::sleep(pause.unwrap_or_default()).await;
+        };
         loop {
             pause = match self.catch_up(&mut complained).await {
                 Ok(()) => None,

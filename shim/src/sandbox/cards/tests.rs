@@ -4,7 +4,7 @@
 use super::*;
 
 use std::cell::Cell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use crate::machine::fake::{FakeHost, FakeMachine, Journal};
@@ -26,6 +26,11 @@ struct Scene {
 impl Scene {
     /// A machine in the namespace whose first card is in slot 5.
     async fn new(pod: &Netns) -> Self {
+        Self::following(pod, pod.0.try_clone().unwrap()).await
+    }
+
+    /// The same, whose shim looks for changes there.
+    async fn following(pod: &Netns, netns: File) -> Self {
         let host = FakeHost::scripted();
         let sandbox = host.open();
         host.boot(&sandbox).await.unwrap();
@@ -36,7 +41,7 @@ impl Scene {
         let cards = Cards::new(network, 5);
         assert_eq!(cards.given().interfaces[0].card, "0000:00:05.0");
         let follower = Follower {
-            netns: Arc::new(pod.0.try_clone().unwrap()),
+            netns: Arc::new(netns),
             queues: 1,
             machine: machine.clone(),
             agent: sandbox.agent().unwrap().clone(),
@@ -241,6 +246,26 @@ async fn what_the_guest_refused_is_taken_from_it_when_it_is_gone() {
     pod.ip("addr add 10.88.0.7/32 dev eth0");
     scene
         .notes(&["guest +eth0 0000:00:05.0 10.88.0.7/32"])
+        .await;
+}
+
+/// As of a pod that has no processes left while it boots.
+#[tokio::test]
+async fn a_shim_that_hears_of_nothing_yet_tries_again() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let no_namespace = File::open("/dev/null").unwrap();
+    let descriptor = no_namespace.as_raw_fd();
+    let mut scene = Scene::following(&pod, no_namespace).await;
+    let follows = tokio::time::timeout(Duration::from_millis(500), &mut scene.follow);
+    follows.await.expect_err("it does not end");
+    // SAFETY: both descriptors are open; the one that is replaced is the follower's file.
+    let replaced = unsafe { libc::dup2(pod.0.as_raw_fd(), descriptor) };
+    assert_eq!(replaced, descriptor);
+    pod.ip("addr add 10.88.0.6/32 dev eth0");
+    scene
+        .notes(&["guest +eth0 0000:00:05.0 10.88.0.6/32"])
         .await;
 }
 
