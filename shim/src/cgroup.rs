@@ -141,7 +141,8 @@ impl PodCgroup {
     /// # Errors
     ///
     /// `BadPath`, `NotV2`, `Exists`, `Systemd`, `Elsewhere` or `Io`; a limit that cannot be set is
-    /// an error too. Nothing is left then.
+    /// an error too. What was made by then is removed; failures of that are logged. What
+    /// was not made here stays: processes may run in it, and nobody knows whose.
     pub fn create(cgroups_path: &str, limits: &Limits) -> Result<Self, CgroupError> {
         let root = Path::new(CGROUP_ROOT);
         let stat = statfs(root).map_err(|e| failed("look at", root)(e.into()))?;
@@ -160,17 +161,11 @@ impl PodCgroup {
         place: &Place,
         limits: &Limits,
     ) -> Result<Self, CgroupError> {
-        match group.make(root, place, limits) {
-            Ok(dir) => Ok(Self { group, dir }),
-            // It is another's.
-            Err(error @ CgroupError::Exists(_)) => Err(error),
-            Err(error) => {
-                if let Err(error) = group.remove() {
-                    tracing::warn!(error = chain(&error), "a cgroup stays half made");
-                }
-                Err(error)
-            }
-        }
+        group.make(root, place, limits)?;
+        let dir = group
+            .set_up(limits)
+            .inspect_err(|_| stays(group.remove()))?;
+        Ok(Self { group, dir })
     }
 
     /// Its directory below `/sys/fs/cgroup`.
@@ -213,7 +208,7 @@ impl PodCgroup {
     ///
     /// # Errors
     ///
-    /// `Io` if processes do not die or the group cannot be removed.
+    /// `Inside`; `Io` if processes do not die or the group cannot be removed.
     pub fn remove(&self) -> Result<(), CgroupError> {
         self.group.remove()
     }
@@ -251,20 +246,26 @@ impl Group {
         Self { path, scope, shim }
     }
 
-    /// Makes it, with the shim in it.
-    fn make(&self, root: &Path, place: &Place, limits: &Limits) -> Result<File, CgroupError> {
-        match &self.scope {
-            Some(scope) => {
-                scope.start(self.shim.pid, limits)?;
-                if !self.shim.is_in(&self.path) {
-                    return Err(self.shim.elsewhere(&self.path));
-                }
-            }
-            None if is_populated(&self.path) => {
+    /// Makes it, a scope around the shim. Of what fails there is nothing.
+    fn make(&self, root: &Path, place: &Place, limits: &Limits) -> Result<(), CgroupError> {
+        let Some(scope) = &self.scope else {
+            if is_populated(&self.path) {
                 return Err(CgroupError::Exists(self.path.display().to_string()));
             }
-            None => make_directories(root, place)?,
+            return make_directories(root, place);
+        };
+        scope.start(self.shim.pid, limits)?;
+        if self.shim.is_in(&self.path) {
+            return Ok(());
         }
+        let elsewhere = self.shim.elsewhere(&self.path);
+        // What is at the path may be somebody's, in the tree that is seen here.
+        stays(self.shim.leave(&self.path).and_then(|()| scope.stop()));
+        Err(elsewhere)
+    }
+
+    /// Limits one that was made, and has the shim in it.
+    fn set_up(&self, limits: &Limits) -> Result<File, CgroupError> {
         let dir = File::options()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
@@ -335,6 +336,13 @@ impl Group {
             }
         }
         remove_directory(&self.path)
+    }
+}
+
+/// Logs that what was made is not taken back.
+fn stays(removed: Result<(), CgroupError>) {
+    if let Err(error) = removed {
+        tracing::warn!(error = chain(&error), "a cgroup stays half made");
     }
 }
 

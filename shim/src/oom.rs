@@ -7,8 +7,10 @@
 //! as a whole. So these have what kubelet wants of the pod's containers, and are ended before
 //! the shim in any case.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
+
+use crate::rundir::Proc;
 
 /// By how much more readily they are ended than the shim: thousandths of the memory of
 /// group or node. More than a shim uses of the smallest group, and less than what is between
@@ -17,16 +19,22 @@ const MARGIN: i32 = 100;
 /// `OOM_SCORE_ADJ_MAX`
 const MAX: i32 = 1000;
 
-/// Sets it for a process of the pod whose containers ask for `wanted`.
+/// Sets it for a process of the pod whose containers ask for `wanted`, if it still runs.
 ///
 /// # Errors
 ///
 /// Those of the process's file.
-pub fn expose(pid: u32, wanted: Option<i32>) -> io::Result<()> {
+pub fn expose(process: Proc, wanted: Option<i32>) -> io::Result<()> {
     let own = fs::read_to_string("/proc/self/oom_score_adj")?;
     let own = own.trim().parse().map_err(io::Error::other)?;
     let value = value(own, wanted).to_string();
-    fs::write(format!("/proc/{pid}/oom_score_adj"), value)
+    let path = format!("/proc/{}/oom_score_adj", process.pid);
+    let file = File::options().write(true).open(path);
+    // In this order: the file is that of one process, whichever had the pid when it was opened.
+    if Proc::of(process.pid) != Some(process) {
+        return Ok(());
+    }
+    file?.write_all(value.as_bytes())
 }
 
 fn value(own: i32, wanted: Option<i32>) -> i32 {
@@ -57,12 +65,17 @@ mod tests {
     #[test]
     fn it_is_set_for_another_process() {
         let mut process = Command::new("sleep").arg("600").spawn().unwrap();
-        let pid = process.id();
-        expose(pid, Some(1000)).unwrap();
-        let set = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"));
+        let this = Proc::of(process.id()).unwrap();
+        let before = Proc {
+            start_time: this.start_time - 1,
+            ..this
+        };
+        let exposed = expose(this, Some(1000)).and_then(|()| expose(before, Some(999)));
+        let set = fs::read_to_string(format!("/proc/{}/oom_score_adj", this.pid));
         process.kill().unwrap();
         process.wait().unwrap();
-        assert_eq!(set.unwrap().trim(), "1000");
-        assert!(expose(pid, None).is_err(), "it is gone");
+        exposed.unwrap();
+        assert_eq!(set.unwrap().trim(), "1000", "not by who had its pid before");
+        expose(this, None).unwrap();
     }
 }

@@ -133,19 +133,19 @@ fn huge_pages_of_sizes_that_an_update_does_not_name_stay() {
 }
 
 /// A child of the test's, which is killed with it.
-struct Process(Child);
+pub(super) struct Process(pub(super) Child);
 
 impl Process {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Command::new("sleep").arg("600").spawn().unwrap())
     }
 
-    fn pid(&self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         self.0.id()
     }
 
     /// What the kernel says of its group.
-    fn group(&self) -> String {
+    pub(super) fn group(&self) -> String {
         let text = fs::read_to_string(format!("/proc/{}/cgroup", self.pid())).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix("0::"));
         line.unwrap_or("/").to_owned()
@@ -269,6 +269,8 @@ fn a_unit_that_is_elsewhere_is_none() {
     let shim = Process::new();
     let (bus, systemd) = with_plain_directories(root.path(), "1\n".into());
     let (group, place) = group(root.path(), "a-b.slice:nacre:pod", Some(systemd), &shim);
+    // Who writes there gets an error.
+    fs::create_dir_all(group.path.join("cgroup.kill")).unwrap();
     let made = PodCgroup::make(group, root.path(), &place, &Limits::default());
     let error = made.unwrap_err().to_string();
     let actual = shim.group();
@@ -278,13 +280,12 @@ fn a_unit_that_is_elsewhere_is_none() {
     assert_eq!(bus.take_calls("StopUnit").len(), 1);
 }
 
-/// Plain files in the place of a cgroup's.
-#[test]
-fn a_group_with_processes_is_another_s() {
+/// Makes a group at one with processes, of plain files, which is left as it is; why not.
+fn refused(cgroups_path: &str, systemd: Option<Systemd>) -> CgroupError {
     let root = tempfile::tempdir().unwrap();
     let shim = Process::new();
-    let (group, place) = group(root.path(), "/pod", None, &shim);
-    fs::create_dir(&group.path).unwrap();
+    let (group, place) = group(root.path(), cgroups_path, systemd, &shim);
+    fs::create_dir_all(&group.path).unwrap();
     let path = group.path.clone();
     for (file, text) in [
         ("cgroup.events", "populated 1\nfrozen 0\n"),
@@ -295,11 +296,38 @@ fn a_group_with_processes_is_another_s() {
         fs::write(path.join(file), text).unwrap();
     }
     let made = PodCgroup::make(group, root.path(), &place, &Limits::default());
-    let error = made.unwrap_err();
-    assert!(matches!(error, CgroupError::Exists(_)), "{error}");
     for file in ["cgroup.kill", "memory.max"] {
         assert_eq!(fs::read_to_string(path.join(file)).unwrap(), "", "{file}");
     }
+    made.unwrap_err()
+}
+
+#[test]
+fn a_group_with_processes_is_another_s() {
+    let error = refused("/pod", None);
+    assert!(matches!(error, CgroupError::Exists(_)), "{error}");
+}
+
+/// systemd has a unit of this name, and does not say more of it.
+#[test]
+fn a_unit_that_may_be_another_s_is_left_alone() {
+    let bus = FakeBus::new(|call: &Message| {
+        let error = match call.name() {
+            "StartTransientUnit" => "org.freedesktop.systemd1.UnitExists",
+            "GetUnit" => "org.freedesktop.DBus.Error.AccessDenied",
+            _ => return vec![Answer::Return(Body::default())],
+        };
+        vec![Answer::Error(error, "no")]
+    });
+    let systemd = Systemd {
+        system_bus: bus.path().into(),
+        private: "/none".into(),
+    };
+    let error = refused("a-b.slice:nacre:pod", Some(systemd));
+    let text = chain(&error);
+    assert!(text.contains("AccessDenied"), "{text}");
+    assert_eq!(bus.take_calls("GetUnit").len(), 1);
+    assert!(bus.take_calls("StopUnit").is_empty());
 }
 
 /// The first writable cgroup v2 mount, also on hosts that have v1 as well.

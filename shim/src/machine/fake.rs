@@ -504,9 +504,12 @@ impl FakeHost {
         u8::try_from(vcpus.sum::<u64>()).unwrap()
     }
 
-    /// Notes the call.
-    pub fn set_limits(&self, memory_mib: u32) {
-        lock(&self.journal).push(format!("host {memory_mib}"));
+    /// Notes the call: memory, and quota and period of what containers may use together.
+    pub fn set_limits(&self, containers: &[Limits], memory_mib: u32) {
+        let cpu = Limits::together(containers).cpu;
+        let cpu = cpu.map(|(quota, period)| format!(", {quota}/{period}"));
+        let cpu = cpu.unwrap_or_default();
+        lock(&self.journal).push(format!("host {memory_mib}{cpu}"));
     }
 
     /// Those of `system` that the container asks for.

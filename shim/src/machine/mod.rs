@@ -154,11 +154,12 @@ pub trait Machine: Send + Sync {
     async fn unplug(&self, slots: &[u8]) -> Result<(), MachineError>;
 
     /// Puts a network card into the running machine; the slot of bus 0 it is in, where
-    /// the guest finds it when it looks.
+    /// the guest finds it when it looks. After any error it may be there, or come yet.
     async fn add_nic(&self, nic: &HostNic) -> Result<u8, MachineError>;
 
     /// Takes the network card out of a slot, whether the guest has let go of it or not; if
-    /// not, no other comes into that slot. The machine has nothing of it open when this returns.
+    /// not, no other comes into that slot. The machine has nothing of it open when this returns;
+    /// after any error nobody knows, until it is dead.
     async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError>;
 
     /// Resolves when the machine is dead and its process reaped.

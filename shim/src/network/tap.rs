@@ -15,10 +15,13 @@ static VNET_HEADER_BYTES: libc::c_int = 12;
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
 nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_size, libc::TUNSETVNETHDRSZ, libc::c_int);
 
-/// Makes a tap in the calling thread's network namespace and opens its queues.
+/// Makes a tap in the calling thread's network namespace and opens its queues. One that is
+/// there already is somebody's, with whom the new queues would share its frames.
 pub(super) fn open(name: &str, queues: u16) -> Result<Vec<OwnedFd>, NetworkError> {
+    let multi_queue = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let is_new = |queue| if queue == 0 { libc::IFF_TUN_EXCL } else { 0 };
     (0..queues)
-        .map(|_| open_queue(name, queues > 1))
+        .map(|queue| open_queue(name, multi_queue | is_new(queue)))
         .collect::<io::Result<_>>()
         .map_err(|source| NetworkError::Tap {
             name: name.into(),
@@ -26,12 +29,9 @@ pub(super) fn open(name: &str, queues: u16) -> Result<Vec<OwnedFd>, NetworkError
         })
 }
 
-fn open_queue(name: &str, multi_queue: bool) -> io::Result<OwnedFd> {
+fn open_queue(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     let tun = File::options().read(true).write(true).open(TUN)?;
-    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if multi_queue {
-        flags |= libc::IFF_MULTI_QUEUE;
-    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags;
     let request = interface_request(name, flags)?;
     // SAFETY: both requests read a structure that lives through the call, and
     // the descriptor is a tun device's.
@@ -53,9 +53,8 @@ fn interface_request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> 
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    request.ifr_ifru.ifru_flags = flags
-        .try_into()
-        .map_err(|_| io::Error::other("interface flags out of range"))?;
+    let flags = u16::try_from(flags).map_err(io::Error::other)?;
+    request.ifr_ifru.ifru_flags = flags.cast_signed();
     Ok(request)
 }
 

@@ -236,6 +236,20 @@ fn taps_are_no_strangers() {
     assert!(seen.links.is_empty());
 }
 
+/// Such as that of a card which the machine still has.
+#[test]
+fn taps_are_not_shared() {
+    let Some(netns) = Netns::new() else { return };
+    for queues in [1, 2] {
+        let open = || netns.run(|| tap::open("tap_2", queues));
+        let first = open().unwrap();
+        let error = open().unwrap_err();
+        let text = crate::error::chain(&error);
+        assert!(text.contains("tap_2") && text.contains("busy"), "{text}");
+        drop(first);
+    }
+}
+
 #[test]
 fn an_interface_is_renamed_and_another_has_its_name() {
     let Some((pod, _node)) = Netns::pod_and_node() else {

@@ -15,7 +15,8 @@
 //! What the guest does not do of what it is told is in doubt: it is told all again, a second
 //! later and then more and more seldom, and all that it may have and should not is taken
 //! away from it. What it says and how often is its own affair, so only the first of several
-//! refusals is a line in the log.
+//! refusals of what it is told is a line in the log. Of cards that are put in and taken out each
+//! is: there are no more of those than interfaces come and go.
 //!
 //! Cards are put in at bus 0, where nothing tells the guest; it looks there when the
 //! agent is told of an interface whose card it does not know. The guest's own hot-plug
@@ -183,13 +184,19 @@ impl Follower {
     }
 
     async fn keep_up(&mut self) -> Result<(), NetworkError> {
-        let netns = self.netns.clone();
-        let changes = blocking(move || Changes::of(&netns)).await?;
         let mut complained = Complained {
             others: std::mem::take(&mut self.cards.others),
             refused: HashSet::new(),
         };
         let mut pause = None;
+        let changes = loop {
+            let netns = self.netns.clone();
+            match blocking(move || Changes::of(&netns)).await {
+                Ok(changes) => break changes,
+                Err(error) => pause = Some(behind(&error.into(), pause)),
+            }
+            tokio::time::sleep(pause.unwrap_or_default()).await;
+        };
         loop {
             pause = match self.catch_up(&mut complained).await {
                 Ok(()) => None,

@@ -69,12 +69,14 @@ impl MachineSize {
 impl Sandbox {
     /// Has the machine be as large as `wanted`. `limit` sets the host's limits for an
     /// amount of memory: before the machine grows, and after it has shrunk as far as the
-    /// guest lets it. One caller at a time.
+    /// guest lets it. Those of processor time need nothing of the guest, which may take
+    /// long to use fewer vCPUs, or not do so: they do not wait for it. One caller at a time.
     ///
     /// # Errors
     ///
-    /// `TooLarge`, `Pinned`; `NotGrown`, with memory and limits as they were; `NoVcpus`,
-    /// with the memory that was wanted; those of the agent, the machine and of `limit`.
+    /// `TooLarge`, `Pinned`; `NotGrown`, with memory and limits as they were; `NoVcpus` and
+    /// those of the agent, with the memory and the limits that were wanted; those of the
+    /// machine and of `limit`.
     pub async fn resize<'a>(
         &self,
         wanted: Wanted,
@@ -93,14 +95,16 @@ impl Sandbox {
             );
         }
         let before = self.vcpus();
+        let mut set = Ok(());
         if before.is_none_or(|before| vcpus < before) {
-            self.set_vcpus(guest, vcpus).await?;
+            limit(guest.size.memory_mib.load(Ordering::Relaxed)).await?;
+            set = self.set_vcpus(guest, vcpus).await;
         }
         self.resize_memory(guest, wanted.memory_mib, limit).await?;
-        if self.vcpus().is_some_and(|now| vcpus > now) {
-            self.set_vcpus(guest, vcpus).await?;
+        if set.is_ok() && self.vcpus().is_some_and(|now| vcpus > now) {
+            set = self.set_vcpus(guest, vcpus).await;
         }
-        Ok(())
+        set
     }
 
     /// How many vCPUs the guest uses, if it has said so the last time.
@@ -179,10 +183,15 @@ impl Sandbox {
     }
 
     async fn set_memory(&self, guest: &Guest, wanted_mib: u32) -> Result<u32, SandboxError> {
-        let boot_mib = guest.size.memory.boot_mib;
+        let MemorySize {
+            boot_mib,
+            growth_mib,
+            ..
+        } = guest.size.memory;
         let growth = self.machine.resize(wanted_mib - boot_mib).await?;
-        // The guest's word, so it may be any.
-        let has_mib = boot_mib.saturating_add(growth);
+        // The monitor's word, so it may be any: the host does not allow more for it than the
+        // machine may have.
+        let has_mib = boot_mib + growth.min(growth_mib);
         guest.size.memory_mib.store(has_mib, Ordering::Relaxed);
         Ok(has_mib)
     }

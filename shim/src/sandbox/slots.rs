@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nacre_protocol::vm::{Disk, DiskBacking};
+use tracing::warn;
 
 use super::SandboxError;
 use crate::machine::{Machine, MachineError};
@@ -172,10 +173,18 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let is_free = !*self.is_filled.get_mut() && !*self.is_retired.get_mut();
-        if is_free && let Some(taken) = lock(&self.pool).get_mut(self.index) {
-            *taken = false;
-        }
+        let why = match (*self.is_filled.get_mut(), *self.is_retired.get_mut()) {
+            (true, _) => "its bytes are in use",
+            (false, true) => "the guest may not have let go of it",
+            (false, false) => {
+                if let Some(taken) = lock(&self.pool).get_mut(self.index) {
+                    *taken = false;
+                }
+                return;
+            }
+        };
+        let serial = &self.serial;
+        warn!(serial, why, "the pod has one disk slot less from now on");
     }
 }
 

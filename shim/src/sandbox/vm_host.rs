@@ -39,7 +39,7 @@ use super::{
     ContainerConfig, DiskSlots, MemorySize, Room, Sandbox, SandboxError, SlotCounts, VcpuCount,
     blocking,
 };
-use crate::cgroup::{CgroupError, Limits, PodCgroup};
+use crate::cgroup::{Limits, PodCgroup};
 use crate::config::Config;
 use crate::devices::{AssignedDevice, System};
 use crate::error::chain;
@@ -87,11 +87,12 @@ impl Parts {
 
     /// Has the host's kernel end the machine before the shim.
     fn expose(&self) {
-        let monitor = self.machine.as_ref().map(|machine| machine.pid());
-        let file_server = self.virtiofsd.as_ref().map(Child::id);
-        for pid in monitor.into_iter().chain(file_server) {
-            if let Err(error) = oom::expose(pid, self.oom_score_adj) {
-                warn!(pid, %error, "oom_score_adj stays as it is");
+        for process in [self.state.monitor, self.state.virtiofsd]
+            .into_iter()
+            .flatten()
+        {
+            if let Err(error) = oom::expose(process, self.oom_score_adj) {
+                warn!(pid = process.pid, %error, "oom_score_adj stays as it is");
             }
         }
     }
@@ -115,6 +116,8 @@ pub struct VmHost {
     hot_plug: HotPlug,
     hooks: hooks::Runner,
     parts: Mutex<Parts>,
+    /// The turn of whoever takes the machine down: what it has is free when it is gone.
+    teardown: tokio::sync::Mutex<()>,
 }
 
 impl VmHost {
@@ -137,6 +140,7 @@ impl VmHost {
                 state,
                 ..Parts::default()
             }),
+            teardown: tokio::sync::Mutex::default(),
         }
     }
 
@@ -382,7 +386,6 @@ impl VmHost {
         self.record(|parts| {
             parts.oom_score_adj = oom_score_adj;
             parts.state.uid = Some(uid);
-            parts.state.cgroup.clone_from(&path);
             parts.state.netns.clone_from(&netns.path);
         })?;
         if let Some(path) = path {
@@ -396,13 +399,14 @@ impl VmHost {
             } = size;
             let config = &self.config;
             let limits = host_limits(&containers, memory_mib, is_pinned, peer_bars_mib, config);
-            let cgroup = blocking(move || PodCgroup::create(&path, &limits)).await;
-            if let Err(CgroupError::Exists(_)) = &cgroup {
-                // Another's, which is not to be cleaned up.
-                self.record(|parts| parts.state.cgroup = None)?;
-            }
-            let cgroup = Arc::new(cgroup?);
-            self.record(|parts| parts.cgroup = Some(cgroup))?;
+            let created = path.clone();
+            let cgroup = blocking(move || PodCgroup::create(&created, &limits)).await?;
+            // Before it is known to be ours it is not to be cleaned up: it may be another's.
+            // Of a shim that is killed meanwhile a scope ends by itself, a directory stays empty.
+            self.record(|parts| {
+                parts.cgroup = Some(Arc::new(cgroup));
+                parts.state.cgroup = Some(path);
+            })?;
         }
         Ok(())
     }
@@ -495,11 +499,12 @@ impl VmHost {
 
     /// See [`super::Host::teardown`].
     pub async fn teardown(&self) {
+        let _turn = self.teardown.lock().await;
         let (machine, virtiofsd, pin_time) = {
             let mut parts = crate::task::lock(&self.parts);
             (parts.network, parts.netns) = (None, None);
             let pin_time = parts.state.pin_time;
-            (parts.machine.take(), parts.virtiofsd.take(), pin_time)
+            (parts.machine.clone(), parts.virtiofsd.take(), pin_time)
         };
         let mut is_gone = true;
         if let Some(machine) = machine {
@@ -508,11 +513,12 @@ impl VmHost {
             is_gone = wait.await.is_ok();
             if !is_gone {
                 warn!("the monitor does not die; until it has, its devices are the pod's");
-                crate::task::lock(&self.parts).machine = Some(machine);
             }
         }
         let cgroup = if is_gone {
-            crate::task::lock(&self.parts).cgroup.take()
+            let mut parts = crate::task::lock(&self.parts);
+            parts.machine = None;
+            parts.cgroup.take()
         } else {
             None
         };
@@ -578,6 +584,59 @@ mod tests {
 
     fn spec(value: serde_json::Value) -> Spec {
         serde_json::from_value(value).unwrap()
+    }
+
+    fn host() -> (tempfile::TempDir, VmHost) {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(root.path(), "default", "pod").unwrap();
+        run_dir.create().unwrap();
+        let (config, hooks) = (Config::default(), hooks::Runner::default());
+        let host = VmHost::new(config, run_dir, "pod".into(), State::default(), hooks);
+        (root, host)
+    }
+
+    /// It may be another's.
+    #[tokio::test]
+    async fn a_cgroup_that_is_not_made_is_not_cleaned_up() {
+        let (_root, host) = host();
+        let path = "neither:spelling";
+        let spec = spec(json!({"ociVersion": "1.2.0", "linux": {"cgroupsPath": path}}));
+        let file = File::open("/dev/null").unwrap();
+        let netns = NetNs { file, path: None };
+        let error = host.claim_identity(&spec, &netns).await.unwrap_err();
+        assert!(matches!(error, SandboxError::Cgroup(_)), "{error}");
+        let state = host.run_dir.load().unwrap().unwrap();
+        assert_eq!((state.uid.is_some(), state.cgroup), (true, None));
+    }
+
+    #[tokio::test]
+    async fn monitor_and_file_server_are_ended_before_the_shim() {
+        let (_root, host) = host();
+        let mut processes = [(); 2].map(|()| {
+            std::process::Command::new("cat")
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        });
+        let [monitor, virtiofsd] = [0, 1].map(|at| Proc::of(processes[at].id()));
+        host.record(|parts| (parts.state.monitor, parts.state.virtiofsd) = (monitor, virtiofsd))
+            .unwrap();
+        let limits = |oom_score_adj| {
+            [Limits {
+                oom_score_adj: Some(oom_score_adj),
+                ..Limits::default()
+            }]
+        };
+        host.set_limits(&limits(1000), 256).await.unwrap();
+        for process in &mut processes {
+            let path = format!("/proc/{}/oom_score_adj", process.id());
+            let set = std::fs::read_to_string(path).unwrap();
+            drop(process.stdin.take());
+            process.wait().unwrap();
+            assert_eq!(set.trim(), "1000");
+        }
+        // Of those that are gone there is nothing to set, nor to complain of.
+        crate::task::lock(&host.parts).expose();
     }
 
     #[test]

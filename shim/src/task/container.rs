@@ -4,7 +4,7 @@
 //! Each process, once the guest has it, has a task that waits for its end:
 //!
 //! ```text
-//! agent.Wait or machine dead -> output drained -> TaskExit queued, Stopped
+//! agent.Wait or machine dead -> output drained, volumes back -> TaskExit queued, Stopped
 //! ```
 //! The guest gets the container with Create, or with Start where the machine
 //! boots only then ([`crate::sandbox`]); until then it is [`Pending`] here. A
@@ -51,7 +51,7 @@ pub(super) const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 const DEVICE_TIMEOUT: Duration =
     Duration::from_secs(ARRIVAL_SECONDS + PROBE_SECONDS + DISKS_SECONDS);
 /// Time output has to reach its readers after the exit, which is told within five seconds.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
 /// Status of a process that went down with its machine: 128 + SIGKILL.
 pub const LOST_STATUS: u32 = 137;
 /// Status of a process that could not be started.
@@ -297,10 +297,12 @@ impl Container {
         let container = self.clone();
         tokio::spawn(async move {
             let exit = container.wait_in_guest(&process).await;
-            drain(&process).await;
-            if process.exec_id.is_empty() {
-                container.detach_volumes().await;
-            }
+            let volumes = async {
+                if process.exec_id.is_empty() {
+                    container.detach_volumes().await;
+                }
+            };
+            tokio::join!(drain(&process), volumes);
             info!(process = process.name(), status = exit.status, "exited");
             process
                 .finish(exit, |exit| container.report_exit(&process, exit))

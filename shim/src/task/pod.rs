@@ -26,8 +26,8 @@ use tracing::{info, warn};
 use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
-use super::process::{Phase, lock};
-use super::resize::take_room;
+use super::process::{Exit, Phase, lock};
+use super::resize::{Turn, take_room};
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
@@ -50,7 +50,7 @@ pub struct Pod {
     /// Those the shim had to make.
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
-    pub(super) resizing: tokio::sync::Mutex<()>,
+    pub(super) resizing: tokio::sync::Mutex<Turn>,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
     ended: watch::Sender<bool>,
@@ -183,12 +183,8 @@ impl Pod {
         self.reserve(&id)?;
         let result = self.make_reserved(config, stdio).await;
         let (result, given_up) = self.settle(&id, result);
-        if given_up && result.is_ok() {
-            let request = DeleteRequest {
-                id: id.clone(),
-                ..Default::default()
-            };
-            if let Err(error) = self.delete(&request).await {
+        if given_up && let Ok(container) = &result {
+            if let Err(error) = self.delete_container(container).await {
                 let error = crate::error::chain(&error);
                 warn!(container_id = id, error, "given up, and not deleted");
             }
@@ -406,31 +402,34 @@ impl Pod {
             self.give_up(&request.id);
         }
         let container = self.container(&request.id)?;
-        let (pid, exit) = if request.exec_id.is_empty() {
-            let exit = container.delete().await?;
-            self.forget(&container).await?;
-            (container.pid(), exit)
+        let exit = if request.exec_id.is_empty() {
+            self.delete_container(&container).await?
         } else {
-            (
-                container.pid(),
-                container.delete_exec(&request.exec_id).await?,
-            )
+            container.delete_exec(&request.exec_id).await?
         };
-        if request.exec_id.is_empty() {
-            self.publisher.publish(&TaskDelete {
-                container_id: request.id.clone(),
-                pid,
-                exit_status: exit.status,
-                exited_at: Some(timestamp(exit.at)).into(),
-                ..Default::default()
-            });
-        }
         Ok(DeleteResponse {
-            pid,
+            pid: container.pid(),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
         })
+    }
+
+    /// The same of a container, whichever way it came.
+    async fn delete_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<Exit, TaskError> {
+        let exit = container.delete().await?;
+        self.forget(container).await?;
+        container.publisher.publish(&TaskDelete {
+            container_id: container.config().id.clone(),
+            pid: container.pid(),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        });
+        Ok(exit)
     }
 
     /// What the host has for a container that the guest does not have.
@@ -472,13 +471,15 @@ impl Pod {
     /// restarted meanwhile, and found no task.
     pub async fn shutdown(&self, id: &str) {
         self.give_up(id);
-        let sandbox = self.find(id, Api::Sandbox);
-        let is_alone = {
+        let is_sandbox = self.find(id, Api::Sandbox).is_some();
+        let is_in_use = {
             let containers = lock(&self.containers);
-            let wanted = containers.values().filter(|entry| !entry.is_given_up());
-            wanted.count() == usize::from(sandbox.is_some())
+            let mut others = containers
+                .iter()
+                .filter(|(other, _)| !is_sandbox || *other != id);
+            others.any(|(_, entry)| !entry.is_given_up())
         };
-        if is_alone {
+        if !is_in_use {
             self.stop().await;
         }
     }

@@ -5,7 +5,8 @@
 //! raised:   host's limits -> machine grows -> container's limits
 //! lowered:  container's limits -> machine shrinks -> host's limits
 //! ```
-//! In this order nothing is ever allowed more than what is around it has.
+//! In this order nothing is ever allowed more memory than what is around it has. Of processor
+//! time the host allows less at once: a machine that waits for its own is only slower.
 //!
 //! A machine has no fewer vCPUs than it booted with, as with memory, and no more than
 //! `max_vcpus`: a CPU limit is the most a container may use, so one beyond that is no error.
@@ -25,14 +26,22 @@ use crate::error::chain;
 use crate::sandbox::Sandbox;
 use crate::sandbox::Wanted;
 
+/// What is known by whoever has the turn to change the machine's size.
+#[derive(Default)]
+pub(super) struct Turn {
+    /// Whether machine and host are not what the containers' limits make them, as the last
+    /// change failed.
+    is_unfit: bool,
+}
+
 /// Takes back the room of containers that are gone. Nobody waits for that: what
 /// goes wrong is logged.
 pub(super) async fn take_room(pod: Arc<Pod>) {
-    let turn = pod.resizing.lock().await;
+    let mut turn = pod.resizing.lock().await;
     if lock(&pod.containers).is_empty() {
         return;
     }
-    if let Err(error) = pod.fit(&turn).await {
+    if let Err(error) = pod.fit(&mut turn).await {
         tracing::warn!(
             error = chain(&error),
             "a container's room is not taken back"
@@ -47,32 +56,37 @@ impl Pod {
     ///
     /// `Spec` for resources that are none; `TooLarge` and `NotGrown` for memory the
     /// machine cannot have; `NoVcpus`; the guest's refusal. The limits are as before then.
+    /// Those of [`Sandbox::resize`] for a machine that does not shrink: the limits are the new
+    /// ones, and whoever asks for them again has it shrink again.
     pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let resources = container.parse_resources(json)?;
-        let turn = self.resizing.lock().await;
+        let mut turn = self.resizing.lock().await;
         let before = container.limits();
         let after = before.updated_by(&resources);
+        let more = before.or_more(after);
         let change = async {
-            self.allow(&turn, &container, before.or_more(after)).await?;
+            if more != before {
+                self.allow(&mut turn, &container, more).await?;
+            }
             container.update(&resources).await
         };
         let result = change.await;
         let limits = if result.is_ok() { after } else { before };
-        let fitted = self.allow(&turn, &container, limits).await;
+        if container.limits() == limits && !turn.is_unfit {
+            return result;
+        }
+        let fitted = self.allow(&mut turn, &container, limits).await;
         result.and(fitted)
     }
 
     /// Changes what is around a container to what it may use now.
     async fn allow(
         &self,
-        turn: &MutexGuard<'_, ()>,
+        turn: &mut MutexGuard<'_, Turn>,
         container: &Container,
         limits: Limits,
     ) -> Result<(), TaskError> {
-        if container.limits() == limits {
-            return Ok(());
-        }
         container.set_limits(limits);
         self.fit(turn).await
     }
@@ -86,9 +100,9 @@ impl Pod {
         self: &Arc<Self>,
         container: &Container,
     ) -> Result<(), TaskError> {
-        let turn = self.resizing.lock().await;
+        let mut turn = self.resizing.lock().await;
         self.count(container, true);
-        let fitted = self.fit(&turn).await;
+        let fitted = self.fit(&mut turn).await;
         if fitted.is_err() {
             self.count(container, false);
             // Of what it was to have, the machine may have got a part.
@@ -108,7 +122,7 @@ impl Pod {
 
     /// Makes the machine and the host's limits what the containers may use
     /// together, those that are being created among them.
-    async fn fit(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), TaskError> {
+    async fn fit(&self, turn: &mut MutexGuard<'_, Turn>) -> Result<(), TaskError> {
         let booted = self
             .sandbox
             .get()
@@ -125,9 +139,11 @@ impl Pod {
             vcpus: self.host.vcpus_of(&limits),
         };
         let limit = |memory_mib| self.host.set_limits(&limits, memory_mib).boxed();
+        turn.is_unfit = true;
         let resized = sandbox.resize(wanted, limit).await;
+        turn.is_unfit = resized.is_err();
         // It may have come a part of the way.
-        let noted = self.host.note_vcpus(sandbox.vcpus());
-        Ok(resized.and(noted)?)
+        self.host.note_vcpus(sandbox.vcpus());
+        Ok(resized?)
     }
 }

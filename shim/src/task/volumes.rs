@@ -10,7 +10,7 @@ use tracing::warn;
 use ttrpc::context::with_duration;
 
 use super::TaskError;
-use super::container::{CALL_TIMEOUT, Container};
+use super::container::{CALL_TIMEOUT, Container, DRAIN_TIMEOUT};
 use super::process::lock;
 use crate::machine::MachineError;
 use crate::sandbox::{SandboxError, Slot};
@@ -19,8 +19,8 @@ use crate::storage::{
 };
 
 /// Time a guest has to hand back what a container wrote, before the exit is
-/// told without it.
-const WRITE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
+/// told without it: as long as output has to reach its readers, which goes on meanwhile.
+const WRITE_BACK_TIMEOUT: Duration = DRAIN_TIMEOUT;
 
 /// What a container holds.
 #[derive(Default)]

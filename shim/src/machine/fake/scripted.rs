@@ -491,6 +491,11 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
+    async fn read_file(&self, _: &TtrpcContext, _: ReadFileRequest) -> Result<ReadFileResponse> {
+        self.0.unless_hung().await;
+        Err(get_rpc_status(Code::NOT_FOUND, "no such file"))
+    }
+
     /// The same whenever it is asked.
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
         let mut lacks_memory = self.0.lacks_memory.subscribe();

@@ -3,7 +3,8 @@
 
 use super::*;
 
-use std::os::fd::OwnedFd;
+use std::cell::Cell;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use crate::machine::fake::{FakeHost, FakeMachine, Journal};
@@ -18,11 +19,18 @@ struct Scene {
     follow: tokio::task::JoinHandle<()>,
     /// The machine's.
     _taps: Vec<OwnedFd>,
+    /// How far the journal was waited for.
+    heard: Cell<usize>,
 }
 
 impl Scene {
     /// A machine in the namespace whose first card is in slot 5.
     async fn new(pod: &Netns) -> Self {
+        Self::following(pod, pod.0.try_clone().unwrap()).await
+    }
+
+    /// The same, whose shim looks for changes there.
+    async fn following(pod: &Netns, netns: File) -> Self {
         let host = FakeHost::scripted();
         let sandbox = host.open();
         host.boot(&sandbox).await.unwrap();
@@ -33,7 +41,7 @@ impl Scene {
         let cards = Cards::new(network, 5);
         assert_eq!(cards.given().interfaces[0].card, "0000:00:05.0");
         let follower = Follower {
-            netns: Arc::new(pod.0.try_clone().unwrap()),
+            netns: Arc::new(netns),
             queues: 1,
             machine: machine.clone(),
             agent: sandbox.agent().unwrap().clone(),
@@ -45,6 +53,7 @@ impl Scene {
             _sandbox: sandbox,
             follow: tokio::spawn(follower.follow()),
             _taps: taps,
+            heard: Cell::new(0),
         }
     }
 
@@ -62,15 +71,27 @@ impl Scene {
         }
     }
 
-    /// Waits until this is the journal's end.
-    async fn notes(&self, last: &[&str]) {
+    /// Waits until the journal has these lines one after the other, behind those that were
+    /// waited for before.
+    async fn notes(&self, lines: &[&str]) {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let last: Vec<String> = last.iter().map(|&line| line.into()).collect();
-        while !lock(self.journal()).ends_with(&last) {
+        loop {
             let journal = lock(self.journal()).clone();
-            assert!(Instant::now() < deadline, "{journal:#?} does not end so");
+            let heard = self.heard.get();
+            let mut windows = journal[heard..].windows(lines.len());
+            if let Some(position) = windows.position(|window| window == lines) {
+                self.heard.set(heard + position + lines.len());
+                return;
+            }
+            let rest = &journal[heard..];
+            assert!(Instant::now() < deadline, "no {lines:#?} in {rest:#?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Waits for nothing that the journal has already.
+    fn forgets(&self) {
+        self.heard.set(lock(self.journal()).len());
     }
 }
 
@@ -142,11 +163,10 @@ async fn interface_that_the_machine_refuses_is_refused_once_while_it_is_up() {
     // Its tap came and went meanwhile, which are changes of the namespace, too.
     pod.ip("addr add 10.88.0.6/32 dev eth0");
     scene
-        .notes(&[
-            "no room for a card",
-            "guest +eth0 0000:00:05.0 10.88.0.6/32",
-        ])
+        .notes(&["guest +eth0 0000:00:05.0 10.88.0.6/32"])
         .await;
+    let tried = |line: &&String| *line == "no room for a card";
+    assert_eq!(lock(scene.journal()).iter().filter(tried).count(), 1);
     let links = network::look(&pod.0).unwrap().links;
     let net1 = links.iter().find(|link| link.name == "net1").unwrap();
     let error = chain(&network::part(&pod.0, net1).unwrap_err());
@@ -213,6 +233,7 @@ async fn what_the_guest_refused_is_taken_from_it_when_it_is_gone() {
     pod.ip("addr del 10.88.0.6/32 dev eth0");
     scene.noted("guest -eth0 0000:00:05.0 10.88.0.6/32").await;
     scene.machine.refuses_network(0);
+    scene.forgets();
     scene
         .notes(&[
             "guest -eth0 0000:00:05.0 10.88.0.6/32",
@@ -224,7 +245,27 @@ async fn what_the_guest_refused_is_taken_from_it_when_it_is_gone() {
         .await;
     pod.ip("addr add 10.88.0.7/32 dev eth0");
     scene
-        .notes(&["guest + eth0", "guest +eth0 0000:00:05.0 10.88.0.7/32"])
+        .notes(&["guest +eth0 0000:00:05.0 10.88.0.7/32"])
+        .await;
+}
+
+/// As of a pod that has no processes left while it boots.
+#[tokio::test]
+async fn a_shim_that_hears_of_nothing_yet_tries_again() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let no_namespace = File::open("/dev/null").unwrap();
+    let descriptor = no_namespace.as_raw_fd();
+    let mut scene = Scene::following(&pod, no_namespace).await;
+    let follows = tokio::time::timeout(Duration::from_millis(500), &mut scene.follow);
+    follows.await.expect_err("it does not end");
+    // SAFETY: both descriptors are open; the one that is replaced is the follower's file.
+    let replaced = unsafe { libc::dup2(pod.0.as_raw_fd(), descriptor) };
+    assert_eq!(replaced, descriptor);
+    pod.ip("addr add 10.88.0.6/32 dev eth0");
+    scene
+        .notes(&["guest +eth0 0000:00:05.0 10.88.0.6/32"])
         .await;
 }
 

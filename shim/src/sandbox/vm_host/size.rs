@@ -1,11 +1,13 @@
 //! How large a pod's machine is, and what its cgroup is told of it.
 
 use oci_spec::runtime::Spec;
+use tracing::warn;
 
 use super::super::sizing::{Size, host_limits, memory_of, size_of, vcpus_of};
 use super::super::{SandboxError, blocking};
 use super::{VmHost, may_grow};
 use crate::cgroup::Limits;
+use crate::error::chain;
 
 impl VmHost {
     /// See [`super::super::Host::memory_of`].
@@ -20,11 +22,17 @@ impl VmHost {
     }
 
     /// See [`super::super::Host::note_vcpus`].
-    pub fn note_vcpus(&self, vcpus: Option<u8>) -> Result<(), SandboxError> {
+    pub fn note_vcpus(&self, vcpus: Option<u8>) {
         if crate::task::lock(&self.parts).state.vcpus == vcpus {
-            return Ok(());
+            return;
         }
-        self.record(|parts| parts.state.vcpus = vcpus)
+        // They are what the machine has, whether that can be written or not.
+        if let Err(error) = self.record(|parts| parts.state.vcpus = vcpus) {
+            warn!(
+                error = chain(&error),
+                "`nacre ps` does not know of a pod's vCPUs"
+            );
+        }
     }
 
     /// See [`super::super::Host::set_limits`].

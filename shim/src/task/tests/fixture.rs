@@ -61,6 +61,8 @@ pub struct Fixture {
     pub annotations: serde_json::Value,
     /// The same.
     pub devices: serde_json::Value,
+    /// The same.
+    pub mounts: serde_json::Value,
     servers: Vec<Server>,
 }
 
@@ -101,6 +103,7 @@ impl Fixture {
             resources: json!({}),
             annotations: json!({}),
             devices: json!([]),
+            mounts: json!([]),
             servers: vec![server, console_server, sandbox_server, sink],
         }
     }
@@ -148,6 +151,7 @@ impl Fixture {
             "root": {"path": "/"},
             "process": process,
             "annotations": self.annotations,
+            "mounts": self.mounts,
             "linux": {"resources": self.resources, "devices": self.devices},
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();

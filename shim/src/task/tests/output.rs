@@ -20,12 +20,12 @@ use crate::task::lock;
 /// it before anybody reads.
 const BYTES: usize = 100_000;
 
-/// A container that writes [`BYTES`] and ends, and the reader of its FIFO, who has not
-/// read anything. All of that is with the shim when this returns.
-async fn ended(fixture: &Fixture) -> pipe::Receiver {
+/// A container that writes [`BYTES`] and ends with this, and the reader of its FIFO, who
+/// has not read anything.
+async fn started(fixture: &Fixture, end: &str) -> pipe::Receiver {
     let stdout = fixture.fifo("stdout");
     let reader = pipe::OpenOptions::new().open_receiver(&stdout).unwrap();
-    let script = format!("head -c {BYTES} /dev/zero; exit 7");
+    let script = format!("head -c {BYTES} /dev/zero; {end}");
     let request = CreateTaskRequest {
         id: "c".into(),
         bundle: fixture.bundle("c", &script),
@@ -34,6 +34,12 @@ async fn ended(fixture: &Fixture) -> pipe::Receiver {
     };
     fixture.client.create(context(), &request).await.unwrap();
     fixture.start("c", "").await.unwrap();
+    reader
+}
+
+/// The same, all of which is with the shim when this returns.
+async fn ended(fixture: &Fixture) -> pipe::Receiver {
+    let reader = started(fixture, "exit 7").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.ended("c").await;
     reader
@@ -77,6 +83,33 @@ async fn a_reader_that_has_stopped_does_not_hide_the_exit() {
     let mut output = Vec::new();
     let read = reader.read_to_end(&mut output).await;
     assert_eq!(read.unwrap(), BYTES);
+}
+
+/// And hands back nothing of what the container wrote.
+#[tokio::test]
+async fn nor_does_a_guest_that_hangs_besides() {
+    let mut fixture = Fixture::new().await;
+    let log = fixture.path("pods/1-2/containers/c/0a1b");
+    std::fs::create_dir_all(log.parent().unwrap()).unwrap();
+    std::fs::write(&log, "").unwrap();
+    fixture.mounts = json!([{
+        "source": log, "destination": "/dev/termination-log", "type": "bind",
+        "options": ["rbind", "rw"],
+    }]);
+    let go = fixture.path("go");
+    let end = format!("until [ -e {} ]; do sleep 0.05; done; exit 7", go.display());
+    let _reader = started(&fixture, &end).await;
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.hang();
+    std::fs::write(&go, "").unwrap();
+    // It is asked for what the container wrote as soon as the exit is known.
+    machine.held(1).await;
+    tokio::time::pause();
+    let begin = Instant::now();
+    assert_eq!(fixture.wait("c", "").await, 7);
+    let took = begin.elapsed();
+    tokio::time::resume();
+    assert!(took < Duration::from_millis(4500), "{took:?}");
 }
 
 /// A file has it all at the moment the exit is known.

@@ -66,6 +66,10 @@ async fn what_the_guest_does_not_give_back_stays_allowed() {
     update(&fixture, memory(256)).await.unwrap();
     let expected = [&guest(256), "machine +0", "host 356"];
     assert_eq!(journal(&fixture), expected);
+    machine.keeps(u32::MAX);
+    update(&fixture, memory(255)).await.unwrap();
+    let all = [&guest(255), "machine +0", "host 1280"];
+    assert_eq!(journal(&fixture), all, "no more than there is");
 }
 
 #[tokio::test]
@@ -108,6 +112,11 @@ fn guest_cpus(count: u64) -> String {
     format!(r#"guest {{"cpu":{{"quota":{quota},"period":100000}}}}"#)
 }
 
+/// The host's limits with those of so many CPUs.
+fn host(memory_mib: u64, cpus: u64) -> String {
+    format!("host {memory_mib}, {}/100000", cpus * 100_000)
+}
+
 async fn with_one_cpu() -> Fixture {
     let fixture = fixture().await;
     update(&fixture, cpus(1)).await.unwrap();
@@ -119,16 +128,20 @@ async fn with_one_cpu() -> Fixture {
 async fn vcpus_come_and_go_with_the_limit() {
     let fixture = with_one_cpu().await;
     update(&fixture, cpus(3)).await.unwrap();
-    let raised = ["host 256", "vcpus 3", &guest_cpus(3)];
+    let raised = [&host(256, 3), "vcpus 3", &guest_cpus(3)];
     assert_eq!(journal(&fixture), raised);
     update(&fixture, cpus(2)).await.unwrap();
-    let lowered = [&guest_cpus(2), "vcpus 2", "host 256"];
-    assert_eq!(journal(&fixture), lowered);
+    let lowered = [&guest_cpus(2), &host(256, 2), "vcpus 2", &host(256, 2)];
+    assert_eq!(
+        journal(&fixture),
+        lowered,
+        "the host's before the machine's"
+    );
     update(&fixture, cpus(9)).await.unwrap();
-    let all = ["host 256", "vcpus 4", &guest_cpus(9)];
+    let all = [&host(256, 9), "vcpus 4", &guest_cpus(9)];
     assert_eq!(journal(&fixture), all, "as many as there are");
     update(&fixture, cpus(1)).await.unwrap();
-    let boot = [&guest_cpus(1), "vcpus 1", "host 256"];
+    let boot = [&guest_cpus(1), &host(256, 1), "vcpus 1", &host(256, 1)];
     assert_eq!(journal(&fixture), boot);
 }
 
@@ -141,7 +154,8 @@ async fn vcpus_that_the_guest_does_not_use_are_no_limit() {
     let (code, text) = refusal(refused);
     assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{text}");
     assert!(text.contains("only 2 of the 3 vCPUs"), "{text}");
-    let tried = ["host 256", "vcpus 3", "vcpus 1", "host 256"];
+    let before = host(256, 1);
+    let tried = [&host(256, 3), "vcpus 3", &before, "vcpus 1", &before];
     assert_eq!(journal(&fixture), tried, "all is as it was");
 
     machine.uses_vcpus(1..=4);
@@ -149,7 +163,7 @@ async fn vcpus_that_the_guest_does_not_use_are_no_limit() {
     machine.uses_vcpus(2..=4);
     journal(&fixture);
     update(&fixture, cpus(1)).await.unwrap();
-    let kept = [&guest_cpus(1), "vcpus 1", "host 256"];
+    let kept = [&guest_cpus(1), &before, "vcpus 1", &before];
     assert_eq!(journal(&fixture), kept, "what it keeps is no error");
 }
 
@@ -160,11 +174,44 @@ async fn vcpus_that_nobody_knows_of_are_asked_for_again() {
     machine.tells_no_vcpus();
     let (_, text) = refusal(update(&fixture, cpus(3)).await);
     assert!(text.contains("no such number"), "{text}");
-    assert_eq!(journal(&fixture), ["host 256", "vcpus 3", "vcpus 1"]);
+    let before = host(256, 1);
+    let tried = [&host(256, 3), "vcpus 3", &before, "vcpus 1", &before];
+    assert_eq!(journal(&fixture), tried, "the host allows no more");
     machine.uses_vcpus(1..=4);
     update(&fixture, cpus(2)).await.unwrap();
-    let again = ["vcpus 2", "host 256", &guest_cpus(2)];
+    let after = host(256, 2);
+    let again = [&after, "vcpus 2", &after, &guest_cpus(2)];
     assert_eq!(journal(&fixture), again);
+}
+
+#[tokio::test]
+async fn a_guest_that_gives_no_vcpus_back_keeps_no_other_limit() {
+    let fixture = with_one_cpu().await;
+    let both = |mib, count| {
+        let (memory, cpus) = (memory(mib), cpus(count));
+        json!({"memory": memory["memory"], "cpu": cpus["cpu"]})
+    };
+    update(&fixture, both(512, 3)).await.unwrap();
+    let machine = lock(&fixture.machine).clone().unwrap();
+    machine.tells_no_vcpus();
+    journal(&fixture);
+    let lowered = [&host(512, 1), "vcpus 1", "machine +0", &host(256, 1)];
+    let (_, text) = refusal(update(&fixture, both(256, 1)).await);
+    assert!(text.contains("no such number"), "{text}");
+    assert_eq!(journal(&fixture)[1..], lowered);
+
+    refusal(update(&fixture, both(256, 1)).await);
+    let again = [&host(256, 1), "vcpus 1", &host(256, 1)];
+    assert_eq!(journal(&fixture)[1..], again, "it is not done");
+    machine.uses_vcpus(1..=4);
+    update(&fixture, both(256, 1)).await.unwrap();
+    assert_eq!(journal(&fixture)[1..], again);
+    update(&fixture, both(256, 1)).await.unwrap();
+    assert_eq!(
+        journal(&fixture).len(),
+        1,
+        "the container alone: it is done"
+    );
 }
 
 #[tokio::test]
@@ -172,12 +219,12 @@ async fn a_container_that_joins_has_its_vcpus() {
     let mut fixture = with_one_cpu().await;
     fixture.resources = cpus(2);
     fixture.run("second", "sleep 60").await;
-    assert_eq!(journal(&fixture), ["host 256", "vcpus 3"]);
+    assert_eq!(journal(&fixture), [&host(256, 3), "vcpus 3"]);
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.uses_vcpus(1..=3);
     fixture.resources = cpus(1);
     fixture.create("third", "sleep 60").await.unwrap_err();
-    let undone = ["host 256", "vcpus 4", "host 256"];
+    let undone = [&host(256, 4), "vcpus 4", &host(256, 3)];
     assert_eq!(next(&fixture, 3).await, undone);
 }
 

@@ -201,18 +201,8 @@ async fn an_exit_is_told_without_the_log() {
     let log = fixture.path("pods/1-2/containers/c/0a1b");
     std::fs::create_dir_all(log.parent().unwrap()).unwrap();
     std::fs::write(&log, "untouched").unwrap();
-    let bundle = fixture.bundle("c", "exit 3");
-    let config = Path::new(&bundle).join("config.json");
-    let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-    spec["mounts"] = json!([bind(&log, "/dev/termination-log", "rw")]);
-    std::fs::write(&config, spec.to_string()).unwrap();
-    let request = CreateTaskRequest {
-        id: "c".into(),
-        bundle,
-        ..Default::default()
-    };
-    fixture.client.create(context(), &request).await.unwrap();
-    fixture.start("c", "").await.unwrap();
+    fixture.mounts = json!([bind(&log, "/dev/termination-log", "rw")]);
+    fixture.run("c", "exit 3").await;
     assert_eq!(fixture.wait("c", "").await, 3);
     fixture.expect(&["create", "start", "exit"]).await;
     assert_eq!(std::fs::read_to_string(&log).unwrap(), "untouched");
