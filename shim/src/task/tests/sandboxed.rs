@@ -1,6 +1,7 @@
 //! A pod's sandbox by each of containerd's two APIs: what both have in common, and
 //! what is only the Sandbox API's.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::*;
@@ -15,7 +16,9 @@ use super::fixture::*;
 use super::{real_agent, volumes};
 use crate::machine::Machine;
 use crate::machine::fake::{FakeHost, FakeMachine};
+use crate::sandbox::{Api, Sandbox};
 use crate::task::lock;
+use crate::task::pod::Entry;
 
 const POD: &str = "pod";
 const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
@@ -356,6 +359,39 @@ async fn a_pod_that_was_given_up_ends() {
     let both = async { tokio::join!(fixture.create("slow", "sleep 60"), given_up) };
     let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
     assert_eq!(code(created), Code::UNAVAILABLE);
+}
+
+/// The same of a sandbox by the other API: it is gone at once, and as long as it is not,
+/// it is no reason for the pod to stay.
+#[tokio::test]
+async fn a_sandbox_that_was_given_up_keeps_no_pod() {
+    let fixture = Fixture::new().await;
+    // Meanwhile another is at making the machine, and does not.
+    let (give_way, way) = tokio::sync::oneshot::channel::<()>();
+    let other = fixture.pod.sandbox.get_or_try_init(|| async {
+        way.await.unwrap();
+        Err::<Arc<Sandbox>, _>(())
+    });
+    let given_up = async {
+        while lock(&fixture.pod.containers).is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(code(fixture.delete(POD, "").await), Code::NOT_FOUND);
+        give_way.send(()).unwrap();
+    };
+    let config = PodSandboxConfig::default();
+    let all = async { tokio::join!(other, create(&fixture, &config), given_up) };
+    let (_, created, ()) = tokio::time::timeout(SOON, all).await.expect("in time");
+    assert_eq!(code(created), Code::FAILED_PRECONDITION);
+    assert!(lock(&fixture.pod.containers).is_empty());
+
+    let scene = Scene::run(Mode::Sandbox).await;
+    let pod = &scene.fixture.pod;
+    let sandbox = pod.find(POD, Api::Sandbox).unwrap();
+    lock(&pod.containers).insert(POD.into(), Entry::GivenUp(sandbox));
+    task_shutdown(&scene.fixture, POD).await;
+    let ended = tokio::time::timeout(SOON, pod.ended());
+    ended.await.expect("the shim ends");
 }
 
 #[tokio::test]
