@@ -65,26 +65,34 @@ fn state_takes(shim: &Shim) -> (Duration, Duration) {
 /// Both share the processors: some of it is theirs, not nacre's.
 const FACTOR: u32 = 10;
 
+/// What else the host of the lab does can make any one round slow; nacre would all of them.
+const ROUNDS: usize = 3;
+
 #[test]
 fn busy_machine_does_not_delay_the_state_of_another() {
     let mut scene = Scene::new();
     let asked = Shim::of(&scene.start_sleeper(&[]));
-    let alone = state_takes(&asked);
     let (id, mut command) = scene.command(BUSYBOX, &["--rm"], &["yes"]);
     // It computes, writes to the host without pause, and its client waits for more.
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let mut client = command.spawn().unwrap();
-    eventually("it runs", || {
-        scene.status(&id).as_deref() == Some("RUNNING")
+    let is = |status| scene.status(&id).as_deref() == Some(status);
+    eventually("it runs", || is("RUNNING"));
+    let rounds = [(); ROUNDS].map(|()| {
+        scene.ctr(&["task", "pause", &id]).exits(0);
+        let alone = state_takes(&asked);
+        scene.ctr(&["task", "resume", &id]).exits(0);
+        let beside = state_takes(&asked);
+        assert!(is("RUNNING"), "it was busy all the time");
+        println!("State: median and most {alone:.1?} alone, {beside:.1?} beside a busy machine");
+        (alone.0, beside.0)
     });
-    let beside = state_takes(&asked);
-    assert_eq!(
-        scene.status(&id).as_deref(),
-        Some("RUNNING"),
-        "it was busy all the time"
+    assert!(
+        rounds
+            .iter()
+            .any(|(alone, beside)| *beside < *alone * FACTOR),
+        "{rounds:?}"
     );
-    println!("State: median and most {alone:.1?} alone, {beside:.1?} beside a busy machine");
-    assert!(beside.0 < alone.0 * FACTOR, "{alone:?} {beside:?}");
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     assert_eq!(client.wait().unwrap().code(), Some(137));
 }
