@@ -87,6 +87,9 @@ pub enum Request {
         /// Whether the guest has let go of it. Else nothing comes into its slot any more.
         is_let_go: bool,
     },
+    /// Have the kernel of a guest that does not answer say where it is, by an NMI: it panics
+    /// then, if it still can, and [`Event::Stopped`] follows.
+    Interrupt,
 }
 
 /// From the monitor to the shim.

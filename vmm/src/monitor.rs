@@ -302,6 +302,11 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
             let removed = removed.map_err(MonitorError::from);
             answer(peers, number, removed.map(|()| slot));
         }
+        Request::Interrupt => {
+            if let Err(error) = running.interrupt() {
+                tracing::warn!(%error, "the guest is not asked where it is");
+            }
+        }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())

@@ -16,6 +16,7 @@ use async_trait::async_trait;
 use nacre_protocol::agent::{ConfigureSandboxRequest, Driver};
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::STREAM_PORT;
+use nacre_protocol::vm::StopReason;
 use nacre_vmm::vfio::Passthrough;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::net::UnixStream;
@@ -80,6 +81,8 @@ pub struct FakeMachine {
     devices_asked: Notify,
     /// Whether it has no room for network cards.
     is_full: AtomicBool,
+    /// Whether a guest that hangs still panics when it is interrupted.
+    panics: AtomicBool,
     journal: Journal,
 }
 
@@ -188,6 +191,14 @@ impl Machine for FakeMachine {
     async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError> {
         let how = if is_let_go { "" } else { ", by force" };
         lock(&self.journal).push(format!("no card in {slot}{how}"));
+        Ok(())
+    }
+
+    async fn interrupt(&self) -> Result<(), MachineError> {
+        lock(&self.journal).push("interrupt".into());
+        if self.panics.load(Ordering::Relaxed) {
+            self.end(Stop::Guest(StopReason::Panic));
+        }
         Ok(())
     }
 
@@ -320,6 +331,11 @@ impl FakeMachine {
         if let Streams::Scripted(agent) = &self.streams {
             agent.hung.send_replace(true);
         }
+    }
+
+    /// From now on its kernel panics when it is interrupted.
+    pub fn panics(&self) {
+        self.panics.store(true, Ordering::Relaxed);
     }
 
     /// From now on it deletes nothing, and does not say so.
@@ -586,6 +602,7 @@ fn scripted_machine(journal: Journal) -> FakeMachine {
         devices_hang: AtomicBool::new(false),
         devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
+        panics: AtomicBool::new(false),
         journal,
     }
 }
@@ -618,6 +635,7 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         devices_hang: AtomicBool::new(false),
         devices_asked: Notify::new(),
         is_full: AtomicBool::new(false),
+        panics: AtomicBool::new(false),
         journal: Journal::default(),
     }
 }

@@ -162,6 +162,10 @@ pub trait Machine: Send + Sync {
     /// after any error nobody knows, until it is dead.
     async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError>;
 
+    /// Has the kernel of a guest that does not answer say where it is, in the pod's log, and
+    /// panic; [`Machine::stopped`] tells when, if it still can.
+    async fn interrupt(&self) -> Result<(), MachineError>;
+
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;
 

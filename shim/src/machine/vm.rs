@@ -337,6 +337,11 @@ impl Machine for VmMachine {
         card_answer(remove).await.map(drop)
     }
 
+    async fn interrupt(&self) -> Result<(), MachineError> {
+        let sent = self.send(&Request::Interrupt, &FdList::default()).await;
+        sent.map_err(|error| self.stop_or(error))
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.clone();
         match stopped.wait_for(Option::is_some).await {

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic};
+use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic, StopReason};
 
-use crate::machine::tests::parts;
+use crate::machine::tests::{await_end, parts};
 use crate::virtio::vsock::Vsock;
 
 #[test]
@@ -154,6 +154,21 @@ fn shim_is_told_where_cards_are_and_why_one_is_not() {
     assert_eq!(shim.add(tap.as_fd()), Ok(1));
     assert_eq!(shim.remove(1, false), Ok(1));
     assert_eq!(shim.add(tap.as_fd()), Ok(3), "the guest has 1 yet");
+    shim.running.stop();
+}
+
+#[test]
+fn guest_that_hangs_is_interrupted_on_request() {
+    // jmp to itself, with interrupts off and no table for any
+    let Some(parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
+    let interrupt = Request::Interrupt;
+    shim.near.send(&interrupt, &FdList::default()).unwrap();
+    obey(&mut shim.far, &shim.running, &shim.peers).unwrap();
+    let outcome = await_end(&shim.running);
+    assert_eq!(outcome, Outcome::Stopped(StopReason::TripleFault));
     shim.running.stop();
 }
 
