@@ -190,6 +190,23 @@ impl Machine for FakeMachine {
 }
 
 impl FakeMachine {
+    fn new(rpc: UnixStream, streams: Streams, child: Option<Child>, journal: Journal) -> Self {
+        Self {
+            rpc: Mutex::new(Some(rpc)),
+            streams,
+            stopped: watch::Sender::new(None),
+            child: Mutex::new(child),
+            takes_mib: AtomicU32::new(u32::MAX),
+            keeps_mib: AtomicU32::new(0),
+            disks: watch::Sender::new(Disks::Exchange),
+            keeps_devices: Mutex::default(),
+            devices_hang: AtomicBool::new(false),
+            devices_asked: Notify::new(),
+            is_full: AtomicBool::new(false),
+            journal,
+        }
+    }
+
     /// From now on the guest brings at most so many vCPUs online, and keeps at least so
     /// many.
     pub fn uses_vcpus(&self, range: std::ops::RangeInclusive<u32>) {
@@ -351,20 +368,8 @@ impl Drop for FakeMachine {
 
 fn scripted_machine(journal: Journal) -> FakeMachine {
     let (near, far) = UnixStream::pair().unwrap();
-    FakeMachine {
-        rpc: Mutex::new(Some(near)),
-        streams: Streams::Scripted(scripted::serve(far, journal.clone())),
-        stopped: watch::Sender::new(None),
-        child: Mutex::new(None),
-        takes_mib: AtomicU32::new(u32::MAX),
-        keeps_mib: AtomicU32::new(0),
-        disks: watch::Sender::new(Disks::Exchange),
-        keeps_devices: Mutex::default(),
-        devices_hang: AtomicBool::new(false),
-        devices_asked: Notify::new(),
-        is_full: AtomicBool::new(false),
-        journal,
-    }
+    let streams = Streams::Scripted(scripted::serve(far, journal.clone()));
+    FakeMachine::new(near, streams, None, journal)
 }
 
 fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
@@ -383,20 +388,8 @@ fn real_machine(exe: &Path, root: &Path) -> FakeMachine {
         .spawn()
         .unwrap();
     near.set_nonblocking(true).unwrap();
-    FakeMachine {
-        rpc: Mutex::new(Some(UnixStream::from_std(near).unwrap())),
-        streams: Streams::Real(path),
-        stopped: watch::Sender::new(None),
-        child: Mutex::new(Some(child)),
-        takes_mib: AtomicU32::new(u32::MAX),
-        keeps_mib: AtomicU32::new(0),
-        disks: watch::Sender::new(Disks::Exchange),
-        keeps_devices: Mutex::default(),
-        devices_hang: AtomicBool::new(false),
-        devices_asked: Notify::new(),
-        is_full: AtomicBool::new(false),
-        journal: Journal::default(),
-    }
+    let near = UnixStream::from_std(near).unwrap();
+    FakeMachine::new(near, Streams::Real(path), Some(child), Journal::default())
 }
 
 fn inheritable(fd: OwnedFd) -> OwnedFd {
