@@ -169,7 +169,7 @@ fn devices_are_the_guest_s_and_few() {
         .run(&[
             "sh",
             "-c",
-            "echo x > /dev/null && mknod /tmp/hwrng c 10 183 && head -c 1 /tmp/hwrng",
+            "echo x > /dev/null && mknod /dev/hwrng c 10 183 && head -c 1 /dev/hwrng",
         ])
         .exits(1)
         .complains(&["Operation not permitted"]);

@@ -223,7 +223,7 @@ mod tests {
             return;
         };
         let msi = slot.msi;
-        assert_eq!(config.byte(msi), MSI_64);
+        assert_eq!(u16::from(config.byte(msi)), MSI_64);
         write(
             &mut config,
             &mut slot,
@@ -236,7 +236,7 @@ mod tests {
         slot.notify();
         assert!(slot.vector.event(0).unwrap().unwrap().read().is_err());
         write(&mut config, &mut slot, msi, &[0xff, 0]);
-        assert_eq!(config.byte(msi), MSI_64 | 1, "one vector");
+        assert_eq!(u16::from(config.byte(msi)), MSI_64 | 1, "one vector");
         let mut entry = [0; 16];
         slot.vector.read_table(0, &mut entry);
         assert_eq!(entry[..8], 0xfee0_1000_u64.to_le_bytes());

@@ -10,6 +10,7 @@ use super::{FakeMachine, Journal, real_machine, scripted_machine};
 use crate::cgroup::Limits;
 use crate::devices::{AssignedDevice, DriverImage, System, request};
 use crate::hooks::Runner;
+use crate::machine::Machine;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{
     ContainerConfig, DiskSlots, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError,
