@@ -16,6 +16,7 @@ pub mod pods;
 mod sample;
 mod shim;
 mod spec;
+mod systemd;
 mod terminal;
 mod watchdog;
 
@@ -35,6 +36,7 @@ pub use kubelet::PodDir;
 pub use leftovers::Machine;
 pub use sample::Sample;
 pub use shim::Shim;
+pub use systemd::Systemd;
 pub use terminal::OnTerminal;
 use watchdog::Watchdog;
 
