@@ -1,7 +1,7 @@
 //! A snapshotter of the runtime's own, as config/containerd-2.toml has it.
 
 use std::fs::{self, OpenOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nacre_tests::cri::messages::ContainerState;
@@ -33,6 +33,31 @@ fn overlay_option(container: &PodContainer, name: &str) -> String {
 #[track_caller]
 fn upper(container: &PodContainer) -> PathBuf {
     overlay_option(container, "upperdir").into()
+}
+
+/// The lowest layer of a container, without a file system on it until this is dropped.
+struct Damaged {
+    blob: PathBuf,
+    whole: PathBuf,
+}
+
+impl Damaged {
+    #[track_caller]
+    fn lowest_of(container: &PodContainer) -> Self {
+        let lower = overlay_option(container, "lowerdir");
+        let directory = Path::new(lower.rsplit(':').next().unwrap());
+        let blob = directory.with_file_name("layer.erofs");
+        let whole = blob.with_extension("whole");
+        fs::rename(&blob, &whole).unwrap();
+        fs::write(&blob, [0; 64 << 10]).unwrap();
+        Self { blob, whole }
+    }
+}
+
+impl Drop for Damaged {
+    fn drop(&mut self) {
+        fs::rename(&self.whole, &self.blob).unwrap();
+    }
 }
 
 /// The disks of the machine that have bytes, and of each the partitions that the guest's
@@ -125,6 +150,29 @@ fn a_disk_has_the_layers_of_one_image_after_another() {
         gone(&app);
     }
     assert!(sums[0] == sums[2] && sums[0] != sums[1], "{sums:?}");
+}
+
+/// Of three layers the guest mounts two, and the third is none. It undoes that: the pod's only
+/// disk is the next container's, which it would not be if anything held on to it.
+#[test]
+fn a_root_file_system_that_is_mounted_half_way() {
+    let _one_disk = Changed::new("root_disks", "1");
+    let scene = PodScene::new();
+    scene.import(LAYERS, "/opt/lab/images/layers.tar".as_ref());
+    let pod = pod_of(&scene, "half");
+    let app = || pod.container("app", SLEEP).image(LAYERS);
+    let half = app().create();
+    let damaged = Damaged::lowest_of(&half);
+    let refused = scene.cri().start(&half.id);
+    pod.refuses(
+        refused,
+        &[&half.id, "mount", "/layers/3", "invalid argument"],
+    );
+    drop(damaged);
+    half.remove();
+    let whole = app().attempt(1).start();
+    assert!(is_on_a_disk(&whole), "the disk is free");
+    whole.exec(&["cat", "/data/kept/file"]).prints("kept\n");
 }
 
 /// One more than there are disks is shared by the host, and writes to its snapshot.
