@@ -14,6 +14,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use nacre_protocol::vm::PciOptions;
+use nacre_vmm::vfio::open::Api;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -97,6 +98,8 @@ pub struct Config {
     pub pci_roms: bool,
     /// Whether devices of a pod reach each other's BARs by DMA.
     pub pci_peers: bool,
+    /// By which of VFIO's interfaces devices are used.
+    pub vfio_api: Api,
     /// Queue pairs of each network interface.
     pub net_queues: u16,
     /// First numeric user id for monitors.
@@ -194,6 +197,7 @@ impl Config {
             pci_slots: 0,
             pci_roms: false,
             pci_peers: false,
+            vfio_api: Api::default(),
             net_queues: 0,
             uid_base: 0,
             uid_count: 0,
@@ -247,7 +251,7 @@ enum Kind {
     OptionalPath,
     Bool,
     Number(RangeInclusive<i64>),
-    LogLevel,
+    Word(&'static [&'static str]),
     Drivers,
 }
 
@@ -259,7 +263,7 @@ impl Kind {
             Self::OptionalPath => "an absolute path in quotes, or \"\"".into(),
             Self::Bool => "true or false".into(),
             Self::Number(range) => format!("{} to {}", range.start(), range.end()),
-            Self::LogLevel => format!("\"{}\"", LOG_LEVELS.join("\", \"")),
+            Self::Word(words) => format!("\"{}\"", words.join("\", \"")),
             Self::Drivers => {
                 "lines of \"vendor:device:class\" = \"path\", where each of the three is four \
                  hexadecimal digits, x for any digit, or nothing"
@@ -322,7 +326,7 @@ macro_rules! key {
 }
 
 /// Every key there is, in the order of `config/nacre.toml`.
-const KEYS: [Key; 26] = [
+const KEYS: [Key; 27] = [
     key!(kernel, installed_path),
     key!(initrd, installed_path),
     key!(virtiofsd, path),
@@ -337,6 +341,15 @@ const KEYS: [Key; 26] = [
     key!(pci_slots, 0..=8),
     key!(pci_roms, bool),
     key!(pci_peers, bool),
+    Key {
+        name: "vfio_api",
+        kind: Kind::Word(&Api::NAMES),
+        set: |config, value| {
+            let name = word(value, &Api::NAMES)?;
+            config.vfio_api = Api::named(name).ok_or("no interface has this name")?;
+            Ok(())
+        },
+    },
     key!(net_queues, 1..=16),
     key!(uid_base, 65_536..=4_294_000_000),
     key!(uid_count, 1..=1_000_000),
@@ -347,8 +360,11 @@ const KEYS: [Key; 26] = [
     key!(hang_timeout_seconds, 0..=3600),
     Key {
         name: "log_level",
-        kind: Kind::LogLevel,
-        set: |config, value| log_level(value).map(|level| config.log_level = level),
+        kind: Kind::Word(&LOG_LEVELS),
+        set: |config, value| {
+            config.log_level = word(value, &LOG_LEVELS)?.to_owned();
+            Ok(())
+        },
     },
     key!(debug_console, bool),
     key!(debug_shell, optional_path),
@@ -433,13 +449,13 @@ fn number(value: &Spanned<DeValue<'_>>, range: &RangeInclusive<i64>) -> Result<i
     }
 }
 
-fn log_level(value: &Spanned<DeValue<'_>>) -> Result<String, String> {
+fn word<'a>(value: &'a Spanned<DeValue<'_>>, words: &[&str]) -> Result<&'a str, String> {
     let value = value.get_ref();
-    let text = value.as_str().ok_or_else(|| not_a("level", value))?;
-    if LOG_LEVELS.contains(&text) {
-        Ok(text.into())
+    let text = value.as_str().ok_or_else(|| not_a("word", value))?;
+    if words.contains(&text) {
+        Ok(text)
     } else {
-        Err(format!("{text:?} is not a level"))
+        Err(format!("{text:?} is none of the words"))
     }
 }
 
@@ -516,6 +532,17 @@ mod tests {
             config.apply(&format!("{key} = true"), "f.toml").unwrap();
             assert_eq!(config.pci_options(), PciOptions { roms, peers });
         }
+    }
+
+    #[test]
+    fn interface_of_vfio_is_one_of_those_there_are() {
+        let mut config = Config::default();
+        assert_eq!(config.vfio_api, Api::Auto);
+        config.apply("vfio_api = 'iommufd'", "f.toml").unwrap();
+        assert_eq!(config.vfio_api, Api::Iommufd);
+        let error = error_of("vfio_api = 'groups'");
+        let what = "f.toml:1: vfio_api: \"groups\" is none of the words; allowed: \"auto\", \"group\", \"iommufd\"";
+        assert_eq!(error, what);
     }
 
     #[test]

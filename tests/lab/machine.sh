@@ -147,7 +147,20 @@ add_devices() {
   make_rom
   qemu+=(-device edu,dma_mask=0xffffffff,addr=0x13 -device "pci-testdev,membar=4G,romfile=$work/rom.bin,addr=0x14"
     -device virtio-net-pci,addr=0x15 -device VGA,addr=0x16
-    -object memory-backend-ram,id=large,size=4G,share=on,reserve=off -device ivshmem-plain,memdev=large,addr=0x17)
+    # The pages that nobody writes to are not there.
+    -object memory-backend-ram,id=large,size=128G,share=on,reserve=off -device ivshmem-plain,memdev=large,addr=0x17
+    -device pcie-root-port,id=port4,chassis=4,addr=0x18
+    -device qemu-xhci,bus=port4,addr=0.0,multifunction=on -device qemu-xhci,bus=port4,addr=0.1)
+  add_virtual_functions
+}
+
+# An NVMe controller that may have two virtual functions, and a disk that all three share.
+add_virtual_functions() {
+  truncate -s 64M "$work/nvme-shared.img"
+  qemu+=(-device pcie-root-port,id=port5,chassis=5,addr=0x19 -device nvme-subsys,id=subsystem,nqn=shared
+    -device "nvme,id=shared,serial=shared,subsys=subsystem,bus=port5,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2"
+    -drive "if=none,id=shared-disk,format=raw,cache=unsafe,file=$work/nvme-shared.img"
+    -device nvme-ns,drive=shared-disk,bus=shared)
 }
 
 # An expansion ROM of 2 KiB that the kernel takes for one: a signature, where its data structure is,

@@ -6,6 +6,7 @@
 //! like; when the scene ends without a panic it waits until the machine looks
 //! so again and fails naming what is left.
 
+mod allocations;
 mod config;
 pub mod cri;
 mod deaths;
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
+pub use allocations::Allocations;
 pub use config::{CONFIG, Changed};
 pub use deaths::{five_seconds, process_of, spawn, two_seconds};
 pub use hugepages::HugePages;

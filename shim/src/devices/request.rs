@@ -142,7 +142,8 @@ pub fn open(
         group: device.group_node.clone(),
         own: device.device_node.clone(),
     });
-    open::by_any(&system.dev, &nodes.collect::<Vec<_>>(), container)
+    let nodes: Vec<_> = nodes.collect();
+    open::by(system.vfio_api, &system.dev, &nodes, container)
 }
 
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if

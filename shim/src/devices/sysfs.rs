@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use nacre_vmm::vfio::open::Api;
+
 use super::pci::{self, Address, Function};
 use super::{DeviceError, VFIO_DRIVER};
 use crate::cgroup::NumberList;
@@ -21,6 +23,8 @@ pub struct System {
     pub(super) proc: PathBuf,
     /// Device nodes.
     pub(super) dev: PathBuf,
+    /// How those of VFIO are used.
+    pub(super) vfio_api: Api,
     /// CDI's directories, the most important one last.
     pub(super) cdi: Vec<PathBuf>,
     /// Where lists of devices' names may be.
@@ -36,6 +40,7 @@ impl Default for System {
             sys: "/sys".into(),
             proc: "/proc".into(),
             dev: "/dev".into(),
+            vfio_api: Api::default(),
             // CDI specification 1.0.0, "CDI JSON Specification".
             cdi: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             names: vec![
@@ -56,6 +61,14 @@ fn write_file(path: &Path, text: &str) -> io::Result<()> {
 }
 
 impl System {
+    /// This machine's, with VFIO used so.
+    pub fn with_vfio_api(vfio_api: Api) -> Self {
+        Self {
+            vfio_api,
+            ..Self::default()
+        }
+    }
+
     /// A function's directory.
     pub(super) fn function_dir(&self, address: Address) -> PathBuf {
         let devices = self.sys.join("bus/pci/devices");

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use nacre_vmm::vfio::open::Api;
 use tempfile::TempDir;
 
 use super::{Address, System};
@@ -72,6 +73,7 @@ impl Tree {
             sys: self.path("sys"),
             proc: self.path("proc"),
             dev: self.path("dev"),
+            vfio_api: Api::default(),
             cdi: vec![self.path("etc/cdi"), self.path("run/cdi")],
             names: vec![self.path("usr/share/misc/pci.ids")],
             write: kernel,

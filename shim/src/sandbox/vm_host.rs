@@ -130,11 +130,11 @@ impl VmHost {
         hooks: hooks::Runner,
     ) -> Self {
         Self {
+            system: System::with_vfio_api(config.vfio_api),
             config,
             hot_plug: HotPlug::new(run_dir.clone()),
             run_dir,
             sandbox_id,
-            system: System::default(),
             hooks,
             parts: Mutex::new(Parts {
                 state,

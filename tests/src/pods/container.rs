@@ -130,6 +130,15 @@ impl<'p, 's> ContainerManifest<'p, 's> {
         self
     }
 
+    /// With a device by its name of CDI, `vendor.com/gpu=0`.
+    #[must_use]
+    pub fn cdi_device(mut self, name: &str) -> Self {
+        self.config
+            .cdi_devices
+            .push(CdiDevice { name: name.into() });
+        self
+    }
+
     fn linux(&mut self) -> &mut LinuxContainerConfig {
         self.config.linux.get_or_insert_default()
     }

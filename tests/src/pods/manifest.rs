@@ -76,7 +76,9 @@ impl<'s> PodManifest<'s> {
         self
     }
 
-    fn uid(&self) -> String {
+    /// Its uid, which is its name too.
+    #[must_use]
+    pub fn uid(&self) -> String {
         let metadata = self.config.metadata.as_ref();
         metadata.map_or_else(String::new, |metadata| metadata.uid.clone())
     }

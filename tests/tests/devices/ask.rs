@@ -2,10 +2,12 @@
 
 use std::fs;
 
-use nacre_tests::{Said, Scene};
+use nacre_tests::{Changed, Said, Scene};
 use serde_json::json;
 
-use crate::{Bound, DEVICES, EDU, NVME_PORT, PAIR, behind, disk, driver, group, no_claims};
+use crate::{
+    Bound, CdiSpec, DEVICES, EDU, NVME_PORT, PAIR, behind, disk, driver, group, no_claims,
+};
 
 /// Prints the ids of what is behind the guest's root ports.
 const LOOK: [&str; 3] = [
@@ -72,11 +74,17 @@ fn by_the_group_s_node() {
     let mut scene = Scene::new();
     let bound = Bound::new(&[EDU]);
     let node = format!("/dev/vfio/{}", group(EDU));
-    scene
-        .run_with(&["--device", &node], &LOOK)
-        .exits(0)
-        .prints(EDU_ID);
-    no_claims();
+    let mut run = |api: &str| {
+        let _config = Changed::new("vfio_api", api);
+        let said = scene.run_with(&["--device", &node], &LOOK);
+        no_claims();
+        said
+    };
+    run("'group'").exits(0).prints(EDU_ID);
+    // The lab's kernel has none.
+    run("'iommufd'")
+        .exits(1)
+        .complains(&["vfio_api in nacre.toml asks for iommufd", "no /dev/iommu"]);
     drop(bound);
 }
 
@@ -106,20 +114,12 @@ fn by_the_name_of_a_cdi_spec() {
     let mut scene = Scene::new();
     let bound = Bound::new(&[EDU]);
     let node = format!("/dev/vfio/{}", group(EDU));
-    let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]});
-    let spec = json!({
-        "cdiVersion": "0.6.0",
-        "kind": "nacre.test/edu",
-        "devices": [{"name": "0", "containerEdits": edits}],
-    });
-    fs::create_dir_all("/var/run/cdi").unwrap();
-    let file = "/var/run/cdi/nacre-test.json";
-    fs::write(file, spec.to_string()).unwrap();
+    let spec = CdiSpec::new("/var/run/cdi", "nacre.test/edu", "0", &node);
     let key = "cdi.k8s.io/test";
     let found = with_annotation(&mut scene, key, "nacre.test/edu=0");
     let wrong = with_annotation(&mut scene, key, "nacre.test/edu=1");
-    fs::remove_file(file).unwrap();
     found.exits(0).prints(EDU_ID);
+    let file = spec.0.to_str().unwrap();
     wrong.exits(1).complains(&["nacre.test/edu=1", file]);
     drop(bound);
 }

@@ -6,7 +6,9 @@
 //! 00:11.0 root port -> switch -> nvme              a group with the switch's ports
 //! 00:12.0 nvme, 00:12.1 nvme                       one group
 //! 00:13.0 edu     00:14.0 pci-testdev, 4 GiB       no driver
-//! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 4 GiB of memory
+//! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 128 GiB of memory
+//! 00:18.0 root port -> two functions, xhci         one group; reset together only
+//! 00:19.0 root port -> nvme with virtual functions
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
@@ -18,15 +20,19 @@ mod plug;
 mod pods;
 mod refusals;
 mod table;
+mod virtual_functions;
 
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use nacre_tests::{Said, eventually, run};
+use serde_json::json;
 
 const SWITCH_PORT: &str = "0000:00:11.0";
 const NVME_PORT: &str = "0000:00:10.0";
+const CARD_PORT: &str = "0000:00:18.0";
+const SHARED_PORT: &str = "0000:00:19.0";
 const PAIR: [&str; 2] = ["0000:00:12.0", "0000:00:12.1"];
 const EDU: &str = "0000:00:13.0";
 const TESTDEV: &str = "0000:00:14.0";
@@ -106,6 +112,31 @@ fn no_claims() {
         let claims = fs::read_dir("/run/nacre/.devices").into_iter().flatten();
         claims.count() == 0
     });
+}
+
+/// A CDI spec of one device, until this is dropped.
+struct CdiSpec(PathBuf);
+
+impl CdiSpec {
+    /// In one of CDI's directories: `KIND=NAME` is a VFIO device with this node.
+    fn new(dir: &str, kind: &str, name: &str, node: &str) -> Self {
+        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]});
+        let spec = json!({
+            "cdiVersion": "0.6.0",
+            "kind": kind,
+            "devices": [{"name": name, "containerEdits": edits}],
+        });
+        fs::create_dir_all(dir).unwrap();
+        let file = Path::new(dir).join("nacre-test.json");
+        fs::write(&file, spec.to_string()).unwrap();
+        Self(file)
+    }
+}
+
+impl Drop for CdiSpec {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).unwrap();
+    }
 }
 
 /// Devices with vfio-pci until this is dropped.

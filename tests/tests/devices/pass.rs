@@ -1,6 +1,7 @@
 //! Devices in the hands of containers.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use nacre_tests::{Changed, HugePages, Said, Scene, eventually, run};
@@ -217,6 +218,43 @@ fn a_device_without_a_driver_is_in_sysfs() {
         .exits(0)
         .prints("0x11e8\n");
     no_claims();
+}
+
+/// Of a shim that may not raise its limits, as containerd's service can have it: nothing is
+/// left of the pod, and the device is free for the next.
+#[test]
+fn a_lock_limit_that_is_too_small_is_explained() {
+    const DIR: &str = "/tmp/limited";
+    let nvme = behind(NVME_PORT);
+    let _bound = Bound::new(&[&nvme]);
+    let mut scene = Scene::new();
+    let node = format!("/dev/vfio/{}", group(&nvme));
+    let shim = format!("{DIR}/containerd-shim-nacre-v2");
+    let mut run = |limit_mib: u64| {
+        let script = format!(
+            "#!/bin/sh\n\
+             exec prlimit --memlock={bytes}:{bytes} setpriv --bounding-set=-sys_resource \
+             containerd-shim-nacre-v2 \"$@\"\n",
+            bytes = limit_mib << 20
+        );
+        fs::create_dir_all(DIR).unwrap();
+        fs::write(&shim, script).unwrap();
+        fs::set_permissions(&shim, Permissions::from_mode(0o755)).unwrap();
+        let options = ["--runtime", &shim, "--device", &node];
+        let said = scene.run_with(&options, &["test", "-b", DISK]);
+        no_claims();
+        said
+    };
+    // The machine's size by default is 512 MiB.
+    run(500).exits(1).complains(&[
+        "is pinned, 512 MiB",
+        "RLIMIT_MEMLOCK is 500 MiB",
+        "LimitMEMLOCK=",
+    ]);
+    let open = fs::File::options().read(true).write(true).open(&node);
+    drop(open.expect("nobody has the device"));
+    run(512).exits(0);
+    fs::remove_dir_all(DIR).unwrap();
 }
 
 /// A device that somebody else has open: nothing is left of the pod.

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Bound, EDU, NIC, NVME_PORT, PAIR, SWITCH_PORT, TESTDEV, VGA, behind, devices, group};
+use crate::{
+    Bound, CARD_PORT, EDU, NIC, NVME_PORT, PAIR, SWITCH_PORT, TESTDEV, VGA, behind, devices, group,
+};
 
 /// The cells of a device's line by the names of their columns.
 fn row(address: &str) -> BTreeMap<String, String> {
@@ -47,14 +49,20 @@ fn what_the_machine_has_is_listed() {
 
 #[test]
 fn members_of_a_group_are_named_and_bridges_are_not() {
-    let [first, second] = PAIR;
+    // Behind one port, so that a bus is theirs alone.
+    let card = behind(CARD_PORT);
+    let slot = card.strip_suffix(".0").or_else(|| card.strip_suffix(".1"));
+    let card = [0, 1].map(|function| format!("{}.{function}", slot.unwrap()));
+    for [first, second] in [PAIR, [&card[0], &card[1]]] {
+        for [one, other] in [[first, second], [second, first]] {
+            let row = row(one);
+            assert_eq!(row["GROUP"], format!("{} with {other}", group(one)));
+        }
+    }
+    // The kernel tells it of the one it finds first, when that is alone there still.
     assert_eq!(
-        row(first)["GROUP"],
-        format!("{} with {second}", group(first))
-    );
-    assert_eq!(
-        row(second)["GROUP"],
-        format!("{} with {first}", group(second))
+        card.map(|function| row(&function)["RESET"].clone()),
+        ["bus", "-"]
     );
     let switched = behind(SWITCH_PORT);
     assert_eq!(row(&switched)["GROUP"], group(&switched));

@@ -11,6 +11,7 @@ use crate::boot::boot;
 const EDU: [&str; 2] = ["0x1234", "0x11e8"];
 const TESTDEV: [&str; 2] = ["0x1b36", "0x0005"];
 const NVME: [&str; 2] = ["0x1b36", "0x0010"];
+const XHCI: [&str; 2] = ["0x1b36", "0x000d"];
 
 /// What a guest's init needs to look around: a line of `resource` is start, end, flags.
 const LOOK: &str = "mkdir /sys; mount -t sysfs sys /sys; cd /sys/bus/pci/devices
@@ -31,26 +32,41 @@ poweroff -f";
 /// Addresses of devices that are alone in their groups, in the hands of vfio-pci; `None` if
 /// one is not there.
 fn devices(ids: &[[&str; 2]]) -> Option<Vec<String>> {
-    let found: Option<Vec<_>> = ids.iter().map(|id| bound(*id)).collect();
+    let groups: Vec<_> = ids.iter().map(|id| (*id, 1)).collect();
+    groups_of(&groups)
+}
+
+/// The same of devices that are so many together in a group.
+fn groups_of(ids: &[([&str; 2], usize)]) -> Option<Vec<String>> {
+    let found: Option<Vec<_>> = ids.iter().map(|(id, count)| bound(*id, *count)).collect();
     if found.is_none() {
         let expected = std::env::var_os("LAB_DEVICES").is_some();
         assert!(!expected, "no IOMMU, or not all of {ids:?}");
         eprintln!("skipped: this machine is no lab with --devices");
     }
-    found
+    found.map(|groups| groups.concat())
 }
 
-fn bound(id: [&str; 2]) -> Option<String> {
+/// The first by address.
+fn bound(id: [&str; 2], count: usize) -> Option<Vec<String>> {
     let read = |device: &Path, name: &str| fs::read_to_string(device.join(name)).unwrap();
     let all = fs::read_dir("/sys/bus/pci/devices").unwrap();
-    let mut all = all.map(|entry| entry.unwrap().path());
-    let device: PathBuf = all.find(|device| {
-        is_alone(device)
-            && ["vendor", "device"]
-                .map(|name| read(device, name))
-                .map(|id| id.trim().to_owned())
-                == id
-    })?;
+    let all = all.map(|entry| entry.unwrap().path());
+    let mut found: Vec<PathBuf> = all
+        .filter(|device| {
+            is_one_of(count, device)
+                && ["vendor", "device"]
+                    .map(|name| read(device, name))
+                    .map(|id| id.trim().to_owned())
+                    == id
+        })
+        .collect();
+    found.sort();
+    let found = found.get(..count)?.iter();
+    found.map(|device| bind(device)).collect()
+}
+
+fn bind(device: &Path) -> Option<String> {
     let address = device.file_name()?.to_str()?.to_owned();
     let driver = fs::read_link(device.join("driver")).unwrap_or_default();
     if !driver.ends_with("vfio-pci") {
@@ -64,9 +80,9 @@ fn bound(id: [&str; 2]) -> Option<String> {
 }
 
 /// Of several NVMe disks in the lab, not all may be passed without others.
-fn is_alone(device: &Path) -> bool {
+fn is_one_of(count: usize, device: &Path) -> bool {
     let members = fs::read_dir(device.join("iommu_group/devices"));
-    members.is_ok_and(|members| members.count() == 1)
+    members.is_ok_and(|members| members.count() == count)
 }
 
 fn look(addresses: &[String]) -> Said {
@@ -85,7 +101,7 @@ fn says(said: &Said, line: &str) {
 
 #[test]
 fn linux_keeps_the_buses_and_bars_it_finds() {
-    let Some(addresses) = devices(&[EDU, NVME]) else {
+    let Some(addresses) = groups_of(&[(EDU, 1), (NVME, 1), (XHCI, 2)]) else {
         return;
     };
     let before = Machine::now();
@@ -93,6 +109,7 @@ fn linux_keeps_the_buses_and_bars_it_finds() {
     says(&said, "complaints 0\r\n");
     says(&said, "0000:01:00.0 0x1234 0x11e8 under 0000:00:02.0\r\n");
     says(&said, "0000:02:00.0 0x1b36 0x0010 under 0000:00:03.0\r\n");
+    says(&said, "0000:04:00.0 0x1b36 0x000d under 0000:00:05.0\r\n");
     says(
         &said,
         "0000:01:00.0 has 0x00000000c0100000 0x00000000c01fffff",
@@ -103,8 +120,8 @@ fn linux_keeps_the_buses_and_bars_it_finds() {
     );
     let log = &said.stderr;
     assert!(
-        log.contains("resets=1"),
-        "nvme can be reset, edu cannot: {log}"
+        log.contains("resets=3"),
+        "nvme by itself, two functions by their bus, edu not: {log}"
     );
     assert!(log.contains("map_calls=1"), "one region of memory: {log}");
     let bytes = format!("bytes_mapped={}", 256u64 << 20);

@@ -6,8 +6,10 @@ use nacre_protocol::vm::Jail;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
+
+use crate::layout::MIB;
 
 /// A directory every host has; in our own mount namespace nobody misses it.
 const MOUNT_POINT: &str = "/proc";
@@ -22,10 +24,29 @@ const MAX_CAPABILITIES: libc::c_ulong = 64;
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("jail: {step}: {source}")]
-pub struct JailError {
-    step: &'static str,
-    source: io::Error,
+pub enum JailError {
+    /// Most of them.
+    #[error("jail: {step}: {source}")]
+    Step {
+        /// Which.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The guest's memory could not be pinned.
+    #[error(
+        "jail: the memory of a guest with PCI devices is pinned, {mib} MiB; RLIMIT_MEMLOCK is {limit_mib} MiB \
+         and cannot be raised here: {source}; set LimitMEMLOCK=infinity for containerd's service, or leave \
+         it CAP_SYS_RESOURCE"
+    )]
+    LockLimit {
+        /// What is to be pinned.
+        mib: u64,
+        /// The limit.
+        limit_mib: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
 }
 
 trait Step<T> {
@@ -34,7 +55,7 @@ trait Step<T> {
 
 impl<T> Step<T> for Result<T, Errno> {
     fn step(self, step: &'static str) -> Result<T, JailError> {
-        self.map_err(|errno| JailError {
+        self.map_err(|errno| JailError::Step {
             step,
             source: errno.into(),
         })
@@ -83,11 +104,16 @@ fn limit(locked_bytes: Option<u64>) -> Result<(), JailError> {
     ] {
         setrlimit(resource, value, value).step("resource limits")?;
     }
-    if let Some(bytes) = locked_bytes {
-        let step = "lock limit for a guest whose memory is pinned";
-        setrlimit(Resource::RLIMIT_MEMLOCK, bytes, bytes).step(step)?;
-    }
-    Ok(())
+    locked_bytes.map_or(Ok(()), limit_locked)
+}
+
+fn limit_locked(bytes: u64) -> Result<(), JailError> {
+    let resource = Resource::RLIMIT_MEMLOCK;
+    setrlimit(resource, bytes, bytes).map_err(|errno| JailError::LockLimit {
+        mib: bytes / MIB,
+        limit_mib: getrlimit(resource).map_or(0, |(_, hard)| hard / MIB),
+        source: errno.into(),
+    })
 }
 
 fn drop_privilege(jail: Jail) -> Result<(), JailError> {
@@ -141,7 +167,6 @@ fn drop_capabilities() -> Result<(), Errno> {
 mod tests {
     use super::*;
     use nix::sched::{CloneFlags, unshare};
-    use nix::sys::resource::getrlimit;
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, fork};
 
@@ -172,20 +197,50 @@ mod tests {
         expect(prctl::get_no_new_privs() == Ok(true), "no_new_privs")
     }
 
+    /// As a containerd has it that may not raise its limits.
+    fn with_a_lock_limit() -> Result<(), String> {
+        let text = |error: Errno| error.to_string();
+        setrlimit(Resource::RLIMIT_MEMLOCK, 2 * MIB, 2 * MIB).map_err(text)?;
+        drop_capabilities().map_err(text)?;
+        limit_locked(MIB).map_err(|error| error.to_string())?;
+        let error = limit_locked(64 * MIB).err().ok_or("it was raised")?;
+        let error = error.to_string();
+        let parts = [
+            "64 MiB",
+            "RLIMIT_MEMLOCK is 1 MiB",
+            "LimitMEMLOCK=",
+            "CAP_SYS_RESOURCE",
+        ];
+        if parts.iter().all(|part| error.contains(part)) {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    }
+
+    #[test]
+    fn lock_limit_that_cannot_be_raised_is_explained() {
+        in_a_child(with_a_lock_limit);
+    }
+
     #[test]
     fn jailed_process_has_nothing() {
-        if !Uid::effective().is_root() {
+        if Uid::effective().is_root() {
+            in_a_child(inside);
+        } else {
             eprintln!("skipped: needs root");
-            return;
         }
+    }
+
+    fn in_a_child(body: fn() -> Result<(), String>) {
         // SAFETY: the child only makes system calls, allocates, and exits; glibc
         // keeps its allocator usable in a forked child.
         match unsafe { fork() }.unwrap() {
             ForkResult::Child => {
-                let code = match inside() {
+                let code = match body() {
                     Ok(()) => 0,
                     Err(what) => {
-                        eprintln!("in the jail: {what}");
+                        eprintln!("in the child: {what}");
                         1
                     }
                 };

@@ -45,20 +45,23 @@ pub fn arm(address: &str, device: &dyn Access) -> io::Result<Vec<Watched>> {
     Ok(watched)
 }
 
-/// Ends the machine when one of them happens.
+/// Ends the machine when one of them happens. The thread gives back how often it woke for
+/// nothing.
 ///
 /// # Errors
 ///
 /// When there is no thread or event for it.
-pub fn watch(watched: Vec<Watched>, stop: Arc<Stop>) -> io::Result<Worker<()>> {
+pub fn watch(watched: Vec<Watched>, stop: Arc<Stop>) -> io::Result<Worker<u64>> {
     Worker::spawn("vfio", move |poller| {
-        if let Err(error) = run(poller, &watched, &stop) {
+        let mut polls = 0;
+        if let Err(error) = run(poller, &watched, &stop, &mut polls) {
             stop.set(Outcome::Failed(format!("watching PCI devices: {error}")));
         }
+        polls
     })
 }
 
-fn run(mut poller: Poller, watched: &[Watched], stop: &Stop) -> io::Result<()> {
+fn run(mut poller: Poller, watched: &[Watched], stop: &Stop, polls: &mut u64) -> io::Result<()> {
     for (token, watched) in (0..).zip(watched) {
         poller.add(&watched.event, EventSet::IN, token)?;
     }
@@ -70,6 +73,7 @@ fn run(mut poller: Poller, watched: &[Watched], stop: &Stop) -> io::Result<()> {
             stop.set(Outcome::Failed(watched.message.clone()));
             break;
         }
+        *polls += 1;
     }
     Ok(())
 }
@@ -80,16 +84,23 @@ mod tests {
     use crate::vfio::mock::{Mock, wait_for};
 
     #[test]
-    fn device_the_host_wants_back_ends_the_machine_by_name() {
-        let mock = Mock::default();
-        let watched = arm("0000:01:00.0", &mock).unwrap();
-        let stop = Arc::new(Stop::new().unwrap());
-        let worker = watch(watched, stop.clone()).unwrap();
-        mock.signal(Irq::Request, 0);
-        wait_for(stop.event());
-        assert!(worker.stop().is_some());
-        let message = "PCI device 0000:01:00.0 is taken back by the host";
-        assert_eq!(stop.outcome(), Some(&Outcome::Failed(message.into())));
+    fn what_happens_to_a_device_ends_the_machine_by_its_name() {
+        for (irq, what) in [
+            (Irq::Request, "is taken back by the host"),
+            (Irq::Error, "had an error it cannot recover from"),
+        ] {
+            let mocks = [Mock::default(), Mock::default()];
+            let addresses = ["0000:01:00.0", "0000:02:00.0"];
+            let armed = mocks.iter().zip(addresses);
+            let watched = armed.flat_map(|(mock, address)| arm(address, mock).unwrap());
+            let stop = Arc::new(Stop::new().unwrap());
+            let worker = watch(watched.collect(), stop.clone()).unwrap();
+            assert!(mocks[1].signal(irq, 0));
+            wait_for(stop.event());
+            assert_eq!(worker.stop(), Some(0));
+            let message = format!("PCI device 0000:02:00.0 {what}");
+            assert_eq!(stop.outcome(), Some(&Outcome::Failed(message)));
+        }
     }
 
     #[test]
@@ -97,7 +108,7 @@ mod tests {
         let watched = arm("0000:01:00.0", &Mock::default()).unwrap();
         let stop = Arc::new(Stop::new().unwrap());
         let worker = watch(watched, stop.clone()).unwrap();
-        assert!(worker.stop().is_some());
+        assert_eq!(worker.stop(), Some(0));
         assert_eq!(stop.outcome(), None);
     }
 

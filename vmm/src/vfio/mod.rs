@@ -100,7 +100,8 @@ pub enum VfioError {
     /// The devices cannot reach each other by `/dev/iommu`, which maps no BARs.
     #[error(
         "pci_peers in nacre.toml asks for PCI devices that reach each other, which /dev/iommu has no way \
-         to: load vfio_iommu_type1, so that there is /dev/vfio/vfio, or set pci_peers = false"
+         to: load vfio_iommu_type1, so that there is /dev/vfio/vfio, with vfio_api = \"auto\", or set \
+         pci_peers = false"
     )]
     NoPeers,
     /// The devices cannot reach each other.
@@ -458,7 +459,7 @@ impl Session {
 
 /// A session whose devices are watched.
 pub struct Watch {
-    worker: Worker<()>,
+    worker: Worker<u64>,
     known: Option<KnownToKvm>,
 }
 
@@ -469,8 +470,9 @@ impl Watch {
     ///
     /// KVM's: it keeps a device open.
     pub fn stop(self) -> Result<(), VmError> {
-        if self.worker.stop().is_none() {
-            tracing::error!("the thread that watches PCI devices panicked");
+        match self.worker.stop() {
+            Some(polls) => tracing::info!(polls, "PCI devices not watched any more"),
+            None => tracing::error!("the thread that watches PCI devices panicked"),
         }
         self.known.map_or(Ok(()), |mut known| known.forget())
     }

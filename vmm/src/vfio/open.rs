@@ -17,13 +17,59 @@ const DEVICES: &str = "/sys/bus/pci/devices";
 const CONTAINER: &str = "vfio/vfio";
 const IOMMU: &str = "iommu";
 
+/// Which of VFIO's interfaces is used.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    /// Groups, which every kernel with VFIO has had, or iommufd where they were left out.
+    #[default]
+    Auto,
+    /// Groups.
+    Group,
+    /// iommufd.
+    Iommufd,
+}
+
+impl Api {
+    /// Their names, in the order of the variants.
+    pub const NAMES: [&str; 3] = ["auto", "group", "iommufd"];
+
+    /// The one of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(Self::Auto),
+            "group" => Some(Self::Group),
+            "iommufd" => Some(Self::Iommufd),
+            _ => None,
+        }
+    }
+}
+
 /// Why devices cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what}: {cause}{}", hint(cause))]
-pub struct OpenError {
-    what: String,
-    /// Told already.
-    cause: io::Error,
+pub enum OpenError {
+    /// The kernel refused a step.
+    #[error("cannot {what}: {cause}{}", hint(cause))]
+    Step {
+        /// What was being done.
+        what: String,
+        /// Told already.
+        cause: io::Error,
+    },
+    /// The host has not the interface that was asked for.
+    #[error(
+        "vfio_api in nacre.toml asks for {asked}, and this host has no {}: {remedy}, or leave \
+         vfio_api at \"auto\"",
+        node.display()
+    )]
+    Missing {
+        /// Its name.
+        asked: &'static str,
+        /// Its node.
+        node: PathBuf,
+        /// How a host gets it.
+        remedy: &'static str,
+    },
 }
 
 /// What usually is behind an error.
@@ -40,7 +86,7 @@ fn hint(cause: &io::Error) -> &'static str {
 
 fn failure(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
     let what = what.into();
-    move |cause| OpenError { what, cause }
+    move |cause| OpenError::Step { what, cause }
 }
 
 /// A device's address and nodes.
@@ -77,22 +123,33 @@ impl DeviceNodes {
     }
 }
 
-/// Opens devices by what the host offers: the group API, which every kernel with VFIO
-/// has had, or iommufd where it was left out. `dev` is the directory of device nodes,
+/// Opens devices by the interface that is asked for. `dev` is the directory of device nodes,
 /// `container` what the groups of other devices of the same guest are in.
 ///
 /// # Errors
 ///
-/// The kernel's, with what was being done.
-pub fn by_any(
+/// `Missing`; the kernel's, with what was being done.
+pub fn by(
+    api: Api,
     dev: &Path,
     devices: &[DeviceNodes],
     container: Option<&OwnedFd>,
 ) -> Result<Passthrough, OpenError> {
-    if !dev.join(CONTAINER).exists() && dev.join(IOMMU).exists() {
-        by_iommufd(dev, devices)
-    } else {
-        join_groups(dev, devices, container)
+    let (groups, iommu) = (dev.join(CONTAINER), dev.join(IOMMU));
+    match api {
+        Api::Group if !groups.exists() => Err(OpenError::Missing {
+            asked: "groups",
+            node: groups,
+            remedy: "load vfio_iommu_type1",
+        }),
+        Api::Iommufd if !iommu.exists() => Err(OpenError::Missing {
+            asked: "iommufd",
+            node: iommu,
+            remedy: "load iommufd, which a kernel with CONFIG_IOMMUFD has",
+        }),
+        Api::Auto if !groups.exists() && iommu.exists() => by_iommufd(dev, devices),
+        Api::Iommufd => by_iommufd(dev, devices),
+        Api::Auto | Api::Group => join_groups(dev, devices, container),
     }
 }
 
@@ -219,7 +276,7 @@ mod tests {
         let dev = dev(&["iommu", "vfio/devices/vfio4", "vfio/devices/vfio5"]);
         let devices = [(1, 4), (2, 5)]
             .map(|(bus, number)| device(dev.path(), &format!("0000:0{bus}:00.0"), number));
-        let opened = by_any(dev.path(), &devices, None).unwrap();
+        let opened = by(Api::Auto, dev.path(), &devices, None).unwrap();
 
         let (near, mut far) = Channel::pair().unwrap();
         let mut list = FdList::default();
@@ -244,7 +301,7 @@ mod tests {
         let dev = dev(&["iommu", "vfio/vfio", "vfio/4", "vfio/devices/vfio4"]);
         let error = |number| {
             let device = device(dev.path(), "0000:01:00.0", number);
-            by_any(dev.path(), &[device], None)
+            by(Api::Auto, dev.path(), &[device], None)
                 .err()
                 .unwrap()
                 .to_string()
@@ -260,11 +317,52 @@ mod tests {
     fn a_host_without_vfio_is_told_so() {
         let dev = dev(&[]);
         let device = device(dev.path(), "0000:01:00.0", 4);
-        let error = by_any(dev.path(), &[device], None)
+        let error = by(Api::Auto, dev.path(), &[device], None)
             .err()
             .unwrap()
             .to_string();
         assert!(error.contains("vfio/vfio") && error.contains("vfio-pci"));
+    }
+
+    #[test]
+    fn one_interface_can_be_asked_for() {
+        let all = [Api::Auto, Api::Group, Api::Iommufd];
+        assert_eq!(Api::NAMES.map(Api::named), all.map(Some));
+        assert_eq!(Api::named(""), None);
+        let both = dev(&["iommu", "vfio/vfio", "vfio/4", "vfio/devices/vfio4"]);
+        let of = |api| {
+            let device = device(both.path(), "0000:01:00.0", 4);
+            by(api, both.path(), &[device], None)
+        };
+        let opened = of(Api::Iommufd).unwrap();
+        assert!(matches!(opened.container, Container::Iommufd(_)));
+        // A plain file takes no group.
+        let error = of(Api::Group).err().unwrap().to_string();
+        assert!(error.contains("vfio/4 to an address space"), "{error}");
+    }
+
+    #[test]
+    fn an_interface_that_the_host_has_not_is_not_replaced_by_the_other() {
+        for (api, has, parts) in [
+            (
+                Api::Group,
+                "iommu",
+                ["groups", "no /dev/vfio/vfio", "load vfio_iommu_type1"],
+            ),
+            (
+                Api::Iommufd,
+                "vfio/vfio",
+                ["iommufd", "no /dev/iommu", "CONFIG_IOMMUFD"],
+            ),
+        ] {
+            let dev = dev(&[has, "vfio/4", "vfio/devices/vfio4"]);
+            let device = device(dev.path(), "0000:01:00.0", 4);
+            let error = by(api, dev.path(), &[device], None).err().unwrap();
+            let root = dev.path().display().to_string();
+            let error = error.to_string().replace(&root, "/dev");
+            let parts = [&parts[..], &["vfio_api in nacre.toml", "\"auto\""]].concat();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
     }
 
     #[test]

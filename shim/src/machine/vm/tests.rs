@@ -203,7 +203,7 @@ async fn devices_are_plugged_in_or_it_is_said_why_not() {
     let (machine, mut monitor) = with_stand_in();
     let dev = tempfile::tempdir().unwrap();
     std::fs::write(dev.path().join("iommu"), "").unwrap();
-    let devices = nacre_vmm::vfio::open::by_any(dev.path(), &[], None).unwrap();
+    let devices = nacre_vmm::vfio::open::by_iommufd(dev.path(), &[]).unwrap();
     let shim = tokio::spawn(async move {
         let refused = machine.plug(&[0, 1], &devices).await.unwrap_err();
         let unplugged = machine.unplug(&[2]).await;

@@ -1,6 +1,6 @@
-//! Real devices behind a real IOMMU: QEMU's "edu", "nvme" for what a reset clears, and
-//! "ivshmem-plain" for a large BAR, which the lab has when it is booted with `--devices`. The guest is a few dozen instructions
-//! that drive one; it powers off when all went well and resets when not.
+//! Real devices behind a real IOMMU: QEMU's "edu", "nvme" for what a reset clears, "qemu-xhci" for one of a
+//! whole card, and "ivshmem-plain" for a large BAR, which the lab has when it is booted with `--devices`. The
+//! guest is a few dozen instructions that drive one; it powers off when all went well and resets when not.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
@@ -25,7 +25,9 @@ pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
 const NVME: (&str, &str) = ("0x1b36", "0x0010");
 /// "ivshmem-plain" of QEMU: memory in BAR 2.
 const MEMORY: (&str, &str) = ("0x1af4", "0x1110");
-const MEMORY_SIZE: u64 = 4 << 30;
+const MEMORY_SIZE: u64 = 128 << 30;
+/// "qemu-xhci" of QEMU: in the lab two functions of a card, which has no reset for one alone.
+const XHCI: (&str, &str) = ("0x1b36", "0x000d");
 const LIVENESS: u64 = BAR + 4;
 /// The device's own memory.
 const BUFFER: u32 = 0x4_0000;
@@ -42,6 +44,11 @@ const APIC_REQUESTED: u64 = 0x200;
 /// The address of a device, in the hands of vfio-pci and alone in its group; `None` where
 /// there is none.
 pub fn bound(id: (&str, &str)) -> Option<String> {
+    bound_group(id, 1)?.pop()
+}
+
+/// Those of the first devices, by address, that are `count` together in a group.
+fn bound_group(id: (&str, &str), count: usize) -> Option<Vec<String>> {
     let in_lab = std::env::var_os("LAB_DEVICES").is_some();
     let skip = |why: &str| {
         assert!(!in_lab, "{why}");
@@ -53,15 +60,25 @@ pub fn bound(id: (&str, &str)) -> Option<String> {
     }
     let read = |path: &Path, name| fs::read_to_string(path.join(name)).unwrap_or_default();
     let members = |path: &Path| fs::read_dir(path.join("iommu_group/devices")).ok();
-    let Some(device) = fs::read_dir("/sys/bus/pci/devices")
+    let mut devices: Vec<_> = fs::read_dir("/sys/bus/pci/devices")
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| (read(path, "vendor").trim(), read(path, "device").trim()) == id)
-        .find(|path| members(path).is_some_and(|members| members.count() == 1))
-    else {
+        .filter(|path| members(path).is_some_and(|members| members.count() == count))
+        .collect();
+    devices.sort();
+    if devices.len() < count {
         return skip("no such device with an IOMMU (lab run --devices)");
-    };
+    }
+    let devices = devices.iter().take(count);
+    let bound: Option<_> = devices.map(|device| bind(device, in_lab)).collect();
+    bound.or_else(|| skip("the host drives it"))
+}
+
+/// Gives a device to vfio-pci, unless the host drives it: only the lab's may be taken from
+/// their drivers.
+fn bind(device: &Path, in_lab: bool) -> Option<String> {
     let address = device.file_name().unwrap().to_str().unwrap().to_owned();
     let driver = fs::read_link(device.join("driver")).ok();
     if driver
@@ -71,9 +88,8 @@ pub fn bound(id: (&str, &str)) -> Option<String> {
         return Some(address);
     }
     if driver.is_some() {
-        // Only the lab's may be taken from its driver.
         if !in_lab {
-            return skip("the host drives it");
+            return None;
         }
         fs::write(device.join("driver/unbind"), &address).unwrap();
     }
@@ -318,12 +334,69 @@ fn what_a_guest_left_in_a_device_is_gone() {
     }
 }
 
-/// The first and the last word of a BAR of 4 GiB are memory, and two words: they are there
+/// `MaxSlotsEn` of the xHCI's CONFIG register (xHCI 1.2, 5.4.7), which is 0 after a reset.
+const CARD_SLOTS: u64 = 0x78;
+
+/// Neither function can be reset alone, and the bus of both can.
+#[test]
+fn functions_of_a_card_are_reset_together() {
+    let Some(functions) = bound_group(XHCI, 2) else {
+        return;
+    };
+    let functions: Vec<_> = functions.iter().map(String::as_str).collect();
+    let slots = [BAR, SECOND_BAR].map(|bar| bar + CARD_SLOTS);
+    let enable = || {
+        let code = Code::new().enable().store(SECOND_PORT_CONFIG + 4, 6);
+        code.store(SECOND_CONFIG + 4, 6)
+    };
+    let leave = slots.iter().fold(enable(), |code, at| {
+        code.expect(*at, 0).store(*at, 7).expect(*at, 7)
+    });
+    let look = slots.iter().fold(enable(), |code, at| code.expect(*at, 0));
+    for code in [leave, look] {
+        if run_as(&functions, PciOptions::default(), &code.power_off()).is_none() {
+            return;
+        }
+    }
+}
+
+/// Nothing of it stays: the next machine has the device.
+#[test]
+fn large_bar_without_room_is_refused_by_how_much() {
+    let Some(address) = bound(MEMORY) else { return };
+    let Some(mut parts) = parts(&Code::new().power_off(), 1) else {
+        return;
+    };
+    parts.pci_slots = 1;
+    let vm = Machine::new(parts).unwrap().vm;
+    let devices = [DeviceNodes::of(&address).unwrap()];
+    let place = |bits| {
+        let opened = open::by_groups(Path::new("/dev"), &devices).unwrap();
+        let mut space = None;
+        let attached = opened.attach(&vm, &mut space).unwrap();
+        let window = layout::window64(GUEST_SIZE.into(), bits);
+        let placed = attached.place(&vm, &mut Placement::new(window, bits), None);
+        placed.map(drop).map_err(|error| error.to_string())
+    };
+    let error = place(37).unwrap_err();
+    // From 64 GiB on; it is as aligned as it is large.
+    for part in [
+        "need 192 GiB",
+        "37 physical address bits leave 64 GiB",
+        "128 GiB too little",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+    place(39).unwrap();
+}
+
+/// The first and the last word of a BAR of 128 GiB are memory, and two words: they are there
 /// for the next guest, since nothing resets this device.
 #[test]
 fn large_bar_is_reached_up_to_its_last_byte() {
     let Some(address) = bound(MEMORY) else { return };
-    let (bar, _) = layout::window64(GUEST_SIZE.into(), 48).unwrap();
+    let (window, _) = layout::window64(GUEST_SIZE.into(), 48).unwrap();
+    let bar = window.next_multiple_of(MEMORY_SIZE);
     let pages = [bar, bar + MEMORY_SIZE - u64::from(LARGE_PAGE)];
     let [first, last] = [HIGH, HIGH + 2 * LARGE_PAGE - 4].map(u64::from);
     let write = Code::new()
