@@ -6,6 +6,7 @@
 
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -78,7 +79,7 @@ pub struct FakeMachine {
     /// Whether it never says what becomes of them, and who is told that it was asked.
     devices_hang: AtomicBool,
     devices_asked: Notify,
-    /// Whether it has no room for network cards.
+    /// Whether it has no room for network cards, nor for a shared directory.
     is_full: AtomicBool,
     journal: Journal,
 }
@@ -191,6 +192,14 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    async fn add_shared_dir(&self, _: &StdUnixStream) -> Result<u8, MachineError> {
+        if self.is_full.load(Ordering::Relaxed) {
+            return Err(MachineError::SharedDir("no room".into()));
+        }
+        lock(&self.journal).push(format!("shared directory in {FREE_SLOT}"));
+        Ok(FREE_SLOT)
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.subscribe();
         let stop = stopped.wait_for(Option::is_some).await.unwrap();
@@ -260,12 +269,13 @@ impl FakeMachine {
         self.disks.send_replace(disks);
     }
 
-    /// Whether it takes no network cards from now on.
+    /// Whether it takes no network cards and no shared directory from now on.
     pub fn refuses_cards(&self, is_full: bool) {
         self.is_full.store(is_full, Ordering::Relaxed);
     }
 
-    /// The guest does not do all it is told of the network, so many times from now on.
+    /// The guest does not do all it is told of the network and of what is shared, so many times
+    /// from now on.
     pub fn refuses_network(&self, times: u32) {
         if let Streams::Scripted(agent) = &self.streams {
             agent.refusals.store(times, Ordering::Relaxed);
@@ -547,6 +557,16 @@ impl FakeHost {
         Sandbox::new(machine)
     }
 
+    /// The same, with a connection to nothing.
+    pub async fn share(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        let plug = async {
+            let (near, _far) = StdUnixStream::pair().unwrap();
+            sandbox.machine().add_shared_dir(&near).await?;
+            Ok(())
+        };
+        sandbox.share(plug).await
+    }
+
     fn images(&self) -> Images {
         let disks = self.drivers.iter().map(|image| Driver {
             serial: image.path.display().to_string(),
@@ -558,6 +578,11 @@ impl FakeHost {
 
     /// Attaches to its agent.
     pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        self.boot_with(sandbox, false).await
+    }
+
+    /// The same of a machine that boots with the shared directory, or without.
+    pub async fn boot_with(&self, sandbox: &Sandbox, shared_dir: bool) -> Result<(), SandboxError> {
         let mut room = ROOM;
         let (first, images) = ((self.pod_devices(), None), self.images());
         let started = self
@@ -567,7 +592,10 @@ impl FakeHost {
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
         }
-        let request = ConfigureSandboxRequest::default();
+        let request = ConfigureSandboxRequest {
+            shared_dir,
+            ..ConfigureSandboxRequest::default()
+        };
         sandbox.attach(BOOT_TIMEOUT, &request, room).await
     }
 }

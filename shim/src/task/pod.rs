@@ -374,11 +374,8 @@ impl Pod {
         };
         let mut prepared = self.host.prepare(config, sandbox.slots()).await?;
         prepared.pci_devices = pci_devices;
-        if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
-            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
-                container_id: config.id.clone(),
-                what: "a directory shared with the host",
-            }));
+        if booted && prepared.uses_shared_dir {
+            self.host.share(sandbox).await?;
         }
         self.host.hooks().create(config, sandbox.pid()).await?;
         Ok(prepared)
