@@ -15,7 +15,7 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
-.PHONY: setup build build-shim build-agent test unit lint demo bench long soak lab e2e lab-containers lab-more lab-pods lab-devices lab-itself driver-images install kernel stage stage-boot clean
+.PHONY: setup build build-shim build-agent test unit lint demo bench long soak lab e2e lab-containers lab-more lab-pods lab-devices lab-itself lab-disk driver-images install kernel stage stage-boot clean
 
 setup:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -31,9 +31,10 @@ kernel: setup
 	@$(MAKE) --no-print-directory -C guest-kernel
 
 # The agent is PID 1 of an initramfs that holds nothing else, so it is static.
-# Side by side, as the last crates of each leave a processor idle.
+# Side by side, as the last crates of each leave a processor idle; as many at a time as the
+# caller wants who wants several.
 build: setup
-	@$(MAKE) --no-print-directory -j2 build-shim build-agent
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j2) build-shim build-agent
 
 build-shim:
 	@echo "build: shim, monitor, nacre"
@@ -129,11 +130,21 @@ driver-images: stage
 	@mkdir -p $(STAGE)/tests/drivers && cp $(DRIVERS)/module/hang.ko $(STAGE)/tests/
 	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
-test: lint unit e2e
+# The lab's disk, on its way while others compile: it takes a processor at most, and waits for
+# packages.
+lab-disk: setup
+	@$(IN_LAB) disk >/dev/null
+
+test:
+	@$(MAKE) --no-print-directory -j2 lint lab-disk
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory e2e
 
 # On this host where it has all that takes, else in the lab.
-demo: stage
-	@LAB=$${LAB-auto} $(IN_LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
+demo: export LAB ?= auto
+demo:
+	@$(MAKE) --no-print-directory -j3 stage lab-disk
+	@$(IN_LAB) run --timeout 600 $(STAGE) -- bash -c "$$(cat tests/demo.sh)"
 
 # Counts and times in the lab, whose clock counts instructions here.
 bench: stage

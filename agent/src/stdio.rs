@@ -30,8 +30,9 @@ use crate::io::Stream;
 use crate::reaper::ExitWatch;
 use crate::streams::StreamHub;
 
-/// Longest an exit status waits for the shim to take the last output.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// Longest an exit status waits for the shim to take the last output. The shim, which tells of
+/// an exit within five seconds, spends four more on the readers.
+pub const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// Bytes copied at a time; half a default pipe.
 const CHUNK: usize = 32 * 1024;
 

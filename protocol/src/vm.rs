@@ -96,6 +96,9 @@ pub enum Request {
         /// The device.
         dir: SharedDir,
     },
+    /// Have the kernel of a guest that does not answer say where it is, by an NMI: it panics
+    /// then, if it still can, and [`Event::Stopped`] follows.
+    Interrupt,
 }
 
 /// From the monitor to the shim.

@@ -62,7 +62,7 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Controllers the pod's group wants, where the host has them.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "memory", "pids", "io", "hugetlb"];
-/// How long killed processes may take to be gone.
+/// How long killed processes may take to be gone, and systemd to end their scope.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Errors of this module.
@@ -260,7 +260,8 @@ impl Group {
         }
         let elsewhere = self.shim.elsewhere(&self.path);
         // What is at the path may be somebody's, in the tree that is seen here.
-        stays(self.shim.leave(&self.path).and_then(|()| scope.stop()));
+        let left = self.shim.leave(&self.path);
+        stays(left.and_then(|()| scope.stop(REMOVE_TIMEOUT)));
         Err(elsewhere)
     }
 
@@ -328,14 +329,15 @@ impl Group {
     /// See [`PodCgroup::remove`].
     fn remove(&self) -> Result<(), CgroupError> {
         self.shim.leave(&self.path)?;
+        let deadline = Instant::now() + REMOVE_TIMEOUT;
         if let Some(scope) = &self.scope {
             kill(&self.path)?;
             // systemd forgets a scope without processes by itself, if later.
-            if let Err(error) = scope.stop() {
+            if let Err(error) = scope.stop(REMOVE_TIMEOUT) {
                 tracing::warn!(error = chain(&error), "a scope is left to end by itself");
             }
         }
-        remove_directory(&self.path)
+        remove_directory(&self.path, deadline)
     }
 }
 
@@ -367,8 +369,7 @@ fn make_directories(root: &Path, place: &Place) -> Result<(), CgroupError> {
     Ok(())
 }
 
-fn remove_directory(path: &Path) -> Result<(), CgroupError> {
-    let deadline = Instant::now() + REMOVE_TIMEOUT;
+fn remove_directory(path: &Path, deadline: Instant) -> Result<(), CgroupError> {
     let mut pause = Duration::from_millis(1);
     loop {
         match fs::remove_dir(path) {

@@ -23,7 +23,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
@@ -32,6 +32,7 @@ use tracing::{debug, info, warn};
 
 use crate::devices::Claims;
 
+pub(crate) use process::Killed;
 #[cfg(test)]
 pub(crate) use process::undying::Undying;
 pub use process::{DEATH_WAIT, Proc, pidfd_kill, pidfd_open};
@@ -210,9 +211,8 @@ impl RunDir {
     pub fn renew(&self) -> Result<(), RunDirError> {
         make_dir(&self.root)?;
         let _lock = lock(&self.root)?;
-        let state = self.load_usable();
-        Self::kill_daemon(&state);
-        if !self.undo(&state, DEATH_WAIT) {
+        let (state, rest) = self.kill_all();
+        if !self.undo(&state, rest) {
             return Err(RunDirError::NotGone {
                 pod: self.owner().display().to_string(),
                 pid: state.monitor.map_or(0, |monitor| monitor.pid),
@@ -313,13 +313,42 @@ impl RunDir {
         self.cleanup_within(Duration::MAX);
     }
 
-    /// The same, waiting for the monitor's end no longer than that.
+    /// The same, waiting for the end of processes no longer than that.
     pub fn cleanup_within(&self, at_most: Duration) {
-        let state = self.load_usable();
-        self.undo(&state, at_most);
+        self.finish(&self.load_usable(), at_most);
+    }
+
+    /// The same for a daemon that does not do it, which is killed; no longer than [`DEATH_WAIT`]
+    /// for all processes together.
+    pub fn cleanup_for_daemon(&self) {
+        let (state, rest) = self.kill_all();
+        self.finish(&state, rest);
+    }
+
+    fn finish(&self, state: &State, at_most: Duration) {
+        self.undo(state, at_most);
         if let Some(socket) = &state.socket {
             remove(socket, fs::remove_file(socket));
         }
+    }
+
+    /// Kills what runs of the pod, but for this process, and waits for the daemon's end.
+    /// Returns what it has noted by then, and what is left of [`DEATH_WAIT`].
+    fn kill_all(&self) -> (State, Duration) {
+        let begin = Instant::now();
+        let state = self.load_usable();
+        let others = [state.daemon, state.monitor, state.virtiofsd].map(|process| {
+            process
+                .filter(|process| process.pid != std::process::id())
+                .map(Proc::kill)
+        });
+        if let [Some(daemon), ..] = &others
+            && !daemon.is_gone_within(DEATH_WAIT)
+        {
+            warn!("the shim is killed and not gone");
+        }
+        let rest = DEATH_WAIT.saturating_sub(begin.elapsed());
+        (self.load_usable(), rest)
     }
 
     fn load_usable(&self) -> State {
@@ -332,12 +361,12 @@ impl RunDir {
 
     /// Undoes all but the socket; returns whether the monitor is gone.
     fn undo(&self, state: &State, at_most: Duration) -> bool {
+        let [monitor, virtiofsd] =
+            [state.monitor, state.virtiofsd].map(|process| process.map(Proc::kill));
         let wait = at_most.min(DEATH_WAIT.saturating_add(state.pin_time));
-        let monitor_is_gone = state.monitor.is_none_or(|monitor| monitor.kill(wait));
-        if let Some(virtiofsd) = state.virtiofsd
-            && !virtiofsd.kill(at_most.min(DEATH_WAIT))
-        {
-            warn!(pid = virtiofsd.pid, "virtiofsd does not die");
+        let monitor_is_gone = monitor.is_none_or(|monitor| monitor.is_gone_within(wait));
+        if virtiofsd.is_some_and(|daemon| !daemon.is_gone_within(at_most.min(DEATH_WAIT))) {
+            warn!("virtiofsd is killed and not gone");
         }
         let unmounted = unmount_below(&self.path());
         if !monitor_is_gone {
@@ -406,15 +435,6 @@ impl RunDir {
     fn of_owner(root: &Path, owner: &Path) -> Option<Self> {
         let (namespace, id) = owner.parent().zip(owner.file_name())?;
         Self::new(root, namespace.to_str()?, id.to_str()?).ok()
-    }
-
-    /// Kills the daemon of this run directory, if it still runs.
-    pub fn kill_daemon(state: &State) {
-        if let Some(daemon) = state.daemon
-            && daemon.pid != std::process::id()
-        {
-            daemon.kill(DEATH_WAIT);
-        }
     }
 
     /// Who has which device on this host.
@@ -658,12 +678,37 @@ mod tests {
         };
         dir.save(&state).unwrap();
         let took = |cleanup: &dyn Fn()| {
-            let begin = std::time::Instant::now();
+            let begin = Instant::now();
             cleanup();
             begin.elapsed()
         };
         assert!(took(&|| dir.cleanup_within(Duration::ZERO)) < DEATH_WAIT);
         assert!(took(&|| dir.cleanup()) >= DEATH_WAIT + state.pin_time);
+    }
+
+    /// Whatever does not die, `delete` has five seconds.
+    #[test]
+    fn all_that_is_killed_is_waited_for_at_once() {
+        let Some((daemon, _root, dir)) = undying() else {
+            return;
+        };
+        let [monitor, virtiofsd] = [(); 2].map(|()| Undying::new().unwrap());
+        let state = State {
+            daemon: Some(daemon.process),
+            monitor: Some(monitor.process),
+            virtiofsd: Some(virtiofsd.process),
+            ..State::default()
+        };
+        dir.save(&state).unwrap();
+        for cleanup in [RunDir::cleanup_for_daemon, RunDir::cleanup] {
+            let begin = Instant::now();
+            cleanup(&dir);
+            let took = begin.elapsed();
+            assert!(took >= DEATH_WAIT && took < 2 * DEATH_WAIT, "{took:?}");
+        }
+        drop(monitor);
+        dir.cleanup_within(Duration::ZERO);
+        assert!(!dir.path().exists(), "the rest keeps nothing of the pod's");
     }
 
     #[test]

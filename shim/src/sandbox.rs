@@ -43,10 +43,12 @@ use nacre_protocol::guest::STREAM_PORT;
 use oci_spec::runtime::Spec;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tracing::warn;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
+use crate::error::chain;
 use crate::machine::{Machine, MachineError, Stop};
 use crate::storage::Followers;
 
@@ -62,7 +64,7 @@ use share::Share;
 pub use slots::{DiskSlots, Slot, SlotCounts};
 pub use vm_host::VmHost;
 
-/// Time a guest without its agent has to end by itself.
+/// Time a guest without its agent has to end by itself, and one that hangs to say where.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Those of containerd's APIs that make containers.
@@ -144,8 +146,21 @@ impl Sandbox {
     /// # Errors
     ///
     /// When the machine dies, the agent is not there and ready within `boot_timeout`,
-    /// or refuses.
+    /// or refuses. Of a guest that is late the pod's log has where its kernel was.
     pub async fn attach(
+        &self,
+        boot_timeout: Duration,
+        request: &ConfigureSandboxRequest,
+        room: Room,
+    ) -> Result<(), SandboxError> {
+        let attached = self.try_attach(boot_timeout, request, room).await;
+        if let Err(SandboxError::AgentSilent { .. } | SandboxError::Late { .. }) = &attached {
+            self.interrupt().await;
+        }
+        attached
+    }
+
+    async fn try_attach(
         &self,
         boot_timeout: Duration,
         request: &ConfigureSandboxRequest,
@@ -218,7 +233,8 @@ impl Sandbox {
     /// Resolves when the machine is dead.
     pub async fn stopped(&self) -> Stop {
         match self.machine.stopped().await {
-            Stop::Died if self.hangs.load(Ordering::Relaxed) => Stop::Hung,
+            // By the shim, or of its interrupt.
+            Stop::Died | Stop::Guest(_) if self.hangs.load(Ordering::Relaxed) => Stop::Hung,
             stop => stop,
         }
     }
@@ -282,6 +298,23 @@ impl Sandbox {
             .is_err()
         {
             self.kill().await;
+        }
+    }
+
+    /// Has the kernel of a guest that does not answer say where it is, in the pod's log, and end.
+    /// When this returns it has, or cannot do so.
+    async fn interrupt(&self) {
+        let last_words = async {
+            if let Err(error) = self.machine.interrupt().await {
+                warn!(
+                    error = chain(&error),
+                    "the guest is not asked where it hangs"
+                );
+            }
+            self.stopped().await;
+        };
+        if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
+            warn!("the guest's kernel does not say where it hangs");
         }
     }
 

@@ -35,7 +35,17 @@ pub fn process_of(id: &str, name: &str) -> String {
 /// and containerd know of an end. Here that is measured, and counted twenty times.
 #[must_use]
 pub fn five_seconds() -> Duration {
+    seconds(5)
+}
+
+/// Two seconds by the same measure: within them an update of a volume is in its containers.
+#[must_use]
+pub fn two_seconds() -> Duration {
+    seconds(2)
+}
+
+fn seconds(number: u32) -> Duration {
     let start = Instant::now();
     ctr(&["task", "ls"]).exits(0);
-    Duration::from_secs(5) + 20 * start.elapsed()
+    Duration::from_secs(number.into()) + 4 * number * start.elapsed()
 }

@@ -15,7 +15,9 @@ mod leftovers;
 pub mod pods;
 mod sample;
 mod shim;
+mod slow_file;
 mod spec;
+mod systemd;
 mod terminal;
 mod watchdog;
 
@@ -29,12 +31,14 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 pub use config::{CONFIG, Changed};
-pub use deaths::{five_seconds, process_of, spawn};
+pub use deaths::{five_seconds, process_of, spawn, two_seconds};
 pub use hugepages::HugePages;
 pub use kubelet::PodDir;
 pub use leftovers::Machine;
 pub use sample::Sample;
 pub use shim::Shim;
+pub use slow_file::SlowFile;
+pub use systemd::Systemd;
 pub use terminal::OnTerminal;
 use watchdog::Watchdog;
 

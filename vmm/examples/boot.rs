@@ -6,6 +6,7 @@
 //!
 //! `--device ADDRESS` gives it a PCI device of the host that is bound to vfio-pci, by the
 //! group API, or by iommufd with `--iommu iommufd`. `--disk FILE` adds a read-only disk, `--serial off` leaves the serial port out, to count a boot's exits without it.
+//! With `--interrupt on` the guest is sent an NMI when standard input says something, or ends.
 //! Ends with the machine and prints how, and the vCPUs' exits, to standard error.
 
 use std::fs::File;
@@ -37,6 +38,7 @@ struct Options {
     disks: Vec<String>,
     devices: Vec<String>,
     iommufd: bool,
+    interrupt: bool,
 }
 
 fn main() -> ExitCode {
@@ -72,6 +74,7 @@ fn options() -> Result<Options, Error> {
             "--disk" => options.disks.push(value),
             "--device" => options.devices.push(value),
             "--iommu" => options.iommufd = value == "iommufd",
+            "--interrupt" => options.interrupt = value == "on",
             "--serial" => options.no_serial = value == "off",
             _ => return Err(format!("{name}: unknown option").into()),
         }
@@ -116,16 +119,30 @@ fn run(options: &Options) -> Result<Outcome, Error> {
     })?;
     let running = machine.start()?;
     let stop = running.stop_handle().clone();
-    wait(&stop)?;
+    if options.interrupt && is_told_first(&stop)? {
+        running.interrupt()?;
+    }
+    wait_for(&mut [end_of(&stop)])?;
     let exits = running.stop();
     eprintln!("boot: {exits}");
     stop.outcome().cloned().ok_or_else(|| "no outcome".into())
 }
 
-fn wait(stop: &Stop) -> io::Result<()> {
+/// Whether standard input is the first to say something.
+fn is_told_first(stop: &Stop) -> io::Result<bool> {
+    let stdin = io::stdin();
+    let mut fds = [end_of(stop), PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    wait_for(&mut fds)?;
+    Ok(fds[0].any() == Some(false))
+}
+
+fn end_of(stop: &Stop) -> PollFd<'_> {
     // SAFETY: the event is open as long as `stop` is borrowed.
     let event = unsafe { BorrowedFd::borrow_raw(stop.event().as_raw_fd()) };
-    let mut fds = [PollFd::new(event, PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::NONE)?;
+    PollFd::new(event, PollFlags::POLLIN)
+}
+
+fn wait_for(fds: &mut [PollFd<'_>]) -> io::Result<()> {
+    poll(fds, PollTimeout::NONE)?;
     Ok(())
 }

@@ -31,7 +31,7 @@ pub const CMDLINE_MAX: usize = 2048;
 /// Where a kernel that ends leaves its last words, see [`crate::pstore`]. Linux
 /// uses nothing below one mebibyte but what its trampoline takes, from the end.
 pub const PSTORE: u64 = 0x4_0000;
-/// A power of two, and more than pstore writes (10 KiB).
+/// A power of two. pstore fills it with the end of the kernel's log.
 pub const PSTORE_SIZE: u64 = 0x4000;
 /// End of the RAM the kernel may use below the first megabyte.
 pub const LOW_RAM_END: u64 = 0xa_0000;
@@ -80,6 +80,8 @@ pub const PORT_SLEEP_STATUS: u16 = 0x601;
 pub const PORT_RESET: u16 = 0x602;
 /// Registers from [`PORT_SLEEP_CONTROL`] on.
 pub const POWER_PORTS: u16 = 3;
+/// NMI status and control, see [`crate::nmi`].
+pub const PORT_NMI: u16 = 0x61;
 /// pvpanic, at QEMU's customary place.
 pub const PORT_PVPANIC: u16 = 0x505;
 /// First serial port.

@@ -21,6 +21,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod nmi;
 pub mod numa;
 pub mod pci;
 pub mod power;

@@ -19,6 +19,7 @@ use crate::boot::{self, BootError, Payload};
 use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
+use crate::nmi::Nmi;
 use crate::pci::placement::Placement;
 use crate::pci::{Ecam, IoPorts, MAX_DEVICES, PciRoot, Place, Port, Slot, Window};
 use crate::power::{Power, PvPanic};
@@ -123,6 +124,7 @@ pub struct Machine {
     buses: Buses,
     vcpus: Vec<Vcpu>,
     stop: Arc<Stop>,
+    nmi: Arc<Nmi>,
     session: Option<Session>,
     space: Option<AddressSpace>,
     window64: Option<(u64, u64)>,
@@ -188,15 +190,18 @@ impl Machine {
         if let Some(first) = vcpus.first() {
             first.pre_fault(&loaded.ranges);
         }
+        let target = vm.clone();
+        let nmi = Arc::new(Nmi::new(move || target.send_nmi()));
         Ok(Self {
             buses: Buses {
                 mmio: Arc::new(mmio(&root, &platform)?),
-                ports: Arc::new(ports(&root, &stop, parts.serial)?),
+                ports: Arc::new(ports(&root, &stop, &nmi, parts.serial)?),
             },
             vm,
             root,
             vcpus,
             stop,
+            nmi,
             session,
             space,
             window64,
@@ -235,6 +240,7 @@ impl Machine {
             hot_plug,
             root: self.root,
             stop: self.stop,
+            nmi: self.nmi,
             vm: self.vm,
             _space: space,
         };
@@ -258,6 +264,7 @@ pub struct Running {
     hot_plug: Option<hotplug::Worker>,
     root: Arc<PciRoot>,
     stop: Arc<Stop>,
+    nmi: Arc<Nmi>,
     vm: Arc<Vm>,
     /// The devices leave it when it is closed, after the others.
     _space: Option<AddressSpace>,
@@ -317,6 +324,15 @@ impl Running {
                 number,
             })
         }
+    }
+
+    /// Has a guest that does not answer say where it is, see [`Nmi`].
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn interrupt(&self) -> Result<(), MachineError> {
+        Ok(self.nmi.raise()?)
     }
 
     /// Stops vCPUs and devices, in this order, and returns what the vCPUs left
@@ -405,7 +421,12 @@ fn mmio(root: &Arc<PciRoot>, platform: &Platform) -> Result<Bus, BusError> {
     Ok(bus)
 }
 
-fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<Bus, BusError> {
+fn ports(
+    root: &Arc<PciRoot>,
+    stop: &Arc<Stop>,
+    nmi: &Arc<Nmi>,
+    serial: Option<File>,
+) -> Result<Bus, BusError> {
     let mut bus = Bus::default();
     if root.last_bus() > 0 {
         let len = layout::IO_END - layout::IO_START;
@@ -422,6 +443,7 @@ fn ports(root: &Arc<PciRoot>, stop: &Arc<Stop>, serial: Option<File>) -> Result<
         1,
         Arc::new(PvPanic(stop.clone())),
     )?;
+    bus.add(layout::PORT_NMI.into(), 1, nmi.clone())?;
     if let Some(output) = serial {
         let serial = Arc::new(Serial::new(output));
         bus.add(

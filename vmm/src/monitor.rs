@@ -309,6 +309,11 @@ fn obey(channel: &mut Channel, running: &Running, peers: &mut Peers) -> Result<(
             let slot = share(running, peers, &dir, &mut fds);
             answer(peers, number, slot);
         }
+        Request::Interrupt => {
+            if let Err(error) = running.interrupt() {
+                tracing::warn!(%error, "the guest is not asked where it is");
+            }
+        }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())

@@ -14,7 +14,7 @@ const SIGNATURE: u32 = 0x4347_4244;
 /// Signature, start and size, four bytes each.
 const HEADER_BYTES: usize = 12;
 /// What is passed on.
-const MAX_LINES: usize = 40;
+const MAX_LINES: usize = 200;
 const MAX_LINE_CHARS: usize = 240;
 
 /// `KMSG_DUMP_SHUTDOWN`, the last of the kernel's reasons (`include/linux/kmsg_dump.h`): an

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_userspace_memory_region,
+    kvm_irq_routing_entry, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -59,6 +59,9 @@ impl VmError {
         }
     }
 }
+
+/// Message data: delivery mode NMI (Intel SDM volume 3, 11.11.2).
+const DELIVER_NMI: u32 = 4 << 8;
 
 /// Message address and data of an MSI route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,6 +335,28 @@ impl Vm {
             .map_err(VmError::new("remove an irqfd"))
     }
 
+    /// Sends the first vCPU an NMI, by the message with which a device would. The vCPU's own request
+    /// for one (`KVM_NMI`) waits until it has left `KVM_RUN`, which a vCPU that hangs does not.
+    ///
+    /// # Errors
+    ///
+    /// KVM's, and when nobody takes the message.
+    pub fn send_nmi(&self) -> Result<(), VmError> {
+        let what = "send an NMI";
+        let message = kvm_msi {
+            address_lo: layout::LAPIC,
+            data: DELIVER_NMI,
+            ..Default::default()
+        };
+        match self.fd.signal_msi(message).map_err(VmError::new(what))? {
+            0 => Err(VmError {
+                what,
+                source: io::Error::other("the guest's APIC does not take it"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Signals `event` when the guest writes to `address`, without an exit to us.
     ///
     /// # Errors
@@ -472,6 +497,15 @@ mod tests {
             }
             vm.route(gsi, route(0x43)).unwrap();
             vm.route(vm.gsis.limit() - 1, route(0x44)).unwrap();
+        }
+    }
+
+    #[test]
+    fn nmi_needs_a_vcpu_that_takes_it() {
+        for vm in [test_vm(), test_vm_with_lines()].into_iter().flatten() {
+            assert!(vm.send_nmi().is_err());
+            let _vcpu = vm.create_vcpu(0).unwrap();
+            vm.send_nmi().unwrap();
         }
     }
 

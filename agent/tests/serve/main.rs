@@ -9,6 +9,7 @@ mod users;
 mod volumes;
 
 use std::io::{Read, Write};
+use std::time::{Duration, Instant};
 
 use fixture::{container, context, outside_of_dev, process, process_request, spec, start, status};
 use nacre_protocol::agent::{ResizeTerminalRequest, UpdateRequest};
@@ -245,6 +246,20 @@ async fn large_output_is_complete_before_wait_returns() {
     let reader = std::thread::spawn(move || ends.stdout().len());
     assert_eq!(agent.wait("c1", "").await.exit_status, 0);
     assert_eq!(reader.join().unwrap(), 3_000_000);
+    agent.delete("c1").await.unwrap();
+}
+
+/// Of more than all buffers on the way hold.
+#[tokio::test]
+async fn output_that_nobody_takes_does_not_hide_the_exit() {
+    let Some(agent) = start() else { return };
+    let script = "busybox timeout 1 busybox yes; exit 7";
+    let mut ends = agent.run("c1", &spec("c1", &["sh", "-c", script]), 1).await;
+    let since = Instant::now();
+    assert_eq!(agent.wait("c1", "").await.exit_status, 7);
+    let took = since.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(ends.stdout().starts_with("y\ny\n"), "it is still there");
     agent.delete("c1").await.unwrap();
 }
 

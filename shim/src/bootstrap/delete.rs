@@ -20,7 +20,7 @@ use super::{Args, BootstrapError, group_of, init_log, read_spec};
 use crate::config::Config;
 use crate::events::timestamp;
 use crate::hooks::Runner;
-use crate::rundir::{DEATH_WAIT, Proc, RunDir};
+use crate::rundir::{Proc, RunDir};
 use crate::sandbox::{Api, ContainerConfig};
 
 /// 128 + SIGKILL: the VM was shot.
@@ -47,8 +47,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, BootstrapError> {
     let state = run_dir.load().ok().flatten().unwrap_or_default();
     let daemon_alive = state.daemon.is_some_and(Proc::is_alive);
     if !daemon_alive || group == args.id {
-        RunDir::kill_daemon(&state);
-        run_dir.cleanup_within(DEATH_WAIT);
+        run_dir.cleanup_for_daemon();
         run_hooks(args, bundle)?;
     }
     let response = DeleteResponse {

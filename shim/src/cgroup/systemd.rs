@@ -46,8 +46,6 @@ const REPLACE: &str = "replace";
 
 /// As long as runc waits.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// The end of a pod does not wait for a systemd that is busy: `delete` has 5 s.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// systemd's word for "no limit".
 const INFINITY: u64 = u64::MAX;
 /// systemd keeps a quota in hundredths of a processor, cut off.
@@ -119,13 +117,14 @@ impl Scope {
         set().map_err(self.failed("change the limits of"))
     }
 
-    /// Ends it with what is in it, if there is one.
+    /// Ends it with what is in it, if there is one. The end of a pod does not wait for a
+    /// systemd that is busy: `delete` has 5 s.
     ///
     /// # Errors
     ///
     /// `Systemd`.
-    pub fn stop(&self) -> Result<(), CgroupError> {
-        self.try_stop(STOP_TIMEOUT).map_err(self.failed("end"))
+    pub fn stop(&self, timeout: Duration) -> Result<(), CgroupError> {
+        self.try_stop(timeout).map_err(self.failed("end"))
     }
 
     fn try_start(&self, pid: u32, limits: &Limits) -> Result<(), BusError> {

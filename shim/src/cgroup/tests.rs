@@ -406,6 +406,35 @@ fn a_group_that_cannot_be_limited_is_not_left() {
     assert_eq!(shim.group(), home);
 }
 
+/// A systemd that does not answer and what holds on to the group are waited for at once.
+#[test]
+fn the_end_of_a_group_has_one_limit() {
+    let Some(root) = root() else {
+        return;
+    };
+    let shim = Process::new();
+    let bus = FakeBus::new(|call: &Message| match call.name() {
+        "StopUnit" => Vec::new(),
+        _ => vec![Answer::Return(Body::default())],
+    });
+    let systemd = Systemd {
+        system_bus: bus.path().into(),
+        private: "/none".into(),
+    };
+    let name = format!("-.slice:nacre-test:{}", std::process::id());
+    let (group, _) = group(&root, &name, Some(systemd), &shim);
+    let below = group.path.join("below");
+    fs::create_dir_all(&below).unwrap();
+    let begin = Instant::now();
+    let error = group.remove().unwrap_err();
+    let took = begin.elapsed();
+    fs::remove_dir(&below).unwrap();
+    fs::remove_dir(&group.path).unwrap();
+    assert!(error.to_string().contains("remove cgroup"), "{error}");
+    assert_eq!(bus.take_calls("StopUnit").len(), 1);
+    assert!(took < REMOVE_TIMEOUT * 3 / 2, "{took:?}");
+}
+
 /// It would kill itself, and containerd. Plain files in the place of a cgroup's.
 #[test]
 fn who_is_at_home_in_a_group_does_not_remove_it() {

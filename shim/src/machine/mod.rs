@@ -171,6 +171,10 @@ pub trait Machine: Send + Sync {
     /// it looks. After any error it may be there, or come yet, until the server has ended.
     async fn add_shared_dir(&self, file_server: &StdUnixStream) -> Result<u8, MachineError>;
 
+    /// Has the kernel of a guest that does not answer say where it is, in the pod's log, and
+    /// panic; [`Machine::stopped`] tells when, if it still can.
+    async fn interrupt(&self) -> Result<(), MachineError>;
+
     /// Resolves when the machine is dead and its process reaped.
     async fn stopped(&self) -> Stop;
 

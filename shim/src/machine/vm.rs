@@ -344,6 +344,11 @@ impl Machine for VmMachine {
         slot_answer(add, MachineError::SharedDir).await
     }
 
+    async fn interrupt(&self) -> Result<(), MachineError> {
+        let sent = self.send(&Request::Interrupt, &FdList::default()).await;
+        sent.map_err(|error| self.stop_or(error))
+    }
+
     async fn stopped(&self) -> Stop {
         let mut stopped = self.stopped.clone();
         match stopped.wait_for(Option::is_some).await {

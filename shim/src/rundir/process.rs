@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -48,17 +48,35 @@ impl Proc {
             .is_some_and(|pidfd| !has_died(pidfd.as_fd(), Duration::ZERO))
     }
 
-    /// Kills this very process and waits for its end. Returns whether it is gone.
-    pub(super) fn kill(self, wait: Duration) -> bool {
-        let Some(pidfd) = self.open() else {
-            return true;
-        };
-        if let Err(error) = pidfd_kill(pidfd.as_fd())
+    /// Kills this very process.
+    pub(crate) fn kill(self) -> Killed {
+        let pidfd = self.open();
+        if let Some(pidfd) = &pidfd
+            && let Err(error) = pidfd_kill(pidfd.as_fd())
             && error.raw_os_error() != Some(libc::ESRCH)
         {
             warn!(pid = self.pid, %error, "cannot kill");
         }
-        has_died(pidfd.as_fd(), wait)
+        Killed {
+            pidfd,
+            since: Instant::now(),
+        }
+    }
+}
+
+/// A process that was killed, or gone already.
+pub(crate) struct Killed {
+    pidfd: Option<OwnedFd>,
+    since: Instant,
+}
+
+impl Killed {
+    /// Waits for its end, no longer than so much after it was killed: several that are
+    /// killed together are waited for together. Returns whether it is gone.
+    pub(crate) fn is_gone_within(&self, limit: Duration) -> bool {
+        let rest = limit.saturating_sub(self.since.elapsed());
+        let pidfd = self.pidfd.as_ref();
+        pidfd.is_none_or(|pidfd| has_died(pidfd.as_fd(), rest))
     }
 }
 
@@ -98,6 +116,8 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn has_died(pidfd: BorrowedFd<'_>, wait: Duration) -> bool {
+    // Whole milliseconds, none too few.
+    let wait = wait.saturating_add(Duration::from_micros(999));
     let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, timeout), Ok(ready) if ready > 0)

@@ -3,12 +3,21 @@
 //! Each word is here for a reason; the monitor adds what its devices need.
 
 /// On every boot.
-const ALWAYS: [&str; 8] = [
+const ALWAYS: [&str; 12] = [
     // The agent is the initramfs's only file.
     "rdinit=/init",
     // A guest that panics is dead: no waiting, straight to the reset register,
     // which the monitor reports. (pvpanic tells the reason first.)
     "panic=-1",
+    // A guest that does not answer is sent an NMI (nacre_vmm::nmi) and is to panic of it, so
+    // that its last words say where each of its processors was. One for which the monitor
+    // gives a reason is no other's; that is set just before init runs. Until then any is the
+    // monitor's, as nothing counts events yet.
+    "unknown_nmi_panic",
+    "sysctl.kernel.unknown_nmi_panic=0",
+    "sysctl.kernel.panic_on_io_nmi=1",
+    // PANIC_PRINT_ALL_CPU_BT. Idle ones are a line each.
+    "panic_print=0x40",
     // Reset by the ACPI register only; the other ways are ports the monitor
     // does not have.
     "reboot=a",

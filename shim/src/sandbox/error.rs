@@ -219,8 +219,8 @@ pub enum SandboxError {
     },
     /// The agent did not connect.
     #[error(
-        "the guest's agent did not answer within {seconds} s of the start; debug_console = true \
-         shows the guest's console"
+        "the guest's agent did not answer within {seconds} s of the start; the pod's log has \
+         where its kernel was, and debug_console = true shows the guest's console"
     )]
     AgentSilent {
         /// The configured limit.

@@ -42,6 +42,30 @@ async fn guest_that_says_nothing_is_killed() {
     assert_eq!(sandbox.stopped().await, Stop::Died);
 }
 
+#[tokio::test(start_paused = true)]
+async fn guest_that_hangs_may_still_say_where() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    lock(&host.machine).as_ref().unwrap().panics();
+    let begin = Instant::now();
+    sandbox.interrupt().await;
+    assert!(begin.elapsed() < LAST_WORDS, "it is waited for in vain");
+    assert_eq!(sandbox.stopped().await, Stop::Guest(StopReason::Panic));
+}
+
+#[tokio::test(start_paused = true)]
+async fn guest_that_cannot_say_where_it_hangs_is_not_waited_for() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    let begin = Instant::now();
+    sandbox.interrupt().await;
+    // As above.
+    let took = begin.elapsed();
+    assert!(LAST_WORDS <= took && took < Duration::from_secs(5));
+    let machine = lock(&host.machine).clone().unwrap();
+    assert!(machine.end(Stop::Died), "it is another's to kill it");
+}
+
 #[tokio::test]
 async fn guest_s_clock_is_kept_right() {
     let host = FakeHost::scripted();
@@ -78,8 +102,9 @@ async fn guest_that_hangs_is_killed_in_time() {
     killed.expect("the guest does not answer any more");
     let took = begin.elapsed();
     assert_eq!(sandbox.stopped().await, Stop::Hung);
+    assert_eq!(*lock(&host.journal), ["interrupt"]);
     // It may have been asked and have answered just before.
-    let least = timeout / 2 - Duration::from_millis(100);
+    let least = timeout / 2 - Duration::from_millis(100) + LAST_WORDS;
     assert!(least <= took, "{took:?} of {timeout:?}");
     sandbox.watch(timeout).await;
 }
@@ -119,6 +144,7 @@ async fn shared_directory_of_the_boot_is_there() {
 struct Silent {
     near: Mutex<Option<UnixStream>>,
     _far: UnixStream,
+    interrupts: AtomicU64,
 }
 
 #[async_trait]
@@ -168,6 +194,11 @@ impl Machine for Silent {
         Err(MachineError::Stopped(Stop::Died))
     }
 
+    async fn interrupt(&self) -> Result<(), MachineError> {
+        self.interrupts.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     async fn stopped(&self) -> Stop {
         std::future::pending().await
     }
@@ -203,14 +234,17 @@ async fn attach(sandbox: &Sandbox) -> (ttrpc::Code, String) {
 #[tokio::test(start_paused = true)]
 async fn guest_has_the_time_of_its_boot_to_be_set_up() {
     let (near, far) = UnixStream::pair().unwrap();
-    let sandbox = Sandbox::new(Arc::new(Silent {
+    let machine = Arc::new(Silent {
         near: Mutex::new(Some(near)),
         _far: far,
-    }));
+        interrupts: AtomicU64::new(0),
+    });
+    let sandbox = Sandbox::new(machine.clone());
     let (code, message) = attach(&sandbox).await;
     assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
     let expected = "pod p1: guest: configure the sandbox: no answer within 500 s";
     assert_eq!(message, expected);
+    assert_eq!(machine.interrupts.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -224,4 +258,5 @@ async fn guest_whose_agent_does_not_come_is_not_waited_for() {
     assert_eq!(code, ttrpc::Code::DEADLINE_EXCEEDED);
     let expected = "pod p1: the guest's agent did not answer within 500 s of the start";
     assert!(message.starts_with(expected), "{message}");
+    assert_eq!(*lock(&host.journal), ["interrupt"]);
 }

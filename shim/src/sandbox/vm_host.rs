@@ -485,15 +485,19 @@ impl VmHost {
     /// See [`super::Host::teardown`].
     pub async fn teardown(&self) {
         let _turn = self.teardown.lock().await;
-        let (machine, virtiofsd, pin_time) = {
+        let (machine, virtiofsd, process, pin_time) = {
             let mut parts = crate::task::lock(&self.parts);
             (parts.network, parts.netns) = (None, None);
-            let pin_time = parts.state.pin_time;
-            (parts.machine.clone(), parts.virtiofsd.take(), pin_time)
+            let (process, pin_time) = (parts.state.virtiofsd, parts.state.pin_time);
+            let virtiofsd = parts.virtiofsd.take();
+            (parts.machine.clone(), virtiofsd, process, pin_time)
         };
+        if let Some(machine) = &machine {
+            machine.kill();
+        }
+        let killed = process.map(Proc::kill);
         let mut is_gone = true;
         if let Some(machine) = machine {
-            machine.kill();
             let wait = tokio::time::timeout(DEATH_WAIT + pin_time, machine.stopped());
             is_gone = wait.await.is_ok();
             if !is_gone {
@@ -512,9 +516,7 @@ impl VmHost {
             if is_gone {
                 run_dir.claims().release(&run_dir);
             }
-            if let Some(child) = virtiofsd {
-                share::end(child);
-            }
+            share::end(killed, virtiofsd);
             let removed = cgroup.map(|cgroup| cgroup.remove());
             if let Some(Err(error)) = &removed {
                 warn!(error = chain(error), "cgroup stays");
@@ -563,6 +565,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SandboxError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rundir::Undying;
     use serde_json::json;
 
     fn spec(value: serde_json::Value) -> Spec {
@@ -620,6 +623,39 @@ mod tests {
         }
         // Of those that are gone there is nothing to set, nor to complain of.
         crate::task::lock(&host.parts).expose();
+    }
+
+    /// As one that waits for a server of the host's files which does not answer.
+    #[tokio::test]
+    async fn a_file_server_that_does_not_die_is_not_waited_for() {
+        let Some(undying) = Undying::new() else {
+            return;
+        };
+        let (_root, host) = host();
+        host.record(|parts| parts.state.virtiofsd = Some(undying.process))
+            .unwrap();
+        for _ in 0..2 {
+            let begin = std::time::Instant::now();
+            host.teardown().await;
+            let took = begin.elapsed();
+            assert!(took >= DEATH_WAIT && took < 2 * DEATH_WAIT, "{took:?}");
+        }
+    }
+
+    /// Nor is it left a zombie that dies.
+    #[tokio::test]
+    async fn a_file_server_is_reaped() {
+        let (_root, host) = host();
+        let child = std::process::Command::new("sleep").arg("600").spawn();
+        let child = child.unwrap();
+        let process = Proc::of(child.id()).unwrap();
+        host.record(|parts| {
+            parts.state.virtiofsd = Some(process);
+            parts.virtiofsd = Some(child);
+        })
+        .unwrap();
+        host.teardown().await;
+        assert_eq!(Proc::of(process.pid), None);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! after the boot, every half of hang_timeout_seconds, and every 30 s at least:
-//! ping -> no answer within that half: the guest hangs, its machine is ended
+//! ping -> no answer within that half: the guest hangs, its kernel is asked where, and its
+//!         machine is ended
 //!      -> its time, read at some moment between question and answer: if it can
 //!         be no moment of that span, the guest's clock is adjusted
 //! ```
@@ -55,9 +56,10 @@ impl Sandbox {
         }
         error!(
             seconds = timeout.as_secs(),
-            "the guest hangs: no answer to a ping; its machine is ended"
+            "the guest hangs: no answer to a ping; its kernel is asked where, and its machine is ended"
         );
         self.hangs.store(true, Ordering::Relaxed);
+        self.interrupt().await;
         self.kill().await;
     }
 }

@@ -123,6 +123,44 @@ fn shared_rootfs_is_written_through_and_released() {
     assert!(host.path("snapshot/hello").exists());
 }
 
+/// Linux mounts such an overlay for reading only.
+#[test]
+fn overlay_on_a_full_disk_is_refused() {
+    if !own_mounts() {
+        return;
+    }
+    let host = Host::new();
+    let disk = host.path("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let (fstype, flags) = (Some("tmpfs"), MsFlags::empty());
+    nix::mount::mount(fstype, &disk, fstype, flags, Some("nr_inodes=16")).unwrap();
+    let directory = |kind: &str| {
+        let path = disk.join(kind);
+        std::fs::create_dir(&path).unwrap();
+        format!("{kind}={}", path.display())
+    };
+    let rootfs = [Mount {
+        type_: "overlay".into(),
+        options: ["lowerdir", "upperdir", "workdir"].map(directory).into(),
+        ..Default::default()
+    }];
+    let fill = |n: u32| File::create(disk.join(n.to_string())).err();
+    let full = (0..16).find_map(fill).unwrap();
+    assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+
+    let error = host.prepare_root(&rootfs, None).unwrap_err();
+    let error = crate::error::chain(&error);
+    let parts = ["shared/c1/rootfs", "disk/upperdir", "full"];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    assert!(!host.path("shared/c1").exists());
+
+    for n in 0..4 {
+        std::fs::remove_file(disk.join(n.to_string())).unwrap();
+    }
+    host.prepare_root(&rootfs, None).unwrap();
+    std::fs::write(host.path("shared/c1/rootfs/written"), "").unwrap();
+}
+
 /// Layers on a tmpfs, since an overlay cannot lie on an overlay's upper: each has
 /// one file `file<n>`. Returns their paths.
 fn layers_on_tmpfs(host: &Host, count: usize, name: impl Fn(usize) -> String) -> Vec<String> {

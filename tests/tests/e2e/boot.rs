@@ -3,9 +3,10 @@
 //! It speaks by kernel messages of the one level that a quiet kernel prints.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nacre_tests::{Machine, Said, run};
 
@@ -86,6 +87,36 @@ fn reboot_panic_and_power_off_are_told_apart() {
     boot("echo c > /proc/sysrq-trigger", &[])
         .exits(1)
         .complains(&["Panic"]);
+}
+
+/// Asked by an NMI, of all its processors. The sysctl by which it ends of that is not set before
+/// init runs, and this one waits for a disk that does not come.
+#[test]
+fn kernel_that_does_not_come_to_run_init_says_where_it_is() {
+    let directory = PathBuf::from("/tmp/boot-asked");
+    let initrd = initramfs(&directory, "");
+    let cmdline = "console=ttyS0 panic=-1 unknown_nmi_panic panic_print=0x40 rdinit=/none \
+                   rootwait root=/dev/vda";
+    let mut command = Command::new("boot");
+    command.args(["--kernel", KERNEL, "--initrd", initrd.to_str().unwrap()]);
+    command.args(["--cmdline", cmdline, "--interrupt", "on", "--vcpus", "2"]);
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = piped.spawn().unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut lines = stdout.lines().map(Result::unwrap);
+    let waits = lines.find(|line| line.contains("Waiting for root device"));
+    waits.expect("it waits");
+    drop(child.stdin.take());
+    let rest = lines.collect::<Vec<_>>().join("\n");
+    assert_eq!(child.wait().unwrap().code(), Some(1), "{rest}");
+    for words in [
+        "NMI: IOCK error",
+        "panic - not syncing: NMI: Not continuing",
+        "NMI backtrace for cpu 1",
+    ] {
+        assert!(rest.contains(words), "{rest}");
+    }
+    fs::remove_dir_all(&directory).unwrap();
 }
 
 #[test]

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{CONFIG, Changed, Said, Scene, five_seconds, run};
+use nacre_tests::{BUSYBOX, CONFIG, Changed, Said, Scene, five_seconds, process_of, run, spawn};
 use serde_json::json;
 
 use crate::boot::initramfs;
+use crate::ends::Log;
 
 #[test]
 fn guest_that_panics_at_boot() {
@@ -22,7 +23,7 @@ fn guest_that_panics_at_boot() {
     fs::remove_dir_all(&directory).unwrap();
 }
 
-/// It is waited for as long as configured, and no longer.
+/// It is waited for as long as configured, and no longer. Its kernel says where it was.
 #[test]
 fn guest_whose_agent_does_not_come() {
     const SECONDS: u64 = 5;
@@ -31,8 +32,12 @@ fn guest_whose_agent_does_not_come() {
     let _initrd = Changed::new("initrd", &format!("{:?}", initrd.to_str().unwrap()));
     let _timeout = Changed::new("boot_timeout_seconds", &SECONDS.to_string());
     let mut scene = Scene::new();
+    let (id, command) = scene.command(BUSYBOX, &["--rm"], &["true"]);
     let begin = Instant::now();
-    let said = scene.run(&["true"]).exits(1);
+    let client = spawn(command);
+    process_of(&id, "monitor");
+    let mut log = Log::follow(&id);
+    let said = Said::from(client.wait_with_output().unwrap()).exits(1);
     let took = begin.elapsed();
     let complaint = format!("the guest's agent did not answer within {SECONDS} s of the start");
     said.complains(&[&complaint]);
@@ -40,6 +45,8 @@ fn guest_whose_agent_does_not_come() {
     let limit = timeout + five_seconds();
     println!("given up after {took:.1?}, at most {limit:.1?}");
     assert!(timeout < took && took < limit, "{took:?} of {limit:?}");
+    let log = log.whole();
+    assert!(log.contains("NMI IOCK error: Not continuing"), "{log}");
     fs::remove_dir_all(&directory).unwrap();
 }
 

@@ -19,6 +19,9 @@ fn memory_kills_with_an_event() {
     // After create, start, exec-added and exec-started: the cause before the exit.
     let last = events.topics(&id, 6).split_off(4);
     assert_eq!(last, ["/tasks/oom", "/tasks/exit"]);
+    // By the container's limit, not for want of the machine's memory.
+    let counted = Shim::of(&id).stats().unwrap().memory_events;
+    assert!(counted.max > 0 && counted.oom_kill == 1, "{counted:?}");
     scene.exec(&id, &[], &["true"]).exits(0);
 }
 

@@ -192,6 +192,7 @@ fn of_the_agent_by_a_hang() {
     assert_eq!(client.wait().unwrap().code(), Some(LOST));
     as_configured(since.elapsed(), SECONDS);
     log_has(&id, "the guest hangs");
+    log_has(&id, "NMI IOCK error: Not continuing");
     scene.await_status(&id, "STOPPED");
     scene.ctr(&["task", "rm", &id]).exits(0);
 }

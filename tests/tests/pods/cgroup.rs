@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nacre_tests::cri::messages::LinuxContainerResources;
 use nacre_tests::pods::{Pod, PodScene};
-use nacre_tests::{PodDir, eventually};
+use nacre_tests::{PodDir, Systemd, eventually};
 
 use crate::SLEEP;
 
@@ -69,10 +69,7 @@ fn a_pod_below_a_slice(scene: &PodScene) {
         resources.oom_score_adj = 700;
     });
     let app = app.start();
-    let parent = pod.config.linux.as_ref().unwrap().cgroup_parent.clone();
-    assert!(parent.ends_with(".slice"), "{parent}");
-    let parent = PathBuf::from(format!("/sys/fs/cgroup{parent}"));
-    let group = parent.join(format!("cri-containerd-{}.scope", pod.id));
+    let group = scope_of(&pod);
     for (pid, kind) in holds_the_pod(&pod, &group) {
         let score = read(format!("/proc/{pid}/oom_score_adj"));
         assert_eq!(score.trim() == "700", kind != "shim", "{kind}: {score}");
@@ -84,7 +81,63 @@ fn a_pod_below_a_slice(scene: &PodScene) {
     pod.stop();
     pod.remove();
     eventually("the scope is gone", || !group.exists());
-    assert!(parent.exists(), "it is kubelet's");
+    assert!(group.parent().unwrap().exists(), "it is kubelet's");
+}
+
+/// Where the scope of a pod below a slice is.
+#[track_caller]
+fn scope_of(pod: &Pod) -> PathBuf {
+    let parent = &pod.config.linux.as_ref().unwrap().cgroup_parent;
+    assert!(parent.ends_with(".slice"), "{parent}");
+    PathBuf::from(format!(
+        "/sys/fs/cgroup{parent}/cri-containerd-{}.scope",
+        pod.id
+    ))
+}
+
+/// Where systemd runs the scope is its own: it makes it and knows of its end, and what limits
+/// it has is not lost when systemd writes those of all its units again.
+#[test]
+fn a_pod_in_a_scope_of_systemd_s() {
+    let scene = PodScene::new();
+    let systemd = Systemd::running();
+    let pod = scene.pod("scoped").in_slice().limits(256, 1).run();
+    let limits_of = |memory_mib: i64| LinuxContainerResources {
+        memory_limit_in_bytes: memory_mib << 20,
+        cpu_quota: 100_000,
+        cpu_period: 100_000,
+        ..Default::default()
+    };
+    let app = pod.container("app", SLEEP);
+    let app = app
+        .resources(|resources| *resources = limits_of(256))
+        .start();
+    let group = scope_of(&pod);
+    holds_the_pod(&pod, &group);
+    let unit = group.file_name().unwrap().to_str().unwrap();
+    let property = |name| systemd.property(unit, name);
+    assert_eq!(property("ActiveState"), "active");
+    assert_eq!(
+        property("ControlGroup"),
+        group.to_str().unwrap()["/sys/fs/cgroup".len()..]
+    );
+
+    let limits = || ["memory.max", "cpu.max"].map(|name| read(group.join(name)));
+    let before = limits();
+    scene.cri().update(&app.id, limits_of(320)).unwrap();
+    eventually("the scope has the new limit", || limits()[0] != before[0]);
+    let [memory, cpu] = limits();
+    assert_eq!(cpu, before[1]);
+    assert_eq!(property("MemoryMax"), memory.trim());
+    assert!(!cpu.starts_with("max"), "{cpu}");
+    systemd.systemctl(&["daemon-reload"]).exits(0);
+    assert_eq!(limits(), [memory, cpu]);
+    app.exec(&["echo", "here"]).exits(0).prints("here\n");
+
+    pod.stop();
+    pod.remove();
+    eventually("the scope is gone", || !group.exists());
+    assert_eq!(property("LoadState"), "not-found");
 }
 
 /// A value in bytes of `memory.stat`, or of a process's status.

@@ -114,9 +114,14 @@ fn hooks_run_beside_the_container(scene: &PodScene, pod: &Pod) {
 #[test]
 fn terminals_and_their_sizes() {
     let scene = PodScene::new();
-    let pod = scene.pod("terminal").run();
+    terminals_in(&scene.pod("terminal").run());
+}
+
+/// Terminals of a container and of an exec in it.
+pub fn terminals_in(pod: &Pod) {
     let script = "stty size; trap 'stty size' WINCH; echo ready; while true; do sleep 0.1; done";
-    let app = pod.container("app", &["sh", "-c", script]).tty().start();
+    let app = pod.container("terminal", &["sh", "-c", script]).tty();
+    let app = app.start();
     // Its trap is set: a size that comes before goes unnoticed.
     app.await_logged("stdout", "ready");
     let mut attached = app.attach(true);

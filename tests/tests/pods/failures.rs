@@ -1,12 +1,15 @@
 //! What goes wrong around a pod is told, and leaves nothing.
 
-use std::fs;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nacre_tests::cri::messages::ContainerState;
-use nacre_tests::pods::PodScene;
+use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{Changed, eventually, run};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::SLEEP;
 use crate::numbers::LONG_BOOT;
@@ -71,6 +74,94 @@ fn a_container_that_cannot_be_made() {
         .try_start();
     pod.refuses(refused, &["unix socket", "/run/docker.sock"]);
     app.exec(&["echo", "alive"]).exits(0).prints("alive\n");
+}
+
+/// A directory of the disk that containerd has its snapshots on.
+struct OnDisk(PathBuf);
+
+impl OnDisk {
+    fn new() -> Self {
+        let path = PathBuf::from("/var/lib/pods-on-disk");
+        fs::create_dir_all(path.join("volume")).unwrap();
+        Self(path)
+    }
+
+    fn volume(&self) -> PathBuf {
+        self.0.join("volume")
+    }
+
+    /// Takes all that is left.
+    fn fill(&self) {
+        const BLOCK: i64 = 4096;
+        let file = File::create(self.0.join("filling")).unwrap();
+        let (mut len, mut step) = (0, 1 << 30);
+        while step >= BLOCK {
+            match fallocate(&file, FallocateFlags::empty(), len, step) {
+                Ok(()) => len += step,
+                Err(Errno::ENOSPC) => step /= 2,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert!(len > 0, "it was full");
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.0.join("filling")).unwrap();
+    }
+}
+
+impl Drop for OnDisk {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+/// What is mounted or made on the host for a container.
+fn host_has_of(pod: &Pod, container: &PodContainer) -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let shared = Path::new("/run/nacre/k8s.io").join(&pod.id).join("shared");
+    let made = fs::read_dir(&shared).unwrap().flatten();
+    let made = made.map(|entry| entry.path().display().to_string());
+    points
+        .map(str::to_owned)
+        .chain(made)
+        .filter(|path| path.contains(&container.id))
+        .collect()
+}
+
+/// The disk of root file systems and volumes: containers are told, and go on. One that is
+/// to be started is refused, and nothing of it stays. With room again all goes on.
+#[test]
+fn a_full_disk() {
+    let scene = PodScene::new();
+    let disk = OnDisk::new();
+    let pod = scene.pod("full").run();
+    let app = pod.container("app", SLEEP).mount(&disk.volume(), "/data");
+    let app = app.start();
+    let late = pod.container("late", SLEEP).create();
+    assert!(!host_has_of(&pod, &app).is_empty());
+
+    disk.fill();
+    for file in ["/file", "/data/file"] {
+        let write = format!("dd if=/dev/zero of={file} bs=64k count=1");
+        let said = app.sh(&write).exits(1);
+        said.complains(&["No space left on device"]);
+    }
+    // containerd writes to that disk, too: it is the one who says so.
+    let refused = scene.cri().start(&late.id).unwrap_err();
+    for part in [late.id.as_str(), "no space left on device"] {
+        assert!(refused.message().contains(part), "{refused}");
+    }
+    assert_eq!(host_has_of(&pod, &late), [""; 0]);
+    app.exec(&["echo", "alive"]).exits(0).prints("alive\n");
+
+    disk.free();
+    app.sh("echo room > /file && echo room > /data/file && cat /file /data/file")
+        .exits(0)
+        .prints("room\nroom\n");
+    let late = pod.container("late", SLEEP).attempt(1).start();
+    late.sh("echo x > /file").exits(0);
 }
 
 /// The smallest there are: fifty of them fit into the lab.

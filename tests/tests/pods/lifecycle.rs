@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use nacre_tests::cri::messages::ContainerState;
-use nacre_tests::pods::PodScene;
-use nacre_tests::{OlderContainerd, eventually, five_seconds, run};
+use nacre_tests::cri::messages::{ContainerState, LinuxContainerResources};
+use nacre_tests::pods::{Pod, PodScene};
+use nacre_tests::{OlderContainerd, SlowFile, eventually, five_seconds, run};
 
 use crate::SLEEP;
 
@@ -195,6 +195,49 @@ fn a_pod_is_stopped_during_a_create(scene: &PodScene) {
     pod.stop();
     assert!(!pod.is_ready());
     pod.remove();
+}
+
+#[test]
+fn no_call_waits_for_another_container_s_slow_create() {
+    let scene = PodScene::new();
+    no_call_waits_for_a_slow_create_in(&scene, &scene.pod("patient").run());
+}
+
+/// A container is being made, and the shim waits for a file of the host that is to be copied.
+/// Meanwhile others of its pod are asked for, changed, made and stopped.
+pub fn no_call_waits_for_a_slow_create_in(scene: &PodScene, pod: &Pod) {
+    let file = SlowFile::new(&scene.directory("slow").join("file"), "late\n");
+    let one = pod.container("one", SLEEP).start();
+    let slow = pod
+        .container("slow", &["cat", "/etc/slow"])
+        .mount_read_only(file.path(), "/etc/slow")
+        .create();
+    std::thread::scope(|threads| {
+        let starting = threads.spawn(|| scene.cri().start(&slow.id));
+        let held = file.await_open();
+        assert_eq!(one.state(), ContainerState::Running);
+        one.exec(&["echo", "here"]).exits(0).prints("here\n");
+        assert!(scene.cri().stats(&one.id).unwrap().memory.is_some());
+        let resources = LinuxContainerResources {
+            cpu_shares: 512,
+            ..Default::default()
+        };
+        scene.cri().update(&one.id, resources).unwrap();
+        let two = pod.container("two", SLEEP).start();
+        two.exec(&["echo", "too"]).exits(0).prints("too\n");
+        for other in [two, one] {
+            other.stop(Duration::ZERO);
+            assert_eq!(other.status().exit_code, 137);
+            other.remove();
+        }
+        assert!(pod.is_ready());
+        assert!(!starting.is_finished(), "it waits for the file");
+        assert_eq!(slow.state(), ContainerState::Created);
+        drop(held);
+        starting.join().unwrap().unwrap();
+    });
+    assert_eq!(slow.await_exit().exit_code, 0);
+    assert_eq!(slow.logged("stdout"), "late\n");
 }
 
 /// The pod of containerd 1.7's CRI, which knows one mode.

@@ -26,6 +26,11 @@ pub fn overhead_mib() -> u64 {
     number("overhead_memory_mib = ")
 }
 
+/// The same of processors, thousandths of one.
+pub fn overhead_cpu_millis() -> u64 {
+    number("overhead_cpu_millis = ")
+}
+
 fn number(key: &str) -> u64 {
     let line = NACRE_TOML.lines().find_map(|line| line.strip_prefix(key));
     line.unwrap().parse().unwrap()
@@ -54,7 +59,7 @@ fn expected_class() -> Value {
         "overhead": {
             "podFixed": {
                 "memory": format!("{}Mi", overhead_mib()),
-                "cpu": format!("{}m", number("overhead_cpu_millis = ")),
+                "cpu": format!("{}m", overhead_cpu_millis()),
             },
         },
     })

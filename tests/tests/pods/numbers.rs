@@ -6,10 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nacre_tests::Changed;
-use nacre_tests::pods::{HANDLER, PodScene};
+use nacre_tests::pods::{HANDLER, Pod, PodScene};
 
 use crate::SLEEP;
-use crate::manifests::overhead_mib;
+use crate::manifests::{overhead_cpu_millis, overhead_mib};
 
 /// Seconds that guests may take to boot, where many do at once.
 pub const LONG_BOOT: &str = "600";
@@ -126,10 +126,54 @@ fn what_an_idle_pod_costs_the_host() {
     // What the pod costs beyond its containers is what nacre.toml and, by the manifests'
     // test, the RuntimeClass say it may.
     let overhead_kib = overhead_mib() << 10;
+    println!("overhead of the RuntimeClass, memory: {empty_kib} KiB of {overhead_kib}");
     assert!(
         empty_kib <= overhead_kib,
         "{empty_kib} KiB of {overhead_kib}"
     );
+}
+
+/// Of one measurement. The least of several counts: the lab has other work at times.
+const IDLE_SECONDS: u64 = 10;
+const MEASUREMENTS: usize = 3;
+
+/// Microseconds of processor time that kubelet's cgroup of a pod has had.
+fn processor_usec(pod: &Pod) -> u64 {
+    let file = pod.cgroup().with_file_name("cpu.stat");
+    let text = fs::read_to_string(&file).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "));
+    line.unwrap().parse().unwrap()
+}
+
+/// A pod with a container that sleeps, under nacre and under runc, side by side.
+#[test]
+#[ignore = "measures for half a minute: make long"]
+fn what_an_idle_pod_takes_of_a_processor() {
+    let scene = PodScene::new();
+    let pods = [HANDLER, "runc"].map(|handler| scene.pod("idle").runtime(handler).run());
+    let _sleepers = pods
+        .each_ref()
+        .map(|pod| pod.container("app", SLEEP).start());
+    let used = || pods.each_ref().map(processor_usec);
+    let mut least = [u64::MAX; 2];
+    for _ in 0..MEASUREMENTS {
+        let (before, begin) = (used(), Instant::now());
+        thread::sleep(Duration::from_secs(IDLE_SECONDS));
+        let (after, took) = (used(), begin.elapsed());
+        for (least, (before, after)) in least.iter_mut().zip(before.into_iter().zip(after)) {
+            let seconds = took.as_secs_f64();
+            // Thousandths of a processor, rounded up.
+            let millis = ((after - before) as f64 / 1000.0 / seconds).ceil() as u64;
+            *least = millis.min(*least);
+        }
+    }
+    let [nacre, runc] = least;
+    println!("idle pod, processor: nacre {nacre}m, runc {runc}m");
+    let class = overhead_cpu_millis();
+    println!("overhead of the RuntimeClass, processor: {nacre}m of {class}m");
+    assert!(nacre <= class, "{nacre}m of {class}m");
 }
 
 #[test]

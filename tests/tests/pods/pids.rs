@@ -9,10 +9,14 @@ use crate::SLEEP;
 #[test]
 fn containers_do_not_see_each_other() {
     let scene = PodScene::new();
-    let pod = scene.pod("apart").run();
-    let one = pod.container("one", SLEEP).start();
-    let _two = pod.container("two", &["sleep", "7200"]).start();
-    let seen = one.exec(&["ps", "-o", "pid,args"]).exits(0).stdout;
+    pids_are_apart_in(&scene.pod("apart").run());
+}
+
+/// Each container is a world of its own.
+pub fn pids_are_apart_in(pod: &Pod) {
+    let alone = pod.container("alone", SLEEP).start();
+    let _other = pod.container("other", &["sleep", "7200"]).start();
+    let seen = alone.exec(&["ps", "-o", "pid,args"]).exits(0).stdout;
     assert!(seen.contains("1 sleep 3600"), "{seen}");
     assert!(!seen.contains("7200"), "{seen}");
 }

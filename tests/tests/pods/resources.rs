@@ -259,7 +259,8 @@ fn requests_and_a_limit_of_processes() {
     processes_are_limited(&pod);
 }
 
-fn processes_are_limited(pod: &Pod) {
+/// A container with a limit of its own.
+pub fn processes_are_limited(pod: &Pod) {
     let app = pod
         .container("forks", SLEEP)
         .resources(|resources| {

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use nacre_tests::cri::messages::{Capability, NamespaceMode, ProfileType, SecurityProfile};
-use nacre_tests::pods::{HANDLER, PodScene, SANDBOXED, WITH_FEATURES};
+use nacre_tests::pods::{HANDLER, Pod, PodScene, SANDBOXED, WITH_FEATURES};
 
 use crate::SLEEP;
 use crate::volumes::Mounted;
@@ -32,7 +32,12 @@ fn mask(status: &str, name: &str) -> u64 {
 #[test]
 fn users_groups_capabilities_and_protections() {
     let scene = PodScene::new();
-    let pod = scene.pod("secured").run();
+    users_and_protections_in(&scene.pod("secured").run());
+}
+
+/// What a container without a word on it has, one with all of them, and one with what is
+/// protected.
+pub fn users_and_protections_in(pod: &Pod) {
     let status = &["cat", "/proc/self/status"];
 
     let plain = pod.container("plain", status).run().exits(0).stdout;
@@ -158,6 +163,11 @@ fn kubelet_is_told_what_the_runtime_can_if_it_is_of_runc_s_type() {
 fn seccomp_profiles_and_privileged_containers() {
     let scene = PodScene::new();
     let pod = scene.pod("privileged").privileged().run();
+    profiles_and_privileges_in(&scene, &pod);
+}
+
+/// The same of a pod that may have privileged containers.
+pub fn profiles_and_privileges_in(scene: &PodScene, pod: &Pod) {
     let profile = |kind: ProfileType| {
         Some(SecurityProfile {
             profile_type: kind.into(),

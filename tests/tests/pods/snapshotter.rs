@@ -1,17 +1,18 @@
 //! A snapshotter of the runtime's own, as config/containerd-2.toml has it.
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nacre_tests::cri::messages::ContainerState;
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{Changed, LAYERS, ctr, eventually, run};
 
 use crate::SLEEP;
 
-/// Where a container's snapshot has what is written by the host.
+/// An option of the overlay that the host would mount for a container.
 #[track_caller]
-fn upper(container: &PodContainer) -> PathBuf {
+fn overlay_option(container: &PodContainer, name: &str) -> String {
     let said = ctr(&[
         "-n",
         "k8s.io",
@@ -23,9 +24,40 @@ fn upper(container: &PodContainer) -> PathBuf {
         &container.id,
     ])
     .exits(0);
-    let (_, rest) = said.stdout.split_once("upperdir=").unwrap();
+    let (_, rest) = said.stdout.split_once(&format!("{name}=")).unwrap();
     let end = rest.find([',', ' ', '\n']).unwrap();
-    rest[..end].into()
+    rest[..end].to_owned()
+}
+
+/// Where a container's snapshot has what is written by the host.
+#[track_caller]
+fn upper(container: &PodContainer) -> PathBuf {
+    overlay_option(container, "upperdir").into()
+}
+
+/// The lowest layer of a container, without a file system on it until this is dropped.
+struct Damaged {
+    blob: PathBuf,
+    whole: PathBuf,
+}
+
+impl Damaged {
+    #[track_caller]
+    fn lowest_of(container: &PodContainer) -> Self {
+        let lower = overlay_option(container, "lowerdir");
+        let directory = Path::new(lower.rsplit(':').next().unwrap());
+        let blob = directory.with_file_name("layer.erofs");
+        let whole = blob.with_extension("whole");
+        fs::rename(&blob, &whole).unwrap();
+        fs::write(&blob, [0; 64 << 10]).unwrap();
+        Self { blob, whole }
+    }
+}
+
+impl Drop for Damaged {
+    fn drop(&mut self) {
+        fs::rename(&self.whole, &self.blob).unwrap();
+    }
 }
 
 /// The disks of the machine that have bytes, and of each the partitions that the guest's
@@ -120,6 +152,29 @@ fn a_disk_has_the_layers_of_one_image_after_another() {
     assert!(sums[0] == sums[2] && sums[0] != sums[1], "{sums:?}");
 }
 
+/// Of three layers the guest mounts two, and the third is none. It undoes that: the pod's only
+/// disk is the next container's, which it would not be if anything held on to it.
+#[test]
+fn a_root_file_system_that_is_mounted_half_way() {
+    let _one_disk = Changed::new("root_disks", "1");
+    let scene = PodScene::new();
+    scene.import(LAYERS, "/opt/lab/images/layers.tar".as_ref());
+    let pod = pod_of(&scene, "half");
+    let app = || pod.container("app", SLEEP).image(LAYERS);
+    let half = app().create();
+    let damaged = Damaged::lowest_of(&half);
+    let refused = scene.cri().start(&half.id);
+    pod.refuses(
+        refused,
+        &[&half.id, "mount", "/layers/3", "invalid argument"],
+    );
+    drop(damaged);
+    half.remove();
+    let whole = app().attempt(1).start();
+    assert!(is_on_a_disk(&whole), "the disk is free");
+    whole.exec(&["cat", "/data/kept/file"]).prints("kept\n");
+}
+
 /// The file servers that run: one of each pod that shares something.
 fn file_servers() -> Vec<String> {
     let pids = run("pidof", &["virtiofsd"]).stdout;
@@ -182,6 +237,61 @@ fn a_disk_that_somebody_holds_is_no_other_container_s() {
     gone(&two);
     let four = pod.container("four", SLEEP).start();
     assert!(is_on_a_disk(&four), "the other one is free");
+}
+
+/// Of an image of its own, so that nobody else has its layer. What is in its pod beside it
+/// goes on, and what comes after it has its disk.
+#[test]
+fn a_damaged_layer_is_its_container_s_alone() {
+    const IMAGE: &str = "docker.io/library/frail:latest";
+    let _disks = Changed::new("root_disks", "3");
+    let scene = PodScene::new();
+    let work = scene.directory("frail");
+    let make = "mkdir -p tree/bin && cp /bin/busybox tree/bin && \
+                for name in sh cat ls sleep; do ln -s busybox tree/bin/$name; done && \
+                head -c 1000000 /dev/urandom > tree/late && \
+                echo early > tree/early && \
+                mkimage --name \"$1\" --out image.tar tree";
+    let make = format!("cd {} && {make}", work.display());
+    run("sh", &["-c", &make, "sh", IMAGE]).exits(0);
+    scene.import(IMAGE, &work.join("image.tar"));
+
+    let pod = pod_of(&scene, "frail");
+    let sibling = pod.container("sibling", SLEEP).start();
+    let of_image = |attempt| pod.container("frail", SLEEP).image(IMAGE).attempt(attempt);
+    let frail = of_image(0).start();
+    let [next, last] = [1, 2].map(|attempt| of_image(attempt).create());
+    assert!(is_on_a_disk(&sibling) && is_on_a_disk(&frail));
+    // Its programs are in the guest's memory, and where the file is.
+    frail
+        .sh("cat /bin/busybox > /dev/null; ls -l /late")
+        .exits(0);
+    frail.exec(&["cat", "/early"]).exits(0).prints("early\n");
+    let layer = PathBuf::from(overlay_option(&frail, "lowerdir")).with_file_name("layer.erofs");
+    let file = OpenOptions::new().write(true).open(&layer).unwrap();
+
+    // What it reads is not there any more.
+    file.set_len(4096).unwrap();
+    let said = frail.exec(&["cat", "/late"]).exits(1);
+    said.complains(&["read error"]);
+    let is_well = |container: &PodContainer| {
+        assert_eq!(container.state(), ContainerState::Running);
+        container.sh("cat /bin/busybox > /dev/null").exits(0);
+    };
+    is_well(&sibling);
+    is_well(&frail);
+    // One that starts has no program, and with the file system's first block gone none at all.
+    let started = scene.cri().start(&next.id);
+    pod.refuses(started, &["i/o error"]);
+    fs::write(&layer, [0xa5; 8192]).unwrap();
+    let started = scene.cri().start(&last.id);
+    pod.refuses(started, &["mount", "/layers/1", "invalid argument"]);
+    is_well(&sibling);
+    let other = pod.container("other", SLEEP).start();
+    assert!(is_on_a_disk(&other));
+    gone(&frail);
+    is_well(&sibling);
+    ctr(&["-n", "k8s.io", "image", "rm", "--sync", IMAGE]).exits(0);
 }
 
 /// Pods of other snapshotters pay nothing for what they do not use.

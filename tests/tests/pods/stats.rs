@@ -4,9 +4,9 @@ use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
 
-use nacre_tests::cri::messages::UInt64Value;
+use nacre_tests::cri::messages::{ContainerStats, CpuUsage, MemoryUsage, UInt64Value};
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
-use nacre_tests::{Said, eventually};
+use nacre_tests::{Said, eventually, run};
 
 use crate::SLEEP;
 use crate::manifests::{GUEST_RESERVE_MIB, overhead_mib};
@@ -21,19 +21,60 @@ fn agree(value: u64, first: u64, last: u64) -> bool {
     (low - low / 20..=high + high / 20).contains(&value)
 }
 
-/// Working set, as cAdvisor defines it: usage less inactive file pages.
-fn working_set(container: &PodContainer) -> u64 {
-    let script = "cat /sys/fs/cgroup/memory.current; \
-                  awk '/^inactive_file/ {print $2}' /sys/fs/cgroup/memory.stat";
-    let said = container.sh(script).exits(0).stdout;
-    let numbers: Vec<u64> = said.lines().map(|line| line.parse().unwrap()).collect();
-    numbers[0].saturating_sub(numbers[1])
+/// Nanoseconds of processor time, and bytes of the working set.
+type Counters = [u64; 2];
+
+fn both_agree(told: Counters, first: Counters, last: Counters) -> bool {
+    (0..told.len()).all(|kind| agree(told[kind], first[kind], last[kind]))
 }
 
-fn cpu_nanoseconds(container: &PodContainer) -> u64 {
-    let script = "awk '/^usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat";
-    let said = container.sh(script).exits(0).stdout;
-    said.trim().parse::<u64>().unwrap() * 1000
+/// Prints what a cgroup's own files say. The working set is cAdvisor's: usage less inactive
+/// file pages.
+fn script(group: &str) -> String {
+    format!(
+        "cd {group} && awk '/^usage_usec/ {{print $2}}' cpu.stat && cat memory.current && \
+         awk '/^inactive_file/ {{print $2}}' memory.stat"
+    )
+}
+
+fn counters(said: Said) -> Counters {
+    let said = said.exits(0).stdout;
+    let numbers: Vec<u64> = said.lines().map(|line| line.parse().unwrap()).collect();
+    let [usec, current, inactive] = numbers[..] else {
+        panic!("{said}")
+    };
+    [usec * 1000, current.saturating_sub(inactive)]
+}
+
+fn guest(container: &PodContainer) -> Counters {
+    counters(container.sh(&script("/sys/fs/cgroup")))
+}
+
+fn told(cpu: Option<CpuUsage>, memory: Option<MemoryUsage>) -> Counters {
+    [
+        value(cpu.unwrap().usage_core_nano_seconds),
+        value(memory.unwrap().working_set_bytes),
+    ]
+}
+
+/// What `ContainerStats`, `ListContainerStats` and `PodSandboxStats` tell of a container,
+/// which is one of so many of the pod.
+fn stats_of(
+    scene: &PodScene,
+    pod: &Pod,
+    container: &PodContainer,
+    count: usize,
+) -> [ContainerStats; 3] {
+    let ours = |stats: &ContainerStats| stats.attributes.as_ref().unwrap().id == container.id;
+    let cri = scene.cri();
+    let listed = cri.stats_of_pod(&pod.id).unwrap();
+    let of_pod = cri.pod_stats(&pod.id).unwrap().containers;
+    assert_eq!((listed.len(), of_pod.len()), (count, count));
+    [
+        cri.stats(&container.id).unwrap(),
+        listed.into_iter().find(ours).unwrap(),
+        of_pod.into_iter().find(ours).unwrap(),
+    ]
 }
 
 #[test]
@@ -42,65 +83,57 @@ fn stats_agree_with_the_guest() {
     stats_agree_in(&scene, &scene.pod("counted").run());
 }
 
+const BALLAST: u64 = 24 << 20;
+
 /// Stats of a pod without other containers.
 pub fn stats_agree_in(scene: &PodScene, pod: &Pod) {
-    // 24 MiB of memory and a good second of work, then nothing.
-    let script = "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=24 2>/dev/null; \
-                  i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done; touch /done; \
-                  exec sleep 3600";
-    let busy = pod.container("busy", &["sh", "-c", script]).start();
-    let idle = pod.container("idle", SLEEP).start();
-    eventually("the work is done", || {
-        busy.exec(&["ls", "/done"]).code == Some(0)
+    // Of both so much memory that the command which asks the guest is none of 5 %; of one
+    // a good second of work.
+    let [busy, idle] = [("busy", 40_000), ("idle", 0)].map(|(name, work)| {
+        let script = format!(
+            "dd if=/dev/zero of=/dev/shm/{name} bs={BALLAST} count=1 2>/dev/null; \
+             i=0; while [ $i -lt {work} ]; do i=$((i+1)); done; touch /done; exec sleep 3600"
+        );
+        pod.container(name, &["sh", "-c", &script]).start()
     });
-
     for container in [&busy, &idle] {
-        // Asking the guest takes processor time and memory itself.
-        let guest = || [cpu_nanoseconds(container), working_set(container)];
+        eventually("the work is done", || {
+            container.exec(&["ls", "/done"]).code == Some(0)
+        });
         eventually("both sides agree", || {
-            let before = guest();
-            let stats = scene.cri().stats(&container.id).unwrap();
-            let after = guest();
-            let (cpu, memory) = (stats.cpu.unwrap(), stats.memory.unwrap());
-            let host = [
-                value(cpu.usage_core_nano_seconds),
-                value(memory.working_set_bytes),
-            ];
-            println!("guest {before:?}, host {host:?}, guest {after:?}");
-            agree(host[0], before[0], after[0])
-                && (agree(host[1], before[1], after[1]) || host[1].abs_diff(after[1]) < 1 << 20)
+            // Asking the guest takes processor time and memory itself.
+            let before = guest(container);
+            let stats = stats_of(scene, pod, container, 2);
+            let stats = stats.map(|stats| told(stats.cpu, stats.memory));
+            let after = guest(container);
+            println!("guest {before:?}, host {stats:?}, guest {after:?}");
+            stats
+                .into_iter()
+                .all(|told| both_agree(told, before, after))
         });
     }
-    assert!(working_set(&busy) > 24 << 20);
-    let listed = scene.cri().stats_of_pod(&pod.id).unwrap();
-    assert_eq!(listed.len(), 2);
-    for container in [&busy, &idle] {
-        let mut known = listed.iter();
-        let stats = known.find(|stats| stats.attributes.as_ref().unwrap().id == container.id);
-        let cpu = stats.unwrap().cpu.clone().unwrap();
-        let cpu = value(cpu.usage_core_nano_seconds);
-        // One has worked, and both have answered questions.
-        assert!(cpu > 0 && cpu <= cpu_nanoseconds(container), "{cpu}");
-    }
+    let [busy, idle] = [&busy, &idle].map(guest);
+    assert!(busy[0] > idle[0] && busy[1].min(idle[1]) > BALLAST);
 
-    let stats = scene.cri().pod_stats(&pod.id).unwrap();
-    let ids: Vec<_> = stats
-        .containers
-        .iter()
-        .filter_map(|stats| stats.attributes.as_ref())
-        .collect();
-    assert!(
-        ids.iter().any(|known| known.id == busy.id) && ids.iter().any(|known| known.id == idle.id)
-    );
     // The pod's are the host's: its machine, monitor and file server.
-    let host = value(stats.memory.unwrap().working_set_bytes);
-    let containers = [&busy, &idle].map(working_set).iter().sum::<u64>();
+    let group = pod.cgroup();
+    let group = script(group.parent().unwrap().to_str().unwrap());
+    let host = || counters(run("sh", &["-c", &group]));
+    let mut of_pod = [0; 2];
+    eventually("CRI and the pod's cgroup agree", || {
+        let before = host();
+        let stats = scene.cri().pod_stats(&pod.id).unwrap();
+        of_pod = told(stats.cpu, stats.memory);
+        let after = host();
+        println!("cgroup {before:?}, CRI {of_pod:?}, cgroup {after:?}");
+        both_agree(of_pod, before, after)
+    });
     let overhead = (overhead_mib() + GUEST_RESERVE_MIB) << 20;
     assert!(
-        host > 24 << 20 && host < containers + overhead,
-        "{host}, of which containers {containers}"
+        of_pod[1] > 2 * BALLAST && of_pod[1] < busy[1] + idle[1] + overhead,
+        "{of_pod:?}, of which containers {busy:?} and {idle:?}"
     );
-    assert!(value(stats.cpu.unwrap().usage_core_nano_seconds) > cpu_nanoseconds(&busy));
+    assert!(of_pod[0] > busy[0] + idle[0]);
 }
 
 const FILE_BYTES: u64 = 8 << 20;
@@ -195,8 +228,11 @@ fn traffic_and_files_are_counted() {
     }
 
     eventually("the file is counted", || {
-        let stats = scene.cri().stats(&app.id).unwrap();
-        let written = value(stats.writable_layer.unwrap().used_bytes);
-        agree(written, FILE_BYTES, FILE_BYTES)
+        let stats = stats_of(&scene, &pod, &app, 1);
+        let written = stats.map(|stats| value(stats.writable_layer.unwrap().used_bytes));
+        let in_guest = app.sh("du -k /file | cut -f 1").exits(0).stdout;
+        let bytes = in_guest.trim().parse::<u64>().unwrap() << 10;
+        assert!(agree(bytes, FILE_BYTES, FILE_BYTES), "{in_guest}");
+        written.into_iter().all(|told| agree(told, bytes, bytes))
     });
 }

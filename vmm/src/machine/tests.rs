@@ -2,12 +2,14 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use nacre_protocol::vm::StopReason;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::memory;
 use crate::test_kernel;
 use crate::virtio::net;
 use crate::virtio::rng::{DEVICE_TYPE, Rng};
+use code::{COUNT, Code};
 
 /// A machine that runs `code`, or `None` where there is no KVM.
 fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
@@ -42,7 +44,13 @@ pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
 /// Runs until the machine has ended.
 fn end_of(machine: Machine) -> (Outcome, Exits) {
     let running = machine.start().unwrap();
-    let stop = running.stop_handle().clone();
+    let outcome = await_end(&running);
+    (outcome, running.stop())
+}
+
+/// Waits until the machine has ended.
+pub(crate) fn await_end(running: &Running) -> Outcome {
+    let stop = running.stop_handle();
     let mut event = libc::pollfd {
         fd: stop.event().as_raw_fd(),
         events: libc::POLLIN,
@@ -51,8 +59,7 @@ fn end_of(machine: Machine) -> (Outcome, Exits) {
     // SAFETY: one pollfd, ours.
     let ready = unsafe { libc::poll(&raw mut event, 1, 20_000) };
     assert_eq!(ready, 1, "the guest did not end the machine");
-    let exits = running.stop();
-    (stop.outcome().unwrap().clone(), exits)
+    stop.outcome().unwrap().clone()
 }
 
 /// `mov dx, port; mov al, value; out dx, al; hlt`
@@ -98,6 +105,28 @@ fn running_vcpus_are_stopped() {
     let running = machine.start().unwrap();
     running.stop();
     assert_eq!(stop.outcome(), Some(&Outcome::Cancelled));
+}
+
+#[test]
+fn guest_with_interrupts_off_can_be_asked_where_it_is() {
+    const READY: u64 = COUNT + 8;
+    let code = Code::new()
+        .take_nmi(u8::try_from(layout::PORT_NMI).unwrap())
+        .store(READY, 1)
+        .wait_for(COUNT, 1)
+        .expect(COUNT + 4, 0x40)
+        .power_off();
+    let Some(machine) = machine(&code, 2) else {
+        return;
+    };
+    let running = machine.start().unwrap();
+    let word = |address| running.memory().read_obj::<u32>(GuestAddress(address));
+    while word(READY).unwrap() == 0 {
+        std::thread::yield_now();
+    }
+    running.interrupt().unwrap();
+    assert_eq!(await_end(&running), Outcome::Stopped(StopReason::Shutdown));
+    running.stop();
 }
 
 #[test]

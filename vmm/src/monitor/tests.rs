@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic};
+use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic, StopReason};
 
-use crate::machine::tests::parts;
+use crate::machine::tests::{await_end, parts};
 use crate::virtio::fs;
 use crate::virtio::vsock::Vsock;
 
@@ -190,6 +190,21 @@ fn shared_directory_comes_once_and_its_end_is_the_machine_s() {
     let outcome = wait(&mut shim.far, &shim.running, &mut shim.peers, &calls).unwrap();
     let said = "the file server of the shared directory has ended";
     assert!(matches!(&outcome, Outcome::Failed(message) if message == said));
+    shim.running.stop();
+}
+
+#[test]
+fn guest_that_hangs_is_interrupted_on_request() {
+    // jmp to itself, with interrupts off and no table for any
+    let Some(parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
+    let interrupt = Request::Interrupt;
+    shim.near.send(&interrupt, &FdList::default()).unwrap();
+    obey(&mut shim.far, &shim.running, &mut shim.peers).unwrap();
+    let outcome = await_end(&shim.running);
+    assert_eq!(outcome, Outcome::Stopped(StopReason::TripleFault));
     shim.running.stop();
 }
 

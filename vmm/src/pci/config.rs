@@ -1,34 +1,17 @@
 //! Configuration space of a PCI function (PCI Express base 7.5): bytes, and
 //! which bits of them the guest may write.
 
+use super::registers::{
+    BAR0, CACHE_LINE, CAPABILITIES, COMMAND, FIRST_CAPABILITY, HEADER_TYPE, INTERRUPT_LINE,
+    INTX_DISABLE, IO_SPACE, MASTER, MEMORY_BITS, MEMORY_SPACE, STATUS, STATUS_LIST, WIDE,
+};
+
 /// Bytes of configuration space that exist; extended capabilities do not.
 pub const SIZE: usize = 256;
-/// Command register.
-pub const COMMAND: usize = 0x04;
-/// First base address register.
-pub const BAR0: usize = 0x10;
 
-const STATUS: usize = 0x06;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
-const CACHE_LINE: usize = 0x0c;
 const SUBSYSTEM: usize = 0x2c;
-const CAPABILITIES: usize = 0x34;
-const INTERRUPT_LINE: usize = 0x3c;
-const HEADER_TYPE: usize = 0x0e;
-const FIRST_CAPABILITY: usize = 0x40;
-
-/// Command: I/O space, memory space, bus master.
-const COMMAND_IO: u8 = 1;
-const COMMAND_MEMORY: u8 = 1 << 1;
-const COMMAND_MASTER: u8 = 1 << 2;
-/// Command, second byte: interrupt disable.
-const COMMAND_NO_INTX: u8 = 1 << 2;
-/// Status: there is a capability list.
-const STATUS_CAPABILITIES: u8 = 1 << 4;
-/// Base address register: memory, 64 bits, not prefetchable.
-const BAR_MEMORY64: u8 = 0b100;
-const BAR_FLAGS: u64 = 0xf;
 
 /// Bus numbers and windows of a bridge (PCI Express base 7.5.1.3).
 const PRIMARY_BUS: usize = 0x18;
@@ -93,7 +76,8 @@ impl ConfigSpace {
         space.put(0, &vendor.to_le_bytes());
         space.put(2, &device.to_le_bytes());
         space.put(CLASS, &class);
-        space.allow(COMMAND, &[COMMAND_MEMORY | COMMAND_MASTER, COMMAND_NO_INTX]);
+        let command = MEMORY_SPACE | MASTER | INTX_DISABLE;
+        space.allow(COMMAND, &command.to_le_bytes());
         space.allow(INTERRUPT_LINE, &[0xff]);
         space
     }
@@ -109,8 +93,8 @@ impl ConfigSpace {
     /// `address`.
     pub fn set_bar(&mut self, address: u64, size: u64) {
         debug_assert!(size.is_power_of_two());
-        self.put(BAR0, &(address | u64::from(BAR_MEMORY64)).to_le_bytes());
-        self.allow(BAR0, &(!(size - 1) & !BAR_FLAGS).to_le_bytes());
+        self.put(BAR0, &(address | u64::from(WIDE)).to_le_bytes());
+        self.allow(BAR0, &(!(size - 1) & !MEMORY_BITS).to_le_bytes());
     }
 
     /// Sets a bridge's bus numbers: those of its two sides, and the last one behind it.
@@ -156,7 +140,7 @@ impl ConfigSpace {
         let byte = |port: u64| port.to_le_bytes()[1] & 0xf0;
         self.put(PORT_BASE, &[byte(start), byte(end - 1)]);
         self.allow(PORT_BASE, &[0xf0, 0xf0]);
-        self.writable[COMMAND] |= COMMAND_IO;
+        self.writable[COMMAND] |= IO_SPACE.to_le_bytes()[0];
     }
 
     /// Appends a capability and returns its offset. `body` is what follows id and
@@ -168,7 +152,7 @@ impl ConfigSpace {
         self.put(offset, &[id, 0]);
         self.put(offset + 2, body);
         self.allow(offset + 2, writable);
-        self.bytes[STATUS] |= STATUS_CAPABILITIES;
+        self.bytes[STATUS] |= STATUS_LIST;
         self.last_pointer = offset + 1;
         self.next_capability = (offset + 2 + body.len()).next_multiple_of(4);
         offset
@@ -193,12 +177,12 @@ impl ConfigSpace {
     /// Where BAR 0 answers: nowhere while memory space is disabled.
     #[must_use]
     pub fn bar(&self) -> Option<u64> {
-        if self.bytes[COMMAND] & COMMAND_MEMORY == 0 {
+        if self.u16_at(COMMAND) & MEMORY_SPACE == 0 {
             return None;
         }
         let mut bar = [0; 8];
         self.read(BAR0, &mut bar);
-        Some(u64::from_le_bytes(bar) & !BAR_FLAGS)
+        Some(u64::from_le_bytes(bar) & !MEMORY_BITS)
     }
 
     /// All of it, for a guest that reads without asking us.

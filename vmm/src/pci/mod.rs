@@ -38,6 +38,7 @@ use crate::vm::{Vm, VmError};
 pub mod config;
 pub mod msix;
 pub mod placement;
+pub(crate) mod registers;
 pub mod root_port;
 pub mod slot;
 
@@ -565,7 +566,7 @@ mod tests {
             number
         };
         assert_eq!([add(), add(), add()], [1, 2, 3]);
-        ecam.write(2 << SLOT_SHIFT | config::COMMAND as u64, &[2, 0]);
+        ecam.write(2 << SLOT_SHIFT | registers::COMMAND as u64, &[2, 0]);
         let window = Window {
             root: root.clone(),
             start: layout::WINDOW32_START,
@@ -606,7 +607,7 @@ mod tests {
             let bar = PciRoot::bar_address(number);
             let device = VirtioPci::new(&vm, Box::new(Rng::new()), bar).unwrap();
             root.insert(number, device).unwrap();
-            let command = u64::from(number) << SLOT_SHIFT | config::COMMAND as u64;
+            let command = u64::from(number) << SLOT_SHIFT | registers::COMMAND as u64;
             ecam.write(command, &[2, 0]);
             number
         };
@@ -626,7 +627,7 @@ mod tests {
         };
         assert_eq!([status(1), status(2), status(3)], [0, 0, 0xff]);
         assert_eq!(add(), 3);
-        ecam.write(3 << SLOT_SHIFT | config::COMMAND as u64, &[0, 0]);
+        ecam.write(3 << SLOT_SHIFT | registers::COMMAND as u64, &[0, 0]);
         assert_eq!(status(3), 0xff);
         assert!(root.remove(DEVICE_TYPE, 3, false));
         assert_eq!((status(3), add()), (0xff, 4), "it was off");

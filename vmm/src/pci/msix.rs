@@ -25,10 +25,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::ConfigSpace;
+use super::registers::MSIX;
 use crate::vm::{MsiRoute, Vm, VmError};
 
-/// Capability id.
-const CAPABILITY: u8 = 0x11;
 /// Message control, second byte: enable,
 pub const ENABLE: u8 = 1 << 7;
 /// and function mask.
@@ -80,7 +79,7 @@ impl Msix {
         // The low bits of both offsets name the BAR, 0.
         body.extend(table.to_le_bytes());
         body.extend(pending.to_le_bytes());
-        config.add_capability(CAPABILITY, &body, &[0, ENABLE | FUNCTION_MASK]) + 2
+        config.add_capability(MSIX, &body, &[0, ENABLE | FUNCTION_MASK]) + 2
     }
 
     /// The event of a vector; `None` if there is no such vector.

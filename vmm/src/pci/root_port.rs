@@ -14,6 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{BridgeWindow, ConfigSpace};
 use super::placement::Placed;
+use super::registers::EXPRESS;
+use super::registers::express::{
+    DEVICE_CAPABILITIES, DEVICE_CONTROL, FLAGS, LINK_CAPABILITIES, LINK_CAPABILITIES_2,
+    LINK_CONTROL_2, LINK_STATUS, SLOT_CAPABILITIES,
+};
 use super::slot::HotPlug;
 use crate::vm::lines::OF_PCI;
 use crate::vm::{ReadOnlyPage, Vm, VmError};
@@ -24,18 +29,8 @@ const DEVICE: u16 = 0x000c;
 /// PCI-to-PCI bridge.
 const CLASS: [u8; 3] = [0, 4, 6];
 
-/// Capability id, and what follows it up to the second slot register.
-const CAPABILITY: u8 = 0x10;
+/// What follows the PCI Express capability's id up to the second slot register.
 const BODY: usize = 0x3a;
-/// Offsets from the start of the capability (PCI Express base 7.5.3).
-const FLAGS: usize = 0x02;
-const DEVICE_CAPABILITIES: usize = 0x04;
-const DEVICE_CONTROL: usize = 0x08;
-const LINK_CAPABILITIES: usize = 0x0c;
-const LINK_STATUS: usize = 0x12;
-const LINK_CAPABILITIES_2: usize = 0x2c;
-const LINK_CONTROL_2: usize = 0x30;
-const SLOT_CAPABILITIES: usize = 0x14;
 /// Flags, second byte: there is a slot.
 const FLAGS_SLOT: u8 = 1;
 /// Version 2, root port.
@@ -194,7 +189,7 @@ impl Port {
         config.set_window(BridgeWindow::Prefetchable, placed.prefetchable);
         config.set_window(BridgeWindow::Io, placed.io);
         let (body, writable) = express(has_slot);
-        let express = config.add_capability(CAPABILITY, &body, &writable);
+        let express = config.add_capability(EXPRESS, &body, &writable);
         config.put(express + LINK_CAPABILITIES + 3, &[bus]);
         Self {
             config,

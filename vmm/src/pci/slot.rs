@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use super::config::ConfigSpace;
 use super::msix::{ENABLE, Msix};
+use super::registers::{MSI, MSI_64, MSI_ENABLE};
 use crate::virtio::complaints::Complaints;
 use crate::vm::{MsiRoute, Vm};
 
@@ -36,11 +37,6 @@ const LINK_ENABLE: u16 = 1 << 12;
 const PRESENCE_CHANGED: u16 = 1 << 3;
 const PRESENT: u16 = 1 << 6;
 const LINK_CHANGED: u16 = 1 << 8;
-
-/// MSI capability: 64-bit addresses, one vector (PCI Express base 7.7.1).
-const MSI_CAPABILITY: u8 = 0x05;
-const MSI_64: u8 = 1 << 7;
-const MSI_ENABLE: u16 = 1;
 
 /// See the module.
 pub struct HotPlug {
@@ -69,8 +65,9 @@ impl HotPlug {
         // Enable; address, whose low bits are 0; data.
         (writable[0], writable[2]) = (1, 0xfc);
         writable[3..12].fill(0xff);
-        let msi = config.add_capability(MSI_CAPABILITY, &body, &writable) + 2;
-        config.put(msi, &[MSI_64]);
+        let msi = config.add_capability(MSI, &body, &writable) + 2;
+        // Of one vector.
+        config.put(msi, &MSI_64.to_le_bytes());
         Self {
             at,
             msi,
@@ -226,7 +223,7 @@ mod tests {
             return;
         };
         let msi = slot.msi;
-        assert_eq!(config.byte(msi), MSI_64);
+        assert_eq!(u16::from(config.byte(msi)), MSI_64);
         write(
             &mut config,
             &mut slot,
@@ -239,7 +236,7 @@ mod tests {
         slot.notify();
         assert!(slot.vector.event(0).unwrap().unwrap().read().is_err());
         write(&mut config, &mut slot, msi, &[0xff, 0]);
-        assert_eq!(config.byte(msi), MSI_64 | 1, "one vector");
+        assert_eq!(u16::from(config.byte(msi)), MSI_64 | 1, "one vector");
         let mut entry = [0; 16];
         slot.vector.read_table(0, &mut entry);
         assert_eq!(entry[..8], 0xfee0_1000_u64.to_le_bytes());

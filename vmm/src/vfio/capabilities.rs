@@ -7,19 +7,18 @@
 
 use super::config::{Bar, Bytes, CONVENTIONAL_SIZE, SIZE, Source};
 use crate::pci::msix;
+use crate::pci::registers::express::{
+    DEVICE_CAPABILITIES, DEVICE_CAPABILITIES_2, DEVICE_CONTROL, DEVICE_CONTROL_2, FLAGS,
+    LINK_CAPABILITIES, LINK_CONTROL, LINK_STATUS,
+};
+use crate::pci::registers::{
+    CAPABILITIES, EXPRESS, FIRST_CAPABILITY, MSI, MSI_64, MSI_ENABLE, MSIX, VENDOR_SPECIFIC,
+};
 use crate::pci::root_port::Link;
 
-/// The pointer to the first capability, and where the first may be.
-pub const POINTER: usize = 0x34;
-const FIRST: usize = 0x40;
 /// Where extended capabilities begin.
 const EXTENDED: usize = CONVENTIONAL_SIZE;
 
-/// Capability ids.
-const MSI: u8 = 0x05;
-const VENDOR: u8 = 0x09;
-const EXPRESS: u8 = 0x10;
-const MSIX: u8 = 0x11;
 /// Extended capability ids: device serial number, vendor-specific, designated
 /// vendor-specific; none.
 const SERIAL_NUMBER: u16 = 0x03;
@@ -27,10 +26,8 @@ const VENDOR_EXTENDED: u16 = 0x0b;
 const DESIGNATED_VENDOR: u16 = 0x23;
 const HIDDEN: u32 = 0xffff;
 
-/// MSI message control: enable, vectors that are enabled, 64-bit address, per-vector masks.
-pub const MSI_ENABLE: u16 = 1;
+/// MSI message control: vectors that are enabled, per-vector masks.
 const MSI_ENABLED_VECTORS: u16 = 0b111 << 4;
-const MSI_64: u16 = 1 << 7;
 const MSI_MASKS: u16 = 1 << 8;
 const MSI_EXTENDED_DATA: u16 = 0b11 << 9;
 /// MSI-X message control: enable.
@@ -41,15 +38,7 @@ const MSIX_SIZE: u16 = 0x7ff;
 /// has vCPUs.
 pub const MAX_VECTORS: u16 = 256;
 
-/// Offsets in the PCI Express capability (PCI Express base 7.5.3).
-const FLAGS: usize = 0x02;
-const DEVICE_CAPABILITIES: usize = 0x04;
-const DEVICE_CONTROL: usize = 0x08;
-const LINK_CAPABILITIES: usize = 0x0c;
-const LINK_CONTROL: usize = 0x10;
-const LINK_STATUS: usize = 0x12;
-const DEVICE_CAPABILITIES_2: usize = 0x24;
-const DEVICE_CONTROL_2: usize = 0x28;
+/// How long the PCI Express capability is.
 const EXPRESS_END: usize = 0x3c;
 /// Up to the link registers: what version 1 has of an endpoint.
 const EXPRESS_1_END: usize = 0x14;
@@ -120,15 +109,15 @@ pub struct Layout {
 pub fn filter(bytes: &mut Bytes, size: usize, bars: &[Bar]) -> Layout {
     let mut layout = Layout::default();
     let found = conventional(bytes);
-    bytes.source[FIRST..EXTENDED].fill(Source::Device);
-    let mut last_pointer = POINTER;
-    bytes.ours[POINTER] = 0;
+    bytes.source[FIRST_CAPABILITY..EXTENDED].fill(Source::Device);
+    let mut last_pointer = CAPABILITIES;
+    bytes.ours[CAPABILITIES] = 0;
     for (index, at) in found.iter().copied().enumerate() {
         let end = end_of(&found, at, EXTENDED);
         bytes.ours[at + 1] = 0;
         let id = bytes.ours[at];
         let again = found[..index].iter().any(|other| bytes.ours[*other] == id);
-        if again && id != VENDOR || !keep(bytes, at, end, bars, &mut layout) {
+        if again && id != VENDOR_SPECIFIC || !keep(bytes, at, end, bars, &mut layout) {
             bytes.ours[at..end].fill(0);
             bytes.source[at..end].fill(Source::Ours);
             continue;
@@ -145,8 +134,8 @@ pub fn filter(bytes: &mut Bytes, size: usize, bars: &[Bar]) -> Layout {
 /// Offsets of the capabilities, in the order of the list, each once.
 fn conventional(bytes: &Bytes) -> Vec<usize> {
     let mut found = Vec::new();
-    let mut at = usize::from(bytes.ours[POINTER] & !3);
-    while at >= FIRST && !found.contains(&at) {
+    let mut at = usize::from(bytes.ours[CAPABILITIES] & !3);
+    while at >= FIRST_CAPABILITY && !found.contains(&at) {
         found.push(at);
         at = usize::from(bytes.ours[at + 1] & !3);
     }
@@ -165,7 +154,7 @@ fn keep(bytes: &mut Bytes, at: usize, end: usize, bars: &[Bar], layout: &mut Lay
         MSI => keep_msi(bytes, at, end, layout),
         MSIX => keep_msix(bytes, at, end, bars, layout),
         EXPRESS => keep_express(bytes, at, end, layout),
-        VENDOR => {
+        VENDOR_SPECIFIC => {
             let len = usize::from(bytes.ours[at + 2]);
             let end = (at + len).min(end);
             if end > at + 2 {

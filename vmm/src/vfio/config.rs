@@ -20,7 +20,11 @@ use std::io;
 use std::ops::Range;
 
 use super::access::{Access, CONFIG_REGION};
-use super::capabilities::{self, Layout, MSI_ENABLE, MSIX_ENABLE};
+use super::capabilities::{self, Layout, MSIX_ENABLE};
+use crate::pci::registers::{
+    CACHE_LINE, CAPABILITIES, COMMAND, HEADER_TYPE, INTERRUPT_LINE, INTX_DISABLE, IO_SPACE, MASTER,
+    MEMORY_SPACE, MSI_ENABLE, STATUS, STATUS_LIST,
+};
 use crate::pci::root_port::{Link, NO_LINK};
 
 mod bar;
@@ -38,27 +42,17 @@ const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
 pub const BARS: usize = 6;
 
-const COMMAND: usize = 0x04;
-const STATUS: usize = 0x06;
-const CACHE_LINE: usize = 0x0c;
 const LATENCY: usize = 0x0d;
-const HEADER_TYPE: usize = 0x0e;
 const BIST: usize = 0x0f;
 const CIS: usize = 0x28;
-const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 const HEADER_END: usize = 0x40;
 
-/// Command register bits.
-const IO_SPACE: u16 = 1;
-const MEMORY_SPACE: u16 = 1 << 1;
-const MASTER: u16 = 1 << 2;
+/// Command register: answer parity errors, report errors.
 const PARITY: u16 = 1 << 6;
 const SERR: u16 = 1 << 8;
-const INTX_DISABLE: u16 = 1 << 10;
-/// Status register: an INTx is pending; there is a capability list.
+/// Status register: an INTx is pending.
 const STATUS_INTX: u8 = 1 << 3;
-const STATUS_LIST: u8 = 1 << 4;
 /// Interrupt pin of a function that is alone in its slot.
 const INTA: u8 = 1;
 /// Header type: more functions in this slot; what type it is.
@@ -156,7 +150,7 @@ impl GuestConfig {
         }
         let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
-        if bytes.ours[capabilities::POINTER] != 0 {
+        if bytes.ours[CAPABILITIES] != 0 {
             bytes.ours[STATUS] |= STATUS_LIST;
         }
         if has_intx {

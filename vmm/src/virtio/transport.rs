@@ -23,6 +23,7 @@ use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::layout;
 use crate::pci::config::ConfigSpace;
 use crate::pci::msix::Msix;
+use crate::pci::registers::VENDOR_SPECIFIC;
 use crate::vm::{ReadOnlyPage, Vm, VmError};
 
 /// Size of the BAR.
@@ -48,8 +49,7 @@ const FIRST_DEVICE_ID: u16 = 0x1040;
 /// Any revision but 0 says "not transitional".
 const REVISION: u8 = 1;
 
-/// Vendor-specific capability and its types (virtio 1.2, 4.1.4).
-const CAPABILITY: u8 = 9;
+/// Types of vendor-specific capabilities (virtio 1.2, 4.1.4).
 const TYPE_COMMON: u8 = 1;
 const TYPE_NOTIFY: u8 = 2;
 const TYPE_ISR: u8 = 3;
@@ -463,11 +463,11 @@ fn add_capabilities(config: &mut ConfigSpace) -> usize {
         (TYPE_ISR, ISR, 1),
         (TYPE_DEVICE, DEVICE, PAGE),
     ] {
-        config.add_capability(CAPABILITY, &body(kind, offset, length, &[]), &[]);
+        config.add_capability(VENDOR_SPECIFIC, &body(kind, offset, length, &[]), &[]);
     }
     let multiplier = NOTIFY_MULTIPLIER.to_le_bytes();
     config.add_capability(
-        CAPABILITY,
+        VENDOR_SPECIFIC,
         &body(TYPE_NOTIFY, NOTIFY, PAGE, &multiplier),
         &[],
     );
@@ -475,7 +475,7 @@ fn add_capabilities(config: &mut ConfigSpace) -> usize {
     let mut writable: Vec<u8> = writable.into_iter().collect();
     // Length and type stay; the BAR may be written.
     writable.splice(..3, [0, 0, 0xff]);
-    config.add_capability(CAPABILITY, &body(TYPE_PCI, 0, 0, &[0; 4]), &writable)
+    config.add_capability(VENDOR_SPECIFIC, &body(TYPE_PCI, 0, 0, &[0; 4]), &writable)
 }
 
 /// `struct virtio_pci_cap` from `cap_len` on, and what follows it.

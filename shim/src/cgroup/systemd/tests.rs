@@ -11,6 +11,7 @@ mod real;
 
 const UNIT: &str = "cri-containerd-abc.scope";
 const JOB: &str = "/org/freedesktop/systemd1/job/7";
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A scope on a fake bus, its group a plain directory.
 struct Host {
@@ -229,7 +230,7 @@ fn one_that_is_gone_is_ended() {
         "StopUnit" => vec![Answer::Error(NO_SUCH_UNIT, "not loaded")],
         _ => nothing(),
     });
-    host.scope.stop().unwrap();
+    host.scope.stop(PATIENCE).unwrap();
 }
 
 #[test]
@@ -243,7 +244,7 @@ fn without_a_system_bus_systemd_is_asked_directly() {
     assert_eq!(host.bus.members(), ["StartTransientUnit"]);
 
     host.scope.systemd.private = host.root.path().join("nobody");
-    let text = chain(&host.scope.stop().unwrap_err());
+    let text = chain(&host.scope.stop(PATIENCE).unwrap_err());
     assert!(
         text.contains(UNIT) && text.contains("connect to the bus"),
         "{text}"

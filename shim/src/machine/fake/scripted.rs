@@ -206,7 +206,6 @@ impl Agent {
         exit.unwrap().wait_for(Option::is_some).await.unwrap();
     }
 
-    /// Returns once the guest does not hang.
     /// Whether it refuses this time.
     fn refuses(&self) -> bool {
         let less = |refusals: u32| refusals.checked_sub(1);
@@ -215,6 +214,7 @@ impl Agent {
         refused.is_ok()
     }
 
+    /// Returns once the guest does not hang.
     async fn unless_hung(&self) {
         self.unless(&self.hung).await;
     }

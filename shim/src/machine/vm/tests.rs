@@ -319,6 +319,19 @@ async fn shared_directory_is_answered_alike() {
 }
 
 #[tokio::test]
+async fn guest_is_asked_where_it_hangs_as_long_as_there_is_one() {
+    let (machine, mut monitor) = with_stand_in();
+    machine.interrupt().await.unwrap();
+    let (request, _) = monitor.recv::<Request>().unwrap();
+    assert_eq!(request, Request::Interrupt);
+    machine.kill();
+    drop(monitor);
+    machine.stopped().await;
+    let gone = machine.interrupt().await.unwrap_err();
+    assert!(matches!(gone, MachineError::Stopped(Stop::Died)), "{gone}");
+}
+
+#[tokio::test]
 async fn death_resolves_every_wait() {
     let (machine, monitor) = with_stand_in();
     machine.kill();

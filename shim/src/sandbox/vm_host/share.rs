@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::VmHost;
 use crate::cgroup::PodCgroup;
 use crate::error::chain;
-use crate::rundir::Proc;
+use crate::rundir::{DEATH_WAIT, Killed, Proc};
 use crate::sandbox::{Sandbox, SandboxError, blocking};
 use crate::virtiofsd;
 
@@ -57,21 +57,33 @@ impl VmHost {
     }
 
     async fn end_virtiofsd(&self) {
-        let Some(child) = crate::task::lock(&self.parts).virtiofsd.take() else {
-            return;
+        let (child, process) = {
+            let mut parts = crate::task::lock(&self.parts);
+            (parts.virtiofsd.take(), parts.state.virtiofsd)
         };
-        blocking(move || end(child)).await;
-        if let Err(error) = self.record(|parts| parts.state.virtiofsd = None) {
+        let killed = process.map(Proc::kill);
+        // One that is not gone is waited for at the pod's end, too.
+        if blocking(move || end(killed, child)).await
+            && let Err(error) = self.record(|parts| parts.state.virtiofsd = None)
+        {
             warn!(error = chain(&error), "state not written");
         }
     }
 }
 
-/// Ends it, if it has not ended.
-pub(super) fn end(mut child: Child) {
-    if let Err(error) = child.kill().and_then(|()| child.wait()) {
-        warn!(%error, "virtiofsd does not end");
+/// Waits for the end of one that is killed, and reaps it; returns whether it is gone. One that
+/// waits for a file system of the host's may not die.
+pub(super) fn end(killed: Option<Killed>, child: Option<Child>) -> bool {
+    let is_gone = killed.is_none_or(|killed| killed.is_gone_within(DEATH_WAIT));
+    if !is_gone {
+        warn!("virtiofsd is killed and not gone");
     }
+    if let Some(mut child) = child
+        && let Err(error) = child.try_wait()
+    {
+        warn!(%error, "virtiofsd is not reaped");
+    }
+    is_gone
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::statvfs::{FsFlags, statvfs};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
@@ -36,8 +37,25 @@ pub fn overlay(target: &Path, options: &Options) -> Result<(), StorageError> {
             _ => mount_one_by_one(target, flags, &options.data),
         }
     };
-    result.map_err(StorageError::host("mount an overlay on", target))?;
+    result
+        .and_then(|()| check_writable(target, options))
+        .map_err(StorageError::host("mount an overlay on", target))?;
     isolate(target)
+}
+
+/// Linux mounts an overlay for reading only if it cannot make anything in its work directory,
+/// and tells nobody but its log (fs/overlayfs/super.c, `ovl_workdir_create`).
+fn check_writable(target: &Path, options: &Options) -> io::Result<()> {
+    let mut upper = options.data.iter();
+    let upper = upper.find_map(|option| option.strip_prefix("upperdir="));
+    let Some(upper) = upper.filter(|_| !options.flags.contains(MsFlags::MS_RDONLY)) else {
+        return Ok(());
+    };
+    if statvfs(target)?.flags().contains(FsFlags::ST_RDONLY) {
+        let text = format!("{upper} cannot be written: is its disk full?");
+        return Err(io::Error::other(text));
+    }
+    Ok(())
 }
 
 fn mount_with(target: &Path, flags: MsFlags, data: &str) -> Result<(), Errno> {

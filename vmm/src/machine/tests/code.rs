@@ -22,6 +22,8 @@ pub const LARGE_PAGE: u32 = 2 << 20;
 pub const HIGH: u32 = GUEST_SIZE;
 
 pub const VECTOR: u32 = 0x41;
+/// Vector of non-maskable interrupts.
+const NMI: u32 = 2;
 pub const APIC_SPURIOUS: u64 = 0xf0;
 
 /// Where a guest with interrupts has its descriptor tables, what tells the processor of them,
@@ -162,12 +164,30 @@ impl Code {
             .fold(Self(Vec::new()), |code, (address, value)| {
                 code.store(*address, *value)
             });
+        let handler = handler.store(APIC_END.into(), 0);
+        self.handle(VECTOR, handler)
+            .store(u64::from(layout::LAPIC) + APIC_SPURIOUS, 0x1ff)
+            .redirect(0x11 + 2 * line, 0)
+            .redirect(0x10 + 2 * line, VECTOR | LEVEL)
+            .bytes(&[0xfb], &[])
+    }
+
+    /// With a handler of non-maskable interrupts, which stores what a port says behind
+    /// [`COUNT`] and adds one to that.
+    pub fn take_nmi(self, port: u8) -> Self {
+        let reason = u32::try_from(COUNT + 4).unwrap();
+        // xor eax, eax; in al, port; mov [reason], eax
+        let handler = Self(vec![0x31, 0xc0, 0xe4, port]).bytes(&[0xa3], &[reason]);
+        self.handle(NMI, handler)
+    }
+
+    /// With a handler of a vector, which counts at [`COUNT`] when it is done.
+    fn handle(self, vector: u32, handler: Self) -> Self {
         // inc dword [COUNT]; sti; ret 8, over the saved segment and flags. Not iret, which KVM does not
         // know where it emulates all of a guest.
         let count = u32::try_from(COUNT).unwrap();
         let handler = handler
             .bytes(&[0xff, 0x05], &[count])
-            .store(APIC_END.into(), 0)
             .bytes(&[0xfb, 0xc2, 8, 0], &[]);
         let words = handler.0.chunks(4).map(|chunk| {
             let mut word = [0x90; 4];
@@ -175,7 +195,7 @@ impl Code {
             u32::from_le_bytes(word)
         });
         let (gdt, idt, tables) = (u64::from(GDT), u64::from(IDT), u64::from(TABLES));
-        let gate = idt + u64::from(VECTOR) * 8;
+        let gate = idt + u64::from(vector) * 8;
         let code = (u64::from(HANDLER)..)
             .step_by(4)
             .zip(words)
@@ -195,10 +215,6 @@ impl Code {
             .bytes(&[0x0f, 0x01, 0x15], &[TABLES])
             .bytes(&[0x0f, 0x01, 0x1d], &[TABLES + 8])
             .bytes(&[0xbc], &[STACK])
-            .store(u64::from(layout::LAPIC) + APIC_SPURIOUS, 0x1ff)
-            .redirect(0x11 + 2 * line, 0)
-            .redirect(0x10 + 2 * line, VECTOR | LEVEL)
-            .bytes(&[0xfb], &[])
     }
 
     /// Writes a register of the I/O APIC.

@@ -3,11 +3,11 @@
 use super::{BARS, ConfigError, SIZE};
 use crate::pci::config::BridgeWindow;
 use crate::pci::placement::BarRequest;
+use crate::pci::registers::{BAR0, MEMORY_BITS, WIDE};
 
 /// The expansion ROM's place after the BARs, as VFIO counts.
 pub const ROM_INDEX: usize = 6;
-/// Offsets of the registers.
-const BAR0: usize = 0x10;
+/// Its register.
 pub(super) const ROM: usize = 0x30;
 /// Its register cannot ask for fewer bytes, and may not ask for more.
 const ROM_MIN: u64 = 0x800;
@@ -15,11 +15,9 @@ const ROM_MAX: u64 = 16 << 20;
 
 /// Bits of a BAR that are no address: it is I/O ports; it is 64 bits wide; reads have no side effects.
 const IO: u8 = 1;
-const WIDE: u8 = 0b100;
 const TYPE: u8 = 0b110;
 const PREFETCHABLE: u8 = 0b1000;
 const IO_BITS: u64 = 0b11;
-const MEMORY_BITS: u64 = 0b1111;
 const ROM_BITS: u64 = 0x7ff;
 
 /// A BAR, or the expansion ROM.

@@ -3,7 +3,7 @@ use std::sync::atomic::AtomicUsize;
 use crate::vm::test_vm;
 
 use super::*;
-use crate::pci::config::{BAR0, COMMAND};
+use crate::pci::registers::{BAR0, COMMAND};
 use crate::virtio::{VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1};
 
 const BAR: u64 = layout::WINDOW32_START;

@@ -9,7 +9,6 @@ use crate::cgroup::tests::Process;
 
 /// Where distributions have it.
 const PROGRAMS: [&str; 2] = ["/usr/lib/systemd/systemd", "/lib/systemd/systemd"];
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How often its end is looked for meanwhile.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -157,9 +156,9 @@ fn a_real_systemd_does_what_it_is_asked() {
     let error = populated.start(other.pid(), &limits()).unwrap_err();
     assert!(matches!(error, CgroupError::Exists(_)), "{error}");
 
-    scope.stop().unwrap();
+    scope.stop(PATIENCE).unwrap();
     assert!(!shim.0.wait().unwrap().success(), "it was in it");
-    scope.stop().unwrap();
+    scope.stop(PATIENCE).unwrap();
     scope.start(other.pid(), &limits()).unwrap();
     assert_eq!(other.group(), group);
 }
