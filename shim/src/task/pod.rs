@@ -508,7 +508,7 @@ impl Pod {
     pub async fn abandoned(&self) {
         tokio::time::sleep(FIRST_TIMEOUT).await;
         if self.was_used.load(Ordering::Relaxed) {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
