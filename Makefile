@@ -88,7 +88,9 @@ install-wire = cargo build --release --locked -p nacre-wire && \
 # Their lines begin with the lab's name. E2E='name' runs the tests that match, LABS=pods
 # those of one lab. LAB=host runs them on this host but for the lab's own and its devices',
 # see tests/lab/README.md.
+# LABS_AT_ONCE=5 is for machines with more processors.
 LABS := containers pods devices more itself
+LABS_AT_ONCE := 2
 
 e2e: stage-boot driver-images
 	@$(call install-tests,-p nacre-vmm --lib,nacre-vmm-tests)
@@ -101,7 +103,7 @@ ifeq ($(LAB),host)
 	@$(IN_LAB) run $(STAGE) -- bash -c "$$(cat tests/e2e.sh)" e2e all $(E2E)
 else
 	@rm -rf target/e2e && mkdir target/e2e
-	@code=0; $(MAKE) --no-print-directory -k -j2 $(LABS:%=lab-%) || code=$$?; \
+	@code=0; $(MAKE) --no-print-directory -k -j$(LABS_AT_ONCE) $(LABS:%=lab-%) || code=$$?; \
 	  grep -h '^test .* FAILED$$' target/e2e/* || true; \
 	  awk '/^test result:/ {passed += $$4; failed += $$6} END {print passed + 0 " passed, " failed + 0 " failed"}' \
 	    target/e2e/*; exit $$code
