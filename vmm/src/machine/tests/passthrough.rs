@@ -34,6 +34,8 @@ const BUFFER: u32 = 0x4_0000;
 /// Within the guest's memory, whose size is this.
 const INSIDE: u32 = 0x20_0000;
 const RESULT: u32 = 0x21_0000;
+/// How often a device that comes and goes has served its guest.
+const SERVED: u32 = RESULT + 4;
 
 /// Its MSI capability, and the register that raises its interrupt.
 const MSI: u64 = 0x40;
@@ -546,7 +548,10 @@ fn hot_plugged(times: u32) -> Vec<u8> {
             .expect(BAR, 0x0100_00ed)
             .store(INSIDE.into(), 0xcafe_babe)
             .dma(INSIDE, BUFFER, 0)
-            .dma(BUFFER, RESULT + 4 * round, TO_MEMORY)
+            .dma(BUFFER, RESULT, TO_MEMORY)
+            .expect(RESULT.into(), 0xcafe_babe)
+            .store(RESULT.into(), 0)
+            .store(SERVED.into(), round + 1)
             .wait_clear(SLOT, PRESENT)
             .store(SLOT, LISTEN | 0x0108 << 16)
             .expect(CONFIG, u32::MAX)
@@ -563,12 +568,13 @@ fn done(running: &Running, job: Job) -> Result<u64, String> {
     told.recv_timeout(Duration::from_secs(20)).unwrap()
 }
 
-/// Until the guest has had its device write there.
-fn wait_for_dma(running: &Running, address: u32) {
+/// Until a device has served the guest so many times, which looks no more then whether it is
+/// done: of one that is gone it would never hear.
+fn wait_until_served(running: &Running, times: u32) {
     let deadline = Instant::now() + Duration::from_secs(20);
-    let address = GuestAddress(address.into());
-    while running.memory().read_obj::<u32>(address).unwrap() != 0xcafe_babe {
-        assert!(Instant::now() < deadline, "no DMA at {address:?}");
+    let address = GuestAddress(SERVED.into());
+    while running.memory().read_obj::<u32>(address).unwrap() != times {
+        assert!(Instant::now() < deadline, "not served {times} times");
         std::thread::yield_now();
     }
 }
@@ -585,7 +591,7 @@ fn device_comes_to_a_running_guest_and_goes_twice() {
         let device = DeviceNodes::of(&address).unwrap();
         let opened = open::by_groups(Path::new("/dev"), &[device]).unwrap();
         assert_eq!(done(&running, Job::Plug(vec![0], opened)), Ok(1));
-        wait_for_dma(&running, RESULT + 4 * round);
+        wait_until_served(&running, round + 1);
         assert_eq!(done(&running, Job::Unplug(vec![0])), Ok(1));
     }
     mock::wait_for(running.stop_handle().event());
