@@ -1,5 +1,6 @@
 //! kubelet's pod resources API, played: what devices it has given to the containers of a pod
-//! (k8s.io/kubelet/pkg/apis/podresources/v1, `api.proto`).
+//! (k8s.io/kubelet/pkg/apis/podresources/v1, `api.proto`). Its messages are not the shim's,
+//! whose mistakes it would share.
 
 use std::path::{Path, PathBuf};
 

@@ -83,6 +83,8 @@ impl Step {
             Self::Delete => {
                 "until pid=$(pidof sleep); do sleep 0.05; done
                  nsenter -F -t $pid -p sh -c 'sleep 7200 & echo $! >/child; kill -STOP $$' &
+                 until grep '^State:.T' /proc/$!/status; do sleep 0.05; done
+                 say held
                  until grep '^State:.Z' /proc/$(cat /child)/status; do sleep 0.05; done"
             }
         }
@@ -163,13 +165,16 @@ fn reach(scene: &mut Scene, step: Step) -> (String, Log, Child) {
     let (id, command) = scene.command(BUSYBOX, &options, &["sleep", "3600"]);
     let client = spawn(command);
     process_of(&id, "monitor");
-    let log = Log::follow(&id);
+    let mut log = Log::follow(&id);
     let next = match step {
         Step::Create | Step::Start => return (id, log, client),
         Step::Exec => scene.exec_command(&id, &[], &["sleep", "3600"]),
         Step::Delete => CONTAINERD_2.command(&["task", "rm", "-f", &id]),
     };
     Said::from(client.wait_with_output().unwrap()).exits(0);
+    if step == Step::Delete {
+        log.says("held");
+    }
     (id, log, spawn(next))
 }
 
