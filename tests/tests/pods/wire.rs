@@ -6,20 +6,46 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::run;
 
 const MANY: u64 = 64 << 20;
 const MORE: u64 = 1 << 30;
-/// Time for a transfer of so many.
+/// Time for a transfer of so many in the lab.
 const LONG: Duration = Duration::from_secs(900);
 /// The lab's bridge; and where the servers listen.
 const HOST: &str = "10.88.0.1:7100";
 const PORT: u16 = 7100;
 /// That of the lab's pods.
 const MTU: u64 = 1500;
+
+/// Least segments of a packet that is cut for the wire. An emulated machine's round trip takes
+/// milliseconds, of which Linux concludes that the way is slow, and that small packets do
+/// (`tcp_tso_autosize` in `net/ipv4/tcp_output.c`): each costs such a machine as much as a large one.
+const SEGMENTS: (&str, &str) = ("net.ipv4.tcp_min_tso_segs", "40");
+
+/// That for what the host sends, until it is dropped.
+struct HostSegments {
+    file: PathBuf,
+    before: String,
+}
+
+impl HostSegments {
+    fn new() -> Self {
+        let file = Path::new("/proc/sys").join(SEGMENTS.0.replace('.', "/"));
+        let before = fs::read_to_string(&file).unwrap();
+        fs::write(&file, SEGMENTS.1).unwrap();
+        Self { file, before }
+    }
+}
+
+impl Drop for HostSegments {
+    fn drop(&mut self) {
+        fs::write(&self.file, &self.before).unwrap();
+    }
+}
 
 /// A server on the host, until it is dropped.
 struct HostServer(Child);
@@ -77,7 +103,7 @@ fn wire(arguments: &[&str]) -> Vec<String> {
 
 impl<'s> Peer<'s> {
     fn start(scene: &'s PodScene, program: &Path, name: &str) -> Self {
-        let pod = scene.pod(name).run();
+        let pod = scene.pod(name).sysctl(SEGMENTS.0, SEGMENTS.1).run();
         let serve = wire(&["serve", &format!("0.0.0.0:{PORT}")]);
         let serve: Vec<&str> = serve.iter().map(String::as_str).collect();
         let wire = pod.container("wire", &serve).mount(program, "/wire");
@@ -93,11 +119,10 @@ impl<'s> Peer<'s> {
     fn sends(&self, protocol: &str, to: &str, bytes: u64) {
         let send = wire(&[protocol, to, &bytes.to_string()]);
         let send: Vec<&str> = send.iter().map(String::as_str).collect();
-        println!(
-            "from {}: {}",
-            self.pod.id,
-            self.wire.exec(&send).exits(0).stdout
-        );
+        let begin = Instant::now();
+        let sent = self.wire.exec(&send).exits(0).stdout;
+        let took = begin.elapsed();
+        println!("from {} in {took:.1?}: {sent}", self.pod.id);
     }
 
     /// Bytes and packets that went to the pod's interface, and those that came from it.
@@ -147,21 +172,14 @@ const TO: usize = 0;
 const FROM: usize = 1;
 
 fn host_sends(protocol: &str, to: &str, bytes: u64) {
+    let begin = Instant::now();
     let sent = run("nacre-wire", &[protocol, to, &bytes.to_string()]);
-    println!("from the host: {}", sent.exits(0).stdout);
-}
-
-/// With enough time for a transfer.
-fn scene_for(bytes: u64) -> PodScene {
-    if bytes > MANY {
-        PodScene::within(LONG)
-    } else {
-        PodScene::new()
-    }
+    let sent = sent.exits(0).stdout;
+    println!("from the host in {:.1?}: {sent}", begin.elapsed());
 }
 
 fn tcp_between_pods(bytes: u64) {
-    let scene = scene_for(bytes);
+    let scene = PodScene::within(LONG);
     let program = program(&scene);
     let [one, other] = ["one", "other"].map(|name| Peer::start(&scene, &program, name));
     one.is_offloaded(FROM, || one.sends("tcp", &other.address(), bytes));
@@ -169,15 +187,16 @@ fn tcp_between_pods(bytes: u64) {
 }
 
 fn tcp_between_pod_and_host(bytes: u64) {
-    let scene = scene_for(bytes);
+    let scene = PodScene::within(LONG);
     let pod = Peer::start(&scene, &program(&scene), "pod");
     let _host = HostServer::start();
+    let _segments = HostSegments::new();
     pod.is_offloaded(FROM, || pod.sends("tcp", HOST, bytes));
     pod.is_offloaded(TO, || host_sends("tcp", &pod.address(), bytes));
 }
 
 fn udp_between_pods(bytes: u64) {
-    let scene = scene_for(bytes);
+    let scene = PodScene::within(LONG);
     let program = program(&scene);
     let [one, other] = ["one", "other"].map(|name| Peer::start(&scene, &program, name));
     one.leaves_checksums();
@@ -186,7 +205,7 @@ fn udp_between_pods(bytes: u64) {
 }
 
 fn udp_between_pod_and_host(bytes: u64) {
-    let scene = scene_for(bytes);
+    let scene = PodScene::within(LONG);
     let pod = Peer::start(&scene, &program(&scene), "pod");
     let _host = HostServer::start();
     pod.leaves_checksums();
