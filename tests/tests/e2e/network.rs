@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
 use std::sync::Arc;
 
-use nacre_tests::{PATIENCE, Scene, eventually, md5, run};
+use nacre_tests::{HostSegments, PATIENCE, SEGMENTS, Scene, eventually, md5, run};
 
 const BULK: usize = 64 << 20;
 /// Addresses of the bridge (tests/lab, `10-lab.conflist`).
@@ -98,11 +98,16 @@ fn bridge_answers_ping() {
     }
 }
 
-/// Serves 64 MiB of the pod's at port 80: their checksum.
-fn serve_bulk(scene: &Scene, id: &str) -> String {
-    let script = "cd /dev/shm && dd if=/dev/urandom of=bulk bs=1M count=64 2>/dev/null \
-        && httpd -h . && md5sum <bulk";
-    scene.exec(id, &[], &["sh", "-c", script]).exits(0).stdout
+/// A pod that serves 64 MiB at port 80, and their checksum. It may set sysctls.
+fn serve_bulk(scene: &mut Scene) -> (String, String) {
+    let id = scene.start_sleeper(&["--cni", "--privileged"]);
+    let (name, value) = SEGMENTS;
+    let script = format!(
+        "sysctl -w {name}={value} >/dev/null && cd /dev/shm \
+         && dd if=/dev/urandom of=bulk bs=1M count=64 2>/dev/null && httpd -h . && md5sum <bulk"
+    );
+    let sum = scene.exec(&id, &[], &["sh", "-c", &script]).exits(0).stdout;
+    (id, sum)
 }
 
 /// A container gets what is at `address`: its checksum as `md5sum` says it.
@@ -134,8 +139,7 @@ fn answer_once(listener: &TcpListener, bytes: &[u8]) {
 #[test]
 fn sixty_four_mebibytes_between_container_and_host() {
     let mut scene = Scene::new();
-    let id = start_pod(&mut scene);
-    let sum = serve_bulk(&scene, &id);
+    let (id, sum) = serve_bulk(&mut scene);
     for address in addresses(&scene, &id) {
         let mut stream = TcpStream::connect_timeout(&socket(&address, 80), PATIENCE).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -146,6 +150,7 @@ fn sixty_four_mebibytes_between_container_and_host() {
         assert_eq!(md5(&received[body..]), sum, "to the host over {address}");
     }
     let expected = Arc::new(bulk());
+    let _segments = HostSegments::set();
     for address in BRIDGE {
         let listener = TcpListener::bind((address, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -160,8 +165,8 @@ fn sixty_four_mebibytes_between_container_and_host() {
 #[test]
 fn sixty_four_mebibytes_between_pods() {
     let mut scene = Scene::new();
-    let (server, client) = (start_pod(&mut scene), start_pod(&mut scene));
-    let sum = serve_bulk(&scene, &server);
+    let (server, sum) = serve_bulk(&mut scene);
+    let client = start_pod(&mut scene);
     for address in addresses(&scene, &server) {
         let said = fetch(&scene, &client, socket(&address, 80));
         assert_eq!(said, sum, "over {address}");

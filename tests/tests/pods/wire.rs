@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nacre_tests::pods::{Pod, PodContainer, PodScene};
-use nacre_tests::run;
+use nacre_tests::{HostSegments, SEGMENTS, run};
 
 const MANY: u64 = 64 << 20;
 const MORE: u64 = 1 << 30;
@@ -20,32 +20,6 @@ const HOST: &str = "10.88.0.1:7100";
 const PORT: u16 = 7100;
 /// That of the lab's pods.
 const MTU: u64 = 1500;
-
-/// Least segments of a packet that is cut for the wire. An emulated machine's round trip takes
-/// milliseconds, of which Linux concludes that the way is slow, and that small packets do
-/// (`tcp_tso_autosize` in `net/ipv4/tcp_output.c`): each costs such a machine as much as a large one.
-const SEGMENTS: (&str, &str) = ("net.ipv4.tcp_min_tso_segs", "40");
-
-/// That for what the host sends, until it is dropped.
-struct HostSegments {
-    file: PathBuf,
-    before: String,
-}
-
-impl HostSegments {
-    fn new() -> Self {
-        let file = Path::new("/proc/sys").join(SEGMENTS.0.replace('.', "/"));
-        let before = fs::read_to_string(&file).unwrap();
-        fs::write(&file, SEGMENTS.1).unwrap();
-        Self { file, before }
-    }
-}
-
-impl Drop for HostSegments {
-    fn drop(&mut self) {
-        fs::write(&self.file, &self.before).unwrap();
-    }
-}
 
 /// A server on the host, until it is dropped.
 struct HostServer(Child);
@@ -190,7 +164,7 @@ fn tcp_between_pod_and_host(bytes: u64) {
     let scene = PodScene::within(LONG);
     let pod = Peer::start(&scene, &program(&scene), "pod");
     let _host = HostServer::start();
-    let _segments = HostSegments::new();
+    let _segments = HostSegments::set();
     pod.is_offloaded(FROM, || pod.sends("tcp", HOST, bytes));
     pod.is_offloaded(TO, || host_sends("tcp", &pod.address(), bytes));
 }
@@ -226,25 +200,25 @@ fn udp_carries_64_mebibytes_each_way() {
 }
 
 #[test]
-#[ignore = "minutes long in the lab: make long"]
+#[ignore = "a gibibyte takes an emulated processor five minutes each way: make long"]
 fn tcp_carries_a_gibibyte_each_way_between_pods() {
     tcp_between_pods(MORE);
 }
 
 #[test]
-#[ignore = "minutes long in the lab: make long"]
+#[ignore = "a gibibyte takes an emulated processor five minutes each way: make long"]
 fn tcp_carries_a_gibibyte_each_way_between_pod_and_host() {
     tcp_between_pod_and_host(MORE);
 }
 
 #[test]
-#[ignore = "minutes long in the lab: make long"]
+#[ignore = "a gibibyte takes an emulated processor five minutes each way: make long"]
 fn udp_carries_a_gibibyte_each_way_between_pods() {
     udp_between_pods(MORE);
 }
 
 #[test]
-#[ignore = "minutes long in the lab: make long"]
+#[ignore = "a gibibyte takes an emulated processor five minutes each way: make long"]
 fn udp_carries_a_gibibyte_each_way_between_pod_and_host() {
     udp_between_pod_and_host(MORE);
 }
