@@ -2,9 +2,14 @@
 //! within which all know.
 
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::{ctr, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{PATIENCE, Said, ctr, eventually};
 
 /// Starts a client that has no input; what it says is kept for it.
 pub fn spawn(mut command: Command) -> Child {
@@ -12,6 +17,24 @@ pub fn spawn(mut command: Command) -> Child {
     let heard = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = heard.spawn();
     child.unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// What a client said that returns; it has [`PATIENCE`] for that.
+///
+/// # Panics
+///
+/// When it does not, with what it said.
+#[must_use]
+pub fn returned(client: Child) -> Said {
+    let pid = Pid::from_raw(client.id().cast_signed());
+    let (send, said) = channel();
+    let waiting = thread::spawn(move || send.send(client.wait_with_output()));
+    let output = said.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+        kill(pid, Signal::SIGKILL).expect("a child may be killed");
+        panic!("not returned after {PATIENCE:?}: {:#?}", said.recv());
+    });
+    waiting.join().expect("it ends").expect("this reads it");
+    Said::from(output.expect("the child is ours"))
 }
 
 /// The pid of a process of a pod, by its name in the pod's state, as soon as there is one.

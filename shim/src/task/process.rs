@@ -157,7 +157,7 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// `Finished` when the process has exited, else `WrongPhase`.
+    /// `WrongPhase`.
     pub fn advance(
         &self,
         action: &'static str,

@@ -3,14 +3,16 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Said, Scene, eventually, five_seconds, process_of, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Scene, eventually, five_seconds, process_of, returned, run,
+    spawn,
 };
 
-use crate::host::{pid_of, status_of};
+use crate::host::{Events, pid_of, status_of};
 
 /// What a client of a container that was lost exits with.
 pub const LOST: i32 = 137;
@@ -44,7 +46,7 @@ impl Pod {
     /// container.
     fn ends(mut self, since: Instant) {
         for client in std::mem::take(&mut self.clients) {
-            Said::from(client.wait_with_output().unwrap()).exits(LOST);
+            returned(client).exits(LOST);
         }
         in_time(since, "clients returned");
         self.scene.await_status(&self.id, "STOPPED");
@@ -89,20 +91,34 @@ fn of_the_file_server() {
     pod.ends(Instant::now());
 }
 
-/// Nobody is left to answer: containerd forgets the task, and runs `delete`.
+/// Nobody is left to answer: containerd forgets the task, and runs `delete`, which says how
+/// the container ended.
 #[test]
 fn of_the_shim() {
-    let mut pod = Pod::start(&[]);
-    kill(&status_of(&pid_of(&pod.scene, &pod.id))["PPid"]);
+    let Pod { scene, id, clients } = Pod::start(&[]);
+    let events = Events::listen(&scene);
+    kill(&status_of(&pid_of(&scene, &id))["PPid"]);
     let since = Instant::now();
-    for client in &mut pod.clients {
-        assert_ne!(client.wait().unwrap().code(), Some(0));
+    for client in clients {
+        assert_ne!(returned(client).code, Some(0));
     }
-    let Pod { scene, id, .. } = pod;
     eventually("containerd has noticed", || {
         scene.status(&id).is_none_or(|status| status == "STOPPED")
     });
     in_time(since, "containerd noticed");
+    let cgroup = Path::new("/sys/fs/cgroup/default").join(&id);
+    eventually("the pod is gone", || !cgroup.exists());
+    in_time(since, "the pod was gone");
+    let mut told = Vec::new();
+    while told.last().is_none_or(|(topic, _)| topic != "/tasks/exit") {
+        told.push(
+            events
+                .next_of(&id)
+                .unwrap_or_else(|| panic!("only {told:#?}")),
+        );
+    }
+    let (_, exit) = &told[told.len() - 1];
+    assert!(exit.contains("\"exit_status\":137"), "{told:#?}");
 }
 
 /// Moments after a process is there: the steps of a start lie between them.
@@ -112,7 +128,7 @@ pub const MOMENTS_MS: [u64; 3] = [0, 300, 1500];
 /// client had its answer before is a matter of the moment.
 pub fn returns(scene: &Scene, id: &str, client: Child, what: &str) -> Option<i32> {
     let since = Instant::now();
-    let said = Said::from(client.wait_with_output().unwrap());
+    let said = returned(client);
     eventually("containerd has noticed", || {
         scene.status(id).is_none_or(|status| status == "STOPPED")
     });

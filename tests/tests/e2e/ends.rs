@@ -11,7 +11,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, KILL_AGENT, Said, Scene, eventually, process_of, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, KILL_AGENT, Said, Scene, eventually, process_of, returned, run,
+    spawn,
 };
 
 use crate::boot::initramfs;
@@ -169,7 +170,7 @@ fn reach(scene: &mut Scene, step: Step) -> (String, Log, Child) {
         Step::Exec => scene.exec_command(&id, &[], &["sleep", "3600"]),
         Step::Delete => CONTAINERD_2.command(&["task", "rm", "-f", &id]),
     };
-    Said::from(client.wait_with_output().unwrap()).exits(0);
+    returned(client).exits(0);
     if step == Step::Delete {
         // The process that holds it is its guest's, of which only the container shows anything.
         let held = "until [ $(pidof sleep | wc -w) = 2 ]; do sleep 0.05; done";
@@ -202,7 +203,7 @@ fn ends(step: Step, way: &Way) {
     let mut scene = Scene::new();
     let (id, mut log, client) = reach(&mut scene, step);
     let since = log.says(way.logged);
-    let said = Said::from(client.wait_with_output().unwrap());
+    let said = returned(client);
     println!("{said:?}");
     in_time(since, "the client returned");
     is_told(step, way, said);

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, CONFIG, Changed, Said, Scene, five_seconds, process_of, run, spawn};
+use nacre_tests::{
+    BUSYBOX, CONFIG, Changed, Said, Scene, five_seconds, process_of, returned, run, spawn,
+};
 use serde_json::json;
 
 use crate::boot::initramfs;
@@ -38,7 +40,7 @@ fn guest_whose_agent_does_not_come() {
     let client = spawn(command);
     process_of(&id, "monitor");
     let mut log = Log::follow(&id);
-    let said = Said::from(client.wait_with_output().unwrap()).exits(1);
+    let said = returned(client).exits(1);
     let took = begin.elapsed();
     let complaint = format!("the guest's agent did not answer within {SECONDS} s of the start");
     said.complains(&[&complaint]);

@@ -43,20 +43,24 @@ impl Events {
         }
     }
 
+    /// A container's next task event: its topic, and all that is told of it.
+    pub fn next_of(&self, id: &str) -> Option<(String, String)> {
+        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
+            let mut words = line.split_whitespace();
+            let topic = words.find(|word| word.starts_with("/tasks/"));
+            if let Some(topic) = topic.filter(|_| line.contains(id)) {
+                return Some((topic.to_owned(), line));
+            }
+        }
+        None
+    }
+
     /// The topics of a container's next task events.
     pub fn topics(&self, id: &str, count: usize) -> Vec<String> {
         let mut topics = Vec::new();
         while topics.len() < count {
-            let line = self
-                .lines
-                .recv_timeout(PATIENCE)
-                .unwrap_or_else(|_| panic!("only {topics:?}"));
-            if line.contains("/tasks/") && line.contains(id) {
-                let topic = line
-                    .split_whitespace()
-                    .find(|word| word.starts_with("/tasks/"));
-                topics.push(topic.unwrap().to_owned());
-            }
+            let next = self.next_of(id);
+            topics.push(next.unwrap_or_else(|| panic!("only {topics:?}")).0);
         }
         topics
     }

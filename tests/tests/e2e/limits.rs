@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
-use nacre_tests::{Changed, HugePages, Scene, Shim, eventually, run};
+use nacre_tests::{Changed, HugePages, Scene, Shim, eventually, process_of, run};
 use serde_json::json;
 
 use crate::host::{Events, pid_of, status_of};
@@ -180,6 +180,7 @@ fn the_kernel_prefers_the_machine_to_the_shim() {
         let shim = oom_score_adj(&status_of(&monitor)["PPid"]);
         let expected = wanted.unwrap_or(i32::MIN).max(shim + 100);
         assert_eq!(oom_score_adj(&monitor), expected);
+        assert_eq!(oom_score_adj(&process_of(&id, "virtiofsd")), expected);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use nacre_tests::{BUSYBOX, Changed, Said, Sample, Scene, Shim, eventually};
+use nacre_tests::{BUSYBOX, Changed, Sample, Scene, Shim, eventually, returned};
 
 /// What they leave shows at once where it is counted one by one (mounts, interfaces, cgroups),
 /// and in descriptors and processes if each leaves one. Memory that grows shows over the many pods
@@ -42,7 +42,7 @@ fn twenty_machines() {
         })
         .collect();
     for (number, client) in (0..).zip(clients) {
-        let said = Said::from(client.wait_with_output().unwrap());
+        let said = returned(client);
         said.exits(number).prints(&format!("{number}\n"));
     }
     println!("all ended after {:.1?}", start.elapsed());

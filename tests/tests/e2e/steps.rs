@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Said, Scene, Shim, eventually, process_of, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Scene, Shim, eventually, process_of, returned, run, spawn,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -73,7 +73,7 @@ fn of_the_file_server_as_soon_as_execs_run() {
     nix::sys::signal::kill(Pid::from_raw(server), Signal::SIGKILL).unwrap();
     let since = Instant::now();
     for client in clients {
-        Said::from(client.wait_with_output().unwrap()).exits(LOST);
+        returned(client).exits(LOST);
     }
     in_time(since, "clients returned");
 }
@@ -116,7 +116,7 @@ fn of_containerd_while_a_container_starts() {
     let client = spawn(command);
     process_of(&id, "monitor");
     Killed::now().restart();
-    let said = Said::from(client.wait_with_output().unwrap());
+    let said = returned(client);
     let status = scene.status(&id);
     println!("{said:?}, {status:?}");
     if status.is_some() {
@@ -145,7 +145,7 @@ fn of_containerd_while_an_exec_starts_and_while_a_container_is_deleted() {
     // Started or not.
     eventually("there is an exec", || shim.state("cut").is_ok());
     Killed::now().restart();
-    let said = Said::from(client.wait_with_output().unwrap());
+    let said = returned(client);
     assert_ne!(said.code, Some(0), "{said:?}");
     assert_eq!(scene.status(&id).as_deref(), Some("RUNNING"));
     let said = scene.exec(&id, &[], &["sh", "-c", "echo hi; exit 3"]);
@@ -157,7 +157,7 @@ fn of_containerd_while_an_exec_starts_and_while_a_container_is_deleted() {
     // The rest is containerd's.
     eventually("the shim has deleted it", || shim.state("").is_err());
     Killed::now().restart();
-    println!("{:?}", Said::from(client.wait_with_output().unwrap()));
+    println!("{:?}", returned(client));
     if scene.status(&id).is_some() {
         scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     }
