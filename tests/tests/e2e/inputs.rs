@@ -87,18 +87,6 @@ fn paths_of_any_characters() {
 }
 
 #[test]
-fn unknown_fields_are_ignored() {
-    let mut scene = Scene::new();
-    let said = scene.run_spec(|spec| {
-        spec["ofTheFuture"] = json!({"a": [1, 2]});
-        spec["linux"]["ofTheFuture"] = json!(true);
-        spec["process"]["ofTheFuture"] = json!("x");
-        with_script(spec, "echo runs");
-    });
-    said.exits(0).prints("runs\n");
-}
-
-#[test]
 fn specs_without_process_or_root_are_refused() {
     for (missing, complaint) in [
         ("process", "the specification has no process"),

@@ -98,6 +98,42 @@ async fn a_container_s_life() {
     fixture.expect(&["create", "start", "exit", "delete"]).await;
 }
 
+/// What containerd or its client does not know itself it leaves out (`ctr run --config`).
+#[tokio::test]
+async fn fields_of_a_later_specification_are_ignored() {
+    let Some(fixture) = fixture().await else {
+        return;
+    };
+    let bundle = bundle(&fixture, "c", json!(["sleep", "60"]));
+    let path = Path::new(&bundle).join("config.json");
+    let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    spec["ofTheFuture"] = json!({"a": [1, 2]});
+    for part in ["root", "process", "linux"] {
+        spec[part]["ofTheFuture"] = json!(true);
+    }
+    std::fs::write(&path, spec.to_string()).unwrap();
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle,
+        ..Default::default()
+    };
+    fixture.client.create(context(), &request).await.unwrap();
+    fixture.start("c", "").await.unwrap();
+    let mut process = process("exit 3");
+    process["ofTheFuture"] = json!("x");
+    let mut request = exec_request("c", "e", "");
+    request.spec = json_any(&process.to_string());
+    fixture.client.exec(context(), &request).await.unwrap();
+    fixture.start("c", "e").await.unwrap();
+    assert_eq!(fixture.wait("c", "e").await, 3);
+    let update = UpdateTaskRequest {
+        id: "c".into(),
+        resources: json_any(r#"{"ofTheFuture": 1, "pids": {"limit": 50, "ofTheFuture": 2}}"#),
+        ..Default::default()
+    };
+    fixture.client.update(context(), &update).await.unwrap();
+}
+
 #[tokio::test]
 async fn commands_that_cannot_run_are_named_as_runc_names_them() {
     let Some(fixture) = fixture().await else {
