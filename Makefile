@@ -174,7 +174,7 @@ soak: stage
 
 lab: stage
 ifdef CMD
-	@$(IN_LAB) run $(STAGE) -- bash -c '$(CMD)'
+	@$(IN_LAB) run $(STAGE) -- bash -c "$$CMD"
 else
 	@$(IN_LAB) shell $(STAGE)
 endif

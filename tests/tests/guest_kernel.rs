@@ -90,6 +90,24 @@ fn second_build_costs_nothing() {
     assert!(Path::new(first.stdout.trim()).exists(), "{first:#?}");
     build_with("").exits(0).prints(&first.stdout);
     assert_eq!(fs::read_to_string(&journal).unwrap(), "built\n");
+    // The same as a tarball, as kernel.org has them.
+    let tarball = tree.with_extension("tar.xz");
+    let parent = tree.parent().unwrap();
+    said(
+        Command::new("tar")
+            .args(["-cJf", tarball.to_str().unwrap(), "-C"])
+            .args([parent, Path::new("tree-to-build")]),
+    )
+    .exits(0);
+    let packed = || {
+        let mut command = build();
+        command.env("XDG_CACHE_HOME", directory("cache-of-builds"));
+        command.env("KERNEL_SRC", &tarball).env("JOURNAL", &journal);
+        said(command.env("REFUSED", "")).exits(0).stdout
+    };
+    assert!(Path::new(packed().trim()).exists());
+    packed();
+    assert_eq!(fs::read_to_string(&journal).unwrap(), "built\nbuilt\n");
     // What belongs to this kernel is beside it, and its release names the build.
     let beside = |what: &str| {
         let mut command = build();

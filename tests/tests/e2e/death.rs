@@ -43,8 +43,8 @@ impl Pod {
     }
 
     /// Waits for all clients, which have lost their processes, and removes the
-    /// container.
-    fn ends(mut self, since: Instant) {
+    /// container. Returns the pod's log.
+    fn ends(mut self, since: Instant) -> String {
         for client in std::mem::take(&mut self.clients) {
             returned(client).exits(LOST);
         }
@@ -55,6 +55,7 @@ impl Pod {
         let log = run("nacre", &["logs", &self.id]).exits(0).stdout;
         println!("{log}");
         self.scene.ctr(&["task", "rm", &self.id]).exits(0);
+        log
     }
 }
 
@@ -80,7 +81,9 @@ pub fn as_configured(took: Duration, seconds: u64) {
 fn of_the_monitor() {
     let pod = Pod::start(&[]);
     kill(&pid_of(&pod.scene, &pod.id));
-    pod.ends(Instant::now());
+    let since = Instant::now();
+    let log = pod.ends(since);
+    assert!(log.contains("monitor process ended"), "{log}");
 }
 
 #[test]
@@ -88,7 +91,9 @@ fn of_the_file_server() {
     let pod = Pod::start(&[]);
     let pid = run("pidof", &["virtiofsd"]).exits(0).stdout;
     kill(&pid);
-    pod.ends(Instant::now());
+    let log = pod.ends(Instant::now());
+    let cause = "the file server of the shared directory has ended";
+    assert!(log.contains(cause), "{log}");
 }
 
 /// Nobody is left to answer: containerd forgets the task, and runs `delete`, which says how

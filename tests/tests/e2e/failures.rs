@@ -76,6 +76,26 @@ fn missing_kernel_file() {
 }
 
 #[test]
+fn missing_initramfs() {
+    let _config = Changed::new("initrd", "\"/none/initrd\"");
+    let mut scene = Scene::new();
+    scene
+        .run(&["true"])
+        .exits(1)
+        .complains(&["/none/initrd", "No such file"]);
+}
+
+#[test]
+fn missing_file_server() {
+    let _config = Changed::new("virtiofsd", "\"/none/virtiofsd\"");
+    let mut scene = Scene::new();
+    scene
+        .run(&["true"])
+        .exits(1)
+        .complains(&["/none/virtiofsd", "No such file"]);
+}
+
+#[test]
 fn kernel_file_that_is_none() {
     let _config = Changed::new("kernel", "\"/etc/passwd\"");
     let mut scene = Scene::new();
@@ -90,14 +110,31 @@ fn no_configuration_at_all() {
     scene.run(&["echo", "hi"]).exits(0).prints("hi\n");
 }
 
+/// One line says where it is, and what is allowed.
 #[test]
 fn bad_configuration_value() {
-    let _config = Changed::new("default_vcpus", "\"many\"");
-    let mut scene = Scene::new();
-    scene
-        .run(&["true"])
-        .exits(1)
-        .complains(&[CONFIG, "default_vcpus"]);
+    for (line, complaint) in [
+        (
+            "default_vcpus = \"many\"",
+            "default_vcpus: a string is not a whole number; allowed: 1 to 32",
+        ),
+        (
+            "default_vcpus = 0",
+            "default_vcpus: 0 is out of range; allowed: 1 to 32",
+        ),
+        ("vcpus = 1", "vcpus: no such key; allowed: kernel, "),
+    ] {
+        let _config = Changed::by(|text| {
+            let rest = text
+                .lines()
+                .filter(|line| !line.starts_with("default_vcpus"));
+            let lines = ["# A comment.", line].into_iter().chain(rest);
+            lines.collect::<Vec<_>>().join("\n")
+        });
+        let mut scene = Scene::new();
+        let said = scene.run(&["true"]).exits(1);
+        said.complains(&[&format!("{CONFIG}:2: {complaint}")]);
+    }
 }
 
 #[test]

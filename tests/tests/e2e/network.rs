@@ -168,6 +168,8 @@ fn sixty_four_mebibytes_between_pods() {
     let (server, sum) = serve_bulk(&mut scene);
     let client = start_pod(&mut scene);
     for address in addresses(&scene, &server) {
+        let ping = ["ping", "-c", "2", "-W", "20", &address];
+        scene.exec(&client, &[], &ping).exits(0);
         let said = fetch(&scene, &client, socket(&address, 80));
         assert_eq!(said, sum, "over {address}");
     }
