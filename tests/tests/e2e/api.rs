@@ -147,9 +147,11 @@ fn many_wait_at_once() {
 /// the exec that looks.
 /// A container's processes by their numbers in the guest.
 fn processes_in(id: &str) -> BTreeSet<u32> {
-    let look = "mkdir -p /mnt && mount -t cgroup2 none /mnt\n\
-                find /mnt/containers -name cgroup.procs -exec cat {} + && umount /mnt\n";
-    let said = ask(id, look).exits(0);
+    let look = format!(
+        "mkdir -p /mnt && mount -t cgroup2 none /mnt\n\
+         find /mnt/containers/{id} -name cgroup.procs -exec cat {{}} + && umount /mnt\n"
+    );
+    let said = ask(id, &look).exits(0);
     let numbers = said.stdout.lines().map(|line| line.parse().unwrap());
     numbers.collect()
 }

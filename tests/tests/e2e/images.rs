@@ -314,7 +314,7 @@ fn disk_on_a_file_system_that_is_full() {
     };
     write("before").exits(0);
     small.fill();
-    write("after").exits(1).complains(&["I/O error"]);
+    write("after").exits(1).complains(&["Input/output error"]);
     scene
         .exec(&id, &[], &["echo", "hi"])
         .exits(0)
