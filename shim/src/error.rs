@@ -235,8 +235,14 @@ mod tests {
             (asked, TaskError::from(StorageError::NoRootfs("c".into()))),
             (asked, volume(missing()).into()),
             (asked, SandboxError::from(NetworkError::HostNetwork).into()),
-            (asked, SandboxError::from(CgroupError::BadPath("x".into())).into()),
-            (host, SandboxError::from(CgroupError::NotV2("/sys".into())).into()),
+            (
+                asked,
+                SandboxError::from(CgroupError::BadPath("x".into())).into(),
+            ),
+            (
+                host,
+                SandboxError::from(CgroupError::NotV2("/sys".into())).into(),
+            ),
             (
                 host,
                 StorageError::NeedsDisk {

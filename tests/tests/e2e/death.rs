@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Scene, eventually, five_seconds, process_of, returned, run,
-    spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Scene, Shim, eventually, five_seconds, process_of, returned,
+    run, spawn,
 };
 
 use crate::host::{Events, pid_of, status_of};
@@ -126,8 +126,33 @@ fn of_the_shim() {
     assert!(exit.contains("\"exit_status\":137"), "{told:#?}");
 }
 
-/// Moments after a process is there: the steps of a start lie between them.
-pub const MOMENTS_MS: [u64; 3] = [0, 300, 1500];
+/// When a pod is hit whose container starts.
+#[derive(Debug, Clone, Copy)]
+pub enum Moment {
+    /// So many milliseconds after the process is there.
+    AfterMs(u64),
+    /// When the container is created: the client's next call starts it.
+    Created,
+}
+
+impl Moment {
+    /// The steps of a start lie between them.
+    pub const OF_A_START: [Self; 4] = [
+        Self::AfterMs(0),
+        Self::AfterMs(300),
+        Self::AfterMs(1500),
+        Self::Created,
+    ];
+
+    pub fn wait(self, id: &str) {
+        match self {
+            Self::AfterMs(moment) => std::thread::sleep(Duration::from_millis(moment)),
+            Self::Created => eventually("the container is created", || {
+                Shim::find(id).is_ok_and(|shim| shim.state("").is_ok())
+            }),
+        }
+    }
+}
 
 /// Waits for a client whose pod was hit, and for containerd to know. Whether the
 /// client had its answer before is a matter of the moment.
@@ -145,28 +170,38 @@ pub fn returns(scene: &Scene, id: &str, client: Child, what: &str) -> Option<i32
 #[test]
 fn of_shim_and_monitor_while_a_container_starts() {
     for name in ["daemon", "monitor"] {
-        for moment in MOMENTS_MS {
+        for moment in Moment::OF_A_START {
             let mut scene = Scene::new();
             let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
             let client = spawn(command);
             let pid = process_of(&id, name);
-            std::thread::sleep(Duration::from_millis(moment));
+            moment.wait(&id);
             kill(&pid);
-            returns(&scene, &id, client, &format!("{name} after {moment} ms"));
+            returns(&scene, &id, client, &format!("{name}, {moment:?}"));
         }
     }
 }
 
 #[test]
 fn of_shim_and_monitor_while_an_exec_starts() {
-    for (name, moment) in [("daemon", 0), ("daemon", 300), ("monitor", 100)] {
+    // None: when the shim has the exec, and the client's next call starts it.
+    for (name, moment) in [
+        ("daemon", Some(0)),
+        ("daemon", None),
+        ("monitor", Some(100)),
+        ("monitor", None),
+    ] {
         let mut scene = Scene::new();
         let id = scene.start_sleeper(&[]);
         let pid = process_of(&id, name);
-        let client = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
-        std::thread::sleep(Duration::from_millis(moment));
+        let shim = Shim::of(&id);
+        let client = spawn(scene.exec_as(&id, "cut", &[], &["sleep", "3600"]));
+        match moment {
+            Some(moment) => std::thread::sleep(Duration::from_millis(moment)),
+            None => eventually("there is an exec", || shim.state("cut").is_ok()),
+        }
         kill(&pid);
-        let what = format!("{name} after {moment} ms");
+        let what = format!("{name}, {moment:?} ms");
         let code = returns(&scene, &id, client, &what);
         assert_ne!(code, Some(0), "{what}");
     }
@@ -174,24 +209,27 @@ fn of_shim_and_monitor_while_an_exec_starts() {
 
 #[test]
 fn of_shim_and_monitor_while_a_container_is_deleted() {
-    for name in ["daemon", "monitor"] {
-        for moment in MOMENTS_MS {
+    // None: when its machine is gone, which is a step of the deletion.
+    for (name, moments) in [
+        ("daemon", [Some(0), Some(150), None].as_slice()),
+        ("monitor", &[Some(0), Some(30), Some(150)]),
+    ] {
+        for moment in moments {
             let mut scene = Scene::new();
             let id = scene.start_sleeper(&[]);
             let pid = process_of(&id, name);
+            let monitor = format!("/proc/{}", process_of(&id, "monitor"));
             scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
             scene.await_status(&id, "STOPPED");
             let delete = CONTAINERD_2.command(&["task", "rm", &id]);
             let client = spawn(delete);
-            std::thread::sleep(Duration::from_millis(moment / 10));
+            match moment {
+                Some(moment) => std::thread::sleep(Duration::from_millis(*moment)),
+                None => eventually("the machine is gone", || !Path::new(&monitor).exists()),
+            }
             // It may be gone by then.
             run("kill", &["-9", &pid]);
-            returns(
-                &scene,
-                &id,
-                client,
-                &format!("{name} after {} ms", moment / 10),
-            );
+            returns(&scene, &id, client, &format!("{name}, {moment:?} ms"));
         }
     }
 }

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::death::{Killed, LOST, MOMENTS_MS, as_configured, in_time, kill, log_has, returns};
+use crate::death::{Killed, LOST, Moment, as_configured, in_time, kill, log_has, returns};
 
 const FILE_SERVER: &str = "virtiofsd";
 
@@ -25,14 +25,14 @@ fn after(moment: u64) -> String {
 
 #[test]
 fn of_the_file_server_while_a_container_starts() {
-    for moment in MOMENTS_MS {
+    for moment in Moment::OF_A_START {
         let mut scene = Scene::new();
         let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
         let client = spawn(command);
         let pid = process_of(&id, FILE_SERVER);
-        let what = after(moment);
+        moment.wait(&id);
         kill(&pid);
-        returns(&scene, &id, client, &what);
+        returns(&scene, &id, client, &format!("{moment:?}"));
     }
 }
 
@@ -81,7 +81,7 @@ fn of_the_file_server_as_soon_as_execs_run() {
 /// From the first moment at which containerd has a task to kill.
 #[test]
 fn of_init_while_a_container_starts() {
-    for moment in MOMENTS_MS {
+    for moment in [0, 300, 1500] {
         let mut scene = Scene::new();
         let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
         let client = spawn(command);
