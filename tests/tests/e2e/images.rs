@@ -315,10 +315,10 @@ fn disk_on_a_file_system_that_is_full() {
     write("before").exits(0);
     small.fill();
     write("after").exits(1).complains(&["Input/output error"]);
-    scene
-        .exec(&id, &[], &["echo", "hi"])
-        .exits(0)
-        .prints("hi\n");
+    // If its journal cannot be written either, Linux shuts the guest's file system down.
+    let said = scene.exec(&id, &[], &["echo", "hi"]);
+    let is_read = said.code == Some(0) && said.stdout == "hi\n";
+    assert!(is_read || said.stderr.contains("i/o error"), "{said:#?}");
     scene.remove(&id);
     drop(over);
 }
