@@ -156,15 +156,30 @@ impl Code {
             .or_fail(0x85)
     }
 
-    /// Turns interrupts on, with a handler of a line which stores these words, adds one to
-    /// [`COUNT`] and ends the interrupt.
-    pub fn serve(self, line: u32, stores: &[(u64, u32)]) -> Self {
-        let handler = stores
-            .iter()
-            .fold(Self(Vec::new()), |code, (address, value)| {
-                code.store(*address, *value)
-            });
-        let handler = handler.store(APIC_END.into(), 0);
+    /// Turns interrupts on, with a handler of a line that ends the interrupt and counts at
+    /// [`COUNT`].
+    pub fn serve(self, line: u32) -> Self {
+        let handler = Self(Vec::new()).store(APIC_END.into(), 0).count();
+        self.serve_with(line, handler)
+    }
+
+    /// The same for a device that says at `status` what it wants, and is given that back at
+    /// `acknowledge`: it is what is counted, so that an interrupt for nothing is not. QEMU
+    /// (11.1) makes two of one where it has to leave the processor's loop right after a
+    /// VMRUN that injects it: `helper_vmrun` leaves `exception_index` behind.
+    pub fn serve_device(self, line: u32, status: u64, acknowledge: u64) -> Self {
+        let [status, acknowledge] = [status, acknowledge].map(|at| u32::try_from(at).unwrap());
+        // push eax; mov eax, [status]; mov [acknowledge], eax; ...; add [COUNT], eax; pop eax
+        let handler = Self(vec![0x50])
+            .bytes(&[0xa1], &[status])
+            .bytes(&[0xa3], &[acknowledge])
+            .store(APIC_END.into(), 0)
+            .bytes(&[0x01, 0x05], &[u32::try_from(COUNT).unwrap()])
+            .bytes(&[0x58], &[]);
+        self.serve_with(line, handler)
+    }
+
+    fn serve_with(self, line: u32, handler: Self) -> Self {
         self.handle(VECTOR, handler)
             .store(u64::from(layout::LAPIC) + APIC_SPURIOUS, 0x1ff)
             .redirect(0x11 + 2 * line, 0)
@@ -178,17 +193,19 @@ impl Code {
         let reason = u32::try_from(COUNT + 4).unwrap();
         // xor eax, eax; in al, port; mov [reason], eax
         let handler = Self(vec![0x31, 0xc0, 0xe4, port]).bytes(&[0xa3], &[reason]);
-        self.handle(NMI, handler)
+        self.handle(NMI, handler.count())
     }
 
-    /// With a handler of a vector, which counts at [`COUNT`] when it is done.
+    /// `inc dword [COUNT]`
+    fn count(self) -> Self {
+        self.bytes(&[0xff, 0x05], &[u32::try_from(COUNT).unwrap()])
+    }
+
+    /// With a handler of a vector.
     fn handle(self, vector: u32, handler: Self) -> Self {
-        // inc dword [COUNT]; sti; ret 8, over the saved segment and flags. Not iret, which KVM does not
-        // know where it emulates all of a guest.
-        let count = u32::try_from(COUNT).unwrap();
-        let handler = handler
-            .bytes(&[0xff, 0x05], &[count])
-            .bytes(&[0xfb, 0xc2, 8, 0], &[]);
+        // sti; ret 8, over the saved segment and flags. Not iret, which KVM does not know where
+        // it emulates all of a guest.
+        let handler = handler.bytes(&[0xfb, 0xc2, 8, 0], &[]);
         let words = handler.0.chunks(4).map(|chunk| {
             let mut word = [0x90; 4];
             word[..chunk.len()].copy_from_slice(chunk);

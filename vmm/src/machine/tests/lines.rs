@@ -17,7 +17,8 @@ const COMMAND: u64 = CONFIG + 4;
 const IN_USE: u32 = 7;
 const INTX_DISABLE: u32 = 1 << 10;
 const INTX_PENDING: u32 = 1 << 19;
-/// What "edu" is told when its interrupt was served.
+/// Where "edu" says what its interrupts are for, and what is told of those that were served.
+const STATUS: u64 = BAR + 0x24;
 const ACKNOWLEDGE: u64 = BAR + 0x64;
 
 /// Raises a line again each time that `served` says so, as a device does that always wants
@@ -37,7 +38,7 @@ fn raise_until_stopped(running: &Running, served: &EventFd, raise: impl Fn()) {
 /// Whoever raised a line hears when the guest has served it, and raises it again.
 #[test]
 fn line_is_raised_until_the_guest_has_served_it() {
-    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
+    let code = Code::new().serve(LINE).wait_for(COUNT, 2).power_off();
     let Some(mut parts) = parts(&code, 1) else {
         return;
     };
@@ -67,7 +68,7 @@ fn line_is_raised_until_the_guest_has_served_it() {
 /// The same with a device, whose host side masks the line each time.
 #[test]
 fn device_raises_its_line_again_once_it_is_unmasked() {
-    let code = Code::new().serve(LINE, &[]).wait_for(COUNT, 2).power_off();
+    let code = Code::new().serve(LINE).wait_for(COUNT, 2).power_off();
     let Some(mut parts) = parts(&code, 1) else {
         return;
     };
@@ -94,7 +95,7 @@ fn device_raises_its_line_again_once_it_is_unmasked() {
 fn intx_reaches_the_guest_each_time() {
     let code = Code::new()
         .enable()
-        .serve(LINE, &[(ACKNOWLEDGE, 1)])
+        .serve_device(LINE, STATUS, ACKNOWLEDGE)
         .store(BAR + RAISE, 1)
         .wait_for(COUNT, 1)
         .store(BAR + RAISE, 1)
