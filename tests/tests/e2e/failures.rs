@@ -66,33 +66,16 @@ fn annotations_that_ask_for_devices_are_refused_by_default() {
 }
 
 #[test]
-fn missing_kernel_file() {
-    let _config = Changed::new("kernel", "\"/none/vmlinux\"");
-    let mut scene = Scene::new();
-    scene
-        .run(&["true"])
-        .exits(1)
-        .complains(&["/none/vmlinux", "No such file"]);
-}
-
-#[test]
-fn missing_initramfs() {
-    let _config = Changed::new("initrd", "\"/none/initrd\"");
-    let mut scene = Scene::new();
-    scene
-        .run(&["true"])
-        .exits(1)
-        .complains(&["/none/initrd", "No such file"]);
-}
-
-#[test]
-fn missing_file_server() {
-    let _config = Changed::new("virtiofsd", "\"/none/virtiofsd\"");
-    let mut scene = Scene::new();
-    scene
-        .run(&["true"])
-        .exits(1)
-        .complains(&["/none/virtiofsd", "No such file"]);
+fn missing_files() {
+    for key in ["kernel", "initrd", "virtiofsd"] {
+        let path = format!("/none/{key}");
+        let _config = Changed::new(key, &format!("{path:?}"));
+        let mut scene = Scene::new();
+        scene
+            .run(&["true"])
+            .exits(1)
+            .complains(&[&path, "No such file"]);
+    }
 }
 
 #[test]

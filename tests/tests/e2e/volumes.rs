@@ -75,7 +75,7 @@ fn config_maps_are_followed_without_a_file_server() {
     let processes = run("ps", &["-e", "-o", "args"]).stdout;
     assert!(!processes.contains("virtiofsd"), "{processes}");
 
-    let wait = "until [ \"$(cat /config/a)\" = 2 ]; do :; done; cat /config/b";
+    let wait = "until [ \"$(cat /config/a)\" = 2 ]; do sleep 0.1; done; cat /config/b";
     let waiting = scene.exec_command(&id, &[], &["sh", "-c", wait]);
     let waiting = std::thread::spawn(|| nacre_tests::run_with_input(waiting, Vec::new()));
     let written = Instant::now();
@@ -107,18 +107,17 @@ const PERL: &str = "/run/usr/lib64/ld-linux-x86-64.so.2 \
 
 /// One container listens on a unix socket in `directory`, the other talks to it.
 fn talk(scene: &Scene, listener: &str, talker: &str, directory: &str) {
-    let socket = format!("{directory}/socket");
     let listen = format!(
-        "exec {PERL} -e '$s = IO::Socket::UNIX->new(Local => \"{socket}\", Listen => 1) \
-         or die \"listen: $!\"; $c = $s->accept; print <$c>'"
+        "exec {PERL} -e '$s = IO::Socket::UNIX->new(Local => \"{directory}/.socket\", Listen => 1) \
+         or die \"listen: $!\"; rename \"{directory}/.socket\", \"{directory}/socket\"; \
+         $c = $s->accept; print <$c>'"
     );
     let listening = scene.exec_command(listener, &[], &["sh", "-c", &listen]);
     let listening = std::thread::spawn(|| nacre_tests::run_with_input(listening, Vec::new()));
-    let wait = format!("until [ -S {socket} ]; do :; done; sleep 1");
-    scene.exec(talker, &[], &["sh", "-c", &wait]).exits(0);
     let talk = format!(
-        "exec {PERL} -e '$c = IO::Socket::UNIX->new(\"{socket}\") or die \"connect: $!\"; \
-         print $c \"through\\n\"'"
+        "until [ -S {directory}/socket ]; do sleep 0.1; done; \
+         exec {PERL} -e '$c = IO::Socket::UNIX->new(\"{directory}/socket\") \
+         or die \"connect: $!\"; print $c \"through\\n\"'"
     );
     scene.exec(talker, &[], &["sh", "-c", &talk]).exits(0);
     listening.join().unwrap().exits(0).prints("through\n");
