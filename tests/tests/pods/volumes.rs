@@ -147,7 +147,7 @@ fn talk(one: &PodContainer, two: &PodContainer, directory: &str) {
         );
         let listening = threads.spawn(move || one.sh(&listen));
         let speak = format!(
-            "until [ -S {directory}/socket ]; do :; done; exec {PERL} -MIO::Socket::UNIX -e '$c = \
+            "until [ -S {directory}/socket ]; do sleep 0.1; done; exec {PERL} -MIO::Socket::UNIX -e '$c = \
              IO::Socket::UNIX->new(\"{directory}/socket\") or die \"connect: $!\"; \
              print $c \"through\\n\"'"
         );

@@ -12,6 +12,8 @@ use nacre_tests::pods::{Pod, PodContainer, PodScene};
 use nacre_tests::{HostSegments, SEGMENTS, run};
 
 const MANY: u64 = 64 << 20;
+/// Those of UDP, each of whose datagrams costs the lab's processor a packet of its own.
+const SOME: u64 = 16 << 20;
 const MORE: u64 = 1 << 30;
 /// Time for a transfer of so many in the lab.
 const LONG: Duration = Duration::from_secs(900);
@@ -194,9 +196,9 @@ fn tcp_carries_64_mebibytes_each_way() {
 }
 
 #[test]
-fn udp_carries_64_mebibytes_each_way() {
-    udp_between_pods(MANY);
-    udp_between_pod_and_host(MANY);
+fn udp_carries_16_mebibytes_each_way() {
+    udp_between_pods(SOME);
+    udp_between_pod_and_host(SOME);
 }
 
 #[test]
