@@ -137,9 +137,10 @@ driver-images: stage
 lab-disk: setup
 	@$(IN_LAB) disk >/dev/null
 
+# What is staged is compiled beside the unit tests, which wait more than they compute.
 test:
 	@$(MAKE) --no-print-directory -j2 lint lab-disk
-	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory -j3 unit stage
 	@$(MAKE) --no-print-directory e2e
 
 # On this host where it has all that takes, else in the lab.
