@@ -6,8 +6,11 @@
 
 use ttrpc::Code;
 
+use crate::cgroup::CgroupError;
 use crate::machine::MachineError;
+use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
+use crate::storage::StorageError;
 use crate::task::TaskError;
 use crate::task::console::ConsoleError;
 
@@ -38,9 +41,25 @@ fn code(error: &TaskError) -> Code {
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
-        TaskError::Io(_) | TaskError::Storage(_) | TaskError::Encode(_) | TaskError::Cancelled => {
-            Code::INTERNAL
-        }
+        TaskError::Storage(error) => storage_code(error),
+        TaskError::Io(_) | TaskError::Encode(_) | TaskError::Cancelled => Code::INTERNAL,
+    }
+}
+
+fn storage_code(error: &StorageError) -> Code {
+    match error {
+        StorageError::ContainerId(_)
+        | StorageError::UnsupportedRootfs { .. }
+        | StorageError::RootfsOption { .. }
+        | StorageError::TooManyLayers { .. }
+        | StorageError::NoRootfs(_)
+        | StorageError::VolumeSource { .. }
+        | StorageError::VolumeRefused { .. }
+        | StorageError::Device { .. } => Code::INVALID_ARGUMENT,
+        StorageError::NeedsDisk { .. } => Code::FAILED_PRECONDITION,
+        StorageError::Users { .. }
+        | StorageError::VolumeCopy { .. }
+        | StorageError::Host { .. } => Code::INTERNAL,
     }
 }
 
@@ -50,6 +69,8 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::HostNamespace { .. }
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
+        SandboxError::Network(error) => network_code(error),
+        SandboxError::Cgroup(error) => cgroup_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. }
         | SandboxError::Late { .. }
@@ -65,17 +86,35 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::LostDevice { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
+        | SandboxError::Config(_)
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. }
         | SandboxError::NoVcpus { .. }
         | SandboxError::OutOfMemory { .. } => Code::RESOURCE_EXHAUSTED,
         SandboxError::Io { .. }
         | SandboxError::RunDir(_)
-        | SandboxError::Config(_)
-        | SandboxError::Network(_)
-        | SandboxError::Cgroup(_)
         | SandboxError::Virtiofsd(_)
         | SandboxError::Hook(_) => Code::INTERNAL,
+    }
+}
+
+fn network_code(error: &NetworkError) -> Code {
+    match error {
+        NetworkError::HostNetwork => Code::INVALID_ARGUMENT,
+        NetworkError::Queues(_) | NetworkError::Interface { .. } => Code::FAILED_PRECONDITION,
+        NetworkError::System { .. } | NetworkError::Netlink { .. } | NetworkError::Tap { .. } => {
+            Code::INTERNAL
+        }
+    }
+}
+
+fn cgroup_code(error: &CgroupError) -> Code {
+    match error {
+        CgroupError::BadPath(_) | CgroupError::Inside(_) => Code::INVALID_ARGUMENT,
+        CgroupError::NotV2(_) | CgroupError::Exists(_) | CgroupError::Elsewhere { .. } => {
+            Code::FAILED_PRECONDITION
+        }
+        CgroupError::Systemd { .. } | CgroupError::Io { .. } => Code::INTERNAL,
     }
 }
 
@@ -143,6 +182,7 @@ impl TaskError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
     use ttrpc::error::get_rpc_status;
 
     fn agent_error(answer: ttrpc::Error) -> Code {
@@ -178,6 +218,51 @@ mod tests {
         assert!(said.starts_with("pod 5a5a: the guest's agent"), "{said}");
         let (_, said) = text(TaskError::NoSandbox("5a5a".into()));
         assert_eq!(said, "no sandbox 5a5a");
+    }
+
+    /// Who asked can mend it, or the host's administrator, or nobody.
+    #[test]
+    fn mistakes_of_the_caller_are_told_from_failures() {
+        let volume = |source: io::Error| StorageError::VolumeSource {
+            container_id: "c".into(),
+            destination: "/mnt".into(),
+            source_path: "/none".into(),
+            source,
+        };
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let (asked, host) = (Code::INVALID_ARGUMENT, Code::FAILED_PRECONDITION);
+        for (expected, error) in [
+            (asked, TaskError::from(StorageError::NoRootfs("c".into()))),
+            (asked, volume(missing()).into()),
+            (asked, SandboxError::from(NetworkError::HostNetwork).into()),
+            (
+                asked,
+                SandboxError::from(CgroupError::BadPath("x".into())).into(),
+            ),
+            (
+                host,
+                SandboxError::from(CgroupError::NotV2("/sys".into())).into(),
+            ),
+            (
+                host,
+                StorageError::NeedsDisk {
+                    container_id: "c".into(),
+                    fstype: "ext4".into(),
+                }
+                .into(),
+            ),
+            (
+                Code::INTERNAL,
+                StorageError::Host {
+                    action: "mount",
+                    path: "/mnt".into(),
+                    source: missing(),
+                }
+                .into(),
+            ),
+        ] {
+            assert_eq!(code(&error), expected, "{error}");
+        }
     }
 
     #[test]

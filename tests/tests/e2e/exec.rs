@@ -249,6 +249,9 @@ fn metrics_are_those_of_the_guest_s_files() {
         "file",
         "inactive_file",
         "usage_usec",
+        "user_usec",
+        "system_usec",
+        "pgfault",
         "current",
     ] {
         assert!(compared.contains(name), "{name} not in {text}");
@@ -257,4 +260,20 @@ fn metrics_are_those_of_the_guest_s_files() {
         metrics["memory"]["anon"].as_f64().unwrap() > 19.0 * MIB,
         "{text}"
     );
+    // What has waited in the guest since, has waited more.
+    let script = "cd /sys/fs/cgroup; for of in cpu memory io; do \
+                  sed -n \"s/^some .*total=/$of /p\" $of.pressure; done";
+    let said = scene.exec(&id, &[], &["sh", "-c", script]).exits(0);
+    let waited = said.stdout.lines().filter_map(|line| line.split_once(' '));
+    let waited: BTreeMap<_, u64> = waited
+        .map(|(of, total)| (of, total.parse().unwrap()))
+        .collect();
+    assert_eq!(waited.len(), 3, "{said:#?}");
+    for (of, total) in waited {
+        let told = metrics[of]["psi"]["some"]["total"]
+            .as_u64()
+            .unwrap_or_default();
+        println!("{of}: {told} of {total} us waited for");
+        assert!(told <= total && (of != "cpu" || told > 0), "{of} in {text}");
+    }
 }
