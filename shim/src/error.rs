@@ -3,12 +3,18 @@
 //! containerd decides by code: `NOT_FOUND` on Kill and Delete means "already
 //! gone, carry on", `UNAVAILABLE` means "the shim or its VM is dead, clean up".
 //! So each code is given only where it means that.
+//!
+//! To a start that fails neither containerd nor kubelet does anything else by the code: the
+//! one cleans up, the other tries again. There it tells people and their tools who can mend
+//! it: whoever wrote the request (`INVALID_ARGUMENT`), whoever has the host, so that the same
+//! request succeeds (`FAILED_PRECONDITION`, `RESOURCE_EXHAUSTED`), or neither (`INTERNAL`).
 
 use ttrpc::Code;
 
 use crate::cgroup::CgroupError;
 use crate::machine::MachineError;
 use crate::network::NetworkError;
+use crate::rundir::RunDirError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
 use crate::task::TaskError;
@@ -53,10 +59,14 @@ fn storage_code(error: &StorageError) -> Code {
         | StorageError::RootfsOption { .. }
         | StorageError::TooManyLayers { .. }
         | StorageError::NoRootfs(_)
-        | StorageError::VolumeSource { .. }
         | StorageError::VolumeRefused { .. }
-        | StorageError::Device { .. } => Code::INVALID_ARGUMENT,
-        StorageError::NeedsDisk { .. } => Code::FAILED_PRECONDITION,
+        | StorageError::Device { source: None, .. } => Code::INVALID_ARGUMENT,
+        // The same request is right once the host has it.
+        StorageError::NeedsDisk { .. }
+        | StorageError::VolumeSource { .. }
+        | StorageError::Device {
+            source: Some(_), ..
+        } => Code::FAILED_PRECONDITION,
         StorageError::Users { .. }
         | StorageError::VolumeCopy { .. }
         | StorageError::Host { .. } => Code::INTERNAL,
@@ -71,6 +81,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::Machine(error) => machine_code(error),
         SandboxError::Network(error) => network_code(error),
         SandboxError::Cgroup(error) => cgroup_code(error),
+        SandboxError::RunDir(error) => run_dir_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. }
         | SandboxError::Late { .. }
@@ -86,25 +97,33 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::LostDevice { .. }
         | SandboxError::NotBooted { .. }
         | SandboxError::TooLarge { .. }
-        | SandboxError::Config(_)
         | SandboxError::Pinned { .. } => Code::FAILED_PRECONDITION,
         SandboxError::NotGrown { .. }
         | SandboxError::NoVcpus { .. }
         | SandboxError::OutOfMemory { .. } => Code::RESOURCE_EXHAUSTED,
-        SandboxError::Io { .. }
-        | SandboxError::RunDir(_)
-        | SandboxError::Virtiofsd(_)
-        | SandboxError::Hook(_) => Code::INTERNAL,
+        SandboxError::Io { .. } | SandboxError::Virtiofsd(_) | SandboxError::Hook(_) => {
+            Code::INTERNAL
+        }
     }
 }
 
 fn network_code(error: &NetworkError) -> Code {
     match error {
         NetworkError::HostNetwork => Code::INVALID_ARGUMENT,
-        NetworkError::Queues(_) | NetworkError::Interface { .. } => Code::FAILED_PRECONDITION,
-        NetworkError::System { .. } | NetworkError::Netlink { .. } | NetworkError::Tap { .. } => {
-            Code::INTERNAL
-        }
+        NetworkError::Queues(_) | NetworkError::Tap { .. } => Code::FAILED_PRECONDITION,
+        NetworkError::System { .. }
+        | NetworkError::Netlink { .. }
+        | NetworkError::Interface { .. } => Code::INTERNAL,
+    }
+}
+
+fn run_dir_code(error: &RunDirError) -> Code {
+    match error {
+        RunDirError::BadId(_) => Code::INVALID_ARGUMENT,
+        RunDirError::NoUid { .. } => Code::RESOURCE_EXHAUSTED,
+        // Not UNAVAILABLE: it is not this pod's machine that is dead.
+        RunDirError::NotGone { .. } => Code::FAILED_PRECONDITION,
+        RunDirError::Io { .. } | RunDirError::Malformed { .. } => Code::INTERNAL,
     }
 }
 
@@ -223,17 +242,32 @@ mod tests {
     /// Who asked can mend it, or the host's administrator, or nobody.
     #[test]
     fn mistakes_of_the_caller_are_told_from_failures() {
-        let volume = |source: io::Error| StorageError::VolumeSource {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let volume = StorageError::VolumeSource {
             container_id: "c".into(),
             destination: "/mnt".into(),
             source_path: "/none".into(),
+            source: missing(),
+        };
+        let device = |source| StorageError::Device {
+            container_id: "c".into(),
+            path: "/dev/x".into(),
+            reason: "is no disk".into(),
             source,
         };
-        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let tap = NetworkError::Tap {
+            name: "tap_2".into(),
+            source: missing(),
+        };
+        let uids = RunDirError::NoUid { base: 1, count: 1 };
         let (asked, host) = (Code::INVALID_ARGUMENT, Code::FAILED_PRECONDITION);
         for (expected, error) in [
             (asked, TaskError::from(StorageError::NoRootfs("c".into()))),
-            (asked, volume(missing()).into()),
+            (asked, device(None).into()),
+            (host, device(Some(missing())).into()),
+            (host, volume.into()),
+            (host, SandboxError::from(tap).into()),
+            (Code::RESOURCE_EXHAUSTED, SandboxError::from(uids).into()),
             (asked, SandboxError::from(NetworkError::HostNetwork).into()),
             (
                 asked,

@@ -1,7 +1,9 @@
 //! Statistics, read from the cgroup's files into `StatsResponse`.
 //!
-//! A file that does not exist (a controller that is off) leaves its fields
-//! zero. Names: Documentation/admin-guide/cgroup-v2.rst.
+//! A file that does not exist (a controller that is off, a kernel without swap or older than
+//! the file) leaves its fields zero, but for pressure, which is left out: that nothing has
+//! waited is said only by a kernel that counts it. Names and units:
+//! Documentation/admin-guide/cgroup-v2.rst.
 
 use std::fs;
 use std::path::Path;
