@@ -4,6 +4,8 @@
 //! message needs travels with it; a message names its descriptors by their
 //! position, [`FdIndex`]. The monitor opens nothing by path.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::channel::MAX_FDS_PER_PACKET;
@@ -11,6 +13,15 @@ use crate::channel::MAX_FDS_PER_PACKET;
 /// Position of a descriptor among those that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
+
+/// A file, and where it is on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedFd {
+    /// It, open.
+    pub fd: FdIndex,
+    /// For messages only.
+    pub path: PathBuf,
+}
 
 /// From the shim to the monitor.
 ///
@@ -153,9 +164,9 @@ pub struct VmConfig {
     /// Guest memory.
     pub memory: Memory,
     /// Uncompressed kernel, `vmlinux`.
-    pub kernel: FdIndex,
+    pub kernel: NamedFd,
     /// initramfs (cpio, uncompressed).
-    pub initrd: FdIndex,
+    pub initrd: NamedFd,
     /// Kernel command line, without what the monitor adds for its devices.
     pub cmdline: String,
     /// virtio-blk devices, in order of their PCI slots.

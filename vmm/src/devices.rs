@@ -173,7 +173,7 @@ mod tests {
     use crate::virtio::fs;
 
     use nacre_protocol::channel::{Channel, FdList};
-    use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
+    use nacre_protocol::vm::{Jail, Memory, NamedFd, PciOptions, Request};
 
     /// A configuration, and its descriptors as a monitor gets them.
     fn config(with_console: bool, is_shared: bool, disks: usize) -> (VmConfig, Fds) {
@@ -188,6 +188,10 @@ mod tests {
             backing: DiskBacking::Empty,
             queues: 1,
         };
+        let unnamed = NamedFd {
+            fd,
+            path: "-".into(),
+        };
         let config = VmConfig {
             sandbox_id: "pod".into(),
             jail: Jail { uid: 1, gid: 1 },
@@ -198,8 +202,8 @@ mod tests {
                 growth_mib: 0,
                 hugepages: false,
             },
-            kernel: fd,
-            initrd: fd,
+            kernel: unnamed.clone(),
+            initrd: unnamed,
             cmdline: String::new(),
             disks: (0..disks).map(disk).collect(),
             nics: Vec::new(),

@@ -18,11 +18,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, Request, VmConfig};
+use nacre_protocol::vm::{Event, Memory, NamedFd, Request, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::boot::NamedFile;
 use crate::devices::{self, DeviceError};
 use crate::jail::{self, JailError};
 use crate::layout::MIB;
@@ -154,8 +155,8 @@ fn build(
     caller: Caller,
 ) -> Result<(Machine, Peers), MonitorError> {
     let kvm = fds.take(config.kvm)?;
-    let kernel = fds.take(config.kernel)?.into();
-    let initrd = fds.take(config.initrd)?.into();
+    let kernel = named_file(&config.kernel, &mut fds)?;
+    let initrd = named_file(&config.initrd, &mut fds)?;
     let passthrough = config.passthrough.as_ref();
     let passthrough = passthrough.map(|devices| Passthrough::take(devices, &mut fds));
     let passthrough = passthrough.transpose()?;
@@ -190,6 +191,13 @@ fn build(
         answers,
     };
     Ok((machine, peers))
+}
+
+fn named_file(named: &NamedFd, fds: &mut Fds) -> Result<NamedFile, ChannelError> {
+    Ok(NamedFile {
+        file: fds.take(named.fd)?.into(),
+        path: named.path.clone(),
+    })
 }
 
 /// Whom the main thread talks to besides the shim.

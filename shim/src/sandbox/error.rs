@@ -4,7 +4,6 @@ use nacre_protocol::hook::HookError;
 use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
-use crate::config::ConfigError;
 use crate::devices::{Address, ClaimError, DriverError, KubeletError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
@@ -242,9 +241,6 @@ pub enum SandboxError {
     /// The run directory failed.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
-    /// The configuration is wrong.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// The pod's network could not be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),

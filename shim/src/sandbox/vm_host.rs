@@ -268,6 +268,8 @@ impl VmHost {
         let slots = fds.slots;
         let boot = BootConfig {
             sandbox_id: &self.sandbox_id,
+            kernel: &self.config.kernel,
+            initrd: &self.config.initrd,
             network: &network,
             size,
             hugepages: self.config.hugepages,

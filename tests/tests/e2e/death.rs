@@ -123,7 +123,7 @@ fn of_the_shim() {
         );
     }
     let (_, exit) = &told[told.len() - 1];
-    assert!(exit.contains("\"exit_status\":137"), "{told:#?}");
+    assert_eq!(exit["exit_status"], 137, "{told:#?}");
 }
 
 /// When a pod is hit whose container starts.

@@ -195,8 +195,14 @@ fn memory_of_a_guest_with_devices_is_locked_and_does_not_grow() {
             growth_mib: 128,
             hugepages: false,
         },
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        kernel: NamedFd {
+            fd: FdIndex(1),
+            path: "/boot/vmlinux".into(),
+        },
+        initrd: NamedFd {
+            fd: FdIndex(2),
+            path: "/boot/initrd.img".into(),
+        },
         cmdline: String::new(),
         disks: Vec::new(),
         nics: Vec::new(),

@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use nacre_protocol::channel::FdList;
 use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, Jail, Memory, PciOptions, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, Jail, Memory, NamedFd, PciOptions, SharedDir, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
@@ -36,6 +37,9 @@ pub(super) struct BootFds {
 /// What the message says besides.
 pub(super) struct BootConfig<'a> {
     pub(super) sandbox_id: &'a str,
+    /// Where these are, for messages.
+    pub(super) kernel: &'a Path,
+    pub(super) initrd: &'a Path,
     pub(super) network: &'a PodNetwork,
     pub(super) size: Size,
     pub(super) hugepages: bool,
@@ -69,8 +73,14 @@ impl BootFds {
                 growth_mib: size.growth_mib,
                 hugepages: boot.hugepages,
             },
-            kernel: list.push(self.kernel.as_fd()),
-            initrd: list.push(self.initrd.as_fd()),
+            kernel: NamedFd {
+                fd: list.push(self.kernel.as_fd()),
+                path: boot.kernel.into(),
+            },
+            initrd: NamedFd {
+                fd: list.push(self.initrd.as_fd()),
+                path: boot.initrd.into(),
+            },
             cmdline: cmdline::cmdline(self.console.is_some(), size.vcpus, size.max_vcpus),
             disks: self
                 .disks
