@@ -5,7 +5,7 @@
 //! | `linux.devices` with `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
 //! | with `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
 //! | with `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
-//! | annotation `io.nacre.devices` | PCI addresses or directories in sysfs, with commas between |
+//! | annotation `io.nacre.devices` | PCI addresses, UUIDs of mediated devices, or directories in sysfs, with commas between |
 //! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
 //!
 //! A pod has besides what kubelet has given to its containers, where kubelet is asked
@@ -28,8 +28,8 @@ use nacre_vmm::vfio::Passthrough;
 use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
 use oci_spec::runtime::Spec;
 
-use super::pci::{Address, Function};
-use super::{Allocated, DeviceError, System, cdi, group};
+use super::pci::Function;
+use super::{Address, Allocated, DeviceError, System, cdi, group};
 use crate::oci::device_rules;
 
 /// The annotation that names devices.
@@ -57,6 +57,11 @@ pub enum RequestError {
         /// Whose it is.
         driver: String,
     },
+    /// Nothing hands it to programs.
+    #[error(
+        "mediated device {0} has no driver, and cannot be passed without: remove it, and make it anew"
+    )]
+    NoDriver(Address),
     /// Annotations count for nothing here.
     #[error(
         "annotation {0} asks for devices of the host, which annotations may only do where \
@@ -66,10 +71,10 @@ pub enum RequestError {
     /// A node that no device has.
     #[error("{} is no device's that could be passed; `nacre devices` lists them", .0.display())]
     NoNode(PathBuf),
-    /// Neither an address nor a directory of a PCI device.
+    /// Neither an address nor a directory of a device.
     #[error(
-        "annotation io.nacre.devices: {0:?} is neither a PCI address nor a PCI device's directory \
-         in /sys"
+        "annotation io.nacre.devices: {0:?} is neither a PCI address, nor the UUID of a mediated \
+         device, nor the directory of either in /sys"
     )]
     BadName(String),
     /// A name that no CDI spec has.
@@ -208,10 +213,7 @@ fn whole_groups(
             return Err(DeviceError::Bridge(address).into());
         }
         if !function.is_on_vfio() {
-            return Err(RequestError::NotBound {
-                address,
-                driver: function.driver_name().to_owned(),
-            });
+            return Err(not_ready(&function));
         }
         let (group, members) = group::of(system, &function)?;
         groups.insert(group, members);
@@ -224,6 +226,16 @@ fn whole_groups(
     }
     assigned.sort_by_key(|device| device.address);
     Ok(assigned)
+}
+
+fn not_ready(function: &Function) -> RequestError {
+    match function.mediated {
+        Some(_) => RequestError::NoDriver(function.address),
+        None => RequestError::NotBound {
+            address: function.address,
+            driver: function.driver_name().to_owned(),
+        },
+    }
 }
 
 fn device(system: &System, group: u32, function: &Function) -> AssignedDevice {
@@ -334,7 +346,7 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
         return Err(bad());
     }
     let real = |path: PathBuf| path.canonicalize().ok();
-    let there = real(system.function_dir(address)).ok_or(DeviceError::NoDevice(address))?;
+    let there = real(system.device_dir(address)).ok_or(DeviceError::NoDevice(address))?;
     if real(system.sys.join(below)) != Some(there) {
         return Err(bad());
     }
@@ -342,13 +354,13 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
 }
 
 /// The devices of what kubelet has given. Plugins name theirs as they like: addresses are
-/// usual for PCI devices, and where a CDI spec has the resource's name and this one, its nodes
-/// count. All else, and what a driver of the host has, is no device for a machine; should the
+/// usual for PCI devices, UUIDs for mediated ones and not for them alone, and where a CDI spec has the
+/// resource's name and this one, its nodes count. All else, and what a driver of the host has, is no device for a machine; should the
 /// container want it by a node, it is refused then.
 fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, RequestError> {
     let cdi_name = match name {
         Allocated::Plugin { resource, id } => match id.parse() {
-            Ok(address) => {
+            Ok(address) if is_meant(system, address) => {
                 let function = system.function(address)?;
                 if function.is_on_vfio() {
                     return Ok(vec![address]);
@@ -360,7 +372,7 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
                 );
                 return Ok(Vec::new());
             }
-            Err(_) => format!("{resource}={id}"),
+            _ => format!("{resource}={id}"),
         },
         Allocated::Cdi(name) => name.clone(),
     };
@@ -373,6 +385,14 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
             Ok(Vec::new())
         }
         result => result,
+    }
+}
+
+/// Whether a plugin's id that could be an address is one.
+fn is_meant(system: &System, address: Address) -> bool {
+    match address {
+        Address::Function { .. } => true,
+        Address::Mediated(_) => system.device_dir(address).exists(),
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct Tree {
     dir: TempDir,
 }
 
-/// A PCI function of it.
+/// A device of it.
 pub(crate) struct Made<'a> {
     tree: &'a Tree,
     dir: PathBuf,
@@ -95,6 +95,22 @@ impl Tree {
             .file("driver_override", "(null)\n")
             .file("default_driver", "")
             .link("subsystem", "../../../bus/pci");
+        made
+    }
+
+    /// A mediated device, a part of what has the directory `parent` below sysfs.
+    pub(crate) fn add_mediated(&self, uuid: &str, parent: &str) -> Made<'_> {
+        let dir = self.path("sys").join(parent).join(uuid);
+        fs::create_dir_all(&dir).unwrap();
+        let target = format!("../../../{parent}/{uuid}");
+        self.link(&format!("sys/bus/mdev/devices/{uuid}"), &target);
+        let made = Made {
+            tree: self,
+            dir,
+            name: uuid.to_owned(),
+        };
+        made.link("subsystem", "../../../bus/mdev")
+            .link("driver", "../../../bus/mdev/drivers/mtty");
         made
     }
 

@@ -10,11 +10,14 @@
 //! 00:18.0 root port -> two functions, xhci         one group; reset together only
 //! 00:19.0 root port -> nvme with virtual functions
 //! ```
+//!
+//! One test makes another one, which is on no bus: `mediated.rs`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
 mod drivers;
 mod handover;
+mod mediated;
 mod pass;
 mod plug;
 mod pods;

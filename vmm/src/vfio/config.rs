@@ -37,6 +37,8 @@ use bar::{ROM, bars};
 pub const SIZE: usize = 4096;
 /// That of a conventional one.
 pub const CONVENTIONAL_SIZE: usize = 256;
+/// The header that each has.
+pub const HEADER_SIZE: usize = 0x40;
 /// The most bytes a guest reads at once.
 const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
@@ -46,7 +48,6 @@ const LATENCY: usize = 0x0d;
 const BIST: usize = 0x0f;
 const CIS: usize = 0x28;
 const INTERRUPT_PIN: usize = 0x3d;
-const HEADER_END: usize = 0x40;
 
 /// Command register: answer parity errors, report errors.
 const PARITY: u16 = 1 << 6;
@@ -403,7 +404,7 @@ fn header(bytes: &mut Bytes) {
         (CACHE_LINE, LATENCY + 1),
         (BIST, CIS + 4),
         (ROM, ROM + 4),
-        (INTERRUPT_LINE, HEADER_END),
+        (INTERRUPT_LINE, HEADER_SIZE),
     ] {
         bytes.ours[start..end].fill(0);
     }

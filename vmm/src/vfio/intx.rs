@@ -9,15 +9,18 @@
 //!      +-------- unmasks <-----------resample-------------------+
 //! ```
 //!
-//! A device that wants more, or whose line another one raised, does so then.
+//! A device that wants more, or whose line another one raised, does so then. Some drivers of mediated
+//! devices unmask at no event: for those a thread waits for it, and tells them by a call.
 
 use std::io;
 use std::sync::Arc;
 
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::access::{Access, Irq};
 use crate::vm::Vm;
+use crate::worker::Worker;
 
 /// A device's line.
 pub struct Intx {
@@ -32,6 +35,8 @@ pub struct Intx {
 struct Events {
     trigger: EventFd,
     resample: EventFd,
+    /// Who tells the device of `resample`, if it does not listen itself.
+    messenger: Option<Worker<()>>,
     /// Whether the device unmasks its line by `resample`: else there is one interrupt, and no more.
     is_complete: bool,
 }
@@ -61,21 +66,22 @@ impl Intx {
     /// # Errors
     ///
     /// The device's or KVM's.
-    pub fn turn_on(&mut self, device: &dyn Access, in_use: u16) -> io::Result<()> {
+    pub fn turn_on(&mut self, device: &Arc<dyn Access>, in_use: u16) -> io::Result<()> {
         if self.is_on() || self.failed == Some(in_use) {
             return Ok(());
         }
-        let result = self.turn_off(device).and_then(|()| self.attach(device));
+        let result = self.turn_off(&**device).and_then(|()| self.attach(device));
         self.failed = result.is_err().then_some(in_use);
         result
     }
 
     /// What was signalled before the kernel listens to `resample`, it finds.
-    fn attach(&mut self, device: &dyn Access) -> io::Result<()> {
+    fn attach(&mut self, device: &Arc<dyn Access>) -> io::Result<()> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let mut events = Events {
             trigger: event()?,
             resample: event()?,
+            messenger: None,
             is_complete: false,
         };
         let Events {
@@ -85,15 +91,19 @@ impl Intx {
             .add_resample_irqfd(trigger, resample, self.line)
             .map_err(io::Error::other)?;
         if let Err(error) = device.set_irqs(Irq::Intx, 0, &[Some(trigger)]) {
-            self.leave(&events);
+            self.leave(events);
             return Err(error.into());
         }
-        let result = device.unmask_on(resample);
+        let result = match device.unmask_on(resample) {
+            Ok(false) => messenger(device, resample).map(Some),
+            result => result.map(|_| None),
+        };
         events.is_complete = result.is_ok();
+        let result = result.map(|messenger| events.messenger = messenger);
         self.events = Some(events);
         result.inspect_err(|_| {
             // Of two errors the first is told.
-            let _ = self.turn_off(device);
+            let _ = self.turn_off(&**device);
         })
     }
 
@@ -111,16 +121,46 @@ impl Intx {
         Ok(())
     }
 
+    /// See [`super::interrupts::Interrupts::end_of_line`].
+    #[cfg(test)]
+    pub fn end(&self) {
+        let events = self.events.as_ref().unwrap();
+        events.resample.write(1).unwrap();
+    }
+
     /// Leaves the guest's line.
     pub fn release(&mut self) {
         if let Some(events) = self.events.take() {
-            self.leave(&events);
+            self.leave(events);
         }
     }
 
-    fn leave(&self, events: &Events) {
+    fn leave(&self, events: Events) {
+        if let Some(messenger) = events.messenger {
+            messenger.stop();
+        }
         if let Err(error) = self.vm.remove_irqfd(&events.trigger, self.line) {
             tracing::warn!(%error, "an interrupt line stays attached");
         }
     }
+}
+
+/// A thread that has `device` unmask its line whenever `resample` is signalled.
+fn messenger(device: &Arc<dyn Access>, resample: &EventFd) -> io::Result<Worker<()>> {
+    let (device, resample) = (device.clone(), resample.try_clone()?);
+    Worker::spawn("intx", move |mut poller| {
+        let mut unmask = || {
+            poller.add(&resample, EventSet::IN, 0)?;
+            while poller.wait(-1)?.is_some() {
+                // An interrupted wait has signalled nothing.
+                if resample.read().is_ok() {
+                    device.unmask()?;
+                }
+            }
+            io::Result::Ok(())
+        };
+        if let Err(error) = unmask() {
+            tracing::warn!(%error, "a PCI device's interrupt line stays masked");
+        }
+    })
 }

@@ -1,4 +1,4 @@
-//! Opens devices that are bound to vfio-pci. The monitor gets descriptors and opens
+//! Opens devices that are bound to vfio-pci, and mediated ones. The monitor gets descriptors and opens
 //! nothing: this is for the shim, and for programs that have none and are in no jail,
 //! the example `boot` and tests.
 
@@ -92,7 +92,7 @@ fn failure(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
 /// A device's address and nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceNodes {
-    /// `0000:01:00.0`
+    /// `0000:01:00.0`, or the UUID of a mediated device: its name in its group.
     pub address: String,
     /// `/dev/vfio/N`, its group's.
     pub group: PathBuf,

@@ -1,6 +1,6 @@
 use super::*;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::sync::Arc;
 
 use serde_json::json;
@@ -349,4 +349,95 @@ fn what_kubelet_has_given_is_understood_where_it_is_a_pci_device() {
     let gone = [plugin("vendor.com/gpu", "0000:7f:00.0")];
     let error = assigned_to_pod(&tree.system(), &named(""), false, &gone).unwrap_err();
     assert!(error.to_string().contains("no PCI device 0000:7f:00.0"));
+}
+
+/// A mediated device in group 9: a part of no hardware.
+const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+const PARENT: &str = "devices/virtual/mtty/mtty";
+
+fn with_mediated() -> Tree {
+    let tree = host();
+    let part = tree.add_mediated(UUID, PARENT);
+    part.group(9).file("vfio-dev/vfio4/dev", "511:4\n");
+    tree
+}
+
+#[test]
+fn a_mediated_device_by_each_of_its_names() {
+    let tree = with_mediated();
+    let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/vgpu", "devices": [
+        {"name": "0", "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/9"}]}},
+    ]});
+    tree.write("etc/cdi/vgpu.json", &spec.to_string());
+    for spec in [
+        named(UUID),
+        named(&format!("/sys/bus/mdev/devices/{UUID}")),
+        named(&format!("/sys/{PARENT}/{UUID}")),
+        with_nodes(&["/dev/vfio/9"]),
+        with_nodes(&["/dev/vfio/devices/vfio4"]),
+        with_annotation("cdi.k8s.io/nacre_vgpu", "vendor.com/vgpu=0"),
+    ] {
+        let devices = assigned(&tree.system(), &spec, true).unwrap();
+        let expected = AssignedDevice {
+            address: address(UUID),
+            group: 9,
+            group_node: tree.path("dev/vfio/9"),
+            device_node: Some(tree.path("dev/vfio/devices/vfio4")),
+            bar_bytes: 0,
+        };
+        assert_eq!(devices, [expected]);
+    }
+    let both = named(&format!("{UUID},0000:02:00.0"));
+    assert_eq!(addresses(&tree, &both), ["0000:02:00.0", UUID]);
+}
+
+#[test]
+fn paths_of_no_mediated_device() {
+    let tree = with_mediated();
+    let gone = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+    tree.write(&format!("sys/elsewhere/{UUID}/remove"), "");
+    for name in [
+        "/sys/bus/mdev/devices/mtty".to_owned(),
+        "/sys/devices/virtual/mtty/mtty".to_owned(),
+        format!("/sys/bus/mdev/devices/{UUID}-1"),
+        format!("/sys/bus/mdev/devices/../devices/{UUID}"),
+        format!("/sys/bus/pci/devices/{UUID}"),
+        format!("/sys/elsewhere/{UUID}"),
+        "83b8f4f2-509f-382f-3c1e".to_owned(),
+    ] {
+        let refusal = refusal(&tree, &named(&name));
+        let parts = [name.as_str(), "neither", "the UUID of a mediated device"];
+        assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");
+    }
+    for name in [gone.to_owned(), format!("/sys/bus/mdev/devices/{gone}")] {
+        let refusal = refusal(&tree, &named(&name));
+        let text = format!("no mediated device {gone}");
+        assert!(refusal.contains(&text), "{refusal}");
+    }
+    fs::remove_file(tree.path(&format!("sys/{PARENT}/{UUID}/driver"))).unwrap();
+    let refusal = refusal(&tree, &named(UUID));
+    assert!(refusal.contains("has no driver"), "{refusal}");
+}
+
+/// Plugins of vGPUs name them so, and others use UUIDs of their own.
+#[test]
+fn a_plugin_s_uuid_is_a_mediated_device_s_where_there_is_one() {
+    let tree = with_mediated();
+    let given = |id: &str| {
+        let names = [Allocated::Plugin {
+            resource: "vendor.com/vgpu".into(),
+            id: id.into(),
+        }];
+        let devices = assigned_to_pod(&tree.system(), &named(""), false, &names).unwrap();
+        let devices = devices.iter().map(|device| device.address.to_string());
+        devices.collect::<Vec<_>>()
+    };
+    assert_eq!(given(UUID), [UUID]);
+    let other = "00000000-509f-382f-3c1e-e6bfe0fa1001";
+    assert!(given(other).is_empty());
+    let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/vgpu", "devices": [
+        {"name": other, "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/5"}]}},
+    ]});
+    tree.write("etc/cdi/vgpu.json", &spec.to_string());
+    assert_eq!(given(other), ["0000:02:00.0"]);
 }

@@ -1,6 +1,7 @@
 //! A device's interrupt line.
 
 use proptest::prelude::*;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::vm::test_vm_with_lines;
@@ -72,6 +73,28 @@ fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
     function.config_write(0x0c, &[8]);
     function.config_write(0x0c, &[8]);
     assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
+    assert!(!mock.state().was_loose);
+}
+
+/// As drivers of mediated devices may be.
+#[test]
+fn line_of_a_driver_that_takes_no_event_is_unmasked_by_a_call() {
+    let Some((function, mock)) = function_with_line() else {
+        return;
+    };
+    let unmasked = EventFd::new(0).unwrap();
+    mock.state().unmasked = Some(unmasked.try_clone().unwrap());
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]"]);
+    assert_eq!(mock.state().command(), 7);
+    // Twice: it listens on.
+    for _ in 0..2 {
+        function.lock().interrupts.end_of_line();
+        mock::wait_for(&unmasked);
+        assert_eq!(unmasked.read().unwrap(), 1);
+    }
+    function.config_write(COMMAND, &[0, 0]);
+    assert_eq!(mock.calls(), ["Intx off"]);
     assert!(!mock.state().was_loose);
 }
 
