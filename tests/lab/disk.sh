@@ -120,12 +120,13 @@ install_containerd() {
 # kernel was built without. Debian's source of the same version is compiled with the kernel's own
 # headers and compiler, which are there only meanwhile.
 make_modules() {
-  local root=$build/root tree=$build/root/tmp/mdev kernel source
+  local root=$build/root tree=$build/root/tmp/mdev kernel source version
   kernel=$(ls "$root/lib/modules")
-  source=linux-source-${kernel%.*}
+  source=linux-source-$(cut -d. -f1,2 <<<"${kernel%%[+-]*}") # 6.12 of 6.12.57+deb13-cloud-amd64
   mkdir "$tree"
   in_root apt-get install -y --no-install-recommends make "linux-headers-$kernel"
-  in_root sh -ec 'cd /tmp/mdev; apt-get download "$1"' sh "$source"
+  version=$(in_root dpkg-query -W -f "\${Version}" "linux-headers-$kernel")
+  in_root sh -ec 'cd /tmp/mdev; apt-get download "$1"' sh "$source=$version"
   dpkg-deb --fsys-tarfile "$tree"/*.deb | tar -xO "./usr/src/$source.tar.xz" |
     tar -xJ -C "$tree" --strip-components=1 "$source/drivers/vfio/mdev" "$source/samples/vfio-mdev/mtty.c"
   mv "$tree"/drivers/vfio/mdev/*.[ch] "$tree/samples/vfio-mdev/mtty.c" "$tree/"

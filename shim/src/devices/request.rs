@@ -354,9 +354,10 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
 }
 
 /// The devices of what kubelet has given. Plugins name theirs as they like: addresses are
-/// usual for PCI devices, UUIDs for mediated ones and not for them alone, and where a CDI spec has the
-/// resource's name and this one, its nodes count. All else, and what a driver of the host has, is no device for a machine; should the
-/// container want it by a node, it is refused then.
+/// usual for PCI devices, UUIDs for mediated ones and not for them alone, and where a CDI
+/// spec has the resource's name and this one, its nodes count. All else, and what a driver
+/// of the host has, is no device for a machine; should the container want it by a node, it
+/// is refused then.
 fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, RequestError> {
     let cdi_name = match name {
         Allocated::Plugin { resource, id } => match id.parse() {
@@ -365,11 +366,8 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
                 if function.is_on_vfio() {
                     return Ok(vec![address]);
                 }
-                tracing::info!(
-                    ?name,
-                    driver = function.driver_name(),
-                    "allocated to the pod, and not bound to vfio-pci: `nacre devices bind` does that"
-                );
+                let reason = not_ready(&function);
+                tracing::info!(?name, %reason, "allocated to the pod, and passed over");
                 return Ok(Vec::new());
             }
             _ => format!("{resource}={id}"),

@@ -18,14 +18,12 @@ const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
 const OTHER: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
 
 /// Prints what the guest has in its first slot, and what is in the scratch registers of both ports
-/// after something was written there: the guest's kernel has no driver for the card, which so gets
-/// its ports here.
+/// after `$0` and `$1` were written there: the guest's kernel has no driver for the card, which so gets
+/// its ports here. Nothing resets the card, so that each pod writes something else.
 const LOOK: &str = "cd /sys/bus/pci/devices/0000:01:00.0 && cat vendor device && echo 1 > enable && \
-                    for port in 0 1; do \
-                    printf $((port + 6)) | dd of=resource$port bs=1 seek=7 conv=notrunc 2>/dev/null; \
-                    done && \
+                    printf $0 | dd of=resource0 bs=1 seek=7 conv=notrunc 2>/dev/null && \
+                    printf $1 | dd of=resource1 bs=1 seek=7 conv=notrunc 2>/dev/null && \
                     for port in 0 1; do dd if=resource$port bs=1 skip=7 count=1 2>/dev/null; done";
-const SEEN: &str = "0x4348\n0x3253\n67";
 const IDS: [&str; 3] = ["sh", "-c", "cat /sys/bus/pci/devices/*:01:00.0/vendor"];
 
 /// A card, until this is dropped.
@@ -57,8 +55,12 @@ impl Card {
 
 impl Drop for Card {
     fn drop(&mut self) {
-        if self.0.exists() {
-            self.remove();
+        if !self.0.exists() {
+            return;
+        }
+        let removed = fs::write(self.0.join("remove"), "1");
+        if !std::thread::panicking() {
+            removed.unwrap();
         }
     }
 }
@@ -91,12 +93,12 @@ fn a_card_that_a_driver_makes_is_one_pod_s_after_another() {
     }
     let annotation = format!("{DEVICES}={}", card.path());
     let options = ["--privileged", "--annotation", &annotation];
-    for _ in 0..2 {
+    for [first, second] in [["4", "5"], ["6", "7"]] {
         let id = scene.start(&options, &SLEEP);
         scene
-            .exec(&id, &[], &["sh", "-c", LOOK])
+            .exec(&id, &[], &["sh", "-c", LOOK, first, second])
             .exits(0)
-            .prints(SEEN);
+            .prints(&format!("0x4348\n0x3253\n{first}{second}"));
         assert_eq!(row(UUID)["HELD BY"], format!("default/{id}"));
         let text = format!("mediated device {UUID} is pod default/{id}'s");
         scene

@@ -231,6 +231,7 @@ impl VfioPci {
             .map_err(VfioError::device(&address, "turn on its memory"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
+        let interrupts = Interrupts::new(vm, &config, line, &address);
         Ok(Self {
             address,
             device,
@@ -241,7 +242,7 @@ impl VfioPci {
             msix: layout.msix,
             rom,
             state: Mutex::new(State {
-                interrupts: Interrupts::new(vm, &config, line),
+                interrupts,
                 config,
                 map,
                 complaints: Complaints::new("a PCI device of the host"),

@@ -55,11 +55,11 @@ struct Vectors {
 }
 
 impl Interrupts {
-    /// All off; its line, if the device has one, is `line` of the guest's.
+    /// All off; its line, if the device at `address` has one, is `line` of the guest's.
     #[must_use]
-    pub fn new(vm: &Arc<Vm>, config: &GuestConfig, line: u32) -> Self {
+    pub fn new(vm: &Arc<Vm>, config: &GuestConfig, line: u32, address: &str) -> Self {
         let layout = config.layout();
-        let intx = config.has_intx().then(|| Intx::new(vm, line));
+        let intx = config.has_intx().then(|| Intx::new(vm, line, address));
         let msi = layout.msi.map(|layout| {
             let route = MsiRoute {
                 address: 0,

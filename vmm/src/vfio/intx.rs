@@ -26,6 +26,8 @@ use crate::worker::Worker;
 pub struct Intx {
     vm: Arc<Vm>,
     line: u32,
+    /// The device's name in messages.
+    address: String,
     /// While it is on, or could not be turned off.
     events: Option<Events>,
     /// What the guest used of the device when it could not be turned on.
@@ -41,13 +43,24 @@ struct Events {
     is_complete: bool,
 }
 
+impl Events {
+    /// The device hears nothing more from this process.
+    fn dismiss(&mut self) {
+        if let Some(messenger) = self.messenger.take() {
+            self.is_complete = false;
+            messenger.stop();
+        }
+    }
+}
+
 impl Intx {
-    /// Off; in the guest it is `line`.
+    /// Off; in the guest it is `line`. `address` is the device's name in messages.
     #[must_use]
-    pub fn new(vm: &Arc<Vm>, line: u32) -> Self {
+    pub fn new(vm: &Arc<Vm>, line: u32, address: &str) -> Self {
         Self {
             vm: vm.clone(),
             line,
+            address: address.to_owned(),
             events: None,
             failed: None,
         }
@@ -75,7 +88,7 @@ impl Intx {
         result
     }
 
-    /// What was signalled before the kernel listens to `resample`, it finds.
+    /// What was signalled before somebody listens to `resample`, he finds.
     fn attach(&mut self, device: &Arc<dyn Access>) -> io::Result<()> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let mut events = Events {
@@ -95,7 +108,7 @@ impl Intx {
             return Err(error.into());
         }
         let result = match device.unmask_on(resample) {
-            Ok(false) => messenger(device, resample).map(Some),
+            Ok(false) => messenger(device, resample, &self.address).map(Some),
             result => result.map(|_| None),
         };
         events.is_complete = result.is_ok();
@@ -114,7 +127,9 @@ impl Intx {
     /// The device's; it is on still.
     pub fn turn_off(&mut self, device: &dyn Access) -> io::Result<()> {
         self.failed = None;
-        if self.events.is_some() {
+        if let Some(events) = &mut self.events {
+            // First: a line that is off is none to unmask.
+            events.dismiss();
             device.disable_irqs(Irq::Intx)?;
             self.release();
         }
@@ -135,19 +150,23 @@ impl Intx {
         }
     }
 
-    fn leave(&self, events: Events) {
-        if let Some(messenger) = events.messenger {
-            messenger.stop();
-        }
+    fn leave(&self, mut events: Events) {
+        events.dismiss();
         if let Err(error) = self.vm.remove_irqfd(&events.trigger, self.line) {
             tracing::warn!(%error, "an interrupt line stays attached");
         }
     }
 }
 
-/// A thread that has `device` unmask its line whenever `resample` is signalled.
-fn messenger(device: &Arc<dyn Access>, resample: &EventFd) -> io::Result<Worker<()>> {
-    let (device, resample) = (device.clone(), resample.try_clone()?);
+/// A thread that has the device at `address` unmask its line whenever `resample` is signalled.
+fn messenger(
+    device: &Arc<dyn Access>,
+    resample: &EventFd,
+    address: &str,
+) -> io::Result<Worker<()>> {
+    // Who cannot be told either is found out here, not at the guest's first interrupt.
+    device.unmask()?;
+    let (device, resample, address) = (device.clone(), resample.try_clone()?, address.to_owned());
     Worker::spawn("intx", move |mut poller| {
         let mut unmask = || {
             poller.add(&resample, EventSet::IN, 0)?;
@@ -160,7 +179,7 @@ fn messenger(device: &Arc<dyn Access>, resample: &EventFd) -> io::Result<Worker<
             io::Result::Ok(())
         };
         if let Err(error) = unmask() {
-            tracing::warn!(%error, "a PCI device's interrupt line stays masked");
+            tracing::warn!(device = address, %error, "its interrupt line stays masked");
         }
     })
 }

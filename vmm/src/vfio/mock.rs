@@ -285,11 +285,11 @@ impl Access for Mock {
 
     fn unmask_on(&self, event: &EventFd) -> io::Result<bool> {
         let mut state = self.state();
-        if state.is_never_unmasked || state.on != Some(Irq::Intx) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
         if state.unmasked.is_some() {
             return Ok(false);
+        }
+        if state.is_never_unmasked || state.on != Some(Irq::Intx) {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
         state.calls.push("Intx unmasked by an event".into());
         state.unmask = Some(event.try_clone()?);
@@ -298,6 +298,9 @@ impl Access for Mock {
 
     fn unmask(&self) -> io::Result<()> {
         let state = self.state();
+        if state.is_never_unmasked || state.on != Some(Irq::Intx) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let unmasked = state.unmasked.as_ref();
         unmasked.map_or(Ok(()), |event| event.write(1))
     }
