@@ -148,7 +148,31 @@ pub fn open(
         own: device.device_node.clone(),
     });
     let nodes: Vec<_> = nodes.collect();
-    open::by(system.vfio_api, &system.dev, &nodes, container)
+    let opened = open::by(system.vfio_api, &system.dev, &nodes, container)?;
+    devices
+        .iter()
+        .try_for_each(|device| check(system, device))?;
+    Ok(opened)
+}
+
+/// Whether what was opened is this device. The kernel may give its nodes to another one
+/// when it has gone, as mediated devices do; but not while they are open.
+fn check(system: &System, assigned: &AssignedDevice) -> Result<(), OpenError> {
+    let cause = match system.function(assigned.address) {
+        Ok(function) => {
+            let now = device(system, assigned.group, &function);
+            if function.group == Some(assigned.group) && now.device_node == assigned.device_node {
+                return Ok(());
+            }
+            io::Error::other("it has gone since the pod was given it, and come back")
+        }
+        Err(error) => io::Error::other(error),
+    };
+    let (kind, address) = (assigned.address.kind(), assigned.address);
+    Err(OpenError::Step {
+        what: format!("open {kind} {address}"),
+        cause,
+    })
 }
 
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if

@@ -441,3 +441,29 @@ fn a_plugin_s_uuid_is_a_mediated_device_s_where_there_is_one() {
     tree.write("etc/cdi/vgpu.json", &spec.to_string());
     assert_eq!(given(other), ["0000:02:00.0"]);
 }
+
+/// Its node may be another one's then, which is another pod's.
+#[test]
+fn a_device_that_is_another_one_by_now_is_not_opened() {
+    let tree = with_mediated();
+    for file in ["dev/iommu", "dev/vfio/devices/vfio4"] {
+        tree.write(file, "");
+    }
+    let devices = assigned(&tree.system(), &named(UUID), true).unwrap();
+    let opened = || open(&tree.system(), &devices, None);
+    assert_eq!(opened().unwrap().len(), 1);
+    let nodes = tree.path(&format!("sys/{PARENT}/{UUID}/vfio-dev"));
+    fs::rename(nodes.join("vfio4"), nodes.join("vfio5")).unwrap();
+    let again = opened().err().unwrap().to_string();
+    let what = format!("cannot open mediated device {UUID}: ");
+    assert!(
+        again.starts_with(&what) && again.contains("come back"),
+        "{again}"
+    );
+    fs::remove_file(tree.path(&format!("sys/bus/mdev/devices/{UUID}"))).unwrap();
+    let gone = opened().err().unwrap().to_string();
+    assert!(
+        gone.starts_with(&what) && gone.contains("no mediated device"),
+        "{gone}"
+    );
+}
