@@ -113,6 +113,8 @@ impl Bytes {
 /// The guest's configuration space of one device.
 pub struct GuestConfig {
     bytes: Box<Bytes>,
+    /// How much of it the device has.
+    size: usize,
     bars: Vec<Bar>,
     layout: Layout,
     has_intx: bool,
@@ -149,7 +151,8 @@ impl GuestConfig {
         if bars.iter().any(|bar| bar.is_io()) {
             bytes.writable[COMMAND] |= IO_SPACE.to_le_bytes()[0];
         }
-        let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
+        let size = space.len().min(SIZE);
+        let layout = capabilities::filter(&mut bytes, size, &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
         if bytes.ours[CAPABILITIES] != 0 {
             bytes.ours[STATUS] |= STATUS_LIST;
@@ -159,6 +162,7 @@ impl GuestConfig {
         }
         Ok(Self {
             bytes,
+            size,
             bars,
             layout,
             has_intx,
@@ -295,7 +299,9 @@ impl GuestConfig {
         let result = if ours && status.is_none() {
             Ok(())
         } else {
-            device.read(CONFIG_REGION, register as u64, &mut live[..len])
+            // Of a device whose space ends here.
+            let there = len.min(self.size.saturating_sub(register));
+            device.read(CONFIG_REGION, register as u64, &mut live[..there])
         };
         if result.is_err() {
             live.fill(0xff);
