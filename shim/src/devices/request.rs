@@ -2,9 +2,9 @@
 //!
 //! | in the spec | stands for |
 //! |---|---|
-//! | `linux.devices` with `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
-//! | with `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
-//! | with `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
+//! | `linux.devices` with the numbers of `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
+//! | of `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
+//! | of `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
 //! | annotation `io.nacre.devices` | PCI addresses, UUIDs of mediated devices, or directories in sysfs, with commas between |
 //! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
 //!
@@ -16,7 +16,8 @@
 //! (`device_annotations`), and what they name ends up in paths only as an address that
 //! was parsed. Nodes come from whoever may hand out devices, with one exception: a
 //! privileged container has all nodes of the host in its spec, and asks by those only that
-//! have a device rule of their own besides.
+//! have a device rule of their own besides. Which node of the host one is, its numbers say:
+//! its path is the container's, where CDI (`hostPath`) may have it called anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -26,7 +27,7 @@ use std::path::{Component, Path, PathBuf};
 use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 
 use super::pci::Function;
 use super::{Address, Allocated, DeviceError, System, cdi, group};
@@ -188,9 +189,29 @@ pub fn position(devices: &[AssignedDevice], address: Address) -> Option<usize> {
 }
 
 /// Whether a device node stands for a device that the machine is given as a whole, so
-/// that the container in it has no use for the node.
-pub fn is_passthrough_node(path: &Path) -> bool {
+/// that the container in it has no use for the node. One that is only called so
+/// [`assigned`] refuses.
+///
+/// # Errors
+///
+/// What sysfs does not tell.
+pub fn is_passthrough_node(system: &System, device: &LinuxDevice) -> Result<bool, DeviceError> {
+    Ok(is_of_vfio(device.path()) || host_node(system, device)?.is_some())
+}
+
+/// Whether a node of this name is VFIO's.
+fn is_of_vfio(path: &Path) -> bool {
     path.starts_with(VFIO_DIR) || path == Path::new(IOMMU_NODE)
+}
+
+/// The node of VFIO's on the host that a device node of a spec is, whatever the container
+/// calls it; `None` if it is none.
+fn host_node(system: &System, device: &LinuxDevice) -> Result<Option<PathBuf>, DeviceError> {
+    if !matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U) {
+        return Ok(None);
+    }
+    let node = system.node_of(device.major(), device.minor())?;
+    Ok(node.filter(|node| is_of_vfio(node)))
 }
 
 /// The devices a container gets, by address: all of each group it asks for, and if
@@ -281,8 +302,8 @@ fn asked(
     by_annotation: bool,
 ) -> Result<BTreeSet<Address>, RequestError> {
     let mut asked = BTreeSet::new();
-    for path in chosen_nodes(spec) {
-        asked.extend(by_node(system, path)?);
+    for device in chosen_nodes(spec) {
+        asked.extend(by_device(system, device)?);
     }
     for (key, value) in spec.annotations().iter().flatten() {
         let is_cdi = key.starts_with(cdi::ANNOTATION_PREFIX);
@@ -307,7 +328,7 @@ fn asked(
 /// The device nodes of a spec, without those that containerd lists unasked for a
 /// privileged container. Who chooses a node has it allowed by its numbers, too: CDI
 /// (SPEC.md, "containerEdits"), `--device` of clients.
-fn chosen_nodes(spec: &Spec) -> Vec<&Path> {
+fn chosen_nodes(spec: &Spec) -> Vec<&LinuxDevice> {
     let Some(linux) = spec.linux() else {
         return Vec::new();
     };
@@ -316,16 +337,30 @@ fn chosen_nodes(spec: &Spec) -> Vec<&Path> {
     let devices = linux.devices().iter().flatten();
     devices
         .filter(|device| all || rules.iter().any(|rule| device_rules::is_own(rule, device)))
-        .map(|device| device.path().as_path())
         .collect()
 }
 
-/// The devices behind a device node; none if it is no VFIO device's.
+/// The devices behind a device node of a spec; none if it is no VFIO device's.
+fn by_device(system: &System, device: &LinuxDevice) -> Result<Vec<Address>, RequestError> {
+    let path = device.path();
+    match host_node(system, device)? {
+        Some(node) => by_node(system, &node),
+        // What others are used through may be there without its module (kmod's static nodes).
+        None if means_nothing(path) => Ok(Vec::new()),
+        None => Err(RequestError::NoNode(path.clone())),
+    }
+}
+
+/// Whether a node of this name stands for no device: it is none of VFIO's, or one that all of
+/// VFIO's are used through.
+fn means_nothing(path: &Path) -> bool {
+    let mut through = [VFIO_DIR, CONTAINER_NODE, IOMMU_NODE].iter();
+    through.any(|node| path == Path::new(node)) || !is_of_vfio(path)
+}
+
+/// The devices behind a node of the host; none if it is no VFIO device's.
 fn by_node(system: &System, path: &Path) -> Result<Vec<Address>, RequestError> {
-    let means_nothing = [VFIO_DIR, CONTAINER_NODE, IOMMU_NODE]
-        .iter()
-        .any(|node| path == Path::new(node));
-    if means_nothing || !is_passthrough_node(path) {
+    if means_nothing(path) {
         return Ok(Vec::new());
     }
     let below = path.strip_prefix(VFIO_DIR).unwrap_or(path);

@@ -101,6 +101,17 @@ impl System {
         })
     }
 
+    /// The node that the host has for a character device, as the kernel calls it; `None` where
+    /// there is no such device.
+    ///
+    /// # Errors
+    ///
+    /// What sysfs does not tell.
+    pub(super) fn node_of(&self, major: i64, minor: i64) -> Result<Option<PathBuf>, DeviceError> {
+        let uevent = self.sys.join(format!("dev/char/{major}:{minor}/uevent"));
+        if_there(&uevent, node_in(&uevent))
+    }
+
     /// The device of an address.
     ///
     /// # Errors
@@ -215,6 +226,18 @@ impl System {
             vfio_node: names_in(&dir.join("vfio-dev"))?.pop(),
         }))
     }
+}
+
+/// The node of a device by its file `uevent`, as the kernel calls it.
+///
+/// # Errors
+///
+/// When the file cannot be read, or has none.
+pub(crate) fn node_in(uevent: &Path) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(uevent)?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
+    Ok(Path::new("/dev").join(name))
 }
 
 /// The NUMA node of the function with this directory.
@@ -377,6 +400,20 @@ mod tests {
         assert!(tree.system().group(9).unwrap().is_empty());
         let groups = tree.system().groups().unwrap();
         assert_eq!(groups.keys().copied().collect::<Vec<_>>(), [7, 8]);
+    }
+
+    #[test]
+    fn nodes_have_the_kernel_s_names() {
+        let tree = Tree::new();
+        tree.add_node("240:7", "vfio/7");
+        tree.write("sys/dev/char/240:9/uevent", "MAJOR=240\nMINOR=9\n");
+        let node_of = |major, minor| tree.system().node_of(major, minor);
+        assert_eq!(node_of(240, 7).unwrap(), Some("/dev/vfio/7".into()));
+        for (major, minor) in [(240, 8), (-1, -1)] {
+            assert_eq!(node_of(major, minor).unwrap(), None);
+        }
+        let error = node_of(240, 9).unwrap_err().to_string();
+        assert!(error.ends_with("dev/char/240:9/uevent"), "{error}");
     }
 
     #[test]

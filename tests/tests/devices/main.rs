@@ -121,9 +121,11 @@ fn no_claims() {
 struct CdiSpec(PathBuf);
 
 impl CdiSpec {
-    /// In one of CDI's directories: `KIND=NAME` is a VFIO device with this node.
+    /// In one of CDI's directories: `KIND=NAME` is a VFIO device with this node, which containers
+    /// are to have by another name.
     fn new(dir: &str, kind: &str, name: &str, node: &str) -> Self {
-        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]});
+        let renamed = json!({"path": "/dev/vfio/given", "hostPath": node});
+        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, renamed]});
         let spec = json!({
             "cdiVersion": "0.6.0",
             "kind": kind,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::devices::testing::{Tree, address};
+use crate::devices::testing::{GROUP_MAJOR, Tree, address};
 
 const GPU: u32 = 0x03_0200;
 const AUDIO: u32 = 0x04_0300;
@@ -30,13 +30,30 @@ fn host() -> Tree {
     tree
 }
 
-fn with_nodes(paths: &[&str]) -> Spec {
-    let devices: Vec<_> = paths
-        .iter()
-        .map(|path| json!({"path": path, "type": "c", "major": 240, "minor": 0}))
-        .collect();
+/// Major number of devices' own nodes.
+const OWN_MAJOR: u32 = 511;
+
+/// The node `name`, with the numbers that the host has for such a one, be it there or not.
+fn node(name: &str) -> serde_json::Value {
+    let number = |prefix| name.strip_prefix(prefix)?.parse::<u32>().ok();
+    let own = number("/dev/vfio/devices/vfio").map(|number| (OWN_MAJOR, number));
+    let group = number("/dev/vfio/").map(|number| (GROUP_MAJOR, number));
+    let (major, minor) = own.or(group).unwrap_or((10, 255));
+    node_of(name, "c", major, minor)
+}
+
+fn node_of(name: &str, kind: &str, major: u32, minor: u32) -> serde_json::Value {
+    json!({"path": name, "type": kind, "major": major, "minor": minor})
+}
+
+fn with_devices(devices: &[serde_json::Value]) -> Spec {
     let spec = json!({"ociVersion": "1.1.0", "linux": {"devices": devices}});
     serde_json::from_value(spec).unwrap()
+}
+
+fn with_nodes(paths: &[&str]) -> Spec {
+    let devices: Vec<_> = paths.iter().map(|path| node(path)).collect();
+    with_devices(&devices)
 }
 
 fn with_annotation(key: &str, value: &str) -> Spec {
@@ -99,6 +116,7 @@ fn a_device_s_own_node_stands_for_its_group_too() {
     let tree = host();
     let node = "sys/devices/pci0000:00/0000:01:00.1/vfio-dev/vfio3/dev";
     tree.write(node, "511:3\n");
+    tree.add_node("511:3", "vfio/devices/vfio3");
     let spec = with_nodes(&["/dev/vfio/devices/vfio3", "/dev/iommu"]);
     let devices = assigned(&tree.system(), &spec, true).unwrap();
     let nodes: Vec<_> = devices
@@ -113,7 +131,6 @@ fn nodes_nobody_has() {
     let tree = host();
     for path in [
         "/dev/vfio/99",
-        "/dev/vfio/+4",
         "/dev/vfio/4/..",
         "/dev/vfio/noiommu-0",
         "/dev/vfio/99999999999",
@@ -125,6 +142,56 @@ fn nodes_nobody_has() {
         let refusal = refusal(&tree, &with_nodes(&[path]));
         assert!(refusal.contains(path), "{path}: {refusal}");
     }
+}
+
+/// The path is the container's: of CDI's `hostPath` nothing is left but the numbers.
+#[test]
+fn a_node_is_what_its_numbers_say() {
+    let tree = host();
+    tree.write(
+        "sys/devices/pci0000:00/0000:02:00.0/vfio-dev/vfio3/dev",
+        "511:3\n",
+    );
+    tree.add_node("511:3", "vfio/devices/vfio3");
+    tree.add_node("10:196", "vfio/vfio");
+    tree.add_node("1:3", "null");
+    let named = |name| {
+        let nodes = [(GROUP_MAJOR, 5), (OWN_MAJOR, 3)];
+        nodes.map(|(major, minor)| with_devices(&[node_of(name, "c", major, minor)]))
+    };
+    // Some are another node's name on the host.
+    for name in [
+        "/dev/vfio/gpu0",
+        "/dev/gpu0",
+        "/dev/vfio/4",
+        "/dev/vfio/vfio",
+    ] {
+        for spec in named(name) {
+            assert_eq!(addresses(&tree, &spec), ["0000:02:00.0"], "{name}");
+        }
+    }
+    let through = node_of("/dev/vfio/4", "c", 10, 196);
+    assert!(addresses(&tree, &with_devices(&[through])).is_empty());
+    for (kind, major, minor) in [("b", GROUP_MAJOR, 5), ("c", 1, 3), ("c", GROUP_MAJOR, 99)] {
+        let other = with_devices(&[node_of("/dev/gpu0", kind, major, minor)]);
+        assert!(
+            addresses(&tree, &other).is_empty(),
+            "{kind} {major}:{minor}"
+        );
+        let claims = with_devices(&[node_of("/dev/vfio/5", kind, major, minor)]);
+        let refusal = refusal(&tree, &claims);
+        assert!(
+            refusal.starts_with("/dev/vfio/5 is no device's"),
+            "{refusal}"
+        );
+    }
+    // By the host's name, where `nacre devices` has it.
+    let not_ready = node_of("/dev/vfio/gpu0", "c", GROUP_MAJOR, 6);
+    let refusal = refusal(&tree, &with_devices(&[not_ready]));
+    assert!(
+        refusal.starts_with("/dev/vfio/6 is no device's"),
+        "{refusal}"
+    );
 }
 
 #[test]
@@ -228,6 +295,32 @@ fn names_of_cdi() {
     );
 }
 
+/// They are the host's, and have the host's names to the letter.
+#[test]
+fn nodes_of_cdi_that_nobody_has() {
+    let tree = host();
+    for path in [
+        "/dev/vfio/99",
+        "/dev/vfio/+4",
+        "/dev/vfio/4/..",
+        "/dev/vfio/devices",
+    ] {
+        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/4", "hostPath": path}]});
+        let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/gpu", "devices": [
+            {"name": "0", "containerEdits": edits},
+        ]});
+        tree.write("etc/cdi/vendor.json", &spec.to_string());
+        let refusal = refusal(
+            &tree,
+            &with_annotation("cdi.k8s.io/nacre", "vendor.com/gpu=0"),
+        );
+        assert!(
+            refusal.starts_with(&format!("{path} is no device's")),
+            "{refusal}"
+        );
+    }
+}
+
 /// Whoever makes a pod writes its annotations.
 #[test]
 fn annotations_ask_only_where_the_administrator_lets_them() {
@@ -256,9 +349,9 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
     let privileged = |rules: &[serde_json::Value]| -> Spec {
         let nodes = [
             ("vfio", 10, 196),
-            ("4", 240, 0),
-            ("5", 240, 1),
-            ("6", 240, 2),
+            ("4", 240, 4),
+            ("5", 240, 5),
+            ("6", 240, 6),
         ];
         let nodes = nodes.map(|(name, major, minor)| {
             json!({"path": format!("/dev/vfio/{name}"), "type": "c", "major": major, "minor": minor})
@@ -271,12 +364,12 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
     };
     assert!(addresses(&tree, &privileged(&[])).is_empty());
     let by = |rule| addresses(&tree, &privileged(&[rule]));
-    let own = json!({"allow": true, "type": "c", "major": 240, "minor": 1, "access": "rwm"});
+    let own = json!({"allow": true, "type": "c", "major": 240, "minor": 5, "access": "rwm"});
     assert_eq!(by(own), ["0000:02:00.0"]);
     for other in [
         json!({"allow": true, "type": "c", "major": 240, "access": "rwm"}),
-        json!({"allow": false, "type": "c", "major": 240, "minor": 1, "access": "rwm"}),
-        json!({"allow": true, "type": "b", "major": 240, "minor": 1, "access": "rwm"}),
+        json!({"allow": false, "type": "c", "major": 240, "minor": 5, "access": "rwm"}),
+        json!({"allow": true, "type": "b", "major": 240, "minor": 5, "access": "rwm"}),
     ] {
         assert!(by(other.clone()).is_empty(), "{other}");
     }
@@ -359,6 +452,7 @@ fn with_mediated() -> Tree {
     let tree = host();
     let part = tree.add_mediated(UUID, PARENT);
     part.group(9).file("vfio-dev/vfio4/dev", "511:4\n");
+    tree.add_node("511:4", "vfio/devices/vfio4");
     tree
 }
 
