@@ -325,10 +325,10 @@ pub enum Iommu {
     Iommufd(FdIndex),
 }
 
-/// A PCI function of the host.
+/// A PCI function of the host, or a mediated device that looks like one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciDevice {
-    /// Its address on the host, `0000:01:00.0`. For messages only.
+    /// Its address on the host, `0000:01:00.0`, or the UUID of a mediated device. For messages only.
     pub address: String,
     /// The VFIO device: from its group (`VFIO_GROUP_GET_DEVICE_FD`), or
     /// `/dev/vfio/devices/vfioN` as opened.

@@ -164,8 +164,8 @@ impl VmHost {
             return Ok(Prepared::nothing(&config.spec));
         }
         let (config, slots) = (config.clone(), slots.cloned());
-        let shared_root = self.run_dir.shared_root();
-        blocking(move || storage::prepare(&config, &shared_root, slots.as_ref())).await
+        let (system, shared_root) = (self.system.clone(), self.run_dir.shared_root());
+        blocking(move || storage::prepare(&system, &config, &shared_root, slots.as_ref())).await
     }
 
     /// See [`super::Host::release`].

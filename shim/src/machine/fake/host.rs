@@ -137,9 +137,9 @@ impl FakeHost {
     ) -> Result<Prepared, StorageError> {
         let shared_root = self.root.path().join("shared");
         if config.rootfs.is_empty() {
-            storage::prepare_volumes(&config.spec, &config.id, &shared_root)
+            storage::prepare_volumes(&self.system, &config.spec, &config.id, &shared_root)
         } else {
-            storage::prepare(config, &shared_root, slots)
+            storage::prepare(&self.system, config, &shared_root, slots)
         }
     }
 
