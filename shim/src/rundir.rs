@@ -32,6 +32,7 @@ use tracing::{debug, info, warn};
 
 use crate::devices::Claims;
 
+pub(crate) use process::Killed;
 #[cfg(test)]
 pub(crate) use process::undying::Undying;
 pub use process::{DEATH_WAIT, Proc, pidfd_kill, pidfd_open};

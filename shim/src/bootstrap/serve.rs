@@ -101,6 +101,10 @@ async fn wait_for_the_end(pod: &Arc<Pod>) -> Result<(), BootstrapError> {
         signal(SignalKind::terminate()).map_err(BootstrapError::io("listen for SIGTERM"))?;
     tokio::select! {
         () = pod.ended() => (),
+        () = pod.abandoned() => {
+            warn!("nobody has asked for a container");
+            pod.stop().await;
+        }
         _ = terminate.recv() => {
             info!("told to terminate");
             pod.stop().await;

@@ -12,6 +12,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -38,6 +39,9 @@ use crate::storage::{PodFiles, Prepared};
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
 const OOM_PAUSE: Duration = Duration::from_millis(500);
+/// Time until the first container is asked for, which containerd does as soon as it knows the
+/// shim, or has made what mounts it makes itself.
+const FIRST_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time that hooks have once their pod is to end.
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -51,6 +55,8 @@ pub struct Pod {
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
     pub(super) resizing: tokio::sync::Mutex<Turn>,
+    /// Whether anybody has asked for a container, ever.
+    was_used: AtomicBool,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
     ended: watch::Sender<bool>,
@@ -112,6 +118,7 @@ impl Pod {
             containers: Mutex::new(HashMap::new()),
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
+            was_used: AtomicBool::new(false),
             busy: RwLock::default(),
             ended: watch::Sender::new(false),
         })
@@ -225,6 +232,7 @@ impl Pod {
         if *self.ended.borrow() {
             return Err(SandboxError::Stopped.into());
         }
+        self.was_used.store(true, Ordering::Relaxed);
         let mut containers = lock(&self.containers);
         if containers.contains_key(id) {
             return Err(TaskError::ContainerExists(id.to_owned()));
@@ -374,11 +382,8 @@ impl Pod {
         };
         let mut prepared = self.host.prepare(config, sandbox.slots()).await?;
         prepared.pci_devices = pci_devices;
-        if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
-            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
-                container_id: config.id.clone(),
-                what: "a directory shared with the host",
-            }));
+        if booted && prepared.uses_shared_dir {
+            self.host.share(sandbox).await?;
         }
         self.host.hooks().create(config, sandbox.pid()).await?;
         Ok(prepared)
@@ -495,6 +500,16 @@ impl Pod {
             warn!("hooks do not end");
         }
         self.ended.send_replace(true);
+    }
+
+    /// Resolves when nobody has asked for a first container within [`FIRST_TIMEOUT`]. Whoever
+    /// started the shim has given up by then, and did not say so: containerd kills a `start`
+    /// that outlives its caller's patience, and asks for no `delete` of it.
+    pub async fn abandoned(&self) {
+        tokio::time::sleep(FIRST_TIMEOUT).await;
+        if self.was_used.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Resolves after [`Pod::stop`].
