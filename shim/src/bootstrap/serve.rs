@@ -70,7 +70,8 @@ fn become_daemon() -> Result<(), BootstrapError> {
 
 async fn run(args: &Args, config: Config, hooks: Runner) -> Result<(), BootstrapError> {
     let run_dir = RunDir::new(&config.run_dir, &args.namespace, &args.id)?;
-    let state = State::of_daemon(std::process::id(), args.bundle()?, Path::new(&args.socket));
+    let bundle = args.bundle()?;
+    let state = State::of_daemon(std::process::id(), bundle.clone(), Path::new(&args.socket));
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
     let host = VmHost::new(config, run_dir.clone(), args.id.clone(), state, hooks);
@@ -82,7 +83,7 @@ async fn run(args: &Args, config: Config, hooks: Runner) -> Result<(), Bootstrap
         .register_service(console::create(&pod));
     server.start().await?;
     info!(id = args.id, "serving");
-    wait_for_the_end(&pod).await?;
+    wait_for_the_end(&pod, &bundle).await?;
     // The reply to Shutdown is still on its way; leaving closes its connection
     // only after what was written is out.
     if tokio::time::timeout(FLUSH_TIMEOUT, publisher.flush())
@@ -96,13 +97,13 @@ async fn run(args: &Args, config: Config, hooks: Runner) -> Result<(), Bootstrap
     Ok(())
 }
 
-async fn wait_for_the_end(pod: &Arc<Pod>) -> Result<(), BootstrapError> {
+async fn wait_for_the_end(pod: &Arc<Pod>, bundle: &Path) -> Result<(), BootstrapError> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(BootstrapError::io("listen for SIGTERM"))?;
     tokio::select! {
         () = pod.ended() => (),
-        () = pod.abandoned() => {
-            warn!("nobody has asked for a container");
+        () = pod.abandoned(bundle) => {
+            warn!("containerd has removed the bundle and asked for no container");
             pod.stop().await;
         }
         _ = terminate.recv() => {
@@ -134,4 +135,65 @@ fn listener() -> Result<Listener, BootstrapError> {
             Some((accepted, socket))
         },
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim_protos::api::CreateTaskRequest;
+
+    use crate::machine::fake::FakeHost;
+
+    const A_DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+    fn pod() -> Arc<Pod> {
+        let host = Host::Fake(Box::new(FakeHost::scripted()));
+        Pod::new(host, Publisher::new("test", ""))
+    }
+
+    /// Asks for a container in a bundle.
+    async fn create(pod: &Arc<Pod>, bundle: &Path) -> Result<u32, String> {
+        let request = CreateTaskRequest {
+            id: "app".into(),
+            bundle: bundle.display().to_string(),
+            ..Default::default()
+        };
+        let created = pod.create(request).await;
+        created.map_err(|error| error.to_string())
+    }
+
+    fn bundle() -> tempfile::TempDir {
+        let bundle = tempfile::tempdir().unwrap();
+        let spec = r#"{"ociVersion": "1.2.0"}"#;
+        std::fs::write(bundle.path().join("config.json"), spec).unwrap();
+        bundle
+    }
+
+    /// containerd removes a bundle whose `start` it has killed, and knows of no shim then.
+    #[tokio::test(start_paused = true)]
+    async fn daemon_ends_whose_bundle_is_gone_and_that_nobody_asks() {
+        let (pod, unused, other) = (pod(), bundle(), bundle());
+        let path = unused.path().to_owned();
+        let mut end = Box::pin(wait_for_the_end(&pod, &path));
+        let early = tokio::time::timeout(A_DAY, &mut end).await;
+        assert!(early.is_err(), "containerd may ask yet");
+        unused.close().unwrap();
+        let end = tokio::time::timeout(A_DAY, end).await;
+        end.expect("nobody will ask").unwrap();
+        pod.ended().await;
+        let refused = create(&pod, other.path()).await.unwrap_err();
+        assert_eq!(refused, "the sandbox was shut down");
+    }
+
+    /// Whatever comes of what it was asked, containerd knows it, and says when it is to end.
+    #[tokio::test]
+    async fn daemon_stays_that_was_asked_for_a_container() {
+        let (pod, bundle) = (pod(), bundle());
+        let asked = create(&pod, bundle.path()).await;
+        let path = bundle.path().to_owned();
+        tokio::time::pause();
+        bundle.close().unwrap();
+        let end = tokio::time::timeout(A_DAY, wait_for_the_end(&pod, &path)).await;
+        assert!(end.is_err(), "{asked:?}");
+    }
 }

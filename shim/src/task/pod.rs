@@ -11,8 +11,7 @@
 //! by knows it.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -21,12 +20,13 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
-use tokio::sync::{OnceCell, RwLock, watch};
+use tokio::sync::{OnceCell, RwLock};
 use tracing::{info, warn};
 
 use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
+use super::life::Life;
 use super::process::{Exit, Phase, lock};
 use super::resize::{Turn, take_room};
 use crate::cgroup::Limits;
@@ -39,9 +39,6 @@ use crate::storage::{PodFiles, Prepared};
 /// Least time between two reports of one guest's lack of memory: a guest must
 /// not flood containerd.
 const OOM_PAUSE: Duration = Duration::from_millis(500);
-/// Time until the first container is asked for, which containerd does as soon as it knows the
-/// shim, or has made what mounts it makes itself.
-const FIRST_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time that hooks have once their pod is to end.
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -55,11 +52,9 @@ pub struct Pod {
     pub(super) files: OnceLock<PodFiles>,
     /// The turn of whoever changes the machine's size.
     pub(super) resizing: tokio::sync::Mutex<Turn>,
-    /// Whether anybody has asked for a container, ever.
-    was_used: AtomicBool,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
-    ended: watch::Sender<bool>,
+    life: Life,
 }
 
 /// A container's place among the others.
@@ -118,9 +113,8 @@ impl Pod {
             containers: Mutex::new(HashMap::new()),
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
-            was_used: AtomicBool::new(false),
             busy: RwLock::default(),
-            ended: watch::Sender::new(false),
+            life: Life::new(),
         })
     }
 
@@ -229,10 +223,9 @@ impl Pod {
 
     fn reserve(&self, id: &str) -> Result<(), TaskError> {
         crate::rundir::check_id(id).map_err(|error| TaskError::Invalid(error.to_string()))?;
-        if *self.ended.borrow() {
+        if !self.life.ask() {
             return Err(SandboxError::Stopped.into());
         }
-        self.was_used.store(true, Ordering::Relaxed);
         let mut containers = lock(&self.containers);
         if containers.contains_key(id) {
             return Err(TaskError::ContainerExists(id.to_owned()));
@@ -248,7 +241,7 @@ impl Pod {
     ) -> Result<Arc<Container>, TaskError> {
         hooks::check(&config)?;
         let _busy = self.busy.read().await;
-        if *self.ended.borrow() {
+        if !self.life.is_open() {
             return Err(SandboxError::Stopped.into());
         }
         let created = async {
@@ -490,37 +483,34 @@ impl Pod {
     }
 
     /// Kills the machine, frees what the pod has on the host, and lets
-    /// [`Pod::ended`] resolve. The guest is not asked to power off: containers'
-    /// file systems were unmounted with their deletion, and it has nothing else.
-    /// Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo what is the host's.
+    /// [`Pod::ended`] resolve; who asks for a container meanwhile is refused. The guest is
+    /// not asked to power off: containers' file systems were unmounted with their deletion,
+    /// and it has nothing else. Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo
+    /// what is the host's.
     pub async fn stop(&self) {
+        self.life.close();
         self.host.teardown().await;
         let idle = tokio::time::timeout(HOOKS_TIMEOUT, self.busy.write()).await;
         if idle.is_err() {
             warn!("hooks do not end");
         }
-        self.ended.send_replace(true);
+        self.life.end();
     }
 
-    /// Resolves when nobody has asked for a first container within [`FIRST_TIMEOUT`]. Whoever
-    /// started the shim has given up by then, and did not say so: containerd kills a `start`
+    /// Resolves when nobody has asked for a container, and containerd has removed `bundle`.
+    /// Whoever started the shim has given up and did not say so: containerd kills a `start`
     /// that outlives its caller's patience, and asks for no `delete` of it.
-    pub async fn abandoned(&self) {
-        tokio::time::sleep(FIRST_TIMEOUT).await;
-        if self.was_used.load(Ordering::Relaxed) {
-            std::future::pending::<()>().await;
-        }
+    pub async fn abandoned(&self, bundle: &Path) {
+        self.life.abandoned(bundle).await;
     }
 
     /// Resolves after [`Pod::stop`].
     pub async fn ended(&self) {
-        let mut ended = self.ended.subscribe();
-        // Fails only without the sender, which `self` holds.
-        let _ = ended.wait_for(|ended| *ended).await;
+        self.life.ended().await;
     }
 }
 
-fn load_spec(bundle: &std::path::Path) -> Result<Spec, TaskError> {
+fn load_spec(bundle: &Path) -> Result<Spec, TaskError> {
     let path = bundle.join("config.json");
     Spec::load(&path).map_err(|error| TaskError::Invalid(format!("{}: {error}", path.display())))
 }
