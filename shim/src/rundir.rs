@@ -326,10 +326,10 @@ impl RunDir {
     }
 
     fn finish(&self, state: &State, at_most: Duration) {
-        self.undo(state, at_most);
         if let Some(socket) = &state.socket {
             remove(socket, fs::remove_file(socket));
         }
+        self.undo(state, at_most);
     }
 
     /// Kills what runs of the pod, but for this process, and waits for the daemon's end.
