@@ -98,6 +98,15 @@ pub enum Request {
         /// Whether the guest has let go of it. Else nothing comes into its slot any more.
         is_let_go: bool,
     },
+    /// Put the virtio-fs device on bus 0 of a machine that has none; answered with its slot
+    /// ([`slot_address`]). The guest finds it when it looks there. The answer waits for the
+    /// back end, and so does whatever is asked of the monitor meanwhile.
+    AddSharedDir {
+        /// See [`Request`].
+        number: u64,
+        /// The device.
+        dir: SharedDir,
+    },
     /// Have the kernel of a guest that does not answer say where it is, by an NMI: it panics
     /// then, if it still can, and [`Event::Stopped`] follows.
     Interrupt,
@@ -181,7 +190,7 @@ pub struct VmConfig {
     pub pci_slots: u8,
     /// What there is with them only if it is wanted.
     pub pci: PciOptions,
-    /// virtio-fs device.
+    /// virtio-fs device, unless it comes by [`Request::AddSharedDir`].
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
     pub console: Option<FdIndex>,

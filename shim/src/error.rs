@@ -145,7 +145,8 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Spawn(_)
         | MachineError::Io { .. }
         | MachineError::Disk { .. }
-        | MachineError::Nic(_) => Code::INTERNAL,
+        | MachineError::Nic(_)
+        | MachineError::SharedDir(_) => Code::INTERNAL,
     }
 }
 

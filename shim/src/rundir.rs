@@ -33,6 +33,7 @@ use tracing::{debug, info, warn};
 use crate::devices::Claims;
 use crate::network;
 
+pub(crate) use process::Killed;
 #[cfg(test)]
 pub(crate) use process::undying::Undying;
 pub use process::{DEATH_WAIT, Proc, pidfd_kill, pidfd_open};
@@ -326,10 +327,10 @@ impl RunDir {
     }
 
     fn finish(&self, state: &State, at_most: Duration) {
-        self.undo(state, at_most);
         if let Some(socket) = &state.socket {
             remove(socket, fs::remove_file(socket));
         }
+        self.undo(state, at_most);
     }
 
     /// Kills what runs of the pod, but for this process, and waits for the daemon's end.

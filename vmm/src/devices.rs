@@ -91,10 +91,10 @@ pub fn build(
         serial = Some(output.try_clone()?);
         devices.push(Box::new(Console::new(output)));
     }
-    if let Some(SharedDir { tag, socket }) = &config.shared_dir {
-        let socket = fds.take(*socket)?;
-        file_server = Some(socket.try_clone().map_err(FsError::Socket)?);
-        devices.push(Box::new(Fs::new(tag, socket)?));
+    if let Some(dir) = &config.shared_dir {
+        let (device, connection) = shared_dir(dir, fds)?;
+        file_server = Some(connection);
+        devices.push(Box::new(device));
     }
     let mut slots = HashMap::new();
     for disk in &config.disks {
@@ -147,6 +147,18 @@ pub fn backing(backing: &DiskBacking, fds: &mut Fds) -> Result<Backing, ChannelE
         }
         DiskBacking::Empty => Backing::Empty,
     })
+}
+
+/// Makes the shared directory, and another descriptor of the connection to its file server.
+/// Waits for that, as long as it takes or is there.
+///
+/// # Errors
+///
+/// When the descriptor is missing or the file server is not what it should be.
+pub fn shared_dir(dir: &SharedDir, fds: &mut Fds) -> Result<(Fs, OwnedFd), DeviceError> {
+    let socket = fds.take(dir.socket)?;
+    let connection = socket.try_clone().map_err(FsError::Socket)?;
+    Ok((Fs::new(&dir.tag, socket)?, connection))
 }
 
 /// Makes a network interface.

@@ -6,8 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nacre_protocol::channel::FdList;
-use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, Jail, Memory, NamedFd, PciOptions, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, Jail, Memory, NamedFd, PciOptions, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
@@ -16,6 +15,7 @@ use super::super::{SandboxError, cmdline};
 use crate::machine::VmMachine;
 use crate::network::PodNetwork;
 use crate::storage::HostDisk;
+use crate::virtiofsd;
 
 /// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
 /// vCPUs do not wait for each other, up to what a disk can make use of.
@@ -100,10 +100,10 @@ impl BootFds {
                 .map(|devices| devices.describe(&mut list)),
             pci_slots: boot.pci_slots,
             pci: boot.pci,
-            shared_dir: self.socket.as_ref().map(|socket| SharedDir {
-                tag: SHARED_TAG.into(),
-                socket: list.push(socket.as_fd()),
-            }),
+            shared_dir: self
+                .socket
+                .as_ref()
+                .map(|socket| virtiofsd::describe(socket, &mut list)),
             console: self.console.as_ref().map(|file| list.push(file.as_fd())),
         };
         let first_nic = config.first_nic_slot();
