@@ -50,7 +50,6 @@ pub mod reaper;
 pub mod sandbox;
 pub mod serve;
 pub mod service;
-pub mod shared;
 pub mod stdio;
 pub mod storage;
 pub mod streams;

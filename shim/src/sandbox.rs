@@ -23,7 +23,6 @@ mod host;
 mod hotplug;
 mod images;
 mod resize;
-mod share;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -60,7 +59,6 @@ pub use hotplug::HotPlug;
 pub use images::Images;
 use resize::MachineSize;
 pub use resize::{MemorySize, VcpuCount, Wanted};
-use share::Share;
 pub use slots::{DiskSlots, Slot, SlotCounts};
 pub use vm_host::VmHost;
 
@@ -124,7 +122,7 @@ pub struct Room {
 /// What there is after the boot.
 struct Guest {
     agent: AgentClient,
-    share: tokio::sync::Mutex<Share>,
+    shares_directory: bool,
     slots: DiskSlots,
     size: MachineSize,
 }
@@ -179,11 +177,11 @@ impl Sandbox {
             agent.configure_sandbox(context, request)
         })
         .await?;
-        let share = Share::at_boot(request.shared_dir);
+        let shares_directory = request.shared_dir;
         // Attached once: the one caller is the one boot.
         self.guest.get_or_init(|| Guest {
             agent,
-            share: share.into(),
+            shares_directory,
             slots: DiskSlots::new(room.disks),
             size: MachineSize::new(room.memory, room.vcpus),
         });
@@ -203,6 +201,11 @@ impl Sandbox {
     /// What follows the host's volumes for the pod.
     pub fn followers(&self) -> &Followers {
         &self.followers
+    }
+
+    /// Whether the guest has the pod's shared directory.
+    pub fn shares_directory(&self) -> bool {
+        self.guest.get().is_some_and(|guest| guest.shares_directory)
     }
 
     /// The machine's empty disks, after the boot.

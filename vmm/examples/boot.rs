@@ -16,7 +16,6 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use nacre_protocol::vm::{PciOptions, StopReason};
-use nacre_vmm::boot::NamedFile;
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
@@ -109,8 +108,8 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         vcpus: options.vcpus,
         memory: ram.clone(),
         ram,
-        kernel: named(&options.kernel)?,
-        initrd: named(&options.initrd)?,
+        kernel: File::open(&options.kernel)?,
+        initrd: File::open(&options.initrd)?,
         cmdline: options.cmdline.clone(),
         devices,
         passthrough,
@@ -127,13 +126,6 @@ fn run(options: &Options) -> Result<Outcome, Error> {
     let exits = running.stop();
     eprintln!("boot: {exits}");
     stop.outcome().cloned().ok_or_else(|| "no outcome".into())
-}
-
-fn named(path: &str) -> io::Result<NamedFile> {
-    Ok(NamedFile {
-        file: File::open(path)?,
-        path: path.into(),
-    })
 }
 
 /// Whether standard input is the first to say something.

@@ -91,10 +91,10 @@ pub fn build(
         serial = Some(output.try_clone()?);
         devices.push(Box::new(Console::new(output)));
     }
-    if let Some(dir) = &config.shared_dir {
-        let (device, connection) = shared_dir(dir, fds)?;
-        file_server = Some(connection);
-        devices.push(Box::new(device));
+    if let Some(SharedDir { tag, socket }) = &config.shared_dir {
+        let socket = fds.take(*socket)?;
+        file_server = Some(socket.try_clone().map_err(FsError::Socket)?);
+        devices.push(Box::new(Fs::new(tag, socket)?));
     }
     let mut slots = HashMap::new();
     for disk in &config.disks {
@@ -149,18 +149,6 @@ pub fn backing(backing: &DiskBacking, fds: &mut Fds) -> Result<Backing, ChannelE
     })
 }
 
-/// Makes the shared directory, and another descriptor of the connection to its file server.
-/// Waits for that, as long as it takes or is there.
-///
-/// # Errors
-///
-/// When the descriptor is missing or the file server is not what it should be.
-pub fn shared_dir(dir: &SharedDir, fds: &mut Fds) -> Result<(Fs, OwnedFd), DeviceError> {
-    let socket = fds.take(dir.socket)?;
-    let connection = socket.try_clone().map_err(FsError::Socket)?;
-    Ok((Fs::new(&dir.tag, socket)?, connection))
-}
-
 /// Makes a network interface.
 ///
 /// # Errors
@@ -185,7 +173,7 @@ mod tests {
     use crate::virtio::fs;
 
     use nacre_protocol::channel::{Channel, FdList};
-    use nacre_protocol::vm::{Jail, Memory, NamedFd, PciOptions, Request};
+    use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
 
     /// A configuration, and its descriptors as a monitor gets them.
     fn config(with_console: bool, is_shared: bool, disks: usize) -> (VmConfig, Fds) {
@@ -200,10 +188,6 @@ mod tests {
             backing: DiskBacking::Empty,
             queues: 1,
         };
-        let unnamed = NamedFd {
-            fd,
-            path: "-".into(),
-        };
         let config = VmConfig {
             sandbox_id: "pod".into(),
             jail: Jail { uid: 1, gid: 1 },
@@ -214,8 +198,8 @@ mod tests {
                 growth_mib: 0,
                 hugepages: false,
             },
-            kernel: unnamed.clone(),
-            initrd: unnamed,
+            kernel: fd,
+            initrd: fd,
             cmdline: String::new(),
             disks: (0..disks).map(disk).collect(),
             nics: Vec::new(),

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io::{self, Seek};
-use std::path::PathBuf;
 
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{
@@ -35,30 +34,18 @@ const PAGE: u64 = 4096;
 /// Why the guest cannot boot.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel is no ELF file, cut short, or larger than guest memory.
-    #[error("kernel {}: {source}", path.display())]
-    Kernel {
-        /// Where it is.
-        path: PathBuf,
-        /// Why it is none.
-        source: linux_loader::loader::Error,
-    },
+    /// The kernel is no ELF file, or larger than guest memory.
+    #[error("kernel: {0}")]
+    Kernel(#[from] linux_loader::loader::Error),
     /// The kernel has no PVH entry point.
-    #[error("kernel {} has no PVH entry point (CONFIG_PVH)", .0.display())]
-    NotPvh(PathBuf),
+    #[error("the kernel has no PVH entry point (CONFIG_PVH)")]
+    NotPvh,
     /// The initramfs cannot be read.
-    #[error("initramfs {}: {source}", path.display())]
-    InitrdFile {
-        /// Where it is.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error("initramfs: {0}")]
+    InitrdFile(#[from] io::Error),
     /// Kernel and initramfs exceed guest memory.
-    #[error("no room for initramfs {}, {bytes} bytes, above the kernel", path.display())]
+    #[error("no room for an initramfs of {bytes} bytes above the kernel")]
     InitrdTooLarge {
-        /// Where it is.
-        path: PathBuf,
         /// Its size.
         bytes: u64,
     },
@@ -70,20 +57,12 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// A file to load.
-pub struct NamedFile {
-    /// It, open.
-    pub file: File,
-    /// Where it is on the host, for messages only.
-    pub path: PathBuf,
-}
-
 /// What to boot.
 pub struct Payload<'a> {
     /// Uncompressed kernel.
-    pub kernel: &'a mut NamedFile,
+    pub kernel: &'a mut File,
     /// initramfs.
-    pub initrd: &'a mut NamedFile,
+    pub initrd: &'a mut File,
     /// Kernel command line.
     pub cmdline: &'a str,
 }
@@ -103,19 +82,14 @@ pub struct Loaded {
 ///
 /// When something does not fit, or is not what it should be.
 pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<Loaded, BootError> {
-    let NamedFile { file, path } = &mut *payload.kernel;
     let kernel = Elf::load(
         memory,
         None,
-        &mut Image::new(file, memory),
+        &mut Image::new(payload.kernel, memory),
         Some(GuestAddress(layout::HIGH_RAM_START)),
-    )
-    .map_err(|source| BootError::Kernel {
-        path: path.clone(),
-        source,
-    })?;
+    )?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
-        return Err(BootError::NotPvh(path.clone()));
+        return Err(BootError::NotPvh);
     };
     let module = load_initrd(memory, payload.initrd, kernel.kernel_end)?;
     write_cmdline(memory, payload.cmdline)?;
@@ -155,29 +129,22 @@ fn reset_code() -> [u8; 7] {
 /// Puts the initramfs at the top of low memory, out of the kernel's way.
 fn load_initrd(
     memory: &GuestMemory,
-    NamedFile { file, path }: &mut NamedFile,
+    initrd: &mut File,
     kernel_end: u64,
 ) -> Result<hvm_modlist_entry, BootError> {
-    let unread = |source| BootError::InitrdFile {
-        path: path.clone(),
-        source,
-    };
-    let bytes = file.metadata().map_err(unread)?.len();
+    let bytes = initrd.metadata()?.len();
     let low_end = memory
         .iter()
         .next()
         .map_or(0, |region| region.start_addr().0 + region.len());
-    let too_large = || BootError::InitrdTooLarge {
-        path: path.clone(),
-        bytes,
-    };
+    let too_large = || BootError::InitrdTooLarge { bytes };
     let start = low_end.checked_sub(bytes).ok_or_else(too_large)? & !(PAGE - 1);
     if start < kernel_end.max(layout::HIGH_RAM_START) {
         return Err(too_large());
     }
     let len = usize::try_from(bytes).map_err(|_| too_large())?;
-    file.rewind().map_err(unread)?;
-    let mut image = Image::new(file, memory);
+    initrd.rewind()?;
+    let mut image = Image::new(initrd, memory);
     memory.read_exact_volatile_from(GuestAddress(start), &mut image, len)?;
     Ok(hvm_modlist_entry {
         paddr: start,

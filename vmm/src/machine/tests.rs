@@ -16,13 +16,6 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
     Some(Machine::new(parts(code, vcpus)?).unwrap())
 }
 
-fn unnamed(file: File) -> NamedFile {
-    NamedFile {
-        file,
-        path: "-".into(),
-    }
-}
-
 /// What it is made of.
 pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
@@ -31,15 +24,14 @@ pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     };
     let mut kernel = tempfile::tempfile().unwrap();
     kernel.write_all(&test_kernel::pvh(code)).unwrap();
-    let initrd = tempfile::tempfile().unwrap();
     let ram = memory::allocate(32, false).unwrap();
     Some(Parts {
         kvm: kvm.into(),
         vcpus,
         memory: ram.clone(),
         ram,
-        kernel: unnamed(kernel),
-        initrd: unnamed(initrd),
+        kernel,
+        initrd: tempfile::tempfile().unwrap(),
         cmdline: String::new(),
         devices: Vec::new(),
         passthrough: None,
@@ -183,8 +175,8 @@ fn impossible_machines_are_refused() {
             vcpus,
             memory: ram.clone(),
             ram,
-            kernel: unnamed(null()),
-            initrd: unnamed(null()),
+            kernel: null(),
+            initrd: null(),
             cmdline: String::new(),
             devices: Vec::new(),
             passthrough: None,
