@@ -9,6 +9,9 @@ PREFIX ?= /usr/local
 # Everything is staged under target/ with the paths it is installed to.
 STAGE := target/stage
 TARGET := x86_64-unknown-linux-gnu
+# Where crates are compiled, so that another clone has its dependencies at once; what comes
+# of them is in target/.
+export CARGO_BUILD_BUILD_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nacre/build
 IN_LAB := tests/lab/lab
 
 # Debian packages a build or a test needs. `make setup` installs those missing.
@@ -181,4 +184,4 @@ else
 endif
 
 clean:
-	cargo clean
+	rm -rf target
