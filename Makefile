@@ -18,6 +18,13 @@ IN_LAB := tests/lab/lab
 PACKAGES := gcc libc6-dev make flex bison bc libelf-dev xz-utils cpio kmod \
   debootstrap debian-archive-keyring busybox-static acpica-tools fdisk gdisk erofs-utils
 
+# A relative source of the kernel is of the caller's directory, whichever make reads it.
+ifdef KERNEL_SRC
+override KERNEL_SRC := $(abspath $(KERNEL_SRC))
+export KERNEL_SRC
+MAKEOVERRIDES := $(filter-out KERNEL_SRC=%,$(MAKEOVERRIDES))
+endif
+
 .PHONY: setup build build-shim build-agent test unit lint demo bench long soak lab e2e lab-containers lab-more lab-pods lab-devices lab-itself lab-disk driver-images install kernel stage stage-boot clean
 
 setup:

@@ -50,6 +50,7 @@ pub mod reaper;
 pub mod sandbox;
 pub mod serve;
 pub mod service;
+pub mod shared;
 pub mod stdio;
 pub mod storage;
 pub mod streams;

@@ -166,6 +166,16 @@ pub async fn write(path: &Path, text: &'static str) -> io::Result<()> {
     written.map_err(io::Error::other)?
 }
 
+/// Has the kernel look for what has come to the buses without its being told
+/// (Documentation/ABI/testing/sysfs-bus-pci: `rescan`). The drivers have it when this returns.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub async fn rescan(sys: &Path) -> io::Result<()> {
+    write(&sys.join("bus/pci/rescan"), "1").await
+}
+
 /// A PCI function.
 struct Function {
     address: String,

@@ -12,7 +12,6 @@ use nacre_protocol::agent::{
     ConfigureSandboxRequest, CreateContainerRequest, DirectoryVolume, Disk, Driver, ExecRequest,
     ReadFileRequest, StatsResponse, TmpfsVolume,
 };
-use nacre_protocol::guest::{SHARED_DIR, SHARED_TAG};
 use oci_spec::runtime::{ContainerState, LinuxResources, Process as OciProcess, Spec, State};
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -34,6 +33,7 @@ use crate::network::Network;
 use crate::pci;
 use crate::pids;
 use crate::reaper::{Exit, Reaper};
+use crate::shared::SharedDir;
 use crate::stdio;
 use crate::storage;
 use crate::streams::StreamHub;
@@ -61,6 +61,7 @@ pub struct Sandbox {
     reaper: Arc<Reaper>,
     streams: Arc<StreamHub>,
     containers: Mutex<HashMap<String, Slot>>,
+    shared_dir: SharedDir,
     volumes: Arc<Volumes>,
     huge_pages: Arc<HugePages>,
     /// Once the sandbox is configured.
@@ -88,6 +89,7 @@ impl Sandbox {
             reaper,
             streams,
             containers: Mutex::default(),
+            shared_dir: SharedDir::default(),
             volumes: Arc::default(),
             huge_pages: Arc::new(HugePages::new(pools)),
             drivers: OnceLock::new(),
@@ -129,7 +131,7 @@ impl Sandbox {
             Network::connect()?.configure(config).await?;
         }
         if request.shared_dir {
-            blocking(mount_shared).await?;
+            self.shared_dir.mount().await?;
         }
         for (name, value) in &request.sysctls {
             set_sysctl(name, value).map_err(Failure::from)?;
@@ -139,6 +141,18 @@ impl Sandbox {
         self.drivers
             .set(drivers)
             .map_err(|_| Error::FailedPrecondition("the sandbox was configured before".into()))
+    }
+
+    /// Mounts the shared directory, which has come since.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SharedDir::find`].
+    pub async fn mount_shared(&self) -> Result<()> {
+        match self.mode {
+            Mode::Guest => self.shared_dir.find(Path::new("/sys")).await,
+            Mode::Serve => Ok(()),
+        }
     }
 
     /// Moves the guest's clock.
@@ -458,7 +472,7 @@ impl Sandbox {
 }
 
 /// Runs what may block on the pool for that.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
@@ -505,19 +519,6 @@ fn limit(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
         cgroup.apply(resources)?;
     }
     cgroup.restrict_devices(resources)
-}
-
-fn mount_shared() -> Result<()> {
-    let what = || format!("mount the share on {SHARED_DIR}");
-    std::fs::create_dir_all(SHARED_DIR).with_context(what)?;
-    nix::mount::mount(
-        Some(SHARED_TAG),
-        Path::new(SHARED_DIR),
-        Some("virtiofs"),
-        nix::mount::MsFlags::empty(),
-        None::<&str>,
-    )
-    .with_context(what)
 }
 
 #[cfg(test)]

@@ -60,6 +60,11 @@ impl Agent for Service {
         Ok(Empty::default())
     }
 
+    async fn mount_shared(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.0.mount_shared().await?;
+        Ok(Empty::default())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,

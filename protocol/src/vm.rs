@@ -4,6 +4,8 @@
 //! message needs travels with it; a message names its descriptors by their
 //! position, [`FdIndex`]. The monitor opens nothing by path.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::channel::MAX_FDS_PER_PACKET;
@@ -11,6 +13,15 @@ use crate::channel::MAX_FDS_PER_PACKET;
 /// Position of a descriptor among those that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
+
+/// A file, and where it is on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedFd {
+    /// It, open.
+    pub fd: FdIndex,
+    /// For messages only.
+    pub path: PathBuf,
+}
 
 /// From the shim to the monitor.
 ///
@@ -87,6 +98,15 @@ pub enum Request {
         /// Whether the guest has let go of it. Else nothing comes into its slot any more.
         is_let_go: bool,
     },
+    /// Put the virtio-fs device on bus 0 of a machine that has none; answered with its slot
+    /// ([`slot_address`]). The guest finds it when it looks there. The answer waits for the
+    /// back end, and so does whatever is asked of the monitor meanwhile.
+    AddSharedDir {
+        /// See [`Request`].
+        number: u64,
+        /// The device.
+        dir: SharedDir,
+    },
     /// Have the kernel of a guest that does not answer say where it is, by an NMI: it panics
     /// then, if it still can, and [`Event::Stopped`] follows.
     Interrupt,
@@ -153,9 +173,9 @@ pub struct VmConfig {
     /// Guest memory.
     pub memory: Memory,
     /// Uncompressed kernel, `vmlinux`.
-    pub kernel: FdIndex,
+    pub kernel: NamedFd,
     /// initramfs (cpio, uncompressed).
-    pub initrd: FdIndex,
+    pub initrd: NamedFd,
     /// Kernel command line, without what the monitor adds for its devices.
     pub cmdline: String,
     /// virtio-blk devices, in order of their PCI slots.
@@ -170,7 +190,7 @@ pub struct VmConfig {
     pub pci_slots: u8,
     /// What there is with them only if it is wanted.
     pub pci: PciOptions,
-    /// virtio-fs device.
+    /// virtio-fs device, unless it comes by [`Request::AddSharedDir`].
     pub shared_dir: Option<SharedDir>,
     /// Debug console: kernel messages and `/dev/console` go to this file.
     pub console: Option<FdIndex>,
@@ -314,10 +334,10 @@ pub enum Iommu {
     Iommufd(FdIndex),
 }
 
-/// A PCI function of the host.
+/// A PCI function of the host, or a mediated device that looks like one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciDevice {
-    /// Its address on the host, `0000:01:00.0`. For messages only.
+    /// Its address on the host, `0000:01:00.0`, or the UUID of a mediated device. For messages only.
     pub address: String,
     /// The VFIO device: from its group (`VFIO_GROUP_GET_DEVICE_FD`), or
     /// `/dev/vfio/devices/vfioN` as opened.

@@ -3,11 +3,20 @@
 //! containerd decides by code: `NOT_FOUND` on Kill and Delete means "already
 //! gone, carry on", `UNAVAILABLE` means "the shim or its VM is dead, clean up".
 //! So each code is given only where it means that.
+//!
+//! To a start that fails neither containerd nor kubelet does anything else by the code: the
+//! one cleans up, the other tries again. There it tells people and their tools who can mend
+//! it: whoever wrote the request (`INVALID_ARGUMENT`), whoever has the host, so that the same
+//! request succeeds (`FAILED_PRECONDITION`, `RESOURCE_EXHAUSTED`), or neither (`INTERNAL`).
 
 use ttrpc::Code;
 
+use crate::cgroup::CgroupError;
 use crate::machine::MachineError;
+use crate::network::NetworkError;
+use crate::rundir::RunDirError;
 use crate::sandbox::SandboxError;
+use crate::storage::StorageError;
 use crate::task::TaskError;
 use crate::task::console::ConsoleError;
 
@@ -38,9 +47,29 @@ fn code(error: &TaskError) -> Code {
         TaskError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
-        TaskError::Io(_) | TaskError::Storage(_) | TaskError::Encode(_) | TaskError::Cancelled => {
-            Code::INTERNAL
-        }
+        TaskError::Storage(error) => storage_code(error),
+        TaskError::Io(_) | TaskError::Encode(_) | TaskError::Cancelled => Code::INTERNAL,
+    }
+}
+
+fn storage_code(error: &StorageError) -> Code {
+    match error {
+        StorageError::ContainerId(_)
+        | StorageError::UnsupportedRootfs { .. }
+        | StorageError::RootfsOption { .. }
+        | StorageError::TooManyLayers { .. }
+        | StorageError::NoRootfs(_)
+        | StorageError::VolumeRefused { .. }
+        | StorageError::Device { source: None, .. } => Code::INVALID_ARGUMENT,
+        // The same request is right once the host has it.
+        StorageError::NeedsDisk { .. }
+        | StorageError::VolumeSource { .. }
+        | StorageError::Device {
+            source: Some(_), ..
+        } => Code::FAILED_PRECONDITION,
+        StorageError::Users { .. }
+        | StorageError::VolumeCopy { .. }
+        | StorageError::Host { .. } => Code::INTERNAL,
     }
 }
 
@@ -50,6 +79,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::HostNamespace { .. }
         | SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
         SandboxError::Machine(error) => machine_code(error),
+        SandboxError::Network(error) => network_code(error),
+        SandboxError::Cgroup(error) => cgroup_code(error),
+        SandboxError::RunDir(error) => run_dir_code(error),
         SandboxError::Agent { answer, .. } => agent_code(answer),
         SandboxError::AgentSilent { .. }
         | SandboxError::Late { .. }
@@ -69,13 +101,39 @@ fn sandbox_code(error: &SandboxError) -> Code {
         SandboxError::NotGrown { .. }
         | SandboxError::NoVcpus { .. }
         | SandboxError::OutOfMemory { .. } => Code::RESOURCE_EXHAUSTED,
-        SandboxError::Io { .. }
-        | SandboxError::RunDir(_)
-        | SandboxError::Config(_)
-        | SandboxError::Network(_)
-        | SandboxError::Cgroup(_)
-        | SandboxError::Virtiofsd(_)
-        | SandboxError::Hook(_) => Code::INTERNAL,
+        SandboxError::Io { .. } | SandboxError::Virtiofsd(_) | SandboxError::Hook(_) => {
+            Code::INTERNAL
+        }
+    }
+}
+
+fn network_code(error: &NetworkError) -> Code {
+    match error {
+        NetworkError::HostNetwork => Code::INVALID_ARGUMENT,
+        NetworkError::Queues(_) | NetworkError::Tap { .. } => Code::FAILED_PRECONDITION,
+        NetworkError::System { .. }
+        | NetworkError::Netlink { .. }
+        | NetworkError::Interface { .. } => Code::INTERNAL,
+    }
+}
+
+fn run_dir_code(error: &RunDirError) -> Code {
+    match error {
+        RunDirError::BadId(_) => Code::INVALID_ARGUMENT,
+        RunDirError::NoUid { .. } => Code::RESOURCE_EXHAUSTED,
+        // Not UNAVAILABLE: it is not this pod's machine that is dead.
+        RunDirError::NotGone { .. } => Code::FAILED_PRECONDITION,
+        RunDirError::Io { .. } | RunDirError::Malformed { .. } => Code::INTERNAL,
+    }
+}
+
+fn cgroup_code(error: &CgroupError) -> Code {
+    match error {
+        CgroupError::BadPath(_) | CgroupError::Inside(_) => Code::INVALID_ARGUMENT,
+        CgroupError::NotV2(_) | CgroupError::Exists(_) | CgroupError::Elsewhere { .. } => {
+            Code::FAILED_PRECONDITION
+        }
+        CgroupError::Systemd { .. } | CgroupError::Io { .. } => Code::INTERNAL,
     }
 }
 
@@ -87,7 +145,8 @@ fn machine_code(error: &MachineError) -> Code {
         MachineError::Spawn(_)
         | MachineError::Io { .. }
         | MachineError::Disk { .. }
-        | MachineError::Nic(_) => Code::INTERNAL,
+        | MachineError::Nic(_)
+        | MachineError::SharedDir(_) => Code::INTERNAL,
     }
 }
 
@@ -143,6 +202,7 @@ impl TaskError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
     use ttrpc::error::get_rpc_status;
 
     fn agent_error(answer: ttrpc::Error) -> Code {
@@ -178,6 +238,66 @@ mod tests {
         assert!(said.starts_with("pod 5a5a: the guest's agent"), "{said}");
         let (_, said) = text(TaskError::NoSandbox("5a5a".into()));
         assert_eq!(said, "no sandbox 5a5a");
+    }
+
+    /// Who asked can mend it, or the host's administrator, or nobody.
+    #[test]
+    fn mistakes_of_the_caller_are_told_from_failures() {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let volume = StorageError::VolumeSource {
+            container_id: "c".into(),
+            destination: "/mnt".into(),
+            source_path: "/none".into(),
+            source: missing(),
+        };
+        let device = |source| StorageError::Device {
+            container_id: "c".into(),
+            path: "/dev/x".into(),
+            reason: "is no disk".into(),
+            source,
+        };
+        let tap = NetworkError::Tap {
+            name: "tap_2".into(),
+            source: missing(),
+        };
+        let uids = RunDirError::NoUid { base: 1, count: 1 };
+        let (asked, host) = (Code::INVALID_ARGUMENT, Code::FAILED_PRECONDITION);
+        for (expected, error) in [
+            (asked, TaskError::from(StorageError::NoRootfs("c".into()))),
+            (asked, device(None).into()),
+            (host, device(Some(missing())).into()),
+            (host, volume.into()),
+            (host, SandboxError::from(tap).into()),
+            (Code::RESOURCE_EXHAUSTED, SandboxError::from(uids).into()),
+            (asked, SandboxError::from(NetworkError::HostNetwork).into()),
+            (
+                asked,
+                SandboxError::from(CgroupError::BadPath("x".into())).into(),
+            ),
+            (
+                host,
+                SandboxError::from(CgroupError::NotV2("/sys".into())).into(),
+            ),
+            (
+                host,
+                StorageError::NeedsDisk {
+                    container_id: "c".into(),
+                    fstype: "ext4".into(),
+                }
+                .into(),
+            ),
+            (
+                Code::INTERNAL,
+                StorageError::Host {
+                    action: "mount",
+                    path: "/mnt".into(),
+                    source: missing(),
+                }
+                .into(),
+            ),
+        ] {
+            assert_eq!(code(&error), expected, "{error}");
+        }
     }
 
     #[test]

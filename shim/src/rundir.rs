@@ -31,7 +31,9 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use crate::devices::Claims;
+use crate::network;
 
+pub(crate) use process::Killed;
 #[cfg(test)]
 pub(crate) use process::undying::Undying;
 pub use process::{DEATH_WAIT, Proc, pidfd_kill, pidfd_open};
@@ -325,10 +327,10 @@ impl RunDir {
     }
 
     fn finish(&self, state: &State, at_most: Duration) {
-        self.undo(state, at_most);
         if let Some(socket) = &state.socket {
             remove(socket, fs::remove_file(socket));
         }
+        self.undo(state, at_most);
     }
 
     /// Kills what runs of the pod, but for this process, and waits for the daemon's end.
@@ -376,6 +378,12 @@ impl RunDir {
                  pod's"
             );
             return false;
+        }
+        if let Some(netns) = &state.netns
+            && let Err(error) = network::release(netns)
+        {
+            let (netns, error) = (netns.display(), crate::error::chain(&error));
+            warn!(%netns, error, "frames to the pod's interfaces are lost");
         }
         if let Some(cgroup) = &state.cgroup {
             remove_cgroup(cgroup);
@@ -556,6 +564,8 @@ pub(crate) fn unescape(field: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::tests::Netns;
+    use std::os::fd::AsRawFd;
     use std::process::Command;
 
     fn run_dir(root: &Path, id: &str) -> RunDir {
@@ -708,6 +718,24 @@ mod tests {
         drop(monitor);
         dir.cleanup_within(Duration::ZERO);
         assert!(!dir.path().exists(), "the rest keeps nothing of the pod's");
+    }
+
+    #[test]
+    fn interfaces_are_the_namespace_s_again() {
+        let Some((netns, _node)) = Netns::pod_and_node() else {
+            return;
+        };
+        drop(network::prepare(&netns.0, 1).unwrap());
+        let root = tempfile::tempdir().unwrap();
+        let dir = run_dir(root.path(), "pod");
+        let path = format!("/proc/self/fd/{}", netns.0.as_raw_fd());
+        let state = State {
+            netns: Some(path.into()),
+            ..State::default()
+        };
+        dir.save(&state).unwrap();
+        dir.cleanup();
+        assert!(!network::look(&netns.0).unwrap().links[0].is_joined);
     }
 
     #[test]

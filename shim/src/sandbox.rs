@@ -23,6 +23,7 @@ mod host;
 mod hotplug;
 mod images;
 mod resize;
+mod share;
 mod sizing;
 mod slots;
 #[cfg(test)]
@@ -59,6 +60,7 @@ pub use hotplug::HotPlug;
 pub use images::Images;
 use resize::MachineSize;
 pub use resize::{MemorySize, VcpuCount, Wanted};
+use share::Share;
 pub use slots::{DiskSlots, Slot, SlotCounts};
 pub use vm_host::VmHost;
 
@@ -122,7 +124,7 @@ pub struct Room {
 /// What there is after the boot.
 struct Guest {
     agent: AgentClient,
-    shares_directory: bool,
+    share: tokio::sync::Mutex<Share>,
     slots: DiskSlots,
     size: MachineSize,
 }
@@ -177,11 +179,11 @@ impl Sandbox {
             agent.configure_sandbox(context, request)
         })
         .await?;
-        let shares_directory = request.shared_dir;
+        let share = Share::at_boot(request.shared_dir);
         // Attached once: the one caller is the one boot.
         self.guest.get_or_init(|| Guest {
             agent,
-            shares_directory,
+            share: share.into(),
             slots: DiskSlots::new(room.disks),
             size: MachineSize::new(room.memory, room.vcpus),
         });
@@ -201,11 +203,6 @@ impl Sandbox {
     /// What follows the host's volumes for the pod.
     pub fn followers(&self) -> &Followers {
         &self.followers
-    }
-
-    /// Whether the guest has the pod's shared directory.
-    pub fn shares_directory(&self) -> bool {
-        self.guest.get().is_some_and(|guest| guest.shares_directory)
     }
 
     /// The machine's empty disks, after the boot.

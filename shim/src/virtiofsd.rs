@@ -19,6 +19,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nacre_protocol::channel::FdList;
+use nacre_protocol::guest::SHARED_TAG;
+use nacre_protocol::vm::SharedDir;
+
 /// Name of the socket for the moment it has one.
 const SOCKET_NAME: &str = "virtiofsd.sock";
 
@@ -113,6 +117,14 @@ pub fn spawn(
     unsafe { command.pre_exec(move || enter(listener_fd, procs_fd)) };
     let child = command.spawn().map_err(failed)?;
     Ok((child, stream))
+}
+
+/// The shared directory, in a message that takes the connection along.
+pub fn describe<'a>(connection: &'a UnixStream, list: &mut FdList<'a>) -> SharedDir {
+    SharedDir {
+        tag: SHARED_TAG.into(),
+        socket: list.push(connection.as_fd()),
+    }
 }
 
 /// In the child: joins the cgroup before it allocates anything the pod should

@@ -116,6 +116,27 @@ install_containerd() {
     rm -r /tmp/older /tmp/newer*; containerd --version; /opt/containerd-1.7/usr/bin/containerd --version'
 }
 
+# The kernel's sample of a driver for mediated devices, a serial card, and what it needs that the lab's
+# kernel was built without. Debian's source of the same version is compiled with the kernel's own
+# headers and compiler, which are there only meanwhile.
+make_modules() {
+  local root=$build/root tree=$build/root/tmp/mdev kernel source version
+  kernel=$(ls "$root/lib/modules")
+  source=linux-source-$(cut -d. -f1,2 <<<"${kernel%%[+-]*}") # 6.12 of 6.12.57+deb13-cloud-amd64
+  mkdir "$tree"
+  in_root apt-get install -y --no-install-recommends make "linux-headers-$kernel"
+  version=$(in_root dpkg-query -W -f "\${Version}" "linux-headers-$kernel")
+  in_root sh -ec 'cd /tmp/mdev; apt-get download "$1"' sh "$source=$version"
+  dpkg-deb --fsys-tarfile "$tree"/*.deb | tar -xO "./usr/src/$source.tar.xz" |
+    tar -xJ -C "$tree" --strip-components=1 "$source/drivers/vfio/mdev" "$source/samples/vfio-mdev/mtty.c"
+  mv "$tree"/drivers/vfio/mdev/*.[ch] "$tree/samples/vfio-mdev/mtty.c" "$tree/"
+  printf '%s\n' 'obj-m := mdev.o mtty.o' 'mdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o' >"$tree/Kbuild"
+  in_root make -C "/lib/modules/$kernel/build" M=/tmp/mdev modules
+  install -D -m 644 -t "$root/lib/modules/$kernel/extra" "$tree"/*.ko
+  in_root apt-get purge -y --auto-remove make "linux-headers-$kernel"
+  rm -r "$tree"
+}
+
 # QEMU and its libraries, resolved as if nothing were installed, and unpacked only. The
 # suite's expiry is not checked, as above.
 unpack_machine() {
@@ -203,6 +224,7 @@ build_disk() {
   step "Debian $SUITE's base" bootstrap
   step "the lab's packages" install_packages
   step "containerd" install_containerd
+  step "modules" make_modules
   step "the machine (QEMU)" unpack_machine
   step "container images" make_images
   step "initramfs" make_initramfs

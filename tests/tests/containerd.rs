@@ -76,6 +76,18 @@ fn each_setting_makes_it_one_of_the_lab_s() {
     assert_eq!(platforms(&ours, HANDLER), platforms(&lab, "nacre-erofs"));
     let differ = "io.containerd.service.v1.diff-service";
     assert_eq!(ours["plugins"][differ], lab["plugins"][differ]);
+    // The lab unpacks for other snapshotters besides.
+    let unpacks = |table: &Table| {
+        let all = &table["plugins"]["io.containerd.transfer.v1.local"]["unpack_config"];
+        all.as_array().unwrap().clone()
+    };
+    let labs = unpacks(&lab);
+    assert!(
+        unpacks(&ours).iter().all(|one| labs.contains(one)),
+        "{labs:?}"
+    );
+    let of_runtimes = unpacks(&ours).len();
+    assert_eq!(of_runtimes, 2, "of runc's snapshotter and of nacre's");
 }
 
 #[test]

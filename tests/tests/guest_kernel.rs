@@ -37,6 +37,21 @@ fn missing_source_is_named() {
 }
 
 #[test]
+fn relative_source_is_of_the_caller_s_directory() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let make = |arguments: &[&str], variable: &str| {
+        let mut make = Command::new("make");
+        make.args(arguments).current_dir(root);
+        make.env("KERNEL_SRC", variable);
+        let path = root.join("no/such/tree");
+        let complaint = format!("KERNEL_SRC={} does not exist", path.display());
+        said(&mut make).exits(2).complains(&[&complaint]);
+    };
+    make(&["kernel"], "no/such/tree");
+    make(&["kernel", "KERNEL_SRC=no/such/tree"], "");
+}
+
+#[test]
 fn directory_without_a_kernel_is_refused() {
     path_with(&directory("no-kernel"))
         .exits(1)

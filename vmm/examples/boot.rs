@@ -16,6 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use nacre_protocol::vm::{PciOptions, StopReason};
+use nacre_vmm::boot::NamedFile;
 use nacre_vmm::machine::{Machine, Parts};
 use nacre_vmm::memory;
 use nacre_vmm::stop::{Outcome, Stop};
@@ -108,8 +109,8 @@ fn run(options: &Options) -> Result<Outcome, Error> {
         vcpus: options.vcpus,
         memory: ram.clone(),
         ram,
-        kernel: File::open(&options.kernel)?,
-        initrd: File::open(&options.initrd)?,
+        kernel: named(&options.kernel)?,
+        initrd: named(&options.initrd)?,
         cmdline: options.cmdline.clone(),
         devices,
         passthrough,
@@ -126,6 +127,13 @@ fn run(options: &Options) -> Result<Outcome, Error> {
     let exits = running.stop();
     eprintln!("boot: {exits}");
     stop.outcome().cloned().ok_or_else(|| "no outcome".into())
+}
+
+fn named(path: &str) -> io::Result<NamedFile> {
+    Ok(NamedFile {
+        file: File::open(path)?,
+        path: path.into(),
+    })
 }
 
 /// Whether standard input is the first to say something.

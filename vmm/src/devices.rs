@@ -91,10 +91,10 @@ pub fn build(
         serial = Some(output.try_clone()?);
         devices.push(Box::new(Console::new(output)));
     }
-    if let Some(SharedDir { tag, socket }) = &config.shared_dir {
-        let socket = fds.take(*socket)?;
-        file_server = Some(socket.try_clone().map_err(FsError::Socket)?);
-        devices.push(Box::new(Fs::new(tag, socket)?));
+    if let Some(dir) = &config.shared_dir {
+        let (device, connection) = shared_dir(dir, fds)?;
+        file_server = Some(connection);
+        devices.push(Box::new(device));
     }
     let mut slots = HashMap::new();
     for disk in &config.disks {
@@ -149,6 +149,18 @@ pub fn backing(backing: &DiskBacking, fds: &mut Fds) -> Result<Backing, ChannelE
     })
 }
 
+/// Makes the shared directory, and another descriptor of the connection to its file server.
+/// Waits for that, as long as it takes or is there.
+///
+/// # Errors
+///
+/// When the descriptor is missing or the file server is not what it should be.
+pub fn shared_dir(dir: &SharedDir, fds: &mut Fds) -> Result<(Fs, OwnedFd), DeviceError> {
+    let socket = fds.take(dir.socket)?;
+    let connection = socket.try_clone().map_err(FsError::Socket)?;
+    Ok((Fs::new(&dir.tag, socket)?, connection))
+}
+
 /// Makes a network interface.
 ///
 /// # Errors
@@ -173,7 +185,7 @@ mod tests {
     use crate::virtio::fs;
 
     use nacre_protocol::channel::{Channel, FdList};
-    use nacre_protocol::vm::{Jail, Memory, PciOptions, Request};
+    use nacre_protocol::vm::{Jail, Memory, NamedFd, PciOptions, Request};
 
     /// A configuration, and its descriptors as a monitor gets them.
     fn config(with_console: bool, is_shared: bool, disks: usize) -> (VmConfig, Fds) {
@@ -188,6 +200,10 @@ mod tests {
             backing: DiskBacking::Empty,
             queues: 1,
         };
+        let unnamed = NamedFd {
+            fd,
+            path: "-".into(),
+        };
         let config = VmConfig {
             sandbox_id: "pod".into(),
             jail: Jail { uid: 1, gid: 1 },
@@ -198,8 +214,8 @@ mod tests {
                 growth_mib: 0,
                 hugepages: false,
             },
-            kernel: fd,
-            initrd: fd,
+            kernel: unnamed.clone(),
+            initrd: unnamed,
             cmdline: String::new(),
             disks: (0..disks).map(disk).collect(),
             nics: Vec::new(),

@@ -15,7 +15,7 @@ use nacre_protocol::vm::PciOptions;
 use vm_memory::GuestMemoryBackend;
 
 use crate::acpi::{self, AcpiError, Platform};
-use crate::boot::{self, BootError, Payload};
+use crate::boot::{self, BootError, NamedFile, Payload};
 use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::memory::MemoryError;
@@ -43,9 +43,9 @@ pub struct Parts {
     /// RAM and what there is beyond it, see [`memory::with_growth`].
     pub memory: GuestMemory,
     /// Uncompressed kernel.
-    pub kernel: File,
+    pub kernel: NamedFile,
     /// initramfs.
-    pub initrd: File,
+    pub initrd: NamedFile,
     /// Kernel command line.
     pub cmdline: String,
     /// Virtio devices, in order of their slots.

@@ -18,11 +18,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, Request, VmConfig};
+use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::boot::NamedFile;
 use crate::devices::{self, DeviceError};
 use crate::jail::{self, JailError};
 use crate::layout::MIB;
@@ -69,6 +70,9 @@ pub enum MonitorError {
     /// Memory that PCI devices reach is pinned.
     #[error("{0} MiB of memory to be added later: not to a guest with PCI devices of the host")]
     PinnedGrowth(u32),
+    /// There is one already.
+    #[error("the machine has a shared directory")]
+    SharedDir,
     /// No event descriptor.
     #[error("events: {0}")]
     Event(#[from] io::Error),
@@ -112,10 +116,10 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let _inside = sandbox.enter();
     jail::enter(config.jail, pinned_bytes(&config)?)?;
     let (calls, caller) = Calls::new()?;
-    let (machine, peers) = build(&config, fds, caller)?;
+    let (machine, mut peers) = build(&config, fds, caller)?;
     channel.send(&Event::Booted, &FdList::default())?;
     let running = machine.start()?;
-    let result = wait(channel, &running, &peers, &calls);
+    let result = wait(channel, &running, &mut peers, &calls);
     if matches!(result, Err(MonitorError::Channel(ChannelError::Closed))) {
         return result.map(drop);
     }
@@ -154,8 +158,8 @@ fn build(
     caller: Caller,
 ) -> Result<(Machine, Peers), MonitorError> {
     let kvm = fds.take(config.kvm)?;
-    let kernel = fds.take(config.kernel)?.into();
-    let initrd = fds.take(config.initrd)?.into();
+    let kernel = named_file(&config.kernel, &mut fds)?;
+    let initrd = named_file(&config.initrd, &mut fds)?;
     let passthrough = config.passthrough.as_ref();
     let passthrough = passthrough.map(|devices| Passthrough::take(devices, &mut fds));
     let passthrough = passthrough.transpose()?;
@@ -192,6 +196,13 @@ fn build(
     Ok((machine, peers))
 }
 
+fn named_file(named: &NamedFd, fds: &mut Fds) -> Result<NamedFile, ChannelError> {
+    Ok(NamedFile {
+        file: fds.take(named.fd)?.into(),
+        path: named.path.clone(),
+    })
+}
+
 /// Whom the main thread talks to besides the shim.
 struct Peers {
     dialer: Dialer,
@@ -205,17 +216,17 @@ struct Peers {
 fn wait(
     channel: &mut Channel,
     running: &Running,
-    peers: &Peers,
+    peers: &mut Peers,
     calls: &Calls,
 ) -> Result<Outcome, MonitorError> {
     let stop = running.stop_handle().clone();
     // An event of our own never hangs up, and the end of the machine is looked at
     // anyway.
     let own = borrow(stop.event());
-    let server = peers.file_server.as_ref().map_or(own, OwnedFd::as_fd);
-    let resizer = peers.resizer.as_ref();
-    let resized = resizer.map_or(own, |resizer| borrow(resizer.changed()));
     loop {
+        let server = peers.file_server.as_ref().map_or(own, OwnedFd::as_fd);
+        let resizer = peers.resizer.as_ref();
+        let resized = resizer.map_or(own, |resizer| borrow(resizer.changed()));
         let ready = wait_for([
             input(channel.as_fd()),
             input(own),
@@ -250,7 +261,7 @@ fn wait(
     }
 }
 
-fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), MonitorError> {
+fn obey(channel: &mut Channel, running: &Running, peers: &mut Peers) -> Result<(), MonitorError> {
     let (request, mut fds) = channel.recv::<Request>()?;
     match request {
         Request::Connect { port, stream } => peers.dialer.connect(port, fds.take(stream)?),
@@ -302,6 +313,10 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
             let removed = removed.map_err(MonitorError::from);
             answer(peers, number, removed.map(|()| slot));
         }
+        Request::AddSharedDir { number, dir } => {
+            let slot = share(running, peers, &dir, &mut fds);
+            answer(peers, number, slot);
+        }
         Request::Interrupt => {
             if let Err(error) = running.interrupt() {
                 tracing::warn!(%error, "the guest is not asked where it is");
@@ -310,6 +325,23 @@ fn obey(channel: &mut Channel, running: &Running, peers: &Peers) -> Result<(), M
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
     }
     Ok(())
+}
+
+/// Puts the shared directory into the machine. Should its file server not get ready, whoever
+/// asked ends it, and the wait with it.
+fn share(
+    running: &Running,
+    peers: &mut Peers,
+    dir: &SharedDir,
+    fds: &mut Fds,
+) -> Result<u8, MonitorError> {
+    if peers.file_server.is_some() {
+        return Err(MonitorError::SharedDir);
+    }
+    let (device, connection) = devices::shared_dir(dir, fds)?;
+    let slot = running.add(Box::new(device))?;
+    peers.file_server = Some(connection);
+    Ok(slot)
 }
 
 fn plug(worker: Option<&hotplug::Worker>, answers: &Answers, number: u64, job: Job) {

@@ -1,13 +1,16 @@
 //! Statistics, read from the cgroup's files into `StatsResponse`.
 //!
-//! A file that does not exist (a controller that is off) leaves its fields
-//! zero. Names: Documentation/admin-guide/cgroup-v2.rst.
+//! A file that does not exist (a controller that is off, a kernel without swap or older than
+//! the file) leaves its fields zero, but for pressure, which is left out: that nothing has
+//! waited is said only by a kernel that counts it. Names and units:
+//! Documentation/admin-guide/cgroup-v2.rst.
 
 use std::fs;
 use std::path::Path;
 
+use nacre_protocol::agent::pressure::Share;
 use nacre_protocol::agent::{
-    CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats, StatsResponse,
+    CpuStats, HugetlbStats, IoStats, MemoryStats, PidsStats, Pressure, StatsResponse,
 };
 
 use super::Cgroup;
@@ -33,6 +36,7 @@ impl Cgroup {
             })
             .into(),
             io: io(&read(&self.path, "io.stat")),
+            io_pressure: pressure(&self.path, "io.pressure").into(),
             hugetlb: hugetlb(&self.path),
             ..StatsResponse::default()
         })
@@ -63,8 +67,35 @@ pub fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
     })
 }
 
+/// "some avg10=0.00 avg60=0.00 avg300=0.00 total=0", and the same line of "full".
+fn pressure(path: &Path, file: &str) -> Option<Pressure> {
+    let text = fs::read_to_string(path.join(file)).ok()?;
+    let share = |name: &str| {
+        let mut fields = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name))?
+            .split(' ');
+        let mut value = |key: &str| fields.find_map(|field| field.strip_prefix(key));
+        Some(Share {
+            avg10: value("avg10=")?.parse().ok()?,
+            avg60: value("avg60=")?.parse().ok()?,
+            avg300: value("avg300=")?.parse().ok()?,
+            total: value("total=")?.parse().ok()?,
+            ..Share::default()
+        })
+    };
+    Some(Pressure {
+        some: share("some ").into(),
+        full: share("full ").into(),
+        ..Pressure::default()
+    })
+}
+
 fn cpu(path: &Path) -> CpuStats {
-    let mut stats = CpuStats::default();
+    let mut stats = CpuStats {
+        pressure: pressure(path, "cpu.pressure").into(),
+        ..CpuStats::default()
+    };
     for (key, value) in keyed(&read(path, "cpu.stat")) {
         match key {
             "usage_usec" => stats.usage_usec = value,
@@ -73,6 +104,8 @@ fn cpu(path: &Path) -> CpuStats {
             "nr_periods" => stats.nr_periods = value,
             "nr_throttled" => stats.nr_throttled = value,
             "throttled_usec" => stats.throttled_usec = value,
+            "nr_bursts" => stats.nr_bursts = value,
+            "burst_usec" => stats.burst_usec = value,
             _ => {}
         }
     }
@@ -86,6 +119,8 @@ fn memory(path: &Path) -> MemoryStats {
         swap_usage: number(path, "memory.swap.current"),
         swap_limit: number(path, "memory.swap.max"),
         max_usage: number(path, "memory.peak"),
+        swap_max_usage: number(path, "memory.swap.peak"),
+        pressure: pressure(path, "memory.pressure").into(),
         stat: keyed(&read(path, "memory.stat"))
             .map(|(key, value)| (key.to_owned(), value))
             .collect(),
@@ -98,6 +133,7 @@ fn memory(path: &Path) -> MemoryStats {
             "max" => stats.max_events = value,
             "oom" => stats.oom_events = value,
             "oom_kill" => stats.oom_kill_events = value,
+            "oom_group_kill" => stats.oom_group_kill_events = value,
             _ => {}
         }
     }
@@ -143,6 +179,9 @@ fn hugetlb(path: &Path) -> Vec<HugetlbStats> {
                 page_size: size.to_owned(),
                 current: number(path, &name),
                 max: number(path, &format!("hugetlb.{size}.max")),
+                refused: keyed(&read(path, &format!("hugetlb.{size}.events")))
+                    .find_map(|(key, count)| (key == "max").then_some(count))
+                    .unwrap_or_default(),
                 ..HugetlbStats::default()
             })
         })
@@ -169,8 +208,22 @@ mod tests {
         let (_dir, cgroup) = cgroup(&[
             (
                 "cpu.stat",
-                "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 3\nnr_throttled 2\nthrottled_usec 1\n",
+                "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 3\nnr_throttled 2\nthrottled_usec 1\nnr_bursts 4\nburst_usec 5\n",
             ),
+            (
+                "cpu.pressure",
+                "some avg10=1.50 avg60=2.00 avg300=3.25 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.50 total=6\n",
+            ),
+            (
+                "memory.pressure",
+                "some avg10=0.00 avg60=0.00 avg300=0.00 total=8\n",
+            ),
+            (
+                "io.pressure",
+                "full avg10=0.00 avg60=0.00 avg300=0.00 total=9\n",
+            ),
+            ("memory.swap.peak", "12\n"),
+            ("hugetlb.2MB.events", "max 3\n"),
             ("memory.current", "4096\n"),
             ("memory.max", "max\n"),
             ("memory.peak", "8192\n"),
@@ -179,7 +232,7 @@ mod tests {
             ("memory.stat", "anon 1\ninactive_file 2\n"),
             (
                 "memory.events",
-                "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 0\n",
+                "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 6\n",
             ),
             ("pids.current", "7\n"),
             ("pids.max", "100\n"),
@@ -193,6 +246,15 @@ mod tests {
         ]);
         let stats = cgroup.stats().unwrap();
         assert_eq!((stats.cpu.usage_usec, stats.cpu.throttled_usec), (30, 1));
+        assert_eq!((stats.cpu.nr_bursts, stats.cpu.burst_usec), (4, 5));
+        let waits = |share: &Share| (share.avg10, share.avg60, share.avg300, share.total);
+        assert_eq!(waits(&stats.cpu.pressure.some), (1.5, 2.0, 3.25, 77));
+        assert_eq!(waits(&stats.cpu.pressure.full), (0.0, 0.0, 0.5, 6));
+        assert_eq!(stats.memory.pressure.some.total, 8);
+        assert!(stats.memory.pressure.full.is_none());
+        assert_eq!(stats.io_pressure.full.total, 9);
+        assert_eq!(stats.memory.swap_max_usage, 12);
+        assert_eq!(stats.memory.oom_group_kill_events, 6);
         assert_eq!(stats.memory.usage, 4096);
         assert_eq!(stats.memory.usage_limit, u64::MAX);
         assert_eq!((stats.memory.max_usage, stats.memory.swap_limit), (8192, 6));
@@ -203,7 +265,10 @@ mod tests {
         assert_eq!((stats.io[0].major, stats.io[0].wios), (254, 4));
         assert_eq!(stats.hugetlb.len(), 1);
         assert_eq!(stats.hugetlb[0].page_size, "2MB");
-        assert_eq!(stats.hugetlb[0].max, u64::MAX);
+        assert_eq!(
+            (stats.hugetlb[0].max, stats.hugetlb[0].refused),
+            (u64::MAX, 3)
+        );
     }
 
     #[test]
@@ -212,5 +277,6 @@ mod tests {
         let stats = cgroup.stats().unwrap();
         assert_eq!(stats.memory.usage, 0);
         assert!(stats.io.is_empty() && stats.hugetlb.is_empty());
+        assert!(stats.io_pressure.is_none() && stats.cpu.pressure.is_none());
     }
 }

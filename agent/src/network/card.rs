@@ -52,7 +52,7 @@ pub(super) async fn find(sys: &Path, address: &str) -> Result<Card> {
     if let Some(card) = look(sys, address)? {
         return Ok(card);
     }
-    pci::write(&sys.join("bus/pci/rescan"), "1")
+    pci::rescan(sys)
         .await
         .with_context(|| format!("have the kernel look for network card {address}"))?;
     look(sys, address)?.ok_or_else(|| Error::NotFound(format!("network card {address}")))

@@ -1,10 +1,10 @@
 //! How containerd runs the shim's binary, and what each way does.
 //!
 //! ```text
-//! containerd-shim-nacre-v2 FLAGS start     make or find the pod's daemon, print its address   start.rs
+//! containerd-shim-nacre-v2 FLAGS start     find or start the pod's daemon, print its address  start.rs
 //!                          FLAGS delete    clean up from disk alone                            delete.rs
 //!                          -info | -v      describe the runtime                                info.rs
-//!                          FLAGS serve     the daemon itself; only `start` runs it             serve.rs
+//!                          FLAGS serve     the daemon itself; only `start` runs it   serve.rs, place.rs
 //!                          monitor         the VM; only the daemon runs it          nacre_vmm::monitor
 //! ```
 //!
@@ -15,6 +15,7 @@ mod args;
 mod delete;
 mod group;
 mod info;
+mod place;
 mod serve;
 mod start;
 
@@ -28,6 +29,9 @@ use serde::de::DeserializeOwned;
 
 pub use args::{Action, Args};
 pub use group::group_of;
+
+/// What errors are printed with.
+const NAME: &str = "containerd-shim-nacre-v2";
 
 /// What a run of the binary failed with; printed as one line.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +47,9 @@ pub enum BootstrapError {
         /// The failure.
         source: std::io::Error,
     },
+    /// The daemon does not serve, in its own words.
+    #[error("{0}")]
+    Daemon(String),
     /// A message could not be encoded.
     #[error("encode the answer")]
     Encode(#[from] protobuf::Error),
@@ -103,7 +110,7 @@ pub fn main() -> ExitCode {
     match run(&arguments) {
         Ok(answer) => print(&answer),
         Err(error) => {
-            eprintln!("containerd-shim-nacre-v2: {}", crate::error::chain(&error));
+            eprintln!("{NAME}: {}", crate::error::chain(&error));
             ExitCode::FAILURE
         }
     }

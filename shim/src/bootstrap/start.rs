@@ -11,22 +11,22 @@
 //!
 //! An `Any` may parse as `BootstrapParams` by accident (both begin with a
 //! string); only one that carries our id is believed.
+//!
+//! containerd may kill this process at any moment, so it makes nothing that would be left
+//! then: what there is to be made the daemon makes (`place.rs`).
 
-use std::fs;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 use sha2::{Digest, Sha256};
 
-use super::{Args, BootstrapError, group_of, init_log};
+use super::place::READY;
+use super::{Args, BootstrapError, NAME, group_of};
 use crate::config::Config;
-use crate::rundir::{RunDir, State};
 
 /// Where containerd expects shim sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -34,8 +34,6 @@ const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
 /// The newest Task service we serve.
 const SHIM_VERSION: u32 = 3;
-/// A lost race for the socket is retried; each loss means another process won.
-const BIND_ATTEMPTS: usize = 10;
 
 /// In which form containerd wants the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,16 +51,9 @@ pub fn start(args: &Args, input: &[u8]) -> Result<Vec<u8>, BootstrapError> {
     let bundle = args.bundle()?;
     let group = group_of(&bundle, &args.id)?;
     let socket = socket_path(args, params.as_ref(), &group);
-    if let Some(listener) = claim(&socket)? {
-        let spawned = spawn(args, params.as_ref(), &group, &bundle, &socket, listener);
-        if let Err(error) = spawned {
-            // Nobody serves it; a later `start` must not find it. containerd asks for
-            // no `delete` of a shim that did not start.
-            let _ = fs::remove_file(&socket);
-            init_log("warn");
-            undo(args, &group);
-            return Err(error);
-        }
+    // Of two that find nobody there, one starts the daemon that gets the socket.
+    if UnixStream::connect(&socket).is_err() {
+        spawn(args, params.as_ref(), &group, &bundle, &socket)?;
     }
     answer(dialect, &format!("unix://{}", socket.display()))
 }
@@ -119,49 +110,20 @@ fn socket_path(args: &Args, params: Option<&BootstrapParams>, group: &str) -> Pa
     Path::new(directory).join(format!("{digest:x}"))
 }
 
-/// Binds the socket; `None` when a live daemon has it.
-fn claim(socket: &Path) -> Result<Option<UnixListener>, BootstrapError> {
-    let told = |what: &str| BootstrapError::io(format!("{what} {}", socket.display()));
-    if let Some(directory) = socket.parent() {
-        fs::create_dir_all(directory).map_err(told("make the directory of"))?;
-    }
-    let mut last = None;
-    for _ in 0..BIND_ATTEMPTS {
-        match UnixListener::bind(socket) {
-            Ok(listener) => return Ok(Some(listener)),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = Some(error),
-            Err(error) => return Err(told("bind")(error)),
-        }
-        match UnixStream::connect(socket) {
-            Ok(_) => return Ok(None),
-            // A dead daemon's. Two of us may remove it; one bind wins.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                let _ = fs::remove_file(socket);
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Err(error) => return Err(told("try")(error)),
-        }
-    }
-    let error = last.unwrap_or_else(|| io::ErrorKind::AddrInUse.into());
-    Err(told("bind")(error))
-}
-
-/// Starts the daemon with the listener as its stdin: the one descriptor a
-/// child gets without code between fork and exec.
+/// Starts the daemon, and waits until it or another one can be found.
 fn spawn(
     args: &Args,
     params: Option<&BootstrapParams>,
     group: &str,
     bundle: &Path,
     socket: &Path,
-    listener: UnixListener,
 ) -> Result<(), BootstrapError> {
     let config = Config::load()?;
-    let run_dir = RunDir::new(&config.run_dir, &args.namespace, group)?;
-    run_dir.renew()?;
-    run_dir.remember(bundle)?;
-    let log = run_dir.open_log()?;
     let exe = std::env::current_exe().map_err(BootstrapError::io("find this program"))?;
+    let (said, says) = io::pipe().map_err(BootstrapError::io("make a pipe"))?;
+    let errors = says
+        .try_clone()
+        .map_err(BootstrapError::io("duplicate a pipe"))?;
     let mut command = Command::new(exe);
     command
         .args(["-namespace", &args.namespace, "-address", &args.address])
@@ -169,10 +131,11 @@ fn spawn(
         .arg(bundle)
         .arg("-socket")
         .arg(socket)
+        .arg("serve")
         .current_dir(bundle)
-        .stdin(Stdio::from(OwnedFd::from(listener)))
-        .stdout(Stdio::null())
-        .stderr(log);
+        .stdin(Stdio::null())
+        .stdout(says)
+        .stderr(errors);
     // The monitor takes its level from here too.
     let level = if args.debug {
         "debug"
@@ -186,29 +149,37 @@ fn spawn(
     {
         command.env(TTRPC_ADDRESS, address);
     }
-    let mut daemon = command
-        .arg("serve")
-        .spawn()
-        .map_err(BootstrapError::io("start the daemon"))?;
-    // Before anyone hears of the daemon: a `delete` must find it. Its own first
-    // write comes with the pod's Create, which follows our answer.
-    let state = State::of_daemon(daemon.id(), bundle.to_owned(), socket);
-    run_dir.save(&state).or_else(|error| {
-        let ended = daemon.kill().and_then(|()| daemon.wait());
-        ended.map_err(BootstrapError::io("end the daemon"))?;
-        Err(error.into())
-    })
+    let daemon = command.spawn();
+    // Its ends of the pipe.
+    drop(command);
+    let mut daemon = daemon.map_err(BootstrapError::io("start the daemon"))?;
+    let heard = listen(said);
+    if heard.is_err() {
+        daemon
+            .wait()
+            .map_err(BootstrapError::io("wait for the daemon"))?;
+    }
+    heard
 }
 
-/// Takes back what a start that failed has made in the run directory.
-fn undo(args: &Args, group: &str) {
-    // Where there is no configuration, nothing was made.
-    if let Ok(config) = Config::load()
-        && let Ok(run_dir) = RunDir::new(&config.run_dir, &args.namespace, group)
-    {
-        // What is not gone by now is an earlier start's.
-        run_dir.cleanup_within(Duration::ZERO);
+/// Listens until the daemon lets go of the pipe: it can be found then, or has said why not.
+fn listen(mut daemon: impl Read) -> Result<(), BootstrapError> {
+    let mut said = Vec::new();
+    daemon
+        .read_to_end(&mut said)
+        .map_err(BootstrapError::io("listen to the daemon"))?;
+    if said.ends_with(READY.as_bytes()) {
+        return Ok(());
     }
+    let said = String::from_utf8_lossy(&said);
+    // Its errors begin as ours do, and may come when it could be found already.
+    let reason = said.trim_start_matches(READY).trim_start_matches(NAME);
+    let reason = reason.trim_start_matches(": ").trim();
+    Err(BootstrapError::Daemon(if reason.is_empty() {
+        "the daemon has ended without a word".into()
+    } else {
+        reason.into()
+    }))
 }
 
 #[cfg(test)]
@@ -287,12 +258,16 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_is_found_and_a_dead_one_replaced() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("deep").join("s");
-        let first = claim(&path).unwrap().unwrap();
-        assert!(claim(&path).unwrap().is_none());
-        drop(first);
-        assert!(claim(&path).unwrap().is_some());
+    fn daemon_is_ready_or_says_why_not() {
+        let heard = |said: &str| listen(said.as_bytes()).map_err(|error| error.to_string());
+        assert_eq!(heard(READY), Ok(()));
+        let error = format!("{NAME}: make /run/nacre: Read-only file system\n");
+        let reason = "make /run/nacre: Read-only file system".to_owned();
+        assert_eq!(heard(&error), Err(reason));
+        let silent = "the daemon has ended without a word".to_owned();
+        assert_eq!(heard(""), Err(silent));
+        let late = format!("{READY}{NAME}: leave the host's mount namespace: EPERM\n");
+        let reason = "leave the host's mount namespace: EPERM".to_owned();
+        assert_eq!(heard(&late), Err(reason));
     }
 }

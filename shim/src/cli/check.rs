@@ -278,19 +278,31 @@ fn in_path(program: &str, path: Option<&OsStr>) -> Option<PathBuf> {
 /// containerd's configuration.
 fn containerd() -> Finding {
     let hint = "Kubernetes needs it there: `nacre install` does it, or tells how";
-    match ContainerdConfig::load(Path::new("/")) {
-        Err(error) => optional("containerd", chain(&error), hint),
-        Ok(config) => match config.and_then(|config| config.naming_runtime()) {
-            Some(file) => found(
-                "containerd",
-                &format!("{RUNTIME_NAME} in {}", file.display()),
+    let config = match ContainerdConfig::load(Path::new("/")) {
+        Err(error) => return optional("containerd", chain(&error), hint),
+        Ok(config) => config,
+    };
+    if let Some(file) = config.as_ref().and_then(ContainerdConfig::without_vm) {
+        return missing(
+            "containerd",
+            format!(
+                "pods of a runtime in {} have no VM: with `sandboxer = 'shim'` containerd goes by \
+                 runtime_type alone",
+                file.display()
             ),
-            None => optional(
-                "containerd",
-                format!("no {RUNTIME_NAME} in {}", containerd::CONFIG_PATH),
-                hint,
-            ),
-        },
+            "remove `sandboxer`, or `runtime_path` and make the type ours",
+        );
+    }
+    match config.and_then(|config| config.naming_runtime()) {
+        Some(file) => found(
+            "containerd",
+            &format!("{RUNTIME_NAME} in {}", file.display()),
+        ),
+        None => optional(
+            "containerd",
+            format!("no {RUNTIME_NAME} in {}", containerd::CONFIG_PATH),
+            hint,
+        ),
     }
 }
 

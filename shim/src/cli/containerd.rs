@@ -100,12 +100,21 @@ impl ContainerdConfig {
 
     /// The file that names the runtime, of all that containerd reads.
     pub(super) fn naming_runtime(&self) -> Option<PathBuf> {
-        let names = |file: &PathBuf| {
+        self.file_with(is_ours)
+    }
+
+    /// The file that names a runtime whose pods have no VM, though it has the shim's path.
+    pub(super) fn without_vm(&self) -> Option<PathBuf> {
+        self.file_with(is_without_vm)
+    }
+
+    /// The first file with a table that is such a one.
+    fn file_with(&self, is_one: fn(&toml::Table) -> bool) -> Option<PathBuf> {
+        self.files().into_iter().find(|file| {
             let text = fs::read_to_string(below(&self.root, file));
             let table = text.ok().and_then(|text| text.parse().ok());
-            table.is_some_and(|table| names_runtime(&table))
-        };
-        self.files().into_iter().find(names)
+            table.is_some_and(|table| has(&table, is_one))
+        })
     }
 
     /// All files that containerd reads, but for those that imported ones import.
@@ -166,18 +175,38 @@ impl ContainerdConfig {
     }
 }
 
-/// Whether one of the runtimes is ours, by type or by path, in whatever plugin's table that is.
-fn names_runtime(table: &toml::Table) -> bool {
-    table
-        .iter()
-        .any(|(key, value)| match (key.as_str(), value) {
-            (_, toml::Value::Table(table)) => names_runtime(table),
-            ("runtime_type", value) => value.as_str() == Some(RUNTIME_NAME),
-            ("runtime_path", value) => value
-                .as_str()
-                .is_some_and(|path| Path::new(path).ends_with(SHIM)),
-            _ => false,
-        })
+/// Whether a table is such a one, or has one in it: runtimes are in whatever plugin's.
+fn has(table: &toml::Table, is_one: fn(&toml::Table) -> bool) -> bool {
+    let mut values = table.values();
+    is_one(table) || values.any(|value| value.as_table().is_some_and(|table| has(table, is_one)))
+}
+
+fn text_of<'t>(table: &'t toml::Table, key: &str) -> Option<&'t str> {
+    table.get(key)?.as_str()
+}
+
+fn has_our_type(runtime: &toml::Table) -> bool {
+    text_of(runtime, "runtime_type") == Some(RUNTIME_NAME)
+}
+
+fn has_our_path(runtime: &toml::Table) -> bool {
+    text_of(runtime, "runtime_path").is_some_and(|path| Path::new(path).ends_with(SHIM))
+}
+
+/// By type or by path.
+fn is_ours(runtime: &toml::Table) -> bool {
+    has_our_type(runtime) || has_our_path(runtime)
+}
+
+/// containerd's shim controller looks at the type alone when it makes a sandbox (`Create` of
+/// its plugins/sandbox/controller.go), and containers join what runs it: `runtime_path` is
+/// not looked at.
+fn is_without_vm(runtime: &toml::Table) -> bool {
+    // Its name in containerd 1.7 is the second one.
+    let mut controllers = ["sandboxer", "sandbox_mode"]
+        .map(|key| text_of(runtime, key))
+        .into_iter();
+    has_our_path(runtime) && !has_our_type(runtime) && controllers.any(|name| name == Some("shim"))
 }
 
 /// What a person does on a host without a configuration.
@@ -307,6 +336,38 @@ mod tests {
         assert_eq!(comments.naming_runtime(), None);
         let (_root, itself) = config(&[(CONFIG_PATH, DROP_IN)]);
         assert_eq!(itself.naming_runtime(), Some(CONFIG_PATH.into()));
+    }
+
+    #[test]
+    fn path_is_not_looked_at_by_the_shim_s_controller() {
+        for (lines, is_found) in [
+            (
+                "runtime_type = 'io.containerd.runc.v2'\nsandboxer = 'shim'",
+                true,
+            ),
+            (
+                "runtime_type = 'io.containerd.runc.v2'\nsandbox_mode = 'shim'",
+                true,
+            ),
+            ("sandboxer = 'shim'", true),
+            (
+                "runtime_type = 'io.containerd.runc.v2'\nsandboxer = 'podsandbox'",
+                false,
+            ),
+            ("runtime_type = 'io.containerd.runc.v2'", false),
+            (
+                "runtime_type = 'io.containerd.nacre.v2'\nsandboxer = 'shim'",
+                false,
+            ),
+        ] {
+            let path = "runtime_path = '/usr/local/bin/containerd-shim-nacre-v2'";
+            let text = format!("version = 3\n[plugins.x.runtimes.y]\n{lines}\n{path}\n");
+            let (_root, found) = config(&[(CONFIG_PATH, &text)]);
+            assert_eq!(found.without_vm().is_some(), is_found, "{lines}");
+        }
+        let runc = "[a.runc]\nruntime_type = 'io.containerd.runc.v2'\nsandboxer = 'shim'\n";
+        let (_root, found) = config(&[(CONFIG_PATH, runc)]);
+        assert_eq!(found.without_vm(), None);
     }
 
     #[test]

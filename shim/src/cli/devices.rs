@@ -47,9 +47,14 @@ fn row(
     names: &Names,
 ) -> [String; 10] {
     let dash = || "-".to_owned();
+    // Those of a mediated device nobody knows before it is opened.
+    let ids = match device.mediated {
+        Some(_) => dash(),
+        None => format!("{:04x}:{:04x}", device.vendor, device.device),
+    };
     [
         device.address.to_string(),
-        format!("{:04x}:{:04x}", device.vendor, device.device),
+        ids,
         class(device),
         group_cell(device, group),
         device.driver.clone().unwrap_or_else(dash),
@@ -62,6 +67,9 @@ fn row(
 }
 
 fn class(device: &Function) -> String {
+    if let Some(mediated) = &device.mediated {
+        return format!("mediated, of {}", mediated.parent);
+    }
     let name = device.class_name();
     match (device.physical_function, device.virtual_functions.len()) {
         (Some(physical), _) => format!("{name}, VF of {physical}"),
@@ -156,6 +164,17 @@ mod tests {
         tree
     }
 
+    fn living_pod(root: &Path, id: &str) -> RunDir {
+        let pod = RunDir::new(root, "k8s.io", id).unwrap();
+        pod.create().unwrap();
+        let state = State {
+            daemon: Proc::of(std::process::id()),
+            ..State::default()
+        };
+        pod.save(&state).unwrap();
+        pod
+    }
+
     fn table_of(tree: &Tree, run_dir: &Path) -> Vec<Vec<String>> {
         let mut out = Vec::new();
         list(&tree.system(), &Claims::of(run_dir), &mut out).unwrap();
@@ -178,13 +197,7 @@ mod tests {
             "10de  NVIDIA Corporation\n\t2330  GH100 [H100]\n",
         );
         let root = tempfile::tempdir().unwrap();
-        let pod = RunDir::new(root.path(), "k8s.io", "web").unwrap();
-        pod.create().unwrap();
-        let state = State {
-            daemon: Proc::of(std::process::id()),
-            ..State::default()
-        };
-        pod.save(&state).unwrap();
+        let pod = living_pod(root.path(), "web");
         pod.claims().claim(&pod, &[address("01:00.0")]).unwrap();
 
         let table = table_of(&tree, root.path());
@@ -236,6 +249,32 @@ mod tests {
         let table = table_of(&tree, Path::new("/nonexistent"));
         assert_eq!(table[1][2], "Ethernet, 1 VFs");
         assert_eq!(table[2][2], "Ethernet, VF of 0000:01:00.0");
+    }
+
+    #[test]
+    fn mediated_devices_are_listed_by_their_uuids() {
+        let tree = host();
+        let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+        tree.add_mediated(uuid, "devices/virtual/mtty/mtty")
+            .group(13)
+            .file("mdev_type/name", "Dual port serial\n");
+        let root = tempfile::tempdir().unwrap();
+        let pod = living_pod(root.path(), "web");
+        pod.claims().claim(&pod, &[address(uuid)]).unwrap();
+        let table = table_of(&tree, root.path());
+        let part = [
+            uuid,
+            "-",
+            "mediated, of mtty",
+            "13",
+            "mtty",
+            "-",
+            "-",
+            "-",
+            "k8s.io/web",
+            "Dual port serial",
+        ];
+        assert_eq!(table[3], part);
     }
 
     #[test]

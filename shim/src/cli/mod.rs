@@ -130,7 +130,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// List the host's PCI devices that pods could be given, or move some.
+    /// List the host's PCI and mediated devices that pods could be given, or move some.
     Devices {
         #[command(subcommand)]
         action: Option<Action>,

@@ -9,8 +9,8 @@
 //! (Linux Documentation/ABI/testing/sysfs-bus-pci.) Nothing is moved unless all that
 //! was asked for may be; what was moved before a failure is moved back.
 
-use super::pci::{Address, Function};
-use super::{Claims, DeviceError, System, VFIO_DRIVER, group, usage};
+use super::pci::Function;
+use super::{Address, Claims, DeviceError, System, VFIO_DRIVER, group, usage};
 
 /// What takes a reservation away.
 const NO_OVERRIDE: &str = "\n";
@@ -62,9 +62,18 @@ pub fn bind(system: &System, addresses: &[Address]) -> Result<Vec<Moved>, Device
     Ok(moved)
 }
 
+/// The device, unless it is one that no driver takes from another.
+fn function(system: &System, address: Address) -> Result<Function, DeviceError> {
+    let function = system.function(address)?;
+    match function.mediated {
+        Some(_) => Err(DeviceError::Mediated(address)),
+        None => Ok(function),
+    }
+}
+
 /// The device, if it can be given to vfio-pci.
 fn movable(system: &System, address: Address) -> Result<Function, DeviceError> {
-    let function = system.function(address)?;
+    let function = function(system, address)?;
     if function.is_bridge() {
         return Err(DeviceError::Bridge(address));
     }
@@ -131,7 +140,7 @@ pub fn unbind(
 ) -> Result<Vec<Moved>, DeviceError> {
     let mut functions = Vec::new();
     for address in addresses {
-        let function = system.function(*address)?;
+        let function = function(system, *address)?;
         if function.is_on_vfio() {
             refuse_claimed(claims, *address)?;
             refuse_use(*address, usage::opened_by(system, &function)?)?;
@@ -170,7 +179,7 @@ fn give_back(system: &System, function: &Function) -> Result<Moved, DeviceError>
 }
 
 fn reserve(system: &System, function: &Function, driver: &str) -> Result<(), DeviceError> {
-    let dir = system.function_dir(function.address);
+    let dir = system.device_dir(function.address);
     system.write(&dir.join("driver_override"), driver)
 }
 

@@ -1,4 +1,4 @@
-//! Which pod has which device: a link for each PCI address, in a directory beside
+//! Which pod has which device: a link for each device, in a directory beside
 //! the pods' own (see [`crate::rundir`]).
 //!
 //! ```text
@@ -28,7 +28,8 @@ const DIRECTORY: &str = ".devices";
 pub enum ClaimError {
     /// Another pod has the device.
     #[error(
-        "PCI device {address} is pod {holder}'s, which runs; a device is for one pod at a time"
+        "{} {address} is pod {holder}'s, which runs; a device is for one pod at a time",
+        address.kind()
     )]
     Held {
         /// Which.

@@ -5,8 +5,8 @@
 //! Documentation/driver-api/vfio.rst, "Groups, Devices, and IOMMUs"). PCI bridges
 //! may keep their driver.
 
-use super::pci::{Address, Function};
-use super::{DeviceError, System};
+use super::pci::Function;
+use super::{Address, DeviceError, System};
 
 /// A driver that takes devices out of use; the kernel takes it for none.
 const STUB_DRIVER: &str = "pci-stub";

@@ -12,15 +12,17 @@
 //!                        drivers.rs: the driver images that the guest needs for them
 //! ```
 //! What the kernel says of devices is read through [`System`] (`sysfs.rs`,
-//! `pci.rs`); `usage.rs` tells who on the host uses one. A device is the
+//! `pci.rs`, `mediated.rs`); `usage.rs` tells who on the host uses one. A device is the
 //! administrator's to give: the shim never moves one to another driver.
 
+pub mod address;
 pub mod bind;
 mod cdi;
 pub mod claim;
 pub mod drivers;
 pub mod group;
 pub mod kubelet;
+mod mediated;
 pub mod names;
 pub mod numa;
 pub mod pci;
@@ -35,10 +37,11 @@ use std::path::PathBuf;
 
 use crate::rundir::RunDirError;
 
+pub use address::Address;
 pub use claim::{ClaimError, Claims};
 pub use drivers::{DriverError, DriverImage};
 pub use kubelet::{Allocated, KubeletError};
-pub use pci::{Address, Function};
+pub use pci::Function;
 pub use request::{AssignedDevice, RequestError};
 pub use sysfs::System;
 
@@ -78,8 +81,14 @@ pub enum DeviceError {
     #[error("{0:?} is not a PCI address; they look like 0000:01:00.0")]
     BadAddress(String),
     /// An address without a device.
-    #[error("this host has no PCI device {0}; `nacre devices` lists them")]
+    #[error("this host has no {kind} {0}; `nacre devices` lists them", kind = .0.kind())]
     NoDevice(Address),
+    /// A mediated device has the one driver that made it.
+    #[error(
+        "{0} is a mediated device: it has no other driver than its own, and pods can be given it \
+         as it is"
+    )]
+    Mediated(Address),
     /// A bridge is the host's.
     #[error("{0} is a bridge: it stays with the host, what is behind it can be passed")]
     Bridge(Address),

@@ -23,8 +23,12 @@ impl Names {
         Self(String::from_utf8_lossy(&list).into_owned())
     }
 
-    /// The vendor's name and the device's, as far as they are known.
+    /// The vendor's name and the device's, as far as they are known; of a mediated device what
+    /// its driver calls it.
     pub fn of(&self, function: &Function) -> Option<String> {
+        if let Some(mediated) = &function.mediated {
+            return mediated.kind.clone();
+        }
         let vendor_id = format!("{:04x}", function.vendor);
         let device_id = format!("{:04x}", function.device);
         let mut lines = self.0.lines();

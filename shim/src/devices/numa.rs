@@ -3,8 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::pci::Address;
-use super::{DeviceError, System};
+use super::{Address, DeviceError, System};
 use crate::cgroup::NumberList;
 
 /// A NUMA node of the host.
@@ -81,6 +80,17 @@ mod tests {
         assert_eq!(node(&tree, &[0, 1, 2]), first, "one each");
         assert_eq!(node(&tree, &[1]), None, "nobody knows");
         assert_eq!(node(&tree, &[]), None);
+    }
+
+    /// Of a mediated device nobody says where it is, but for its parent.
+    #[test]
+    fn a_mediated_device_is_where_its_parent_is() {
+        let tree = host();
+        let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+        let parent = format!("devices/pci0000:00/{}", DEVICES[2]);
+        tree.add_mediated(uuid, &parent);
+        let node = node_of(&tree.system(), &[address(uuid)]).unwrap();
+        assert_eq!(node.map(|node| node.number), Some(1));
     }
 
     #[test]

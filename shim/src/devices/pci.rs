@@ -1,72 +1,17 @@
-//! One PCI function: its address, what it is, and what it needs.
+//! One PCI function, or what a guest takes for one: what it is, and what it needs.
 
 use std::fmt;
-use std::str::FromStr;
 
-use super::{DeviceError, VFIO_DRIVER};
+use super::{Address, VFIO_DRIVER};
 
 /// PCI-to-PCI bridge (PCI Code and ID Assignment 1.11, section 1.7).
 const CLASS_PCI_BRIDGE: u32 = 0x0604;
 /// Base class of bridges.
 const BASE_CLASS_BRIDGE: u32 = 0x06;
-/// Devices on a bus, functions of a device (PCI Express base 7.5.1.1.9 and 6.13).
-const MAX_DEVICE: u8 = 0x1f;
-const MAX_FUNCTION: u8 = 7;
 /// A function's base address registers (PCI Express base 7.5.1.2.1).
 const BARS: usize = 6;
 /// linux/ioport.h
 const IORESOURCE_IO: u64 = 0x100;
-
-/// Where a function is: `0000:01:00.0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Address {
-    domain: u32,
-    bus: u8,
-    device: u8,
-    function: u8,
-}
-
-impl FromStr for Address {
-    type Err = DeviceError;
-
-    /// As the kernel writes it, or without the domain, as `lspci` does.
-    fn from_str(text: &str) -> Result<Self, DeviceError> {
-        parse(text).ok_or_else(|| DeviceError::BadAddress(text.to_owned()))
-    }
-}
-
-fn parse(text: &str) -> Option<Address> {
-    let (rest, function) = text.rsplit_once('.')?;
-    let (rest, device) = rest.rsplit_once(':')?;
-    let (domain, bus) = rest.rsplit_once(':').unwrap_or(("0000", rest));
-    let address = Address {
-        // VMD's domains have more than four digits.
-        domain: digits(domain, 4..=8)?,
-        bus: digits(bus, 2..=2)?.try_into().ok()?,
-        device: digits(device, 2..=2)?.try_into().ok()?,
-        function: digits(function, 1..=1)?.try_into().ok()?,
-    };
-    (address.device <= MAX_DEVICE && address.function <= MAX_FUNCTION).then_some(address)
-}
-
-fn digits(text: &str, count: std::ops::RangeInclusive<usize>) -> Option<u32> {
-    let all_hex = text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    (count.contains(&text.len()) && all_hex)
-        .then(|| u32::from_str_radix(text, 16).ok())
-        .flatten()
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            domain,
-            bus,
-            device,
-            function,
-        } = self;
-        write!(f, "{domain:04x}:{bus:02x}:{device:02x}.{function:x}")
-    }
-}
 
 /// A range of addresses the function answers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,11 +59,22 @@ pub(super) fn bars(resource: &str) -> Option<Vec<Bar>> {
     Some(bars)
 }
 
-/// A PCI function of the host.
+/// What a mediated device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mediated {
+    /// The name of the device that it is a part of, an address if that is a PCI function.
+    pub parent: String,
+    /// What its driver calls such ones, if it does.
+    pub kind: Option<String>,
+}
+
+/// A PCI function of the host, or a mediated device (`mediated.rs`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
     /// Where.
     pub address: Address,
+    /// Of a mediated device: what it is.
+    pub mediated: Option<Mediated>,
     /// Vendor id.
     pub vendor: u32,
     /// Device id, the vendor's.
@@ -160,8 +116,11 @@ impl Function {
     }
 
     /// Whether it is ready to be passed: with vfio-pci or a vendor's version of it,
-    /// such as `nvgrace-gpu-vfio-pci`.
+    /// such as `nvgrace-gpu-vfio-pci`. All drivers of mediated devices are for VFIO.
     pub fn is_on_vfio(&self) -> bool {
+        if self.mediated.is_some() {
+            return self.driver.is_some();
+        }
         let name = self.driver.as_deref().unwrap_or_default();
         name.replace('_', "-").ends_with(VFIO_DRIVER)
     }
@@ -209,36 +168,6 @@ impl Function {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_with_and_without_a_domain() {
-        for (text, shown) in [
-            ("0000:01:00.0", "0000:01:00.0"),
-            ("af:1f.7", "0000:af:1f.7"),
-            ("10000:E1:00.0", "10000:e1:00.0"),
-        ] {
-            assert_eq!(text.parse::<Address>().unwrap().to_string(), shown);
-        }
-    }
-
-    #[test]
-    fn what_is_no_address() {
-        for text in [
-            "",
-            "0000:01:00",
-            "01.0",
-            "0000:01:20.0",
-            "0000:01:00.8",
-            "0000:1:00.0",
-            "000:01:00.0",
-            "+000:01:00.0",
-            "0000:01:00.0/..",
-            "0000:00:01:00.0",
-        ] {
-            let error = text.parse::<Address>().unwrap_err().to_string();
-            assert!(error.contains("is not a PCI address"), "{text}: {error}");
-        }
-    }
 
     #[test]
     fn bars_by_the_kernel_s_lines() {

@@ -2,10 +2,10 @@
 //!
 //! | in the spec | stands for |
 //! |---|---|
-//! | `linux.devices` with `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
-//! | with `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
-//! | with `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
-//! | annotation `io.nacre.devices` | PCI addresses or directories in sysfs, with commas between |
+//! | `linux.devices` with the numbers of `/dev/vfio/N` | IOMMU group N; so CRI, nerdctl and device plugins hand over what they chose |
+//! | of `/dev/vfio/devices/vfioN` | the device with that node, for iommufd |
+//! | of `/dev/vfio/vfio`, `/dev/iommu` | nothing by itself: what the others are used through |
+//! | annotation `io.nacre.devices` | PCI addresses, UUIDs of mediated devices, or directories in sysfs, with commas between |
 //! | annotations `cdi.k8s.io/...` | the nodes that CDI specs of the host name (`cdi.rs`) |
 //!
 //! A pod has besides what kubelet has given to its containers, where kubelet is asked
@@ -16,7 +16,8 @@
 //! (`device_annotations`), and what they name ends up in paths only as an address that
 //! was parsed. Nodes come from whoever may hand out devices, with one exception: a
 //! privileged container has all nodes of the host in its spec, and asks by those only that
-//! have a device rule of their own besides.
+//! have a device rule of their own besides. Which node of the host one is, its numbers say:
+//! its path is the container's, where CDI (`hostPath`) may have it called anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -26,10 +27,10 @@ use std::path::{Component, Path, PathBuf};
 use nacre_protocol::vm::guest_address;
 use nacre_vmm::vfio::Passthrough;
 use nacre_vmm::vfio::open::{self, DeviceNodes, OpenError};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 
-use super::pci::{Address, Function};
-use super::{Allocated, DeviceError, System, cdi, group};
+use super::pci::Function;
+use super::{Address, Allocated, DeviceError, System, cdi, group};
 use crate::oci::device_rules;
 
 /// The annotation that names devices.
@@ -57,6 +58,11 @@ pub enum RequestError {
         /// Whose it is.
         driver: String,
     },
+    /// Nothing hands it to programs.
+    #[error(
+        "mediated device {0} has no driver, and cannot be passed without: remove it, and make it anew"
+    )]
+    NoDriver(Address),
     /// Annotations count for nothing here.
     #[error(
         "annotation {0} asks for devices of the host, which annotations may only do where \
@@ -66,10 +72,10 @@ pub enum RequestError {
     /// A node that no device has.
     #[error("{} is no device's that could be passed; `nacre devices` lists them", .0.display())]
     NoNode(PathBuf),
-    /// Neither an address nor a directory of a PCI device.
+    /// Neither an address nor a directory of a device.
     #[error(
-        "annotation io.nacre.devices: {0:?} is neither a PCI address nor a PCI device's directory \
-         in /sys"
+        "annotation io.nacre.devices: {0:?} is neither a PCI address, nor the UUID of a mediated \
+         device, nor the directory of either in /sys"
     )]
     BadName(String),
     /// A name that no CDI spec has.
@@ -143,7 +149,31 @@ pub fn open(
         own: device.device_node.clone(),
     });
     let nodes: Vec<_> = nodes.collect();
-    open::by(system.vfio_api, &system.dev, &nodes, container)
+    let opened = open::by(system.vfio_api, &system.dev, &nodes, container)?;
+    devices
+        .iter()
+        .try_for_each(|device| check(system, device))?;
+    Ok(opened)
+}
+
+/// Whether what was opened is this device. The kernel may give its nodes to another one
+/// when it has gone, as mediated devices do; but not while they are open.
+fn check(system: &System, assigned: &AssignedDevice) -> Result<(), OpenError> {
+    let cause = match system.function(assigned.address) {
+        Ok(function) => {
+            let now = device(system, assigned.group, &function);
+            if function.group == Some(assigned.group) && now.device_node == assigned.device_node {
+                return Ok(());
+            }
+            io::Error::other("it has gone since the pod was given it, and come back")
+        }
+        Err(error) => io::Error::other(error),
+    };
+    let (kind, address) = (assigned.address.kind(), assigned.address);
+    Err(OpenError::Step {
+        what: format!("open {kind} {address}"),
+        cause,
+    })
 }
 
 /// Where the guest of a machine with the devices `pod_s` has those `asked` for; `None` if
@@ -159,9 +189,29 @@ pub fn position(devices: &[AssignedDevice], address: Address) -> Option<usize> {
 }
 
 /// Whether a device node stands for a device that the machine is given as a whole, so
-/// that the container in it has no use for the node.
-pub fn is_passthrough_node(path: &Path) -> bool {
+/// that the container in it has no use for the node. One that is only called so
+/// [`assigned`] refuses.
+///
+/// # Errors
+///
+/// What sysfs does not tell.
+pub fn is_passthrough_node(system: &System, device: &LinuxDevice) -> Result<bool, DeviceError> {
+    Ok(is_of_vfio(device.path()) || host_node(system, device)?.is_some())
+}
+
+/// Whether a node of this name is VFIO's.
+fn is_of_vfio(path: &Path) -> bool {
     path.starts_with(VFIO_DIR) || path == Path::new(IOMMU_NODE)
+}
+
+/// The node of VFIO's on the host that a device node of a spec is, whatever the container
+/// calls it; `None` if it is none.
+fn host_node(system: &System, device: &LinuxDevice) -> Result<Option<PathBuf>, DeviceError> {
+    if !matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U) {
+        return Ok(None);
+    }
+    let node = system.node_of(device.major(), device.minor())?;
+    Ok(node.filter(|node| is_of_vfio(node)))
 }
 
 /// The devices a container gets, by address: all of each group it asks for, and if
@@ -208,10 +258,7 @@ fn whole_groups(
             return Err(DeviceError::Bridge(address).into());
         }
         if !function.is_on_vfio() {
-            return Err(RequestError::NotBound {
-                address,
-                driver: function.driver_name().to_owned(),
-            });
+            return Err(not_ready(&function));
         }
         let (group, members) = group::of(system, &function)?;
         groups.insert(group, members);
@@ -224,6 +271,16 @@ fn whole_groups(
     }
     assigned.sort_by_key(|device| device.address);
     Ok(assigned)
+}
+
+fn not_ready(function: &Function) -> RequestError {
+    match function.mediated {
+        Some(_) => RequestError::NoDriver(function.address),
+        None => RequestError::NotBound {
+            address: function.address,
+            driver: function.driver_name().to_owned(),
+        },
+    }
 }
 
 fn device(system: &System, group: u32, function: &Function) -> AssignedDevice {
@@ -245,8 +302,8 @@ fn asked(
     by_annotation: bool,
 ) -> Result<BTreeSet<Address>, RequestError> {
     let mut asked = BTreeSet::new();
-    for path in chosen_nodes(spec) {
-        asked.extend(by_node(system, path)?);
+    for device in chosen_nodes(spec) {
+        asked.extend(by_device(system, device)?);
     }
     for (key, value) in spec.annotations().iter().flatten() {
         let is_cdi = key.starts_with(cdi::ANNOTATION_PREFIX);
@@ -271,7 +328,7 @@ fn asked(
 /// The device nodes of a spec, without those that containerd lists unasked for a
 /// privileged container. Who chooses a node has it allowed by its numbers, too: CDI
 /// (SPEC.md, "containerEdits"), `--device` of clients.
-fn chosen_nodes(spec: &Spec) -> Vec<&Path> {
+fn chosen_nodes(spec: &Spec) -> Vec<&LinuxDevice> {
     let Some(linux) = spec.linux() else {
         return Vec::new();
     };
@@ -280,16 +337,30 @@ fn chosen_nodes(spec: &Spec) -> Vec<&Path> {
     let devices = linux.devices().iter().flatten();
     devices
         .filter(|device| all || rules.iter().any(|rule| device_rules::is_own(rule, device)))
-        .map(|device| device.path().as_path())
         .collect()
 }
 
-/// The devices behind a device node; none if it is no VFIO device's.
+/// The devices behind a device node of a spec; none if it is no VFIO device's.
+fn by_device(system: &System, device: &LinuxDevice) -> Result<Vec<Address>, RequestError> {
+    let path = device.path();
+    match host_node(system, device)? {
+        Some(node) => by_node(system, &node),
+        // What others are used through may be there without its module (kmod's static nodes).
+        None if means_nothing(path) => Ok(Vec::new()),
+        None => Err(RequestError::NoNode(path.clone())),
+    }
+}
+
+/// Whether a node of this name stands for no device: it is none of VFIO's, or one that all of
+/// VFIO's are used through.
+fn means_nothing(path: &Path) -> bool {
+    let mut through = [VFIO_DIR, CONTAINER_NODE, IOMMU_NODE].iter();
+    through.any(|node| path == Path::new(node)) || !is_of_vfio(path)
+}
+
+/// The devices behind a node of the host; none if it is no VFIO device's.
 fn by_node(system: &System, path: &Path) -> Result<Vec<Address>, RequestError> {
-    let means_nothing = [VFIO_DIR, CONTAINER_NODE, IOMMU_NODE]
-        .iter()
-        .any(|node| path == Path::new(node));
-    if means_nothing || !is_passthrough_node(path) {
+    if means_nothing(path) {
         return Ok(Vec::new());
     }
     let below = path.strip_prefix(VFIO_DIR).unwrap_or(path);
@@ -334,7 +405,7 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
         return Err(bad());
     }
     let real = |path: PathBuf| path.canonicalize().ok();
-    let there = real(system.function_dir(address)).ok_or(DeviceError::NoDevice(address))?;
+    let there = real(system.device_dir(address)).ok_or(DeviceError::NoDevice(address))?;
     if real(system.sys.join(below)) != Some(there) {
         return Err(bad());
     }
@@ -342,25 +413,23 @@ fn by_name(system: &System, name: &str) -> Result<Address, RequestError> {
 }
 
 /// The devices of what kubelet has given. Plugins name theirs as they like: addresses are
-/// usual for PCI devices, and where a CDI spec has the resource's name and this one, its nodes
-/// count. All else, and what a driver of the host has, is no device for a machine; should the
-/// container want it by a node, it is refused then.
+/// usual for PCI devices, UUIDs for mediated ones and not for them alone, and where a CDI
+/// spec has the resource's name and this one, its nodes count. All else, and what a driver
+/// of the host has, is no device for a machine; should the container want it by a node, it
+/// is refused then.
 fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, RequestError> {
     let cdi_name = match name {
         Allocated::Plugin { resource, id } => match id.parse() {
-            Ok(address) => {
+            Ok(address) if is_meant(system, address) => {
                 let function = system.function(address)?;
                 if function.is_on_vfio() {
                     return Ok(vec![address]);
                 }
-                tracing::info!(
-                    ?name,
-                    driver = function.driver_name(),
-                    "allocated to the pod, and not bound to vfio-pci: `nacre devices bind` does that"
-                );
+                let reason = not_ready(&function);
+                tracing::info!(?name, %reason, "allocated to the pod, and passed over");
                 return Ok(Vec::new());
             }
-            Err(_) => format!("{resource}={id}"),
+            _ => format!("{resource}={id}"),
         },
         Allocated::Cdi(name) => name.clone(),
     };
@@ -373,6 +442,14 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
             Ok(Vec::new())
         }
         result => result,
+    }
+}
+
+/// Whether a plugin's id that could be an address is one.
+fn is_meant(system: &System, address: Address) -> bool {
+    match address {
+        Address::Function { .. } => true,
+        Address::Mediated(_) => system.device_dir(address).exists(),
     }
 }
 

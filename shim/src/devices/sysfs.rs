@@ -7,9 +7,13 @@ use std::path::{Path, PathBuf};
 
 use nacre_vmm::vfio::open::Api;
 
-use super::pci::{self, Address, Function};
-use super::{DeviceError, VFIO_DRIVER};
+use super::pci::{self, Function};
+use super::{Address, DeviceError, VFIO_DRIVER, mediated};
 use crate::cgroup::NumberList;
+
+/// Below sysfs: PCI functions and mediated devices.
+const FUNCTIONS: &str = "bus/pci/devices";
+const MEDIATED: &str = "bus/mdev/devices";
 
 /// How `driver_override` says that there is none.
 const NO_OVERRIDE: &str = "(null)";
@@ -69,10 +73,13 @@ impl System {
         }
     }
 
-    /// A function's directory.
-    pub(super) fn function_dir(&self, address: Address) -> PathBuf {
-        let devices = self.sys.join("bus/pci/devices");
-        devices.join(address.to_string())
+    /// A device's directory.
+    pub(super) fn device_dir(&self, address: Address) -> PathBuf {
+        let devices = match address {
+            Address::Function { .. } => FUNCTIONS,
+            Address::Mediated(_) => MEDIATED,
+        };
+        self.sys.join(devices).join(address.to_string())
     }
 
     /// A PCI driver's directory.
@@ -94,7 +101,18 @@ impl System {
         })
     }
 
-    /// The function at an address.
+    /// The node that the host has for a character device, as the kernel calls it; `None` where
+    /// there is no such device.
+    ///
+    /// # Errors
+    ///
+    /// What sysfs does not tell.
+    pub(super) fn node_of(&self, major: i64, minor: i64) -> Result<Option<PathBuf>, DeviceError> {
+        let uevent = self.sys.join(format!("dev/char/{major}:{minor}/uevent"));
+        if_there(&uevent, node_in(&uevent))
+    }
+
+    /// The device of an address.
     ///
     /// # Errors
     ///
@@ -103,13 +121,15 @@ impl System {
         self.find(address)?.ok_or(DeviceError::NoDevice(address))
     }
 
-    /// All functions, by address.
+    /// All functions and mediated devices, by address.
     ///
     /// # Errors
     ///
     /// What sysfs says that cannot be.
     pub fn functions(&self) -> Result<Vec<Function>, DeviceError> {
-        self.functions_in(&self.sys.join("bus/pci/devices"))
+        let mut all = self.functions_in(&self.sys.join(FUNCTIONS))?;
+        all.extend(self.functions_in(&self.sys.join(MEDIATED))?);
+        Ok(all)
     }
 
     /// The members of an IOMMU group, by address; none if there is no such group.
@@ -122,7 +142,7 @@ impl System {
         self.functions_in(&groups.join(number.to_string()).join("devices"))
     }
 
-    /// All IOMMU groups with PCI functions in them.
+    /// All IOMMU groups with PCI functions or mediated devices in them.
     ///
     /// # Errors
     ///
@@ -172,7 +192,10 @@ impl System {
     }
 
     fn find(&self, address: Address) -> Result<Option<Function>, DeviceError> {
-        let dir = self.function_dir(address);
+        let dir = self.device_dir(address);
+        if let Address::Mediated(_) = address {
+            return mediated::find(&dir, address);
+        }
         let Some(class) = number(&dir.join("class"))? else {
             return Ok(None);
         };
@@ -184,6 +207,7 @@ impl System {
         virtual_functions.sort();
         Ok(Some(Function {
             address,
+            mediated: None,
             vendor: number(&dir.join("vendor"))?.unwrap_or_default(),
             device: number(&dir.join("device"))?.unwrap_or_default(),
             class,
@@ -192,8 +216,7 @@ impl System {
                 .filter(|text| !text.is_empty() && text != NO_OVERRIDE),
             group: link_number(&dir.join("iommu_group"))?,
             bars: bars(&dir.join("resource"))?,
-            // -1: the host has one node, or the firmware does not say.
-            numa_node: text(&dir.join("numa_node"))?.and_then(|text| text.parse().ok()),
+            numa_node: numa_node(&dir)?,
             reset_methods: text(&dir.join("reset_method"))?
                 .map(|text| text.split_whitespace().map(str::to_owned).collect())
                 .unwrap_or_default(),
@@ -203,6 +226,24 @@ impl System {
             vfio_node: names_in(&dir.join("vfio-dev"))?.pop(),
         }))
     }
+}
+
+/// The node of a device by its file `uevent`, as the kernel calls it.
+///
+/// # Errors
+///
+/// When the file cannot be read, or has none.
+pub(crate) fn node_in(uevent: &Path) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(uevent)?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
+    Ok(Path::new("/dev").join(name))
+}
+
+/// The NUMA node of the function with this directory.
+pub(super) fn numa_node(dir: &Path) -> Result<Option<u32>, DeviceError> {
+    // -1: the host has one node, or the firmware does not say.
+    Ok(text(&dir.join("numa_node"))?.and_then(|text| text.parse().ok()))
 }
 
 fn read_error(path: &Path) -> impl FnOnce(io::Error) -> DeviceError + '_ {
@@ -220,7 +261,7 @@ fn malformed(path: &Path, text: &str) -> DeviceError {
 }
 
 /// Nothing where nothing is.
-fn if_there<T>(path: &Path, result: io::Result<T>) -> Result<Option<T>, DeviceError> {
+pub(super) fn if_there<T>(path: &Path, result: io::Result<T>) -> Result<Option<T>, DeviceError> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -264,7 +305,7 @@ pub(super) fn link_name(path: &Path) -> Result<Option<String>, DeviceError> {
     Ok(name.map(|name| name.to_string_lossy().into_owned()))
 }
 
-fn link_number(path: &Path) -> Result<Option<u32>, DeviceError> {
+pub(super) fn link_number(path: &Path) -> Result<Option<u32>, DeviceError> {
     link_name(path)?
         .map(|name| name.parse().map_err(|_| malformed(path, &name)))
         .transpose()
@@ -359,6 +400,20 @@ mod tests {
         assert!(tree.system().group(9).unwrap().is_empty());
         let groups = tree.system().groups().unwrap();
         assert_eq!(groups.keys().copied().collect::<Vec<_>>(), [7, 8]);
+    }
+
+    #[test]
+    fn nodes_have_the_kernel_s_names() {
+        let tree = Tree::new();
+        tree.add_node("240:7", "vfio/7");
+        tree.write("sys/dev/char/240:9/uevent", "MAJOR=240\nMINOR=9\n");
+        let node_of = |major, minor| tree.system().node_of(major, minor);
+        assert_eq!(node_of(240, 7).unwrap(), Some("/dev/vfio/7".into()));
+        for (major, minor) in [(240, 8), (-1, -1)] {
+            assert_eq!(node_of(major, minor).unwrap(), None);
+        }
+        let error = node_of(240, 9).unwrap_err().to_string();
+        assert!(error.ends_with("dev/char/240:9/uevent"), "{error}");
     }
 
     #[test]

@@ -13,12 +13,15 @@ use super::{Address, System};
 /// What a driver's directory has that takes no device.
 const REFUSES: &str = "refuses";
 
+/// Of nodes of IOMMU groups.
+pub(crate) const GROUP_MAJOR: u32 = 240;
+
 /// The made-up host.
 pub(crate) struct Tree {
     dir: TempDir,
 }
 
-/// A PCI function of it.
+/// A device of it.
 pub(crate) struct Made<'a> {
     tree: &'a Tree,
     dir: PathBuf,
@@ -98,6 +101,28 @@ impl Tree {
         made
     }
 
+    /// A mediated device, a part of what has the directory `parent` below sysfs.
+    pub(crate) fn add_mediated(&self, uuid: &str, parent: &str) -> Made<'_> {
+        let dir = self.path("sys").join(parent).join(uuid);
+        fs::create_dir_all(&dir).unwrap();
+        let target = format!("../../../{parent}/{uuid}");
+        self.link(&format!("sys/bus/mdev/devices/{uuid}"), &target);
+        let made = Made {
+            tree: self,
+            dir,
+            name: uuid.to_owned(),
+        };
+        made.link("subsystem", "../../../bus/mdev")
+            .link("driver", "../../../bus/mdev/drivers/mtty");
+        made
+    }
+
+    /// A character device with these numbers, whose node the kernel calls so below `/dev`.
+    pub(crate) fn add_node(&self, numbers: &str, name: &str) {
+        let uevent = format!("sys/dev/char/{numbers}/uevent");
+        self.write(&uevent, &format!("DEVNAME={name}\n"));
+    }
+
     /// From now on a driver takes no device.
     pub(crate) fn refuses(&self, driver: &str) {
         self.write(&format!("sys/bus/pci/drivers/{driver}/{REFUSES}"), "");
@@ -133,7 +158,10 @@ impl Made<'_> {
         self.file(&format!("{path}/dev"), &format!("{number}\n"))
     }
 
+    /// In an IOMMU group, whose node has its number and [`GROUP_MAJOR`].
     pub(crate) fn group(&self, number: u32) -> &Self {
+        let numbers = format!("{GROUP_MAJOR}:{number}");
+        self.tree.add_node(&numbers, &format!("vfio/{number}"));
         let group = format!("sys/kernel/iommu_groups/{number}");
         let target = self.tree.path(&group);
         symlink(&target, self.dir.join("iommu_group")).unwrap();

@@ -8,6 +8,7 @@
 //! 0000:02:00.0/virtio1/net/eth0               net: up? in a bridge or bond? in another namespace?
 //! 0000:03:00.0/drm/card1                      any with a number: opened by a process?
 //! 0000:04:00.0/vfio-dev/vfio0                 that too; and its group's /dev/vfio/N
+//! 0000:05:00.0/83b8f4f2-...                   mdev: a part of it that a pod may have
 //! ```
 
 use std::collections::BTreeSet;
@@ -52,7 +53,7 @@ pub(super) fn user_of(system: &System, function: &Function) -> Result<Option<Str
         let advice = "write 0 to its sriov_numvfs in sysfs first";
         return Ok(Some(format!("it has {count} virtual functions; {advice}")));
     }
-    let dir = system.function_dir(function.address);
+    let dir = system.device_dir(function.address);
     let mut nodes = Vec::new();
     collect(&dir, MAX_DEPTH, &mut nodes)?;
     collect_multipath(system, &mut nodes)?;
@@ -60,6 +61,10 @@ pub(super) fn user_of(system: &System, function: &Function) -> Result<Option<Str
         let user = match node.subsystem.as_str() {
             "block" => user_of_disk(system, node)?,
             "net" => user_of_interface(node)?,
+            "mdev" => Some(format!(
+                "it has mediated device {name}; write 1 to its file \"remove\" in sysfs first",
+                name = node.name
+            )),
             _ => None,
         };
         if user.is_some() {
@@ -87,11 +92,7 @@ pub(super) fn opened_by(
     function: &Function,
 ) -> Result<Option<String>, DeviceError> {
     let mut nodes = Vec::new();
-    collect(
-        &system.function_dir(function.address),
-        MAX_DEPTH,
-        &mut nodes,
-    )?;
+    collect(&system.device_dir(function.address), MAX_DEPTH, &mut nodes)?;
     opener(system, function, &nodes)
 }
 

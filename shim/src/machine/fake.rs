@@ -6,6 +6,7 @@
 
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -59,7 +60,7 @@ pub struct FakeMachine {
     /// Whether it never says what becomes of them, and who is told that it was asked.
     devices_hang: AtomicBool,
     devices_asked: Notify,
-    /// Whether it has no room for network cards.
+    /// Whether it has no room for network cards, nor for a shared directory.
     is_full: AtomicBool,
     /// Whether a guest that hangs still panics when it is interrupted.
     panics: AtomicBool,
@@ -174,6 +175,14 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    async fn add_shared_dir(&self, _: &StdUnixStream) -> Result<u8, MachineError> {
+        if self.is_full.load(Ordering::Relaxed) {
+            return Err(MachineError::SharedDir("no room".into()));
+        }
+        lock(&self.journal).push(format!("shared directory in {FREE_SLOT}"));
+        Ok(FREE_SLOT)
+    }
+
     async fn interrupt(&self) -> Result<(), MachineError> {
         lock(&self.journal).push("interrupt".into());
         if self.panics.load(Ordering::Relaxed) {
@@ -269,12 +278,13 @@ impl FakeMachine {
         self.disks.send_replace(disks);
     }
 
-    /// Whether it takes no network cards from now on.
+    /// Whether it takes no network cards and no shared directory from now on.
     pub fn refuses_cards(&self, is_full: bool) {
         self.is_full.store(is_full, Ordering::Relaxed);
     }
 
-    /// The guest does not do all it is told of the network, so many times from now on.
+    /// The guest does not do all it is told of the network and of what is shared, so many times
+    /// from now on.
     pub fn refuses_network(&self, times: u32) {
         if let Streams::Scripted(agent) = &self.streams {
             agent.refusals.store(times, Ordering::Relaxed);

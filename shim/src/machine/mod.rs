@@ -15,6 +15,7 @@ mod vm;
 pub mod fake;
 
 use std::io;
+use std::os::unix::net::UnixStream as StdUnixStream;
 
 use async_trait::async_trait;
 use nacre_protocol::channel::ChannelError;
@@ -75,6 +76,9 @@ pub enum MachineError {
     /// A network card cannot be put in or taken out.
     #[error("network card: {0}")]
     Nic(String),
+    /// The shared directory cannot be put in.
+    #[error("virtio-fs: {0}")]
+    SharedDir(String),
     /// The machine is dead.
     #[error("the virtual machine is gone: {0}")]
     Stopped(Stop),
@@ -161,6 +165,11 @@ pub trait Machine: Send + Sync {
     /// not, no other comes into that slot. The machine has nothing of it open when this returns;
     /// after any error nobody knows, until it is dead.
     async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError>;
+
+    /// Puts the shared directory into a running machine that has none; `file_server` is its
+    /// server's end of the connection. The slot of bus 0 it is in, where the guest finds it when
+    /// it looks. After any error it may be there, or come yet, until the server has ended.
+    async fn add_shared_dir(&self, file_server: &StdUnixStream) -> Result<u8, MachineError>;
 
     /// Has the kernel of a guest that does not answer say where it is, in the pod's log, and
     /// panic; [`Machine::stopped`] tells when, if it still can.

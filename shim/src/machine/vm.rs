@@ -33,6 +33,7 @@ use super::{Machine, MachineError, Stop};
 use crate::network::HostNic;
 use crate::storage::HostBacking;
 use crate::task::lock;
+use crate::virtiofsd;
 
 /// How long the guest may take for a step of a resize,
 const RESIZE_STALL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
@@ -41,8 +42,8 @@ const RESIZE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a disk may take to have no request under way: longer than a device of the
 /// host that has not been given up takes.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 40 });
-/// How long the monitor may take to put a network card in, or take it out.
-const CARD_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
+/// How long the monitor may take to put a device on bus 0, or take it out.
+const BUS_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 
 /// What a monitor process starts with.
 pub struct Launch<'a> {
@@ -323,8 +324,7 @@ impl Machine for VmMachine {
         let mut fds = FdList::default();
         let nic = nic.describe(&mut fds);
         let add = self.ask(&fds, |number| Request::AddNic { number, nic });
-        let slot = card_answer(add).await?;
-        u8::try_from(slot).map_err(|_| MachineError::Nic(format!("no slot {slot}")))
+        slot_answer(add, MachineError::Nic).await
     }
 
     async fn remove_nic(&self, slot: u8, is_let_go: bool) -> Result<(), MachineError> {
@@ -334,7 +334,14 @@ impl Machine for VmMachine {
             slot,
             is_let_go,
         });
-        card_answer(remove).await.map(drop)
+        slot_answer(remove, MachineError::Nic).await.map(drop)
+    }
+
+    async fn add_shared_dir(&self, file_server: &StdUnixStream) -> Result<u8, MachineError> {
+        let mut fds = FdList::default();
+        let dir = virtiofsd::describe(file_server, &mut fds);
+        let add = self.ask(&fds, |number| Request::AddSharedDir { number, dir });
+        slot_answer(add, MachineError::SharedDir).await
     }
 
     async fn interrupt(&self) -> Result<(), MachineError> {
@@ -356,17 +363,21 @@ impl Machine for VmMachine {
     }
 }
 
-/// What the monitor answers of a network card, in time. After that nobody knows whether the
-/// machine has it.
-async fn card_answer(
+/// The slot that the monitor answers with when it is to put a device in or take it out, in
+/// time. After that nobody knows whether the machine has it.
+async fn slot_answer(
     answer: impl Future<Output = Result<Answer, MachineError>>,
-) -> Result<u64, MachineError> {
-    match tokio::time::timeout(CARD_LIMIT, answer).await {
-        Ok(answer) => answer?.map_err(MachineError::Nic),
+    refused: fn(String) -> MachineError,
+) -> Result<u8, MachineError> {
+    match tokio::time::timeout(BUS_LIMIT, answer).await {
+        Ok(answer) => {
+            let slot = answer?.map_err(refused)?;
+            u8::try_from(slot).map_err(|_| refused(format!("no slot {slot}")))
+        }
         Err(_) => {
-            let seconds = CARD_LIMIT.as_secs();
+            let seconds = BUS_LIMIT.as_secs();
             let reason = format!("the monitor does not answer within {seconds} s");
-            Err(MachineError::Nic(reason))
+            Err(refused(reason))
         }
     }
 }

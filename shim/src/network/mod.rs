@@ -14,14 +14,15 @@
 //! `check` and node agents expect, and yet no frame reaches that stack: the
 //! guest alone answers for them. No iptables, no bridge, no address of our own.
 //!
-//! Taps live as long as their descriptors, and the filters go with the
-//! namespace; there is nothing to clean up. What changes in the namespace while the
-//! machine runs, [`follow`] finds out.
+//! Taps live as long as their descriptors. The filters go with the namespace; in one that
+//! outlives its pod they would lead nowhere, and [`release`] takes them away. What changes in
+//! the namespace while the machine runs, [`follow`] finds out.
 
 mod bpf;
 pub mod follow;
 pub mod loopback;
 mod netlink;
+mod release;
 mod rules;
 mod tap;
 
@@ -37,6 +38,7 @@ use nix::sched::{CloneFlags, setns};
 
 pub use netlink::Link;
 use netlink::Netlink;
+pub use release::release;
 
 /// Smallest and largest number of queue pairs (`TAP_MAX_QUEUES` is 256; one
 /// descriptor each).

@@ -133,6 +133,27 @@ impl Netlink {
             .map_err(refused("remove the ingress hook of", &link.name))
     }
 
+    /// The same for all whose frames go to taps that are gone; the first error.
+    pub async fn part_from_gone(&self) -> Result<(), NetworkError> {
+        let (links, _) = self.links().await?;
+        let mut result = Ok(());
+        for link in links.iter().filter(|link| link.is_joined) {
+            result = result.and(self.part_if_gone(link).await);
+        }
+        result
+    }
+
+    async fn part_if_gone(&self, link: &Link) -> Result<(), NetworkError> {
+        let index = interface_index(link.index, &link.name)?;
+        let request = self.handle.traffic_filter(index).get().ingress().execute();
+        let filters = collect("list filters", request).await?;
+        if filters.iter().any(super::release::leads_nowhere) {
+            self.part(link).await?;
+            tracing::info!(interface = link.name, "parted from a machine that is gone");
+        }
+        Ok(())
+    }
+
     async fn remove_hook(&self, index: i32) -> Result<(), rtnetlink::Error> {
         let mut delete = self.handle.qdisc().del(index);
         delete.message_mut().header.parent = TcHandle::INGRESS;

@@ -4,6 +4,8 @@
 use super::*;
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -36,13 +38,17 @@ impl Netns {
 
     /// ip(8) in it.
     pub(crate) fn ip(&self, arguments: &str) {
+        self.tool("ip", arguments);
+    }
+
+    fn tool(&self, program: &str, arguments: &str) {
         let status = self.run(|| {
-            Command::new("ip")
+            Command::new(program)
                 .args(arguments.split_whitespace())
                 .status()
                 .unwrap()
         });
-        assert!(status.success(), "ip {arguments}");
+        assert!(status.success(), "{program} {arguments}");
     }
 
     /// A pod's namespace and the node's end of its veth.
@@ -67,7 +73,6 @@ impl Netns {
     }
 
     fn move_link(&self, link: &str, to: &Self) {
-        use std::os::fd::AsRawFd;
         // ip(8) takes a namespace by path; a child sees ours under its parent.
         let path = format!("/proc/{}/fd/{}", std::process::id(), to.0.as_raw_fd());
         let status = self.run(|| {
@@ -82,7 +87,7 @@ impl Netns {
 
 fn tools_are_there() -> bool {
     let ip = Command::new("ip").arg("-V").output();
-    ip.is_ok() && std::path::Path::new("/dev/net/tun").exists()
+    ip.is_ok() && Path::new("/dev/net/tun").exists()
 }
 
 /// Reads frames from a tap until one satisfies `wanted`; without the header.
@@ -214,6 +219,43 @@ fn a_second_vm_may_follow_in_the_same_namespace() {
         socket.send_to(b"x", "10.88.0.5:7").unwrap();
     });
     await_frame(&network.nics[0].taps[0], is_request);
+}
+
+#[test]
+fn frames_are_given_back_once_the_machine_is_gone() {
+    let Some((pod, _node)) = Netns::pod_and_node() else {
+        return;
+    };
+    let path = format!("/proc/self/fd/{}", pod.0.as_raw_fd());
+    let is_joined_after_release = || {
+        release(Path::new(&path)).unwrap();
+        look(&pod.0).unwrap().links[0].is_joined
+    };
+    assert!(!is_joined_after_release());
+    let network = prepare(&pod.0, 1).unwrap();
+    assert!(is_joined_after_release(), "its machine lives");
+    drop(network);
+    assert!(look(&pod.0).unwrap().links[0].is_joined, "to nowhere");
+    assert!(!is_joined_after_release());
+    pod.tool("tc", "qdisc add dev eth0 ingress");
+    pod.tool(
+        "tc",
+        "filter add dev eth0 parent ffff: protocol all u32 match u8 0 0 \
+         action mirred egress redirect dev lo",
+    );
+    assert!(is_joined_after_release(), "another's");
+}
+
+#[test]
+fn nothing_is_released_where_no_pod_s_namespace_is() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for path in [
+        file.path(),
+        Path::new("/none"),
+        Path::new("/proc/self/ns/net"),
+    ] {
+        release(path).unwrap();
+    }
 }
 
 #[test]

@@ -4,7 +4,6 @@ use nacre_protocol::hook::HookError;
 use nacre_vmm::vfio::open::OpenError;
 
 use crate::cgroup::CgroupError;
-use crate::config::ConfigError;
 use crate::devices::{Address, ClaimError, DriverError, KubeletError, RequestError};
 use crate::machine::MachineError;
 use crate::network::NetworkError;
@@ -38,16 +37,14 @@ pub enum SandboxError {
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),
-    /// A container needs what its pod's machine was not built with.
+    /// A container needs a device that its pod's machine was not built with.
     #[error(
-        "container {container_id} needs {what}, which the pod's running virtual machine was \
-         built without"
+        "container {container_id} needs a device of the host, which the pod's running virtual \
+         machine was built without"
     )]
     NoHotplug {
         /// The container.
         container_id: String,
-        /// What is missing.
-        what: &'static str,
     },
     /// The devices a container asks for cannot be had.
     #[error("container {container_id}: the devices it asks for")]
@@ -242,9 +239,6 @@ pub enum SandboxError {
     /// The run directory failed.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
-    /// The configuration is wrong.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// The pod's network could not be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),

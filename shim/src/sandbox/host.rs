@@ -77,7 +77,6 @@ impl Host {
         let addresses = request::in_guest(&pod_s, &asked);
         let addresses = addresses.ok_or_else(|| SandboxError::NoHotplug {
             container_id: config.id.clone(),
-            what: "a device of the host",
         })?;
         Ok(PciDevices {
             addresses,
@@ -112,6 +111,20 @@ impl Host {
     /// pod uses it any more. Failures are logged.
     pub async fn detach_devices(&self, sandbox: &Sandbox, container_id: &str) {
         self.hot_plug().detach(sandbox, container_id).await;
+    }
+
+    /// Sees to it that the guest of a machine that runs has the pod's shared directory.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the file server from starting, the device from being put in, or the guest
+    /// from mounting it; it may be tried again.
+    pub async fn share(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        match self {
+            Self::Vm(host) => host.share(sandbox).await,
+            #[cfg(test)]
+            Self::Fake(host) => host.share(sandbox).await,
+        }
     }
 
     fn hot_plug(&self) -> &hotplug::HotPlug {

@@ -1,5 +1,6 @@
 //! A machine whose agent is gone, late, or silent.
 
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
@@ -108,6 +109,37 @@ async fn guest_that_hangs_is_killed_in_time() {
     sandbox.watch(timeout).await;
 }
 
+#[tokio::test]
+async fn shared_directory_comes_once_however_often_it_is_asked_for() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    let early = host.share(&sandbox).await.unwrap_err();
+    assert!(matches!(early, SandboxError::Stopped), "{early}");
+    host.boot(&sandbox).await.unwrap();
+    let machine = lock(&host.machine).clone().unwrap();
+    machine.refuses_cards(true);
+    let full = host.share(&sandbox).await.unwrap_err().to_string();
+    assert_eq!(full, "virtio-fs: no room");
+    machine.refuses_cards(false);
+    machine.refuses_network(1);
+    let late = host.share(&sandbox).await.unwrap_err().to_string();
+    assert!(late.contains("mount the shared directory"), "{late}");
+    let (one, two) = tokio::join!(host.share(&sandbox), host.share(&sandbox));
+    one.unwrap();
+    two.unwrap();
+    let journal = std::mem::take(&mut *lock(&host.journal));
+    assert_eq!(journal, ["shared directory in 20", "guest mounts it"]);
+}
+
+#[tokio::test]
+async fn shared_directory_of_the_boot_is_there() {
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    host.boot_with(&sandbox, true).await.unwrap();
+    host.share(&sandbox).await.unwrap();
+    assert_eq!(*lock(&host.journal), [""; 0]);
+}
+
 /// A machine whose agent makes its connection and says nothing on it.
 struct Silent {
     near: Mutex<Option<UnixStream>>,
@@ -155,6 +187,10 @@ impl Machine for Silent {
     }
 
     async fn remove_nic(&self, _: u8, _: bool) -> Result<(), MachineError> {
+        Err(MachineError::Stopped(Stop::Died))
+    }
+
+    async fn add_shared_dir(&self, _: &StdUnixStream) -> Result<u8, MachineError> {
         Err(MachineError::Stopped(Stop::Died))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! open: devices -> netns -> uid, cgroup -> monitor process (near the devices) -> host hooks -> taps
-//! boot: taps, if there was no interface before -> virtiofsd -> Boot -> agent
+//! boot: taps, if there was no interface before -> virtiofsd, if there is need -> Boot -> agent
 //!       -> what comes and goes in the netns ([`cards`](super::cards))
 //! ```
 //! What each step makes is put into [`Parts`] and the run directory's state
@@ -15,13 +15,13 @@ mod near;
 mod netns;
 mod network;
 mod progress;
+mod share;
 mod size;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::{Arc, Mutex};
@@ -50,7 +50,6 @@ use crate::oci::{self, kubernetes};
 use crate::oom;
 use crate::rundir::{DEATH_WAIT, Proc, RunDir, RunDirError, State};
 use crate::storage::{self, Prepared, StorageError};
-use crate::virtiofsd;
 
 use boot::{BootConfig, BootFds};
 use near::Near;
@@ -164,8 +163,8 @@ impl VmHost {
             return Ok(Prepared::nothing(&config.spec));
         }
         let (config, slots) = (config.clone(), slots.cloned());
-        let shared_root = self.run_dir.shared_root();
-        blocking(move || storage::prepare(&config, &shared_root, slots.as_ref())).await
+        let (system, shared_root) = (self.system.clone(), self.run_dir.shared_root());
+        blocking(move || storage::prepare(&system, &config, &shared_root, slots.as_ref())).await
     }
 
     /// See [`super::Host::release`].
@@ -260,14 +259,15 @@ impl VmHost {
             Some(network) => network,
             None => self.join_network(&netns).await?,
         };
-        let shares = prepared.uses_shared_dir || may_grow(&config.spec);
         let (disks, images) = self.driver_disks(&config.id).await?;
         prepared.disks.extend(disks);
         prepared.pci_devices.drivers = images.of(&prepared.pci_devices.addresses);
-        let fds = self.boot_fds(config, prepared, shares).await?;
+        let fds = self.boot_fds(config, prepared).await?;
         let slots = fds.slots;
         let boot = BootConfig {
             sandbox_id: &self.sandbox_id,
+            kernel: &self.config.kernel,
+            initrd: &self.config.initrd,
             network: &network,
             size,
             hugepages: self.config.hugepages,
@@ -284,6 +284,7 @@ impl VmHost {
             .map_err(io_error("duplicate a descriptor"))?;
         let first_nic = fds.send(&machine, &boot).await?;
         let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
+        let shares = fds.socket.is_some();
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
         let cards = Cards::new(network, first_nic);
@@ -323,8 +324,10 @@ impl VmHost {
         &self,
         config: &ContainerConfig,
         prepared: &mut Prepared,
-        shares: bool,
     ) -> Result<BootFds, SandboxError> {
+        let slots = self.slots_for(config, prepared);
+        // Those that join share their root file systems, unless there are disks for them.
+        let shares = prepared.uses_shared_dir || (may_grow(&config.spec) && slots.roots == 0);
         Ok(BootFds {
             socket: shares.then(|| self.start_virtiofsd()).transpose()?,
             kvm: open(Path::new("/dev/kvm"), true)?,
@@ -332,7 +335,7 @@ impl VmHost {
             initrd: open(&self.config.initrd, false)?,
             console: self.open_console()?,
             disks: std::mem::take(&mut prepared.disks),
-            slots: self.slots_for(config, prepared),
+            slots,
             passthrough: self.open_devices(&config.id).await?,
         })
     }
@@ -439,22 +442,6 @@ impl VmHost {
         Ok(machine)
     }
 
-    fn start_virtiofsd(&self) -> Result<StdUnixStream, SandboxError> {
-        let log = self.run_dir.open_log()?;
-        let (child, socket) = {
-            let parts = crate::task::lock(&self.parts);
-            let cgroup = parts.cgroup.as_deref().map(PodCgroup::dir_fd);
-            let shared_root = self.run_dir.shared_root();
-            virtiofsd::spawn(&self.config.virtiofsd, &shared_root, log, cgroup)?
-        };
-        self.record(|parts| {
-            parts.state.virtiofsd = Proc::of(child.id());
-            parts.virtiofsd = Some(child);
-            parts.expose();
-        })?;
-        Ok(socket)
-    }
-
     fn open_console(&self) -> Result<Option<File>, SandboxError> {
         if !self.config.debug_console {
             return Ok(None);
@@ -531,15 +518,7 @@ impl VmHost {
             if is_gone {
                 run_dir.claims().release(&run_dir);
             }
-            // One that waits for a file system of the host's may not die.
-            if killed.is_some_and(|killed| !killed.is_gone_within(DEATH_WAIT)) {
-                warn!("virtiofsd is killed and not gone");
-            }
-            if let Some(mut child) = virtiofsd
-                && let Err(error) = child.try_wait()
-            {
-                warn!(%error, "virtiofsd is not reaped");
-            }
+            share::end(killed, virtiofsd);
             let removed = cgroup.map(|cgroup| cgroup.remove());
             if let Some(Err(error)) = &removed {
                 warn!(error = chain(error), "cgroup stays");

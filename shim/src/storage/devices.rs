@@ -6,7 +6,7 @@
 //! |---|---|
 //! | of the kernel itself: null, tty, fuse, tun... ([`KERNEL_DEVICES`]) | the same numbers |
 //! | block device | a disk of the VM, a node with the guest's numbers |
-//! | below `/dev/vfio`, `/dev/iommu` | none: the device as a whole is the VM's |
+//! | VFIO's: `/dev/vfio/...`, `/dev/iommu`, and what has their numbers | none: the device as a whole is the VM's |
 //! | any other | refused |
 //!
 //! A spec that allows everything and lists all nodes of the host is a privileged
@@ -22,6 +22,7 @@ use rustix::fs::ioctl_blksszget;
 
 use super::{HostBacking, StorageError};
 use crate::devices::request::is_passthrough_node;
+use crate::devices::{System, sysfs};
 use crate::oci::device_rules;
 
 /// What sizes of disks count in (virtio 1.2, 5.2.4).
@@ -72,7 +73,11 @@ pub struct BlockDevice {
 }
 
 /// Opens the block devices a spec names.
-pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, StorageError> {
+pub(super) fn open(
+    system: &System,
+    spec: &Spec,
+    container_id: &str,
+) -> Result<Vec<BlockDevice>, StorageError> {
     let Some(linux) = spec.linux() else {
         return Ok(Vec::new());
     };
@@ -82,7 +87,7 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
     }
     let mut devices = Vec::new();
     for device in linux.devices().iter().flatten() {
-        if is_kernel_s(device) || is_passthrough_node(device.path()) {
+        if is_kernel_s(device) {
             continue;
         }
         let refused = |reason: String, source: Option<io::Error>| StorageError::Device {
@@ -91,6 +96,13 @@ pub(super) fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, 
             reason,
             source,
         };
+        let is_passed = is_passthrough_node(system, device).map_err(|error| {
+            let reason = "may be a PCI device's, which sysfs does not tell".into();
+            refused(reason, Some(io::Error::other(error)))
+        })?;
+        if is_passed {
+            continue;
+        }
         if device.typ() != LinuxDeviceType::B {
             let reason = "is a device of the host that a virtual machine does not have; block \
                           devices can be passed, and PCI devices by /dev/vfio";
@@ -212,10 +224,8 @@ fn open_uncached(path: &Path, read_only: bool) -> io::Result<File> {
 
 /// Where the host has a block device: a spec tells its numbers only.
 fn host_node(major: i64, minor: i64) -> io::Result<PathBuf> {
-    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
-    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let name = name.ok_or_else(|| io::Error::other("the kernel knows no name of it"))?;
-    Ok(Path::new("/dev").join(name))
+    let uevent = format!("/sys/dev/block/{major}:{minor}/uevent");
+    sysfs::node_in(Path::new(&uevent))
 }
 
 /// A block device of this machine, by its numbers; none, with the reason on stderr,
@@ -240,6 +250,13 @@ mod tests {
     use super::*;
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     use serde_json::{Value, json};
+
+    use crate::devices::testing::Tree;
+
+    /// On this machine.
+    fn open(spec: &Spec, container_id: &str) -> Result<Vec<BlockDevice>, StorageError> {
+        super::open(&System::default(), spec, container_id)
+    }
 
     fn spec(devices: &Value, rules: &Value) -> Spec {
         serde_json::from_value(json!({
@@ -349,6 +366,23 @@ mod tests {
             {"path": "/dev/initctl", "type": "p", "major": 0, "minor": 0},
         ]);
         assert!(open(&spec(&own, &json!([])), "c1").unwrap().is_empty());
+    }
+
+    /// CDI may have them called anything.
+    #[test]
+    fn nodes_of_vfio_are_known_by_their_numbers() {
+        let tree = Tree::new();
+        tree.add_node("240:7", "vfio/7");
+        tree.add_node("10:232", "kvm");
+        let open = |major, minor| {
+            let node = json!([{"path": "/dev/gpu", "type": "c", "major": major, "minor": minor}]);
+            super::open(&tree.system(), &spec(&node, &json!([])), "c1")
+        };
+        assert!(open(240, 7).unwrap().is_empty());
+        for (major, minor) in [(240, 8), (10, 232)] {
+            let text = open(major, minor).unwrap_err().to_string();
+            assert!(text.contains("device /dev/gpu of container c1"), "{text}");
+        }
     }
 
     #[test]

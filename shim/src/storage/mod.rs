@@ -38,6 +38,7 @@ use nacre_protocol::channel::FdList;
 use nacre_protocol::vm::DiskBacking;
 use oci_spec::runtime::Spec;
 
+use crate::devices::System;
 use crate::sandbox::{ContainerConfig, DiskSlots, Slot};
 
 pub use devices::BlockDevice;
@@ -276,13 +277,14 @@ impl StorageError {
 
 /// Prepares a container's storage: for a VM that has yet to boot, or for one that runs and
 /// has these slots. Where too few of them are empty, EROFS layers are mounted on the host
-/// and shared.
+/// and shared. `system` knows the PCI devices among the spec's nodes, which are not storage.
 ///
 /// # Errors
 ///
 /// Anything that cannot be given to the guest as asked; nothing stays mounted then.
 /// `NeedsDisk` for what only a disk can be.
 pub fn prepare(
+    system: &System,
     config: &ContainerConfig,
     shared_root: &Path,
     slots: Option<&DiskSlots>,
@@ -297,7 +299,7 @@ pub fn prepare(
             None => (rootfs::Source::of(config, false)?, Vec::new()),
         },
     };
-    let prepared = assemble(&source, config, shared_root, slots);
+    let prepared = assemble(system, &source, config, shared_root, slots);
     if prepared.is_err()
         && let Err(error) = release(shared_root, container_id)
     {
@@ -315,13 +317,14 @@ pub fn has_root_on_disks(config: &ContainerConfig) -> bool {
 }
 
 fn assemble(
+    system: &System,
     source: &rootfs::Source,
     config: &ContainerConfig,
     shared_root: &Path,
     slots: Vec<Slot>,
 ) -> Result<Prepared, StorageError> {
     let (container_id, spec) = (config.id.as_str(), &*config.spec);
-    let block_devices = devices::open(spec, container_id)?;
+    let block_devices = devices::open(system, spec, container_id)?;
     let root = source.realize(container_id, shared_root, &slots)?;
     let volumes = volumes::translate(spec, container_id, shared_root)?;
     Ok(Prepared {
@@ -341,11 +344,12 @@ fn assemble(
 /// the host's.
 #[cfg(test)]
 pub(crate) fn prepare_volumes(
+    system: &System,
     spec: &Spec,
     container_id: &str,
     shared_root: &Path,
 ) -> Result<Prepared, StorageError> {
-    let block_devices = devices::open(spec, container_id)?;
+    let block_devices = devices::open(system, spec, container_id)?;
     let volumes = volumes::translate(spec, container_id, shared_root)?;
     let mut guest_spec = spec.clone();
     guest_spec.set_mounts(Some(volumes.mounts));

@@ -68,7 +68,7 @@ impl Host {
     fn prepare_as(&self, id: &str, mounts: &Value) -> Result<Prepared, StorageError> {
         let rootfs = [bind_mount(&self.path("snapshot"))];
         let config = self.config(id, &rootfs, mounts);
-        prepare(&config, &self.path("shared"), None)
+        prepare(&System::default(), &config, &self.path("shared"), None)
     }
 
     /// For a machine that runs if it has `slots`.
@@ -78,7 +78,7 @@ impl Host {
         slots: Option<&DiskSlots>,
     ) -> Result<Prepared, StorageError> {
         let config = self.config("c1", rootfs, &json!([]));
-        prepare(&config, &self.path("shared"), slots)
+        prepare(&System::default(), &config, &self.path("shared"), slots)
     }
 
     fn config(&self, id: &str, rootfs: &[Mount], mounts: &Value) -> ContainerConfig {

@@ -4,6 +4,7 @@
 //! service.rs    the ttrpc trait; each method only delegates
 //! sandboxed.rs  the Sandbox API, for a pod whose sandbox is no task
 //! pod.rs        the containers of one pod, its one sandbox, create and shutdown
+//! life.rs       whether a pod takes containers, and whether anybody will ask for one
 //! container.rs  one container and its execs, from start to deletion
 //! control.rs    signals, pause, terminal size, limits, counters
 //! process.rs    one process's state machine
@@ -25,6 +26,7 @@ mod container;
 mod control;
 mod deletion;
 mod io;
+mod life;
 mod logger;
 mod pod;
 mod process;

@@ -11,7 +11,7 @@
 //! by knows it.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -20,12 +20,13 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use futures::FutureExt;
 use nacre_protocol::agent;
 use oci_spec::runtime::Spec;
-use tokio::sync::{OnceCell, RwLock, watch};
+use tokio::sync::{OnceCell, RwLock};
 use tracing::{info, warn};
 
 use super::TaskError;
 use super::container::Container;
 use super::io::StdioPaths;
+use super::life::Life;
 use super::process::{Exit, Phase, lock};
 use super::resize::{Turn, take_room};
 use crate::cgroup::Limits;
@@ -53,7 +54,7 @@ pub struct Pod {
     pub(super) resizing: tokio::sync::Mutex<Turn>,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
-    ended: watch::Sender<bool>,
+    life: Life,
 }
 
 /// A container's place among the others.
@@ -113,7 +114,7 @@ impl Pod {
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
             busy: RwLock::default(),
-            ended: watch::Sender::new(false),
+            life: Life::new(),
         })
     }
 
@@ -222,7 +223,7 @@ impl Pod {
 
     fn reserve(&self, id: &str) -> Result<(), TaskError> {
         crate::rundir::check_id(id).map_err(|error| TaskError::Invalid(error.to_string()))?;
-        if *self.ended.borrow() {
+        if !self.life.ask() {
             return Err(SandboxError::Stopped.into());
         }
         let mut containers = lock(&self.containers);
@@ -240,7 +241,7 @@ impl Pod {
     ) -> Result<Arc<Container>, TaskError> {
         hooks::check(&config)?;
         let _busy = self.busy.read().await;
-        if *self.ended.borrow() {
+        if !self.life.is_open() {
             return Err(SandboxError::Stopped.into());
         }
         let created = async {
@@ -374,11 +375,8 @@ impl Pod {
         };
         let mut prepared = self.host.prepare(config, sandbox.slots()).await?;
         prepared.pci_devices = pci_devices;
-        if booted && prepared.uses_shared_dir && !sandbox.shares_directory() {
-            return Err(TaskError::Sandbox(SandboxError::NoHotplug {
-                container_id: config.id.clone(),
-                what: "a directory shared with the host",
-            }));
+        if booted && prepared.uses_shared_dir {
+            self.host.share(sandbox).await?;
         }
         self.host.hooks().create(config, sandbox.pid()).await?;
         Ok(prepared)
@@ -485,27 +483,34 @@ impl Pod {
     }
 
     /// Kills the machine, frees what the pod has on the host, and lets
-    /// [`Pod::ended`] resolve. The guest is not asked to power off: containers'
-    /// file systems were unmounted with their deletion, and it has nothing else.
-    /// Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo what is the host's.
+    /// [`Pod::ended`] resolve; who asks for a container meanwhile is refused. The guest is
+    /// not asked to power off: containers' file systems were unmounted with their deletion,
+    /// and it has nothing else. Hooks that run may end, within [`HOOKS_TIMEOUT`]: they undo
+    /// what is the host's.
     pub async fn stop(&self) {
+        self.life.close();
         self.host.teardown().await;
         let idle = tokio::time::timeout(HOOKS_TIMEOUT, self.busy.write()).await;
         if idle.is_err() {
             warn!("hooks do not end");
         }
-        self.ended.send_replace(true);
+        self.life.end();
+    }
+
+    /// Resolves when nobody has asked for a container, and containerd has removed `bundle`.
+    /// Whoever started the shim has given up and did not say so: containerd kills a `start`
+    /// that outlives its caller's patience, and asks for no `delete` of it.
+    pub async fn abandoned(&self, bundle: &Path) {
+        self.life.abandoned(bundle).await;
     }
 
     /// Resolves after [`Pod::stop`].
     pub async fn ended(&self) {
-        let mut ended = self.ended.subscribe();
-        // Fails only without the sender, which `self` holds.
-        let _ = ended.wait_for(|ended| *ended).await;
+        self.life.ended().await;
     }
 }
 
-fn load_spec(bundle: &std::path::Path) -> Result<Spec, TaskError> {
+fn load_spec(bundle: &Path) -> Result<Spec, TaskError> {
     let path = bundle.join("config.json");
     Spec::load(&path).map_err(|error| TaskError::Invalid(format!("{}: {error}", path.display())))
 }

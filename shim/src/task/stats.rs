@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
+    PidsStat,
 };
 use nacre_protocol::agent;
 use protobuf::well_known_types::any::Any;
@@ -27,6 +28,7 @@ pub fn metrics(stats: agent::StatsResponse) -> protobuf::Result<Any> {
         memory_events: memory_events.into(),
         io: Some(IOStat {
             usage: stats.io.iter().map(io).collect(),
+            psi: stats.io_pressure.as_ref().map(pressure).into(),
             ..Default::default()
         })
         .into(),
@@ -44,6 +46,21 @@ fn pids(pids: &agent::PidsStats) -> PidsStat {
     }
 }
 
+fn pressure(pressure: &agent::Pressure) -> PSIStats {
+    let data = |share: &agent::pressure::Share| PSIData {
+        avg10: share.avg10,
+        avg60: share.avg60,
+        avg300: share.avg300,
+        total: share.total,
+        ..Default::default()
+    };
+    PSIStats {
+        some: pressure.some.as_ref().map(data).into(),
+        full: pressure.full.as_ref().map(data).into(),
+        ..Default::default()
+    }
+}
+
 fn cpu(cpu: &agent::CpuStats) -> CPUStat {
     CPUStat {
         usage_usec: cpu.usage_usec,
@@ -52,6 +69,9 @@ fn cpu(cpu: &agent::CpuStats) -> CPUStat {
         nr_periods: cpu.nr_periods,
         nr_throttled: cpu.nr_throttled,
         throttled_usec: cpu.throttled_usec,
+        nr_bursts: cpu.nr_bursts,
+        burst_usec: cpu.burst_usec,
+        psi: cpu.pressure.as_ref().map(pressure).into(),
         ..Default::default()
     }
 }
@@ -63,22 +83,30 @@ fn memory(memory: &agent::MemoryStats) -> (MemoryStat, MemoryEvents) {
     stat.swap_usage = memory.swap_usage;
     stat.swap_limit = memory.swap_limit;
     stat.max_usage = memory.max_usage;
+    stat.swap_max_usage = memory.swap_max_usage;
+    stat.psi = memory.pressure.as_ref().map(pressure).into();
     let events = MemoryEvents {
         low: memory.low_events,
         high: memory.high_events,
         max: memory.max_events,
         oom: memory.oom_events,
         oom_kill: memory.oom_kill_events,
+        oom_group_kill: memory.oom_group_kill_events,
         ..Default::default()
     };
     (stat, events)
 }
 
 fn memory_stat(stat: &HashMap<String, u64>) -> MemoryStat {
+    let number = |name: &str| stat.get(name).copied().unwrap_or_default();
+    // Since Linux 5.9 in two parts.
+    let both = |name: &str| number(&format!("{name}_anon")) + number(&format!("{name}_file"));
     macro_rules! by_name {
         ($($field:ident),* $(,)?) => {
             MemoryStat {
-                $($field: stat.get(stringify!($field)).copied().unwrap_or_default(),)*
+                $($field: number(stringify!($field)),)*
+                workingset_refault: both("workingset_refault"),
+                workingset_activate: both("workingset_activate"),
                 ..Default::default()
             }
         };
@@ -103,8 +131,6 @@ fn memory_stat(stat: &HashMap<String, u64>) -> MemoryStat {
         slab_unreclaimable,
         pgfault,
         pgmajfault,
-        workingset_refault,
-        workingset_activate,
         workingset_nodereclaim,
         pgrefill,
         pgscan,
@@ -134,6 +160,7 @@ fn hugetlb(hugetlb: agent::HugetlbStats) -> HugeTlbStat {
     HugeTlbStat {
         current: hugetlb.current,
         max: hugetlb.max,
+        failcnt: hugetlb.refused,
         pagesize: hugetlb.page_size,
         ..Default::default()
     }
@@ -151,7 +178,13 @@ mod tests {
             memory: Some(agent::MemoryStats {
                 usage: 100,
                 oom_kill_events: 2,
-                stat: HashMap::from([("inactive_file".into(), 40), ("unknown".into(), 1)]),
+                stat: HashMap::from([
+                    ("inactive_file".into(), 40),
+                    ("workingset_refault_anon".into(), 2),
+                    ("workingset_refault_file".into(), 3),
+                    ("workingset_activate_file".into(), 4),
+                    ("unknown".into(), 1),
+                ]),
                 ..Default::default()
             })
             .into(),
@@ -162,8 +195,31 @@ mod tests {
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!(metrics.memory.usage, 100);
         assert_eq!(metrics.memory.inactive_file, 40);
+        let again = (
+            metrics.memory.workingset_refault,
+            metrics.memory.workingset_activate,
+        );
+        assert_eq!(again, (5, 4));
+        assert!(metrics.memory.psi.is_none());
         assert_eq!(metrics.memory_events.oom_kill, 2);
         assert!(metrics.cpu.is_none());
+    }
+
+    fn waited(total: u64) -> Option<agent::Pressure> {
+        let share = |total| {
+            Some(agent::pressure::Share {
+                avg10: 0.5,
+                avg60: 1.5,
+                avg300: 2.5,
+                total,
+                ..Default::default()
+            })
+        };
+        Some(agent::Pressure {
+            some: share(total).into(),
+            full: share(total + 1).into(),
+            ..Default::default()
+        })
     }
 
     #[test]
@@ -176,6 +232,9 @@ mod tests {
                 nr_periods: 4,
                 nr_throttled: 5,
                 throttled_usec: 6,
+                nr_bursts: 25,
+                burst_usec: 26,
+                pressure: waited(27).into(),
                 ..Default::default()
             })
             .into(),
@@ -188,6 +247,9 @@ mod tests {
                 high_events: 12,
                 max_events: 13,
                 oom_events: 14,
+                oom_group_kill_events: 29,
+                swap_max_usage: 30,
+                pressure: waited(31).into(),
                 ..Default::default()
             })
             .into(),
@@ -210,8 +272,10 @@ mod tests {
                 page_size: "2MB".into(),
                 current: 23,
                 max: 24,
+                refused: 33,
                 ..Default::default()
             }],
+            io_pressure: waited(34).into(),
             ..Default::default()
         };
         let any = metrics(stats).unwrap();
@@ -244,7 +308,20 @@ mod tests {
             io.wios,
             pages.current,
             pages.max,
+            cpu.nr_bursts,
+            cpu.burst_usec,
+            cpu.psi.some.total,
+            cpu.psi.full.total,
+            events.oom_group_kill,
+            memory.swap_max_usage,
+            memory.psi.some.total,
+            memory.psi.full.total,
+            pages.failcnt,
+            metrics.io.psi.some.total,
+            metrics.io.psi.full.total,
         ];
-        assert_eq!(told.to_vec(), (1..=24).collect::<Vec<u64>>());
+        assert_eq!(told.to_vec(), (1..=35).collect::<Vec<u64>>());
+        let some = &cpu.psi.some;
+        assert_eq!((some.avg10, some.avg60, some.avg300), (0.5, 1.5, 2.5));
     }
 }

@@ -11,6 +11,7 @@ mod fixture;
 mod hooks;
 mod late_boot;
 mod output;
+mod patience;
 mod phases;
 mod real_agent;
 mod resize;

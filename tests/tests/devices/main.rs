@@ -10,11 +10,14 @@
 //! 00:18.0 root port -> two functions, xhci         one group; reset together only
 //! 00:19.0 root port -> nvme with virtual functions
 //! ```
+//!
+//! One test makes another one, which is on no bus: `mediated.rs`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 mod ask;
 mod drivers;
 mod handover;
+mod mediated;
 mod pass;
 mod plug;
 mod pods;
@@ -118,9 +121,11 @@ fn no_claims() {
 struct CdiSpec(PathBuf);
 
 impl CdiSpec {
-    /// In one of CDI's directories: `KIND=NAME` is a VFIO device with this node.
+    /// In one of CDI's directories: `KIND=NAME` is a VFIO device with this node, which containers
+    /// are to have by another name.
     fn new(dir: &str, kind: &str, name: &str, node: &str) -> Self {
-        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]});
+        let renamed = json!({"path": "/dev/vfio/given", "hostPath": node});
+        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/vfio"}, renamed]});
         let spec = json!({
             "cdiVersion": "0.6.0",
             "kind": kind,

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// The cells of a device's line by the names of their columns.
-fn row(address: &str) -> BTreeMap<String, String> {
+pub fn row(address: &str) -> BTreeMap<String, String> {
     let table = devices(&[]).exits(0).stdout;
     let cells = |line: &str| -> Vec<String> {
         let cells = line.split("  ").map(str::trim);

@@ -96,7 +96,7 @@ fn is_unknown_to_containerd() {
     scene.ctr(&["task", "rm", "-f", &id]).exits(0);
     // Of whatever container.
     let life = LIFE_WITH_AN_EXEC;
-    assert_eq!(events.topics("", life.len()), life);
+    assert_eq!(events.topics_of_all(life.len()), life);
 }
 
 /// What a console leaves in the guest: nothing.

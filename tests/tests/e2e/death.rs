@@ -123,7 +123,7 @@ fn of_the_shim() {
         );
     }
     let (_, exit) = &told[told.len() - 1];
-    assert!(exit.contains("\"exit_status\":137"), "{told:#?}");
+    assert_eq!(exit["exit_status"], 137, "{told:#?}");
 }
 
 /// When a pod is hit whose container starts.
@@ -165,6 +165,47 @@ pub fn returns(scene: &Scene, id: &str, client: Child, what: &str) -> Option<i32
     println!("{what}: {said:?}");
     in_time(since, what);
     said.code
+}
+
+/// containerd kills a `start` whose caller waits no longer, removes the bundle, and asks for no
+/// `delete`: there is nothing to be left by then, or a daemon that notices.
+#[test]
+fn of_start_at_any_moment() {
+    let scene = Scene::new();
+    let root = Path::new("/tmp/e2e-start");
+    // None: after its answer, which containerd does not read any more.
+    let moments = [0, 10, 30, 60, 100, 150, 250, 400].map(Some);
+    for (number, moment) in moments.into_iter().chain([None]).enumerate() {
+        let id = format!("start{number}");
+        let bundle = root.join(&id);
+        fs::create_dir_all(&bundle).unwrap();
+        let mut start = Command::new("containerd-shim-nacre-v2")
+            .args(["-namespace", "default", "-address", "/e2e", "-id", &id])
+            .arg("start")
+            .current_dir(&bundle)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        if let Some(moment) = moment {
+            std::thread::sleep(Duration::from_millis(moment));
+            // It may be done by then.
+            run("kill", &["-9", &start.id().to_string()]);
+        }
+        let ended = start.wait().unwrap();
+        println!("{id}, {moment:?} ms: {ended}");
+        if moment.is_none() {
+            assert!(ended.success());
+            // It has a daemon that can be found.
+            process_of(&id, "daemon");
+        }
+        eventually("the bundle is gone", || {
+            fs::remove_dir_all(&bundle).is_ok() || !bundle.exists()
+        });
+    }
+    fs::remove_dir(root).unwrap();
+    // Waits until nothing is left.
+    drop(scene);
 }
 
 #[test]

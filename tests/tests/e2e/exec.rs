@@ -209,7 +209,8 @@ fn metrics_are_those_of_the_guest_s_files() {
         said.stdout == "burnt\n"
     });
     let files = |scene: &Scene| -> BTreeMap<String, f64> {
-        let script = "cd /sys/fs/cgroup; echo usage $(cat memory.current); echo current $(cat pids.current); cat cpu.stat memory.stat";
+        let script = "cd /sys/fs/cgroup; echo usage $(cat memory.current); echo current $(cat pids.current); cat cpu.stat memory.stat; \
+                      for of in cpu memory io; do sed -n \"s/^some .*total=/$of.pressure /p\" $of.pressure; done";
         let said = scene.exec(&id, &[], &["sh", "-c", script]).exits(0);
         let pairs = said.stdout.lines().filter_map(|line| line.split_once(' '));
         pairs
@@ -249,6 +250,9 @@ fn metrics_are_those_of_the_guest_s_files() {
         "file",
         "inactive_file",
         "usage_usec",
+        "user_usec",
+        "system_usec",
+        "pgfault",
         "current",
     ] {
         assert!(compared.contains(name), "{name} not in {text}");
@@ -257,4 +261,15 @@ fn metrics_are_those_of_the_guest_s_files() {
         metrics["memory"]["anon"].as_f64().unwrap() > 19.0 * MIB,
         "{text}"
     );
+    for of in ["cpu", "memory", "io"] {
+        let some = &metrics[of]["psi"]["some"];
+        assert!(some.is_object(), "no {of} pressure in {text}");
+        // Go leaves out what is 0.
+        let told = some["total"].as_f64().unwrap_or_default();
+        let name = format!("{of}.pressure");
+        let (first, last) = (before[&name], after[&name]);
+        println!("{name}: {told} us, in the guest {first} to {last}");
+        assert!((first..=last).contains(&told), "{name} in {text}");
+    }
+    assert!(before["cpu.pressure"] > 0.0, "{before:#?}");
 }

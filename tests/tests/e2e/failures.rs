@@ -194,6 +194,9 @@ fn check_names_what_is_missing_and_how_to_get_it() {
     let barred =
         |node: &str| format!("mount --bind {node} {node} && mount -o remount,bind,nodev {node}");
     let over = |file: &str| format!("mount --bind /etc/passwd {file}");
+    let by_path_and_shim = "printf \"[runtimes.y]\\nsandboxer = 'shim'\\n\
+        runtime_path = '/usr/local/bin/containerd-shim-nacre-v2'\\n\" > /tmp/config.toml && \
+        mount --bind /tmp/config.toml /etc/containerd/config.toml";
     let (required, optional) = (("missing", 1), ("optional", 0));
     for (change, (word, code), row, hint) in [
         (&*over("/proc/cpuinfo"), required, "processor", "firmware"),
@@ -247,6 +250,7 @@ fn check_names_what_is_missing_and_how_to_get_it() {
             "containerd",
             "Kubernetes needs it",
         ),
+        (by_path_and_shim, required, "containerd", "have no VM"),
     ] {
         let said = check_after(change).exits(code);
         let start = format!("{word:<9} {row:<14} ");

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
 use nacre_tests::{Changed, PATIENCE, Said, Scene, eventually, run};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// `ctr events`, listening before this is made.
 pub struct Events {
@@ -43,26 +43,33 @@ impl Events {
         }
     }
 
-    /// A container's next task event: its topic, and all that is told of it.
-    pub fn next_of(&self, id: &str) -> Option<(String, String)> {
+    /// The next task event, of whatever container: its topic, and what is told of it.
+    fn next(&self) -> Option<(String, Value)> {
         while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
-            let mut words = line.split_whitespace();
-            let topic = words.find(|word| word.starts_with("/tasks/"));
-            if let Some(topic) = topic.filter(|_| line.contains(id)) {
-                return Some((topic.to_owned(), line));
+            // Time, namespace, topic and, as JSON, the event.
+            let (head, told) = line.split_once('{').unwrap_or((&line, ""));
+            let mut words = head.split_whitespace();
+            if let Some(topic) = words.find(|word| word.starts_with("/tasks/")) {
+                let told = serde_json::from_str(&format!("{{{told}"));
+                return Some((topic.to_owned(), told.unwrap_or_else(|_| panic!("{line}"))));
             }
         }
         None
     }
 
+    /// A container's next task event.
+    pub fn next_of(&self, id: &str) -> Option<(String, Value)> {
+        std::iter::from_fn(|| self.next()).find(|(_, told)| told["container_id"] == id)
+    }
+
     /// The topics of a container's next task events.
     pub fn topics(&self, id: &str, count: usize) -> Vec<String> {
-        let mut topics = Vec::new();
-        while topics.len() < count {
-            let next = self.next_of(id);
-            topics.push(next.unwrap_or_else(|| panic!("only {topics:?}")).0);
-        }
-        topics
+        topics(count, || self.next_of(id))
+    }
+
+    /// The same of whatever containers.
+    pub fn topics_of_all(&self, count: usize) -> Vec<String> {
+        topics(count, || self.next())
     }
 }
 
@@ -71,6 +78,14 @@ impl Drop for Events {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn topics(count: usize, next: impl Fn() -> Option<(String, Value)>) -> Vec<String> {
+    let mut topics = Vec::new();
+    while topics.len() < count {
+        topics.push(next().unwrap_or_else(|| panic!("only {topics:?}")).0);
+    }
+    topics
 }
 
 /// The events of a container with one exec, which is killed.
@@ -98,9 +113,10 @@ fn events_come_in_their_order() {
 /// Host pid of a container, as containerd has it.
 pub fn pid_of(scene: &Scene, id: &str) -> String {
     let said = scene.ctr(&["task", "ls"]).exits(0);
-    let line = said.stdout.lines().find(|line| line.starts_with(id));
-    let line = line.unwrap_or_else(|| panic!("no {id} in {said:#?}"));
-    line.split_whitespace().nth(1).unwrap().to_owned()
+    let mut lines = said.stdout.lines().map(str::split_whitespace);
+    let pid = lines.find_map(|mut words| (words.next() == Some(id)).then(|| words.next())?);
+    pid.unwrap_or_else(|| panic!("no {id} in {said:#?}"))
+        .to_owned()
 }
 
 /// The lines of `/proc/PID/status`.

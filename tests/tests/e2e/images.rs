@@ -58,7 +58,7 @@ fn kernel_that_is_cut_short() {
         kernel.truncate(percent);
         let said = run_true(&[]).exits(1);
         println!("{percent} %: {}", said.stderr);
-        said.complains(&["kernel"]);
+        said.complains(&[&format!("kernel {}: ", kernel.path.display())]);
     }
 }
 

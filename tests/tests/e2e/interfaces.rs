@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use nacre_tests::{Scene, eventually, run};
+use nacre_tests::{Scene, eventually, process_of, run};
 use serde_json::json;
 
 /// A network namespace of the host's, and links of the host that go with it.
@@ -35,10 +35,15 @@ impl Netns {
 
     /// ip(8) in it.
     fn ip(&self, arguments: &str) {
+        self.said("ip", arguments);
+    }
+
+    /// What a program in it says.
+    fn said(&self, program: &str, arguments: &str) -> String {
         let option = format!("--net={}", self.path.display());
-        let mut all = vec![option.as_str(), "ip"];
+        let mut all = vec![option.as_str(), program];
         all.extend(arguments.split_whitespace());
-        run("nsenter", &all).exits(0);
+        run("nsenter", &all).exits(0).stdout
     }
 
     /// Writes a file as it is in it.
@@ -287,4 +292,31 @@ fn interface_comes_and_goes_while_the_container_runs() {
     eventually("the guest has no card", || {
         shell("ls /sys/class/net").stdout == "lo\n"
     });
+}
+
+/// The namespace answers itself once its pod is gone, however that ended: what led its frames
+/// to the pod would lead them nowhere.
+#[test]
+fn namespace_that_outlives_its_pods_has_its_frames_again() {
+    let mut scene = Scene::new();
+    let netns = Netns::new("after");
+    netns.veth("eth0", "e2e-after", 1500);
+    Netns::host("addr add 10.77.0.1/24 dev e2e-after");
+    netns.ip("link set eth0 up");
+    netns.ip("addr add 10.77.0.5/24 dev eth0");
+    let is_joined = || netns.said("tc", "qdisc show dev eth0").contains("ingress");
+    assert!(!is_joined());
+    for is_killed in [false, true] {
+        let id = netns.start(&mut scene);
+        assert!(is_joined());
+        reaches(&scene, &id, &[], "10.77.0.1");
+        if is_killed {
+            // Nothing but its state on disk is left to clean up by.
+            run("kill", &["-9", &process_of(&id, "daemon")]).exits(0);
+        } else {
+            scene.remove(&id);
+        }
+        eventually("nothing is left at the interface", || !is_joined());
+        run("ping", &["-c", "2", "-W", "20", "10.77.0.5"]).exits(0);
+    }
 }

@@ -10,6 +10,8 @@ use tonic::{Code, Status};
 
 use crate::SLEEP;
 
+in_both_modes![pods_and_containers_are_made_once_however_often_they_are_asked_for];
+
 /// Too short for anything.
 const FIRST: Duration = Duration::from_millis(1);
 
@@ -50,9 +52,7 @@ fn is_late(error: &Status) -> bool {
         || words.iter().any(|words| error.message().contains(words))
 }
 
-#[test]
-fn pods_and_containers_are_made_once_however_often_they_are_asked_for() {
-    let scene = PodScene::new();
+fn pods_and_containers_are_made_once_however_often_they_are_asked_for(scene: &PodScene) {
     let cri = scene.cri();
     let manifest = scene.pod("impatient");
     let is_ours = |metadata: &Option<PodSandboxMetadata>| {

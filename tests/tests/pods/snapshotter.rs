@@ -175,22 +175,44 @@ fn a_root_file_system_that_is_mounted_half_way() {
     whole.exec(&["cat", "/data/kept/file"]).prints("kept\n");
 }
 
-/// One more than there are disks is shared by the host, and writes to its snapshot.
+/// The file servers that run: one of each pod that shares something.
+fn file_servers() -> Vec<String> {
+    let pids = run("pidof", &["virtiofsd"]).stdout;
+    pids.split_whitespace().map(str::to_owned).collect()
+}
+
+/// One more than there are disks is shared by the host, and writes to its snapshot. Until then
+/// there is no file server, and for those that bring a directory it is the same.
 #[test]
 fn layers_are_shared_where_no_disk_is_empty() {
     let _one_disk = Changed::new("root_disks", "1");
     let scene = PodScene::new();
     let pod = pod_of(&scene, "shared");
-    let [one, two] = ["one", "two"].map(|name| pod.container(name, SLEEP).start());
-    assert!(is_on_a_disk(&one) && !is_on_a_disk(&two));
+    let one = pod.container("one", SLEEP).start();
+    assert!(is_on_a_disk(&one));
+    assert_eq!(file_servers(), [""; 0]);
+    let two = pod.container("two", SLEEP).start();
+    assert!(!is_on_a_disk(&two));
+    let file_server = file_servers();
+    assert_eq!(file_server.len(), 1);
     two.sh("echo two > /written && ls /bin/wget")
         .exits(0)
         .prints("/bin/wget\n");
     let written = upper(&two).join("written");
     assert_eq!(fs::read_to_string(written).unwrap(), "two\n");
     gone(&one);
-    let three = pod.container("three", SLEEP).start();
+    let directory = scene.directory("host-path");
+    fs::write(directory.join("there"), "of the host\n").unwrap();
+    let three = pod.container("three", SLEEP).mount(&directory, "/data");
+    let three = three.start();
     assert!(is_on_a_disk(&three));
+    three
+        .sh("cat /data/there; echo of the guest > /data/here")
+        .exits(0)
+        .prints("of the host\n");
+    let here = fs::read_to_string(directory.join("here")).unwrap();
+    assert_eq!(here, "of the guest\n");
+    assert_eq!(file_servers(), file_server);
     two.sh("ls /bin/wget").exits(0);
 }
 

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek};
+use std::path::PathBuf;
 
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{
@@ -34,18 +35,30 @@ const PAGE: u64 = 4096;
 /// Why the guest cannot boot.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel is no ELF file, or larger than guest memory.
-    #[error("kernel: {0}")]
-    Kernel(#[from] linux_loader::loader::Error),
+    /// The kernel is no ELF file, cut short, or larger than guest memory.
+    #[error("kernel {}: {source}", path.display())]
+    Kernel {
+        /// Where it is.
+        path: PathBuf,
+        /// Why it is none.
+        source: linux_loader::loader::Error,
+    },
     /// The kernel has no PVH entry point.
-    #[error("the kernel has no PVH entry point (CONFIG_PVH)")]
-    NotPvh,
+    #[error("kernel {} has no PVH entry point (CONFIG_PVH)", .0.display())]
+    NotPvh(PathBuf),
     /// The initramfs cannot be read.
-    #[error("initramfs: {0}")]
-    InitrdFile(#[from] io::Error),
+    #[error("initramfs {}: {source}", path.display())]
+    InitrdFile {
+        /// Where it is.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// Kernel and initramfs exceed guest memory.
-    #[error("no room for an initramfs of {bytes} bytes above the kernel")]
+    #[error("no room for initramfs {}, {bytes} bytes, above the kernel", path.display())]
     InitrdTooLarge {
+        /// Where it is.
+        path: PathBuf,
         /// Its size.
         bytes: u64,
     },
@@ -57,12 +70,20 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
+/// A file to load.
+pub struct NamedFile {
+    /// It, open.
+    pub file: File,
+    /// Where it is on the host, for messages only.
+    pub path: PathBuf,
+}
+
 /// What to boot.
 pub struct Payload<'a> {
     /// Uncompressed kernel.
-    pub kernel: &'a mut File,
+    pub kernel: &'a mut NamedFile,
     /// initramfs.
-    pub initrd: &'a mut File,
+    pub initrd: &'a mut NamedFile,
     /// Kernel command line.
     pub cmdline: &'a str,
 }
@@ -82,14 +103,19 @@ pub struct Loaded {
 ///
 /// When something does not fit, or is not what it should be.
 pub fn load(memory: &GuestMemory, payload: &mut Payload<'_>) -> Result<Loaded, BootError> {
+    let NamedFile { file, path } = &mut *payload.kernel;
     let kernel = Elf::load(
         memory,
         None,
-        &mut Image::new(payload.kernel, memory),
+        &mut Image::new(file, memory),
         Some(GuestAddress(layout::HIGH_RAM_START)),
-    )?;
+    )
+    .map_err(|source| BootError::Kernel {
+        path: path.clone(),
+        source,
+    })?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
-        return Err(BootError::NotPvh);
+        return Err(BootError::NotPvh(path.clone()));
     };
     let module = load_initrd(memory, payload.initrd, kernel.kernel_end)?;
     write_cmdline(memory, payload.cmdline)?;
@@ -129,22 +155,29 @@ fn reset_code() -> [u8; 7] {
 /// Puts the initramfs at the top of low memory, out of the kernel's way.
 fn load_initrd(
     memory: &GuestMemory,
-    initrd: &mut File,
+    NamedFile { file, path }: &mut NamedFile,
     kernel_end: u64,
 ) -> Result<hvm_modlist_entry, BootError> {
-    let bytes = initrd.metadata()?.len();
+    let unread = |source| BootError::InitrdFile {
+        path: path.clone(),
+        source,
+    };
+    let bytes = file.metadata().map_err(unread)?.len();
     let low_end = memory
         .iter()
         .next()
         .map_or(0, |region| region.start_addr().0 + region.len());
-    let too_large = || BootError::InitrdTooLarge { bytes };
+    let too_large = || BootError::InitrdTooLarge {
+        path: path.clone(),
+        bytes,
+    };
     let start = low_end.checked_sub(bytes).ok_or_else(too_large)? & !(PAGE - 1);
     if start < kernel_end.max(layout::HIGH_RAM_START) {
         return Err(too_large());
     }
     let len = usize::try_from(bytes).map_err(|_| too_large())?;
-    initrd.rewind()?;
-    let mut image = Image::new(initrd, memory);
+    file.rewind().map_err(unread)?;
+    let mut image = Image::new(file, memory);
     memory.read_exact_volatile_from(GuestAddress(start), &mut image, len)?;
     Ok(hvm_modlist_entry {
         paddr: start,

@@ -4,10 +4,13 @@ use super::*;
 use crate::memory;
 use crate::test_kernel;
 
-fn file(bytes: &[u8]) -> File {
+fn file(name: &str, bytes: &[u8]) -> NamedFile {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    file
+    NamedFile {
+        file,
+        path: name.into(),
+    }
 }
 
 fn load_into(
@@ -17,8 +20,8 @@ fn load_into(
     cmdline: &str,
 ) -> Result<u64, BootError> {
     let mut payload = Payload {
-        kernel: &mut file(kernel),
-        initrd: &mut file(initrd),
+        kernel: &mut file("/boot/vmlinux", kernel),
+        initrd: &mut file("/boot/initrd.img", initrd),
         cmdline,
     };
     load(memory, &mut payload).map(|loaded| loaded.entry)
@@ -71,15 +74,18 @@ fn memory_map_is_sorted_and_disjoint() {
 fn unusable_payloads_are_refused() {
     let memory = memory::allocate(32, false).unwrap();
     let kernel = test_kernel::pvh(&[0xf4]);
-    assert!(matches!(
-        load_into(&memory, b"not ELF", b"", ""),
-        Err(BootError::Kernel(_))
-    ));
-    let huge = vec![0; 32 << 20];
-    assert!(matches!(
-        load_into(&memory, &kernel, &huge, ""),
-        Err(BootError::InitrdTooLarge { .. })
-    ));
+    let refused = |kernel: &[u8], initrd: &[u8]| {
+        let refused = load_into(&memory, kernel, initrd, "");
+        refused.unwrap_err().to_string()
+    };
+    // What it runs is at its end.
+    for bad in [&b""[..], b"not ELF", &kernel[..kernel.len() - 1]] {
+        let error = refused(bad, b"");
+        assert!(error.starts_with("kernel /boot/vmlinux: "), "{error}");
+    }
+    let error = refused(&kernel, &vec![0u8; 32 << 20]);
+    let expected = "no room for initramfs /boot/initrd.img, 33554432 bytes, above the kernel";
+    assert_eq!(error, expected);
     let long = "x".repeat(layout::CMDLINE_MAX);
     assert!(matches!(
         load_into(&memory, &kernel, b"", &long),
@@ -100,8 +106,7 @@ fn kernel_without_pvh_note_is_refused() {
         .position(|window| window == b"Xen\0")
         .unwrap();
     kernel[note] = b'Y';
-    assert!(matches!(
-        load_into(&memory, &kernel, b"", ""),
-        Err(BootError::NotPvh)
-    ));
+    let error = load_into(&memory, &kernel, b"", "").unwrap_err();
+    let expected = "kernel /boot/vmlinux has no PVH entry point (CONFIG_PVH)";
+    assert_eq!(error.to_string(), expected);
 }

@@ -16,6 +16,13 @@ fn machine(code: &[u8], vcpus: u8) -> Option<Machine> {
     Some(Machine::new(parts(code, vcpus)?).unwrap())
 }
 
+fn unnamed(file: File) -> NamedFile {
+    NamedFile {
+        file,
+        path: "-".into(),
+    }
+}
+
 /// What it is made of.
 pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
@@ -24,14 +31,15 @@ pub(crate) fn parts(code: &[u8], vcpus: u8) -> Option<Parts> {
     };
     let mut kernel = tempfile::tempfile().unwrap();
     kernel.write_all(&test_kernel::pvh(code)).unwrap();
+    let initrd = tempfile::tempfile().unwrap();
     let ram = memory::allocate(32, false).unwrap();
     Some(Parts {
         kvm: kvm.into(),
         vcpus,
         memory: ram.clone(),
         ram,
-        kernel,
-        initrd: tempfile::tempfile().unwrap(),
+        kernel: unnamed(kernel),
+        initrd: unnamed(initrd),
         cmdline: String::new(),
         devices: Vec::new(),
         passthrough: None,
@@ -175,8 +183,8 @@ fn impossible_machines_are_refused() {
             vcpus,
             memory: ram.clone(),
             ram,
-            kernel: null(),
-            initrd: null(),
+            kernel: unnamed(null()),
+            initrd: unnamed(null()),
             cmdline: String::new(),
             devices: Vec::new(),
             passthrough: None,

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use nacre_protocol::vm::{FdIndex, Iommu, Jail, Nic, StopReason};
 
 use crate::machine::tests::{await_end, parts};
+use crate::virtio::fs;
 use crate::virtio::vsock::Vsock;
 
 #[test]
@@ -103,7 +104,7 @@ impl Shim {
     /// The answer to a request, whose number is 7.
     fn ask(&mut self, request: &Request, fds: &FdList<'_>) -> Result<u64, String> {
         self.near.send(request, fds).unwrap();
-        obey(&mut self.far, &self.running, &self.peers).unwrap();
+        obey(&mut self.far, &self.running, &mut self.peers).unwrap();
         self.peers.answers.report(&self.far).unwrap();
         let (event, _) = self.near.recv::<Event>().unwrap();
         let Event::Answered { number: 7, result } = event else {
@@ -121,6 +122,15 @@ impl Shim {
             vhost: Vec::new(),
         };
         self.ask(&Request::AddNic { number: 7, nic }, &fds)
+    }
+
+    fn share(&mut self, socket: BorrowedFd<'_>) -> Result<u64, String> {
+        let mut fds = FdList::default();
+        let dir = SharedDir {
+            tag: "shared".into(),
+            socket: fds.push(socket),
+        };
+        self.ask(&Request::AddSharedDir { number: 7, dir }, &fds)
     }
 
     fn remove(&mut self, slot: u8, is_let_go: bool) -> Result<u64, String> {
@@ -158,6 +168,32 @@ fn shim_is_told_where_cards_are_and_why_one_is_not() {
 }
 
 #[test]
+fn shared_directory_comes_once_and_its_end_is_the_machine_s() {
+    // jmp to itself
+    let Some(parts) = parts(&[0xeb, 0xfe], 1) else {
+        return;
+    };
+    let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
+    let (near, far) = UnixStream::pair().unwrap();
+    drop(near);
+    let gone = shim.share(far.as_fd()).unwrap_err();
+    assert!(gone.starts_with("shared directory: vhost-user"), "{gone}");
+    assert_eq!(shim.share(fs::tests::back_end().as_fd()), Ok(1));
+    let again = shim.share(fs::tests::back_end().as_fd());
+    assert_eq!(again, Err("the machine has a shared directory".into()));
+
+    let server = shim.peers.file_server.as_ref().unwrap();
+    let server = UnixStream::from(server.try_clone().unwrap());
+    let (calls, _caller) = Calls::new().unwrap();
+    // As it does when its process ends.
+    server.shutdown(std::net::Shutdown::Both).unwrap();
+    let outcome = wait(&mut shim.far, &shim.running, &mut shim.peers, &calls).unwrap();
+    let said = "the file server of the shared directory has ended";
+    assert!(matches!(&outcome, Outcome::Failed(message) if message == said));
+    shim.running.stop();
+}
+
+#[test]
 fn guest_that_hangs_is_interrupted_on_request() {
     // jmp to itself, with interrupts off and no table for any. KVM looks whose APIC is which
     // when there is a further one, or a guest sets its own.
@@ -167,7 +203,7 @@ fn guest_that_hangs_is_interrupted_on_request() {
     let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
     let interrupt = Request::Interrupt;
     shim.near.send(&interrupt, &FdList::default()).unwrap();
-    obey(&mut shim.far, &shim.running, &shim.peers).unwrap();
+    obey(&mut shim.far, &shim.running, &mut shim.peers).unwrap();
     let outcome = await_end(&shim.running);
     assert_eq!(outcome, Outcome::Stopped(StopReason::TripleFault));
     shim.running.stop();
@@ -195,8 +231,14 @@ fn memory_of_a_guest_with_devices_is_locked_and_does_not_grow() {
             growth_mib: 128,
             hugepages: false,
         },
-        kernel: FdIndex(1),
-        initrd: FdIndex(2),
+        kernel: NamedFd {
+            fd: FdIndex(1),
+            path: "/boot/vmlinux".into(),
+        },
+        initrd: NamedFd {
+            fd: FdIndex(2),
+            path: "/boot/initrd.img".into(),
+        },
         cmdline: String::new(),
         disks: Vec::new(),
         nics: Vec::new(),

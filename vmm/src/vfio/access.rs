@@ -132,12 +132,20 @@ pub trait Access: Send + Sync {
     /// The kernel's, or how many there are when there are fewer.
     fn set_irqs(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError>;
 
-    /// Has INTx, which is on, unmasked whenever `event` is signalled.
+    /// Has INTx, which is on, unmasked whenever `event` is signalled; `false` if the device takes no
+    /// event for that.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    fn unmask_on(&self, event: &EventFd) -> io::Result<()>;
+    fn unmask_on(&self, event: &EventFd) -> io::Result<bool>;
+
+    /// Unmasks INTx, which is on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    fn unmask(&self) -> io::Result<()>;
 
     /// Turns all interrupts of a kind off.
     ///

@@ -108,12 +108,13 @@ pub struct Layout {
 /// lists of their own.
 pub fn filter(bytes: &mut Bytes, size: usize, bars: &[Bar]) -> Layout {
     let mut layout = Layout::default();
-    let found = conventional(bytes);
-    bytes.source[FIRST_CAPABILITY..EXTENDED].fill(Source::Device);
+    let all_end = size.clamp(FIRST_CAPABILITY, EXTENDED);
+    let found = conventional(bytes, all_end);
+    bytes.source[FIRST_CAPABILITY..all_end].fill(Source::Device);
     let mut last_pointer = CAPABILITIES;
     bytes.ours[CAPABILITIES] = 0;
     for (index, at) in found.iter().copied().enumerate() {
-        let end = end_of(&found, at, EXTENDED);
+        let end = end_of(&found, at, all_end);
         bytes.ours[at + 1] = 0;
         let id = bytes.ours[at];
         let again = found[..index].iter().any(|other| bytes.ours[*other] == id);
@@ -131,11 +132,11 @@ pub fn filter(bytes: &mut Bytes, size: usize, bars: &[Bar]) -> Layout {
     layout
 }
 
-/// Offsets of the capabilities, in the order of the list, each once.
-fn conventional(bytes: &Bytes) -> Vec<usize> {
+/// Offsets of the capabilities that begin before `end`, in the order of the list, each once.
+fn conventional(bytes: &Bytes, end: usize) -> Vec<usize> {
     let mut found = Vec::new();
     let mut at = usize::from(bytes.ours[CAPABILITIES] & !3);
-    while at >= FIRST_CAPABILITY && !found.contains(&at) {
+    while at >= FIRST_CAPABILITY && at + 2 <= end && !found.contains(&at) {
         found.push(at);
         at = usize::from(bytes.ours[at + 1] & !3);
     }

@@ -37,6 +37,8 @@ use bar::{ROM, bars};
 pub const SIZE: usize = 4096;
 /// That of a conventional one.
 pub const CONVENTIONAL_SIZE: usize = 256;
+/// The header that each has.
+pub const HEADER_SIZE: usize = 0x40;
 /// The most bytes a guest reads at once.
 const MAX_ACCESS: usize = 8;
 /// BARs of an endpoint.
@@ -46,7 +48,6 @@ const LATENCY: usize = 0x0d;
 const BIST: usize = 0x0f;
 const CIS: usize = 0x28;
 const INTERRUPT_PIN: usize = 0x3d;
-const HEADER_END: usize = 0x40;
 
 /// Command register: answer parity errors, report errors.
 const PARITY: u16 = 1 << 6;
@@ -112,6 +113,8 @@ impl Bytes {
 /// The guest's configuration space of one device.
 pub struct GuestConfig {
     bytes: Box<Bytes>,
+    /// How much of it the device has.
+    size: usize,
     bars: Vec<Bar>,
     layout: Layout,
     has_intx: bool,
@@ -148,7 +151,8 @@ impl GuestConfig {
         if bars.iter().any(|bar| bar.is_io()) {
             bytes.writable[COMMAND] |= IO_SPACE.to_le_bytes()[0];
         }
-        let layout = capabilities::filter(&mut bytes, space.len().min(SIZE), &bars);
+        let size = space.len().min(SIZE);
+        let layout = capabilities::filter(&mut bytes, size, &bars);
         bytes.ours[STATUS] &= !(STATUS_INTX | STATUS_LIST);
         if bytes.ours[CAPABILITIES] != 0 {
             bytes.ours[STATUS] |= STATUS_LIST;
@@ -158,6 +162,7 @@ impl GuestConfig {
         }
         Ok(Self {
             bytes,
+            size,
             bars,
             layout,
             has_intx,
@@ -294,7 +299,9 @@ impl GuestConfig {
         let result = if ours && status.is_none() {
             Ok(())
         } else {
-            device.read(CONFIG_REGION, register as u64, &mut live[..len])
+            // Of a device whose space ends here.
+            let there = len.min(self.size.saturating_sub(register));
+            device.read(CONFIG_REGION, register as u64, &mut live[..there])
         };
         if result.is_err() {
             live.fill(0xff);
@@ -403,7 +410,7 @@ fn header(bytes: &mut Bytes) {
         (CACHE_LINE, LATENCY + 1),
         (BIST, CIS + 4),
         (ROM, ROM + 4),
-        (INTERRUPT_LINE, HEADER_END),
+        (INTERRUPT_LINE, HEADER_SIZE),
     ] {
         bytes.ours[start..end].fill(0);
     }

@@ -17,7 +17,7 @@ use super::VfioError;
 use super::access::{Access, CONFIG_REGION, ROM_REGION, Region};
 use super::bars::{BarMap, region_of};
 use super::capabilities::MsixLayout;
-use super::config::{self, BARS, Bar, CONVENTIONAL_SIZE, GuestConfig, ROM_INDEX, SIZE};
+use super::config::{self, BARS, Bar, GuestConfig, HEADER_SIZE, ROM_INDEX, SIZE};
 use super::interrupts::Interrupts;
 use super::peers::Reachable;
 use crate::pci::placement::BarRequest;
@@ -147,9 +147,10 @@ impl Endpoint {
     }
 }
 
+/// Drivers of mediated devices may have less than a conventional one's: what is not there is 0.
 fn read_space(device: &dyn Access) -> io::Result<Vec<u8>> {
     let size = usize::try_from(device.region(CONFIG_REGION)?.size).unwrap_or(SIZE);
-    let mut space = vec![0; size.clamp(CONVENTIONAL_SIZE, SIZE)];
+    let mut space = vec![0; size.clamp(HEADER_SIZE, SIZE)];
     device.read(CONFIG_REGION, 0, &mut space)?;
     Ok(space)
 }
@@ -230,6 +231,7 @@ impl VfioPci {
             .map_err(VfioError::device(&address, "turn on its memory"))?;
         let map = BarMap::new(vm, window64, &*device, &bars, layout.msix)
             .map_err(VfioError::device(&address, "map its registers"))?;
+        let interrupts = Interrupts::new(vm, &config, line, &address);
         Ok(Self {
             address,
             device,
@@ -240,7 +242,7 @@ impl VfioPci {
             msix: layout.msix,
             rom,
             state: Mutex::new(State {
-                interrupts: Interrupts::new(vm, &config, line),
+                interrupts,
                 config,
                 map,
                 complaints: Complaints::new("a PCI device of the host"),
@@ -308,7 +310,7 @@ impl VfioPci {
         // Nobody may stop to listen to a line that is loose, nor may it be before somebody listens.
         let results = [
             config.sync_command(device, interrupts.line_is_on()),
-            interrupts.config_changed(config, device),
+            interrupts.config_changed(config, &self.device),
             config.sync_command(device, interrupts.line_is_on()),
         ];
         for result in results {

@@ -55,11 +55,11 @@ struct Vectors {
 }
 
 impl Interrupts {
-    /// All off; its line, if the device has one, is `line` of the guest's.
+    /// All off; its line, if the device at `address` has one, is `line` of the guest's.
     #[must_use]
-    pub fn new(vm: &Arc<Vm>, config: &GuestConfig, line: u32) -> Self {
+    pub fn new(vm: &Arc<Vm>, config: &GuestConfig, line: u32, address: &str) -> Self {
         let layout = config.layout();
-        let intx = config.has_intx().then(|| Intx::new(vm, line));
+        let intx = config.has_intx().then(|| Intx::new(vm, line, address));
         let msi = layout.msi.map(|layout| {
             let route = MsiRoute {
                 address: 0,
@@ -82,7 +82,12 @@ impl Interrupts {
     /// # Errors
     ///
     /// The device's, when it does not turn its interrupts on or off.
-    pub fn config_changed(&mut self, config: &GuestConfig, device: &dyn Access) -> io::Result<()> {
+    pub fn config_changed(
+        &mut self,
+        config: &GuestConfig,
+        device: &Arc<dyn Access>,
+    ) -> io::Result<()> {
+        let (shared, device) = (device, &**device);
         // The kernel has one kind on at a time.
         let is_line = config.wants_intx();
         let mut result = match &mut self.intx {
@@ -100,7 +105,7 @@ impl Interrupts {
         }
         result?;
         match &mut self.intx {
-            Some(intx) if is_line => intx.turn_on(device, config.in_use()),
+            Some(intx) if is_line => intx.turn_on(shared, config.in_use()),
             _ => Ok(()),
         }
     }
@@ -109,6 +114,12 @@ impl Interrupts {
     #[must_use]
     pub fn line_is_on(&self) -> bool {
         self.intx.as_ref().is_some_and(Intx::is_on)
+    }
+
+    /// What KVM does when the guest has ended an interrupt of the line.
+    #[cfg(test)]
+    pub fn end_of_line(&self) {
+        self.intx.as_ref().unwrap().end();
     }
 
     /// Reads the MSI-X table.

@@ -9,20 +9,25 @@
 //!      +-------- unmasks <-----------resample-------------------+
 //! ```
 //!
-//! A device that wants more, or whose line another one raised, does so then.
+//! A device that wants more, or whose line another one raised, does so then. Some drivers of mediated
+//! devices unmask at no event: for those a thread waits for it, and tells them by a call.
 
 use std::io;
 use std::sync::Arc;
 
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::access::{Access, Irq};
 use crate::vm::Vm;
+use crate::worker::Worker;
 
 /// A device's line.
 pub struct Intx {
     vm: Arc<Vm>,
     line: u32,
+    /// The device's name in messages.
+    address: String,
     /// While it is on, or could not be turned off.
     events: Option<Events>,
     /// What the guest used of the device when it could not be turned on.
@@ -32,17 +37,30 @@ pub struct Intx {
 struct Events {
     trigger: EventFd,
     resample: EventFd,
+    /// Who tells the device of `resample`, if it does not listen itself.
+    messenger: Option<Worker<()>>,
     /// Whether the device unmasks its line by `resample`: else there is one interrupt, and no more.
     is_complete: bool,
 }
 
+impl Events {
+    /// The device hears nothing more from this process.
+    fn dismiss(&mut self) {
+        if let Some(messenger) = self.messenger.take() {
+            self.is_complete = false;
+            messenger.stop();
+        }
+    }
+}
+
 impl Intx {
-    /// Off; in the guest it is `line`.
+    /// Off; in the guest it is `line`. `address` is the device's name in messages.
     #[must_use]
-    pub fn new(vm: &Arc<Vm>, line: u32) -> Self {
+    pub fn new(vm: &Arc<Vm>, line: u32, address: &str) -> Self {
         Self {
             vm: vm.clone(),
             line,
+            address: address.to_owned(),
             events: None,
             failed: None,
         }
@@ -61,21 +79,22 @@ impl Intx {
     /// # Errors
     ///
     /// The device's or KVM's.
-    pub fn turn_on(&mut self, device: &dyn Access, in_use: u16) -> io::Result<()> {
+    pub fn turn_on(&mut self, device: &Arc<dyn Access>, in_use: u16) -> io::Result<()> {
         if self.is_on() || self.failed == Some(in_use) {
             return Ok(());
         }
-        let result = self.turn_off(device).and_then(|()| self.attach(device));
+        let result = self.turn_off(&**device).and_then(|()| self.attach(device));
         self.failed = result.is_err().then_some(in_use);
         result
     }
 
-    /// What was signalled before the kernel listens to `resample`, it finds.
-    fn attach(&mut self, device: &dyn Access) -> io::Result<()> {
+    /// What was signalled before somebody listens to `resample`, he finds.
+    fn attach(&mut self, device: &Arc<dyn Access>) -> io::Result<()> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let mut events = Events {
             trigger: event()?,
             resample: event()?,
+            messenger: None,
             is_complete: false,
         };
         let Events {
@@ -85,15 +104,19 @@ impl Intx {
             .add_resample_irqfd(trigger, resample, self.line)
             .map_err(io::Error::other)?;
         if let Err(error) = device.set_irqs(Irq::Intx, 0, &[Some(trigger)]) {
-            self.leave(&events);
+            self.leave(events);
             return Err(error.into());
         }
-        let result = device.unmask_on(resample);
+        let result = match device.unmask_on(resample) {
+            Ok(false) => messenger(device, resample, &self.address).map(Some),
+            result => result.map(|_| None),
+        };
         events.is_complete = result.is_ok();
+        let result = result.map(|messenger| events.messenger = messenger);
         self.events = Some(events);
         result.inspect_err(|_| {
             // Of two errors the first is told.
-            let _ = self.turn_off(device);
+            let _ = self.turn_off(&**device);
         })
     }
 
@@ -104,23 +127,59 @@ impl Intx {
     /// The device's; it is on still.
     pub fn turn_off(&mut self, device: &dyn Access) -> io::Result<()> {
         self.failed = None;
-        if self.events.is_some() {
+        if let Some(events) = &mut self.events {
+            // First: a line that is off is none to unmask.
+            events.dismiss();
             device.disable_irqs(Irq::Intx)?;
             self.release();
         }
         Ok(())
     }
 
+    /// See [`super::interrupts::Interrupts::end_of_line`].
+    #[cfg(test)]
+    pub fn end(&self) {
+        let events = self.events.as_ref().unwrap();
+        events.resample.write(1).unwrap();
+    }
+
     /// Leaves the guest's line.
     pub fn release(&mut self) {
         if let Some(events) = self.events.take() {
-            self.leave(&events);
+            self.leave(events);
         }
     }
 
-    fn leave(&self, events: &Events) {
+    fn leave(&self, mut events: Events) {
+        events.dismiss();
         if let Err(error) = self.vm.remove_irqfd(&events.trigger, self.line) {
             tracing::warn!(%error, "an interrupt line stays attached");
         }
     }
+}
+
+/// A thread that has the device at `address` unmask its line whenever `resample` is signalled.
+fn messenger(
+    device: &Arc<dyn Access>,
+    resample: &EventFd,
+    address: &str,
+) -> io::Result<Worker<()>> {
+    // Who cannot be told either is found out here, not at the guest's first interrupt.
+    device.unmask()?;
+    let (device, resample, address) = (device.clone(), resample.try_clone()?, address.to_owned());
+    Worker::spawn("intx", move |mut poller| {
+        let mut unmask = || {
+            poller.add(&resample, EventSet::IN, 0)?;
+            while poller.wait(-1)?.is_some() {
+                // An interrupted wait has signalled nothing.
+                if resample.read().is_ok() {
+                    device.unmask()?;
+                }
+            }
+            io::Result::Ok(())
+        };
+        if let Err(error) = unmask() {
+            tracing::warn!(device = address, %error, "its interrupt line stays masked");
+        }
+    })
 }

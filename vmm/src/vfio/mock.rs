@@ -55,8 +55,10 @@ pub struct State {
     pub free_vectors: u32,
     /// One whose event is not taken.
     pub refused_vector: Option<u32>,
-    /// Whether INTx cannot be unmasked by an event.
+    /// Whether INTx cannot be unmasked,
     pub is_never_unmasked: bool,
+    /// or by no event, and signals this when it is by a call.
+    pub unmasked: Option<EventFd>,
     /// What is not turned off.
     pub stuck: Option<Irq>,
     /// Whether it can be reset alone,
@@ -100,6 +102,7 @@ impl Default for Mock {
             free_vectors: u32::MAX,
             refused_vector: None,
             is_never_unmasked: false,
+            unmasked: None,
             stuck: None,
             can_reset: true,
             resets: 0,
@@ -280,14 +283,26 @@ impl Access for Mock {
         Ok(())
     }
 
-    fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
+    fn unmask_on(&self, event: &EventFd) -> io::Result<bool> {
         let mut state = self.state();
+        if state.unmasked.is_some() {
+            return Ok(false);
+        }
         if state.is_never_unmasked || state.on != Some(Irq::Intx) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         state.calls.push("Intx unmasked by an event".into());
         state.unmask = Some(event.try_clone()?);
-        Ok(())
+        Ok(true)
+    }
+
+    fn unmask(&self) -> io::Result<()> {
+        let state = self.state();
+        if state.is_never_unmasked || state.on != Some(Irq::Intx) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let unmasked = state.unmasked.as_ref();
+        unmasked.map_or(Ok(()), |event| event.write(1))
     }
 
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! Opens devices that are bound to vfio-pci. The monitor gets descriptors and opens
+//! Opens devices that are bound to vfio-pci, and mediated ones. The monitor gets descriptors and opens
 //! nothing: this is for the shim, and for programs that have none and are in no jail,
 //! the example `boot` and tests.
 
@@ -12,7 +12,8 @@ use super::Passthrough;
 use super::container::Container;
 use super::sys;
 
-const DEVICES: &str = "/sys/bus/pci/devices";
+/// Where functions are, and mediated devices.
+const DEVICES: [&str; 2] = ["/sys/bus/pci/devices", "/sys/bus/mdev/devices"];
 /// Below the directory of device nodes.
 const CONTAINER: &str = "vfio/vfio";
 const IOMMU: &str = "iommu";
@@ -92,7 +93,7 @@ fn failure(what: impl Into<String>) -> impl FnOnce(io::Error) -> OpenError {
 /// A device's address and nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceNodes {
-    /// `0000:01:00.0`
+    /// `0000:01:00.0`, or the UUID of a mediated device: its name in its group.
     pub address: String,
     /// `/dev/vfio/N`, its group's.
     pub group: PathBuf,
@@ -107,7 +108,9 @@ impl DeviceNodes {
     ///
     /// When there is none, or it is in no IOMMU group.
     pub fn of(address: &str) -> io::Result<Self> {
-        let device = Path::new(DEVICES).join(address);
+        let places = DEVICES.map(|dir| Path::new(dir).join(address));
+        let device = places.into_iter().find(|place| place.exists());
+        let device = device.ok_or(io::ErrorKind::NotFound)?;
         let link = fs::read_link(device.join("iommu_group"))?;
         let number = link.file_name().unwrap_or_default();
         let own = match fs::read_dir(device.join("vfio-dev")) {

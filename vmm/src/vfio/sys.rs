@@ -339,8 +339,18 @@ impl Access for VfioFile {
         check_irqs(self.set_irq(&words), count)
     }
 
-    fn unmask_on(&self, event: &EventFd) -> io::Result<()> {
-        check(self.set_irq(&unmask_on(event)))
+    fn unmask_on(&self, event: &EventFd) -> io::Result<bool> {
+        match check(self.set_irq(&unmask_on(event))) {
+            Ok(()) => Ok(true),
+            // So drivers of mediated devices may say.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn unmask(&self) -> io::Result<()> {
+        let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK;
+        check(self.set_irq(&irq_set(flags, Irq::Intx, 0, 1, 0)))
     }
 
     fn disable_irqs(&self, irq: Irq) -> io::Result<()> {
@@ -365,8 +375,7 @@ impl Access for VfioFile {
         // SAFETY: the buffer is as long as the `argsz` in its first word says.
         match check(unsafe { ioctl_with_mut_ptr(&self.file, command, words.as_mut_ptr()) }) {
             Ok(()) => Ok(neighbors(&words)),
-            // No slot and no bus that could be reset.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
+            Err(error) if has_no_bus(&error) => Ok(Vec::new()),
             Err(error) => Err(error),
         }
     }
@@ -377,6 +386,15 @@ impl Access for VfioFile {
         // SAFETY: the buffer is a `vfio_pci_hot_reset` and as long as its `argsz` says.
         check(unsafe { ioctl_with_ptr(&self.file, command, words.as_ptr()) })
     }
+}
+
+/// Whether the kernel says so by an error: there is no slot and no bus that could be reset, or, of
+/// a mediated device, its driver does not know the question.
+fn has_no_bus(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENODEV | libc::ENOTTY | libc::EINVAL)
+    )
 }
 
 /// The functions in a `struct vfio_pci_hot_reset_info`.
@@ -595,6 +613,20 @@ mod tests {
         };
         assert_eq!(neighbor.to_string(), "0000:01:01.1");
         assert!(groups_of(&[neighbor], &[null]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn drivers_that_know_no_bus_have_none() {
+        for (number, expected) in [
+            (libc::ENODEV, true),
+            (libc::ENOTTY, true),
+            (libc::EINVAL, true),
+            (libc::ENOSPC, false),
+            (libc::EPERM, false),
+        ] {
+            let error = io::Error::from_raw_os_error(number);
+            assert_eq!(has_no_bus(&error), expected, "{error}");
+        }
     }
 
     /// A description with a capability of type 9 and then a sparse one.

@@ -182,3 +182,25 @@ fn a_device_that_goes_to_vfio_by_itself() {
     let error = unbind(&tree.system(), &no_claims(), &nvme).unwrap_err();
     assert!(error.to_string().contains("/etc/modprobe.d"), "{error}");
 }
+
+/// It is there for pods from the moment it is made.
+#[test]
+fn a_mediated_device_has_no_other_driver() {
+    let tree = Tree::new();
+    let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let devices = [address(uuid)];
+    let refusals = || {
+        let bound = bind(&tree.system(), &devices).unwrap_err();
+        let unbound = unbind(&tree.system(), &no_claims(), &devices).unwrap_err();
+        [bound, unbound].map(|error| error.to_string())
+    };
+    for text in refusals() {
+        assert!(text.contains("no mediated device"), "{text}");
+    }
+    tree.add_mediated(uuid, "devices/virtual/mtty/mtty")
+        .group(3);
+    for text in refusals() {
+        let start = format!("{uuid} is a mediated device: it has no other driver");
+        assert!(text.starts_with(&start), "{text}");
+    }
+}

@@ -1,11 +1,11 @@
 use super::*;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::devices::testing::{Tree, address};
+use crate::devices::testing::{GROUP_MAJOR, Tree, address};
 
 const GPU: u32 = 0x03_0200;
 const AUDIO: u32 = 0x04_0300;
@@ -30,13 +30,30 @@ fn host() -> Tree {
     tree
 }
 
-fn with_nodes(paths: &[&str]) -> Spec {
-    let devices: Vec<_> = paths
-        .iter()
-        .map(|path| json!({"path": path, "type": "c", "major": 240, "minor": 0}))
-        .collect();
+/// Major number of devices' own nodes.
+const OWN_MAJOR: u32 = 511;
+
+/// The node `name`, with the numbers that the host has for such a one, be it there or not.
+fn node(name: &str) -> serde_json::Value {
+    let number = |prefix| name.strip_prefix(prefix)?.parse::<u32>().ok();
+    let own = number("/dev/vfio/devices/vfio").map(|number| (OWN_MAJOR, number));
+    let group = number("/dev/vfio/").map(|number| (GROUP_MAJOR, number));
+    let (major, minor) = own.or(group).unwrap_or((10, 255));
+    node_of(name, "c", major, minor)
+}
+
+fn node_of(name: &str, kind: &str, major: u32, minor: u32) -> serde_json::Value {
+    json!({"path": name, "type": kind, "major": major, "minor": minor})
+}
+
+fn with_devices(devices: &[serde_json::Value]) -> Spec {
     let spec = json!({"ociVersion": "1.1.0", "linux": {"devices": devices}});
     serde_json::from_value(spec).unwrap()
+}
+
+fn with_nodes(paths: &[&str]) -> Spec {
+    let devices: Vec<_> = paths.iter().map(|path| node(path)).collect();
+    with_devices(&devices)
 }
 
 fn with_annotation(key: &str, value: &str) -> Spec {
@@ -99,6 +116,7 @@ fn a_device_s_own_node_stands_for_its_group_too() {
     let tree = host();
     let node = "sys/devices/pci0000:00/0000:01:00.1/vfio-dev/vfio3/dev";
     tree.write(node, "511:3\n");
+    tree.add_node("511:3", "vfio/devices/vfio3");
     let spec = with_nodes(&["/dev/vfio/devices/vfio3", "/dev/iommu"]);
     let devices = assigned(&tree.system(), &spec, true).unwrap();
     let nodes: Vec<_> = devices
@@ -113,7 +131,6 @@ fn nodes_nobody_has() {
     let tree = host();
     for path in [
         "/dev/vfio/99",
-        "/dev/vfio/+4",
         "/dev/vfio/4/..",
         "/dev/vfio/noiommu-0",
         "/dev/vfio/99999999999",
@@ -125,6 +142,56 @@ fn nodes_nobody_has() {
         let refusal = refusal(&tree, &with_nodes(&[path]));
         assert!(refusal.contains(path), "{path}: {refusal}");
     }
+}
+
+/// The path is the container's: of CDI's `hostPath` nothing is left but the numbers.
+#[test]
+fn a_node_is_what_its_numbers_say() {
+    let tree = host();
+    tree.write(
+        "sys/devices/pci0000:00/0000:02:00.0/vfio-dev/vfio3/dev",
+        "511:3\n",
+    );
+    tree.add_node("511:3", "vfio/devices/vfio3");
+    tree.add_node("10:196", "vfio/vfio");
+    tree.add_node("1:3", "null");
+    let named = |name| {
+        let nodes = [(GROUP_MAJOR, 5), (OWN_MAJOR, 3)];
+        nodes.map(|(major, minor)| with_devices(&[node_of(name, "c", major, minor)]))
+    };
+    // Some are another node's name on the host.
+    for name in [
+        "/dev/vfio/gpu0",
+        "/dev/gpu0",
+        "/dev/vfio/4",
+        "/dev/vfio/vfio",
+    ] {
+        for spec in named(name) {
+            assert_eq!(addresses(&tree, &spec), ["0000:02:00.0"], "{name}");
+        }
+    }
+    let through = node_of("/dev/vfio/4", "c", 10, 196);
+    assert!(addresses(&tree, &with_devices(&[through])).is_empty());
+    for (kind, major, minor) in [("b", GROUP_MAJOR, 5), ("c", 1, 3), ("c", GROUP_MAJOR, 99)] {
+        let other = with_devices(&[node_of("/dev/gpu0", kind, major, minor)]);
+        assert!(
+            addresses(&tree, &other).is_empty(),
+            "{kind} {major}:{minor}"
+        );
+        let claims = with_devices(&[node_of("/dev/vfio/5", kind, major, minor)]);
+        let refusal = refusal(&tree, &claims);
+        assert!(
+            refusal.starts_with("/dev/vfio/5 is no device's"),
+            "{refusal}"
+        );
+    }
+    // By the host's name, where `nacre devices` has it.
+    let not_ready = node_of("/dev/vfio/gpu0", "c", GROUP_MAJOR, 6);
+    let refusal = refusal(&tree, &with_devices(&[not_ready]));
+    assert!(
+        refusal.starts_with("/dev/vfio/6 is no device's"),
+        "{refusal}"
+    );
 }
 
 #[test]
@@ -228,6 +295,32 @@ fn names_of_cdi() {
     );
 }
 
+/// They are the host's, and have the host's names to the letter.
+#[test]
+fn nodes_of_cdi_that_nobody_has() {
+    let tree = host();
+    for path in [
+        "/dev/vfio/99",
+        "/dev/vfio/+4",
+        "/dev/vfio/4/..",
+        "/dev/vfio/devices",
+    ] {
+        let edits = json!({"deviceNodes": [{"path": "/dev/vfio/4", "hostPath": path}]});
+        let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/gpu", "devices": [
+            {"name": "0", "containerEdits": edits},
+        ]});
+        tree.write("etc/cdi/vendor.json", &spec.to_string());
+        let refusal = refusal(
+            &tree,
+            &with_annotation("cdi.k8s.io/nacre", "vendor.com/gpu=0"),
+        );
+        assert!(
+            refusal.starts_with(&format!("{path} is no device's")),
+            "{refusal}"
+        );
+    }
+}
+
 /// Whoever makes a pod writes its annotations.
 #[test]
 fn annotations_ask_only_where_the_administrator_lets_them() {
@@ -256,9 +349,9 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
     let privileged = |rules: &[serde_json::Value]| -> Spec {
         let nodes = [
             ("vfio", 10, 196),
-            ("4", 240, 0),
-            ("5", 240, 1),
-            ("6", 240, 2),
+            ("4", 240, 4),
+            ("5", 240, 5),
+            ("6", 240, 6),
         ];
         let nodes = nodes.map(|(name, major, minor)| {
             json!({"path": format!("/dev/vfio/{name}"), "type": "c", "major": major, "minor": minor})
@@ -271,12 +364,12 @@ fn a_privileged_container_asks_by_rules_of_their_own() {
     };
     assert!(addresses(&tree, &privileged(&[])).is_empty());
     let by = |rule| addresses(&tree, &privileged(&[rule]));
-    let own = json!({"allow": true, "type": "c", "major": 240, "minor": 1, "access": "rwm"});
+    let own = json!({"allow": true, "type": "c", "major": 240, "minor": 5, "access": "rwm"});
     assert_eq!(by(own), ["0000:02:00.0"]);
     for other in [
         json!({"allow": true, "type": "c", "major": 240, "access": "rwm"}),
-        json!({"allow": false, "type": "c", "major": 240, "minor": 1, "access": "rwm"}),
-        json!({"allow": true, "type": "b", "major": 240, "minor": 1, "access": "rwm"}),
+        json!({"allow": false, "type": "c", "major": 240, "minor": 5, "access": "rwm"}),
+        json!({"allow": true, "type": "b", "major": 240, "minor": 5, "access": "rwm"}),
     ] {
         assert!(by(other.clone()).is_empty(), "{other}");
     }
@@ -349,4 +442,122 @@ fn what_kubelet_has_given_is_understood_where_it_is_a_pci_device() {
     let gone = [plugin("vendor.com/gpu", "0000:7f:00.0")];
     let error = assigned_to_pod(&tree.system(), &named(""), false, &gone).unwrap_err();
     assert!(error.to_string().contains("no PCI device 0000:7f:00.0"));
+}
+
+/// A mediated device in group 9: a part of no hardware.
+const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+const PARENT: &str = "devices/virtual/mtty/mtty";
+
+fn with_mediated() -> Tree {
+    let tree = host();
+    let part = tree.add_mediated(UUID, PARENT);
+    part.group(9).file("vfio-dev/vfio4/dev", "511:4\n");
+    tree.add_node("511:4", "vfio/devices/vfio4");
+    tree
+}
+
+#[test]
+fn a_mediated_device_by_each_of_its_names() {
+    let tree = with_mediated();
+    let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/vgpu", "devices": [
+        {"name": "0", "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/9"}]}},
+    ]});
+    tree.write("etc/cdi/vgpu.json", &spec.to_string());
+    for spec in [
+        named(UUID),
+        named(&format!("/sys/bus/mdev/devices/{UUID}")),
+        named(&format!("/sys/{PARENT}/{UUID}")),
+        with_nodes(&["/dev/vfio/9"]),
+        with_nodes(&["/dev/vfio/devices/vfio4"]),
+        with_annotation("cdi.k8s.io/nacre_vgpu", "vendor.com/vgpu=0"),
+    ] {
+        let devices = assigned(&tree.system(), &spec, true).unwrap();
+        let expected = AssignedDevice {
+            address: address(UUID),
+            group: 9,
+            group_node: tree.path("dev/vfio/9"),
+            device_node: Some(tree.path("dev/vfio/devices/vfio4")),
+            bar_bytes: 0,
+        };
+        assert_eq!(devices, [expected]);
+    }
+    let both = named(&format!("{UUID},0000:02:00.0"));
+    assert_eq!(addresses(&tree, &both), ["0000:02:00.0", UUID]);
+}
+
+#[test]
+fn paths_of_no_mediated_device() {
+    let tree = with_mediated();
+    let gone = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+    tree.write(&format!("sys/elsewhere/{UUID}/remove"), "");
+    for name in [
+        "/sys/bus/mdev/devices/mtty".to_owned(),
+        "/sys/devices/virtual/mtty/mtty".to_owned(),
+        format!("/sys/bus/mdev/devices/{UUID}-1"),
+        format!("/sys/bus/mdev/devices/../devices/{UUID}"),
+        format!("/sys/bus/pci/devices/{UUID}"),
+        format!("/sys/elsewhere/{UUID}"),
+        "83b8f4f2-509f-382f-3c1e".to_owned(),
+    ] {
+        let refusal = refusal(&tree, &named(&name));
+        let parts = [name.as_str(), "neither", "the UUID of a mediated device"];
+        assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");
+    }
+    for name in [gone.to_owned(), format!("/sys/bus/mdev/devices/{gone}")] {
+        let refusal = refusal(&tree, &named(&name));
+        let text = format!("no mediated device {gone}");
+        assert!(refusal.contains(&text), "{refusal}");
+    }
+    fs::remove_file(tree.path(&format!("sys/{PARENT}/{UUID}/driver"))).unwrap();
+    let refusal = refusal(&tree, &named(UUID));
+    assert!(refusal.contains("has no driver"), "{refusal}");
+}
+
+/// Plugins of vGPUs name them so, and others use UUIDs of their own.
+#[test]
+fn a_plugin_s_uuid_is_a_mediated_device_s_where_there_is_one() {
+    let tree = with_mediated();
+    let given = |id: &str| {
+        let names = [Allocated::Plugin {
+            resource: "vendor.com/vgpu".into(),
+            id: id.into(),
+        }];
+        let devices = assigned_to_pod(&tree.system(), &named(""), false, &names).unwrap();
+        let devices = devices.iter().map(|device| device.address.to_string());
+        devices.collect::<Vec<_>>()
+    };
+    assert_eq!(given(UUID), [UUID]);
+    let other = "00000000-509f-382f-3c1e-e6bfe0fa1001";
+    assert!(given(other).is_empty());
+    let spec = json!({"cdiVersion": "0.6.0", "kind": "vendor.com/vgpu", "devices": [
+        {"name": other, "containerEdits": {"deviceNodes": [{"path": "/dev/vfio/5"}]}},
+    ]});
+    tree.write("etc/cdi/vgpu.json", &spec.to_string());
+    assert_eq!(given(other), ["0000:02:00.0"]);
+}
+
+/// Its node may be another one's then, which is another pod's.
+#[test]
+fn a_device_that_is_another_one_by_now_is_not_opened() {
+    let tree = with_mediated();
+    for file in ["dev/iommu", "dev/vfio/devices/vfio4"] {
+        tree.write(file, "");
+    }
+    let devices = assigned(&tree.system(), &named(UUID), true).unwrap();
+    let opened = || open(&tree.system(), &devices, None);
+    assert_eq!(opened().unwrap().len(), 1);
+    let nodes = tree.path(&format!("sys/{PARENT}/{UUID}/vfio-dev"));
+    fs::rename(nodes.join("vfio4"), nodes.join("vfio5")).unwrap();
+    let again = opened().err().unwrap().to_string();
+    let what = format!("cannot open mediated device {UUID}: ");
+    assert!(
+        again.starts_with(&what) && again.contains("come back"),
+        "{again}"
+    );
+    fs::remove_file(tree.path(&format!("sys/bus/mdev/devices/{UUID}"))).unwrap();
+    let gone = opened().err().unwrap().to_string();
+    assert!(
+        gone.starts_with(&what) && gone.contains("no mediated device"),
+        "{gone}"
+    );
 }

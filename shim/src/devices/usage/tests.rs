@@ -173,3 +173,14 @@ fn functions_behind_are_others() {
         .file("0000:02:00.0/net/eth0/flags", "0x1003\n");
     assert_eq!(user(&tree), None);
 }
+
+#[test]
+fn a_device_that_has_mediated_ones() {
+    let tree = Tree::new();
+    tree.add("0000:01:00.0", 0x03_0200);
+    assert_eq!(user(&tree), None);
+    let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    tree.add_mediated(uuid, "devices/pci0000:00/0000:01:00.0");
+    let by = user(&tree).unwrap();
+    assert!(by.contains(&format!("mediated device {uuid}")), "{by}");
+}

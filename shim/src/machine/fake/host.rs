@@ -1,5 +1,6 @@
 //! What a fake machine's host has: pods' files, limits, devices, and the machine itself.
 
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -137,9 +138,9 @@ impl FakeHost {
     ) -> Result<Prepared, StorageError> {
         let shared_root = self.root.path().join("shared");
         if config.rootfs.is_empty() {
-            storage::prepare_volumes(&config.spec, &config.id, &shared_root)
+            storage::prepare_volumes(&self.system, &config.spec, &config.id, &shared_root)
         } else {
-            storage::prepare(config, &shared_root, slots)
+            storage::prepare(&self.system, config, &shared_root, slots)
         }
     }
 
@@ -211,6 +212,16 @@ impl FakeHost {
         Sandbox::new(machine)
     }
 
+    /// Shares a directory by a connection to nothing.
+    pub async fn share(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        let plug = async {
+            let (near, _far) = StdUnixStream::pair().unwrap();
+            sandbox.machine().add_shared_dir(&near).await?;
+            Ok(())
+        };
+        sandbox.share(plug).await
+    }
+
     fn images(&self) -> Images {
         let disks = self.drivers.iter().map(|image| Driver {
             serial: image.path.display().to_string(),
@@ -222,6 +233,11 @@ impl FakeHost {
 
     /// Attaches to its agent.
     pub async fn boot(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        self.boot_with(sandbox, false).await
+    }
+
+    /// The same of a machine that boots with the shared directory, or without.
+    pub async fn boot_with(&self, sandbox: &Sandbox, shared_dir: bool) -> Result<(), SandboxError> {
         let mut room = ROOM;
         let (first, images) = ((self.pod_devices(), None), self.images());
         let started = self
@@ -231,7 +247,10 @@ impl FakeHost {
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);
         }
-        let request = ConfigureSandboxRequest::default();
+        let request = ConfigureSandboxRequest {
+            shared_dir,
+            ..ConfigureSandboxRequest::default()
+        };
         sandbox.attach(BOOT_TIMEOUT, &request, room).await
     }
 }

@@ -55,7 +55,7 @@ pub struct Agent {
     pub keeps_phases: AtomicBool,
     /// Whether it lets go of no network card.
     pub keeps_cards: AtomicBool,
-    /// How many changes of the network it refuses yet.
+    /// How many changes of the network, or of what is shared, it refuses yet.
     pub refusals: AtomicU32,
     /// How many were answered.
     pub pings: watch::Sender<u32>,
@@ -206,6 +206,14 @@ impl Agent {
         exit.unwrap().wait_for(Option::is_some).await.unwrap();
     }
 
+    /// Whether it refuses this time.
+    fn refuses(&self) -> bool {
+        let less = |refusals: u32| refusals.checked_sub(1);
+        let refusals = &self.refusals;
+        let refused = refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        refused.is_ok()
+    }
+
     /// Returns once the guest does not hang.
     async fn unless_hung(&self) {
         self.unless(&self.hung).await;
@@ -246,6 +254,14 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         _: ConfigureSandboxRequest,
     ) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn mount_shared(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        if self.0.refuses() {
+            return Err(get_rpc_status(Code::INTERNAL, "not yet"));
+        }
+        lock(&self.0.journal).push("guest mounts it".into());
         Ok(Empty::new())
     }
 
@@ -444,10 +460,7 @@ impl agent_ttrpc::Agent for Service {
             let lines = lines.map(|line| format!("guest {sign}{line}"));
             lock(&self.0.journal).extend(lines);
         }
-        let less = |refusals: u32| refusals.checked_sub(1);
-        let refusals = &self.0.refusals;
-        let refused = refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-        if refused.is_ok() {
+        if self.0.refuses() {
             lock(&self.0.journal).push("guest refuses".into());
             return Err(get_rpc_status(Code::INTERNAL, "busy"));
         }

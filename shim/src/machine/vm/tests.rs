@@ -1,6 +1,6 @@
 use super::*;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::Command;
 
 use nacre_protocol::vm::StopReason;
@@ -286,6 +286,36 @@ async fn network_cards_are_answered_with_a_slot_or_a_reason() {
     assert_eq!(slot, 8);
     assert_eq!(mad, "network card: no slot 1099511627776");
     assert_eq!(refused, "network card: not there");
+}
+
+#[tokio::test]
+async fn shared_directory_is_answered_alike() {
+    let (machine, mut monitor) = with_stand_in();
+    let (mut file_server, near) = StdUnixStream::pair().unwrap();
+    let shim = tokio::spawn(async move {
+        let slot = machine.add_shared_dir(&near).await.unwrap();
+        let again = machine.add_shared_dir(&near).await.unwrap_err();
+        (slot, again.to_string())
+    });
+    let monitor = tokio::task::spawn_blocking(move || {
+        for result in [Ok(9), Err("there is one".into())] {
+            let (request, mut fds) = monitor.recv::<Request>().unwrap();
+            let Request::AddSharedDir { number, dir } = request else {
+                panic!("{request:?}");
+            };
+            assert_eq!(dir.tag, "shared");
+            let mut socket = StdUnixStream::from(fds.take(dir.socket).unwrap());
+            socket.write_all(b"to the server").unwrap();
+            answer(&monitor, number, result);
+        }
+        monitor
+    });
+    let said = shim.await.unwrap();
+    assert_eq!(said, (9, "virtio-fs: there is one".into()));
+    monitor.await.unwrap();
+    let mut text = String::new();
+    file_server.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "to the serverto the server");
 }
 
 #[tokio::test]

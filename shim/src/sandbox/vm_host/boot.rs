@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use nacre_protocol::channel::FdList;
-use nacre_protocol::guest::SHARED_TAG;
-use nacre_protocol::vm::{Disk, Jail, Memory, PciOptions, SharedDir, VmConfig};
+use nacre_protocol::vm::{Disk, Jail, Memory, NamedFd, PciOptions, VmConfig};
 use nacre_vmm::vfio::Passthrough;
 
 use super::super::sizing::Size;
@@ -15,6 +15,7 @@ use super::super::{SandboxError, cmdline};
 use crate::machine::VmMachine;
 use crate::network::PodNetwork;
 use crate::storage::HostDisk;
+use crate::virtiofsd;
 
 /// Each request queue of a disk is a thread of the monitor: one a vCPU, so that
 /// vCPUs do not wait for each other, up to what a disk can make use of.
@@ -36,6 +37,9 @@ pub(super) struct BootFds {
 /// What the message says besides.
 pub(super) struct BootConfig<'a> {
     pub(super) sandbox_id: &'a str,
+    /// Where these are, for messages.
+    pub(super) kernel: &'a Path,
+    pub(super) initrd: &'a Path,
     pub(super) network: &'a PodNetwork,
     pub(super) size: Size,
     pub(super) hugepages: bool,
@@ -69,8 +73,14 @@ impl BootFds {
                 growth_mib: size.growth_mib,
                 hugepages: boot.hugepages,
             },
-            kernel: list.push(self.kernel.as_fd()),
-            initrd: list.push(self.initrd.as_fd()),
+            kernel: NamedFd {
+                fd: list.push(self.kernel.as_fd()),
+                path: boot.kernel.into(),
+            },
+            initrd: NamedFd {
+                fd: list.push(self.initrd.as_fd()),
+                path: boot.initrd.into(),
+            },
             cmdline: cmdline::cmdline(self.console.is_some(), size.vcpus, size.max_vcpus),
             disks: self
                 .disks
@@ -90,10 +100,10 @@ impl BootFds {
                 .map(|devices| devices.describe(&mut list)),
             pci_slots: boot.pci_slots,
             pci: boot.pci,
-            shared_dir: self.socket.as_ref().map(|socket| SharedDir {
-                tag: SHARED_TAG.into(),
-                socket: list.push(socket.as_fd()),
-            }),
+            shared_dir: self
+                .socket
+                .as_ref()
+                .map(|socket| virtiofsd::describe(socket, &mut list)),
             console: self.console.as_ref().map(|file| list.push(file.as_fd())),
         };
         let first_nic = config.first_nic_slot();

@@ -6,7 +6,7 @@ use ttrpc::Code;
 
 use super::fixture::*;
 use crate::devices::DriverImage;
-use crate::devices::testing::Tree;
+use crate::devices::testing::{GROUP_MAJOR, Tree};
 use crate::machine::MachineError;
 use crate::machine::fake::FakeHost;
 use crate::rundir::RunDir;
@@ -101,6 +101,20 @@ async fn a_device_comes_with_a_container_and_goes_with_it() {
     assert_eq!(
         news(&fixture),
         ["plug 0 0000:05:00.0", "fifth has 0000:01:00.0"]
+    );
+}
+
+/// As CDI's `hostPath` has it.
+#[tokio::test]
+async fn a_device_comes_by_a_node_of_any_name() {
+    let tree = Tree::new();
+    let (mut fixture, _) = with_slots(&tree).await;
+    fixture.annotations = json!({});
+    fixture.devices = json!([{"path": "/dev/gpu0", "type": "c", "major": GROUP_MAJOR, "minor": 5}]);
+    fixture.run("second", "sleep 60").await;
+    assert_eq!(
+        news(&fixture),
+        ["plug 0 0000:05:00.0", "second has 0000:01:00.0"]
     );
 }
 

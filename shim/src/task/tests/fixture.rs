@@ -13,8 +13,8 @@ use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use nacre_protocol::console_ttrpc::ConsoleClient;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -25,6 +25,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::{Context, with_duration};
+use ttrpc::proto::{MessageHeader, Request};
 
 use super::super::{Pod, console, sandboxed, service};
 use crate::events::{Publisher, TaskEvent};
@@ -113,6 +114,24 @@ impl Fixture {
         let (client, server) = connect(&self.pod).await;
         self.servers.push(server);
         TaskClient::new(client)
+    }
+
+    /// A call whose time is over when it is made: its caller does not wait for an answer, and
+    /// closes the connection at once.
+    pub async fn call_late(&mut self, service: &str, method: &str, payload: Vec<u8>) {
+        let request = Request {
+            service: service.into(),
+            method: method.into(),
+            payload,
+            timeout_nano: -1,
+            ..Default::default()
+        };
+        let request = request.write_to_bytes().unwrap();
+        let header = MessageHeader::new_request(1, request.len().try_into().unwrap());
+        let (mut near, server) = connection(&self.pod).await;
+        self.servers.push(server);
+        let message = [Vec::from(header), request].concat();
+        near.write_all(&message).await.unwrap();
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -321,6 +340,11 @@ impl Fixture {
 }
 
 async fn connect(pod: &Arc<Pod>) -> (Client, Server) {
+    let (near, server) = connection(pod).await;
+    (Client::new(Socket::new(near)), server)
+}
+
+async fn connection(pod: &Arc<Pod>) -> (UnixStream, Server) {
     let (near, far) = UnixStream::pair().unwrap();
     let mut server = Server::new()
         .add_listener(Listener::new(futures::stream::iter([Ok(far)])))
@@ -328,7 +352,7 @@ async fn connect(pod: &Arc<Pod>) -> (Client, Server) {
         .register_service(sandboxed::create(pod))
         .register_service(console::create(pod));
     server.start().await.unwrap();
-    (Client::new(Socket::new(near)), server)
+    (near, server)
 }
 
 /// An exec of `sh -c script` without streams.

@@ -39,6 +39,8 @@ const APIC_END: u32 = layout::LAPIC + 0xb0;
 const IOAPIC_WINDOW: u64 = layout::IOAPIC as u64 + 0x10;
 /// A redirection entry for an interrupt that is a level.
 const LEVEL: u32 = 1 << 15;
+/// Of a serial port: to be told, and telling, that it has nothing to send.
+const SENT: u8 = 2;
 
 /// 32-bit code without paging: memory is where it is.
 pub struct Code(Vec<u8>);
@@ -177,6 +179,31 @@ impl Code {
             .bytes(&[0x01, 0x05], &[u32::try_from(COUNT).unwrap()])
             .bytes(&[0x58], &[]);
         self.serve_with(line, handler)
+    }
+
+    /// The same for a serial port, which is to say when it has nothing to send: each time that it does
+    /// is counted, and the port is told to say it no more. Two registers of the 16550, from `port` on: what
+    /// it interrupts for, and what for it does.
+    pub fn serve_serial(self, line: u32, port: u16) -> Self {
+        let [enabled, pending] = [1, 2].map(|register| (port + register).to_le_bytes());
+        // push eax; push edx; xor eax, eax; mov dx, pending; in al, dx; and eax, SENT;
+        // shr eax, 1; add [COUNT], eax; mov dx, enabled; mov al, 0; out dx, al; ...; pop edx; pop eax
+        let handler = Self(vec![0x50, 0x52, 0x31, 0xc0])
+            .bytes(&[0x66, 0xba, pending[0], pending[1], 0xec], &[])
+            .bytes(&[0x83, 0xe0, SENT, 0xd1, 0xe8], &[])
+            .bytes(&[0x01, 0x05], &[u32::try_from(COUNT).unwrap()])
+            .bytes(&[0x66, 0xba, enabled[0], enabled[1], 0xb0, 0, 0xee], &[])
+            .store(APIC_END.into(), 0)
+            .bytes(&[0x5a, 0x58], &[]);
+        self.serve_with(line, handler)
+    }
+
+    /// Has a serial port say that it has nothing to send until it has said so `count` times.
+    pub fn ask_serial(self, port: u16, count: u32) -> Self {
+        // jb to where it asks
+        self.output(port + 1, SENT)
+            .bytes(&[0x81, 0x3d], &[u32::try_from(COUNT).unwrap(), count])
+            .bytes(&[0x0f, 0x82], &[(-23i32).cast_unsigned()])
     }
 
     fn serve_with(self, line: u32, handler: Self) -> Self {

@@ -1,9 +1,13 @@
-//! Interrupt lines: KVM's alone, and with "edu" of QEMU in the lab.
+//! Interrupt lines: KVM's alone, and with "edu" of QEMU and a mediated device in the lab.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::code::*;
-use super::passthrough::{RAISE, run};
+use super::passthrough::{PORT, RAISE, run, run_with};
 use super::*;
 use crate::vfio::access::Irq;
 use crate::vfio::device::{Endpoint, VfioPci};
@@ -65,23 +69,43 @@ fn line_is_raised_until_the_guest_has_served_it() {
     assert_eq!(stop.outcome(), Some(&outcome));
 }
 
-/// The same with a device, whose host side masks the line each time.
+/// The same with a device, whose host side masks the line each time,
 #[test]
 fn device_raises_its_line_again_once_it_is_unmasked() {
+    raise_line_of(&Arc::new(Mock::default()), |mock| {
+        let state = mock.state();
+        state.unmask.as_ref().unwrap().try_clone().unwrap()
+    });
+}
+
+/// and unmasks it at a call only.
+#[test]
+fn device_raises_its_line_again_once_it_is_told() {
+    let unmasked = EventFd::new(EFD_NONBLOCK).unwrap();
+    let mock = Arc::new(Mock::default());
+    mock.state().unmasked = Some(unmasked.try_clone().unwrap());
+    raise_line_of(&mock, |_| {
+        // Whether it can be, was tried.
+        unmasked.read().unwrap();
+        unmasked
+    });
+}
+
+/// Until the guest has had enough; `served` makes the event that tells of each end.
+fn raise_line_of(mock: &Arc<Mock>, served: impl FnOnce(&Mock) -> EventFd) {
     let code = Code::new().serve(LINE).wait_for(COUNT, 2).power_off();
     let Some(mut parts) = parts(&code, 1) else {
         return;
     };
     parts.pci_slots = 1;
     let running = Machine::new(parts).unwrap().start().unwrap();
-    let mock = Arc::new(Mock::default());
     let endpoint = Endpoint::open("0000:01:00.0", mock.clone()).unwrap();
     let addresses = [BAR, 64 * layout::GIB, BAR + 0x10_0000, 0x1000];
     let device = VfioPci::new(&running.vm, endpoint, LINE, &addresses, None).unwrap();
     // Bus mastering alone: registers are no matter.
     device.config_write(4, &[4, 0]);
-    let unmask = mock.state().unmask.as_ref().unwrap().try_clone().unwrap();
-    raise_until_stopped(&running, &unmask, || assert!(mock.signal(Irq::Intx, 0)));
+    let served = served(mock);
+    raise_until_stopped(&running, &served, || assert!(mock.signal(Irq::Intx, 0)));
     let stop = running.stop_handle().clone();
     device.quiesce();
     running.stop();
@@ -114,4 +138,47 @@ fn intx_reaches_the_guest_each_time() {
         .power_off();
     let Some(exits) = run(&code) else { return };
     assert_eq!(exits.mmio_writes, 4, "configuration only");
+}
+
+/// A serial card of one port that the kernel's sample of a driver for mediated devices makes
+/// (samples/vfio-mdev/mtty.c), until this is dropped. It unmasks its line at a call only.
+struct Card;
+
+impl Card {
+    const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1000";
+    const KIND: &str = "/sys/devices/virtual/mtty/mtty/mdev_supported_types/mtty-1";
+
+    /// `None` outside the lab, whose kernel has the driver.
+    fn new() -> Option<Self> {
+        if std::env::var_os("LAB_DEVICES").is_none() {
+            eprintln!("skipped: mediated devices are made in the lab alone (lab run --devices)");
+            return None;
+        }
+        let loaded = Command::new("modprobe").arg("mtty").status();
+        assert!(loaded.unwrap().success(), "no driver mtty");
+        let create = PathBuf::from(Self::KIND).join("create");
+        fs::write(create, Self::UUID).unwrap();
+        Some(Self)
+    }
+}
+
+impl Drop for Card {
+    /// The kernel waits until nobody has it; after a panic somebody may.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            fs::write(format!("/sys/bus/mdev/devices/{}/remove", Self::UUID), "1").unwrap();
+        }
+    }
+}
+
+/// While its line is masked the card's interrupts are lost, so that it is asked until it has had three.
+#[test]
+fn intx_of_a_mediated_device_reaches_the_guest_each_time() {
+    let Some(_card) = Card::new() else { return };
+    let code = Code::new()
+        .enable()
+        .serve_serial(LINE, PORT)
+        .ask_serial(PORT, 3)
+        .power_off();
+    run_with(Card::UUID, &code).expect("the lab has KVM");
 }

@@ -421,7 +421,8 @@ fn large_bar_is_reached_up_to_its_last_byte() {
 /// "pci-testdev" of QEMU (`docs/specs/pci-testdev.rst`): a byte to its first port begins a test,
 /// whose name is in the ports from 16 on, or ends it when there is no such test.
 const TESTDEV: (&str, &str) = ("0x1b36", "0x0005");
-const PORT: u16 = 0x1000;
+/// The first that a device gets.
+pub const PORT: u16 = 0x1000;
 
 #[test]
 fn guest_reaches_the_ports() {

@@ -75,6 +75,39 @@ fn guest_finds_only_what_it_may_drive() {
     assert_eq!(u32_of(&config, &mock, mock::ACCESS_CONTROL), 0);
 }
 
+/// Drivers of mediated devices may have less than others, and nothing keeps the kernel's
+/// sample, mtty, from reading on.
+#[test]
+fn nothing_is_read_past_the_end() {
+    let mock = Mock::default();
+    mock.state().config[0xfc..].fill(0x77);
+    for (size, register, expected) in [
+        (0xff, 0xfc, 0x0077_7777),
+        (0xff, 0xfe, 0x77),
+        (0x40, 0x40, 0),
+        (0x40, 0xfc, 0),
+    ] {
+        mock.state().config.truncate(size);
+        let config = GuestConfig::new(&mock.state().config, BAR_SIZES).unwrap();
+        let found = u32_of(&config, &mock, register);
+        assert_eq!(found, expected, "{register:#x} of {size:#x}");
+    }
+}
+
+#[test]
+fn capabilities_past_the_end_are_none() {
+    for size in 0x40..=0x100 {
+        let mock = Mock::default();
+        let config = GuestConfig::new(&mock::space()[..size], BAR_SIZES).unwrap();
+        mock.state().config.truncate(size);
+        let ids = list(&config, &mock);
+        assert!(
+            [0x05, 0x10, 0x11, 0x09].starts_with(&ids),
+            "{size:#x}: {ids:?}"
+        );
+    }
+}
+
 #[test]
 fn bars_are_ours() {
     let (mut config, mock) = (config(), Mock::default());

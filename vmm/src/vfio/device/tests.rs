@@ -41,6 +41,15 @@ fn device_is_reset_before_it_is_looked_at() {
     assert!(error.to_string().starts_with(start), "{error}");
 }
 
+/// As drivers of mediated devices have it.
+#[test]
+fn configuration_space_is_read_as_far_as_there_is_one() {
+    let mock = Arc::new(Mock::default());
+    mock.state().config.truncate(0xff);
+    let endpoint = Endpoint::open("0000:01:00.0", mock).unwrap();
+    assert_eq!(endpoint.requests().len(), 4);
+}
+
 #[test]
 fn registers_are_in_the_guest_while_memory_space_is_on() {
     let Some((function, mock)) = function() else {
@@ -288,15 +297,19 @@ fn host_with_fewer_vectors_turns_on_those_it_has() {
         config, interrupts, ..
     } = &mut *state;
     config.write(&*mock, mock::MSIX + 3, &[0x80]).unwrap();
-    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    let error = interrupts
+        .config_changed(config, &function.device)
+        .unwrap_err();
     let text = "the host has only 4 of 16 interrupt vectors for it";
     assert_eq!(error.to_string(), text);
     assert_eq!(mock.calls(), ["Msix 0+16 has 4", "Msix 0+4 [3]"]);
     // Vector 5 is asked for alone whenever there is a chance.
-    let error = interrupts.config_changed(config, &*mock).unwrap_err();
+    let error = interrupts
+        .config_changed(config, &function.device)
+        .unwrap_err();
     assert!(error.to_string().starts_with("Msix vector 5: "), "{error}");
     mock.state().free_vectors = 16;
-    interrupts.config_changed(config, &*mock).unwrap();
+    interrupts.config_changed(config, &function.device).unwrap();
     assert_eq!(mock.calls(), ["Msix 5+1 [5]"]);
     assert!(mock.signal(Irq::Msix, 3) && mock.signal(Irq::Msix, 5));
 }
@@ -366,7 +379,9 @@ fn devices_share_the_routes_of_kvm_by_what_their_guest_uses() {
     let State {
         config, interrupts, ..
     } = &mut *state;
-    let error = interrupts.config_changed(config, &**mock).unwrap_err();
+    let error = interrupts
+        .config_changed(config, &function.device)
+        .unwrap_err();
     let text = error.to_string();
     let start = "Msix vector 7: KVM: find a free interrupt route: all ";
     assert!(text.starts_with(start), "{text}");

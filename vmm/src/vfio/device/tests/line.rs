@@ -1,6 +1,7 @@
 //! A device's interrupt line.
 
 use proptest::prelude::*;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::vm::test_vm_with_lines;
@@ -73,6 +74,61 @@ fn line_that_would_stay_masked_is_off_until_it_can_be_unmasked() {
     function.config_write(0x0c, &[8]);
     assert_eq!(mock.calls(), ["Intx off", "Intx off"]);
     assert!(!mock.state().was_loose);
+}
+
+/// As drivers of mediated devices may be. The thread that calls it has the device as long.
+#[test]
+fn line_of_a_driver_that_takes_no_event_is_unmasked_by_a_call() {
+    let Some((function, mock)) = function_with_line() else {
+        return;
+    };
+    let idle = Arc::strong_count(&mock);
+    let unmasked = EventFd::new(0).unwrap();
+    mock.state().unmasked = Some(unmasked.try_clone().unwrap());
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]"]);
+    assert_eq!(mock.state().command(), 7);
+    assert_eq!(unmasked.read().unwrap(), 1, "whether it can be");
+    // Twice: it listens on.
+    for _ in 0..2 {
+        function.lock().interrupts.end_of_line();
+        mock::wait_for(&unmasked);
+        assert_eq!(unmasked.read().unwrap(), 1);
+    }
+    assert_eq!(Arc::strong_count(&mock), idle + 1);
+    function.config_write(COMMAND, &[0, 0]);
+    assert_eq!(mock.calls(), ["Intx off"]);
+    assert_eq!(Arc::strong_count(&mock), idle, "a thread is left");
+    // One that is not turned off has no thread any more: it is silent until it has one again.
+    function.config_write(COMMAND, &[6, 0]);
+    mock.state().stuck = Some(Irq::Intx);
+    function.config_write(COMMAND, &[0, 0]);
+    assert_eq!(mock.state().command(), 0x403);
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.state().command(), 0x407);
+    mock.state().stuck = None;
+    function.config_write(COMMAND, &[7, 0]);
+    assert_eq!(mock.state().command(), 7);
+    assert_eq!(Arc::strong_count(&mock), idle + 1);
+    drop(function);
+    assert_eq!(Arc::strong_count(&mock), 1);
+    assert!(!mock.state().was_loose);
+}
+
+#[test]
+fn line_of_a_driver_that_takes_neither_event_nor_call_is_off() {
+    let Some((function, mock)) = function_with_line() else {
+        return;
+    };
+    let idle = Arc::strong_count(&mock);
+    {
+        let mut state = mock.state();
+        (state.is_never_unmasked, state.unmasked) = (true, Some(EventFd::new(0).unwrap()));
+    }
+    function.config_write(COMMAND, &[6, 0]);
+    assert_eq!(mock.calls(), ["Intx 0+1 [0]", "Intx off"]);
+    assert_eq!(mock.state().command(), 0x407);
+    assert_eq!(Arc::strong_count(&mock), idle);
 }
 
 /// The host would mask it at its first interrupt, for good.
@@ -213,9 +269,12 @@ fn any_writes_and_failures_leave_a_line_that_works() {
     let Some(vm) = test_vm_with_lines() else {
         return;
     };
-    proptest!(ProptestConfig::with_cases(64), |(steps in prop::collection::vec(step(), 1..48))| {
+    let steps = prop::collection::vec(step(), 1..48);
+    proptest!(ProptestConfig::with_cases(64), |(steps in steps, by_call in any::<bool>())| {
         let mock = Arc::new(Mock::default());
+        mock.state().unmasked = by_call.then(|| EventFd::new(0).unwrap());
         let function = function_in(&vm, &mock);
+        let idle = Arc::strong_count(&mock);
         for step in &steps {
             match step {
                 Step::Write(register, data) => function.config_write(*register, data),
@@ -233,8 +292,10 @@ fn any_writes_and_failures_leave_a_line_that_works() {
             function.config_write(mock::MSI + 2, &[msi]);
             function.config_write(mock::MSIX + 3, &[msix]);
             function.config_write(COMMAND, &command);
+            let has_thread = Arc::strong_count(&mock) > idle;
             let state = mock.state();
-            (state.on, state.command() & 0x400 != 0, state.unmask.is_some())
+            let is_unmasked = if by_call { has_thread } else { state.unmask.is_some() };
+            (state.on, state.command() & 0x400 != 0, is_unmasked)
         };
         prop_assert_eq!(enabled(0, 0, [0, 0]), (None, true, false));
         prop_assert_eq!(enabled(0, 0, [6, 0]), (Some(Irq::Intx), false, true));
