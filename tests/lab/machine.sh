@@ -107,16 +107,16 @@ forget_old_logs() {
 describe_machine() {
   local tree=$disk/machine processors=$((smp + 1)) special=' isolcpus=0 LARGE_PAGES=1'
   local append="console=ttyS0 loglevel=6 panic=-1 tsc=reliable unknown_nmi_panic mitigations=off"
-  local accel=tcg,thread=multi,tb-size=1024
+  local accel=tcg,thread=multi,tb-size=2048
   qemu=("$tree/$LOADER" --library-path "$tree/$LIBRARIES" "$tree/usr/bin/qemu-system-x86_64"
     -L "$tree/usr/share/qemu" -L "$tree/usr/share/seabios" -nodefaults -no-user-config -display none -no-reboot
     -M "q35,kernel-irqchip=split" -cpu "EPYC,+svm,+npt,-smap,-smep,phys-bits=48" -m "$mem" -nic none)
   if ((smp == 1)); then
-    accel=tcg,thread=single,tb-size=1024
+    accel=tcg,thread=single,tb-size=2048
     processors=1 special=' LARGE_PAGES=1'
   fi
   if ((count)); then
-    accel=tcg,thread=single,tb-size=1024
+    accel=tcg,thread=single,tb-size=2048
     processors=1 special=
     qemu+=(-icount "shift=0,sleep=off")
   fi

@@ -3,7 +3,7 @@
 //! Each word is here for a reason; the monitor adds what its devices need.
 
 /// On every boot.
-const ALWAYS: [&str; 12] = [
+const ALWAYS: [&str; 13] = [
     // The agent is the initramfs's only file.
     "rdinit=/init",
     // A guest that panics is dead: no waiting, straight to the reset register,
@@ -26,6 +26,9 @@ const ALWAYS: [&str; 12] = [
     "tsc=reliable",
     // There is no PIT or HPET to check the timer interrupt against.
     "no_timer_check",
+    // A kernel that starts one processor writes over the lock prefixes of its instructions, 8,000
+    // one after the other through a page table made for each, and back when a second one comes.
+    "noreplace-smp",
     // RDRAND seeds the guest at once; no service waits for entropy.
     "random.trust_cpu=on",
     // Containers' limits are cgroup v2 only.
