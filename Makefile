@@ -99,7 +99,7 @@ install-wire = cargo build --release --locked -p nacre-wire && \
 # those of one lab. LAB=host runs them on this host but for the lab's own and its devices',
 # see tests/lab/README.md.
 # LABS_AT_ONCE=5 is for machines with more processors.
-LABS := containers pods devices more itself
+LABS := itself containers pods devices more
 LABS_AT_ONCE := 2
 
 e2e: stage-boot driver-images
