@@ -34,7 +34,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 pub use allocations::Allocations;
 pub use config::{CONFIG, Changed};
-pub use deaths::{five_seconds, process_of, returned, spawn, two_seconds};
+pub use deaths::{Moment, five_seconds, process_of, returned, spawn, two_seconds};
 pub use hugepages::HugePages;
 pub use kubelet::PodDir;
 pub use leftovers::Machine;

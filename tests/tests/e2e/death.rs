@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Scene, Shim, eventually, five_seconds, process_of, returned,
-    run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Moment, Scene, Shim, eventually, five_seconds, process_of,
+    returned, run, spawn,
 };
 
 use crate::host::{Events, pid_of, status_of};
@@ -129,34 +129,6 @@ fn of_the_shim() {
     }
     let (_, exit) = &told[told.len() - 1];
     assert_eq!(exit["exit_status"], 137, "{told:#?}");
-}
-
-/// When a pod is hit whose container starts.
-#[derive(Debug, Clone, Copy)]
-pub enum Moment {
-    /// So many milliseconds after the process is there.
-    AfterMs(u64),
-    /// When the container is created: the client's next call starts it.
-    Created,
-}
-
-impl Moment {
-    /// The steps of a start lie between them.
-    pub const OF_A_START: [Self; 4] = [
-        Self::AfterMs(0),
-        Self::AfterMs(300),
-        Self::AfterMs(1500),
-        Self::Created,
-    ];
-
-    pub fn wait(self, id: &str) {
-        match self {
-            Self::AfterMs(moment) => std::thread::sleep(Duration::from_millis(moment)),
-            Self::Created => eventually("the container is created", || {
-                Shim::find(id).is_ok_and(|shim| shim.state("").is_ok())
-            }),
-        }
-    }
 }
 
 /// Waits for a client whose pod was hit, and for containerd to know. Whether the

@@ -8,13 +8,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Scene, Shim, eventually, process_of, returned, run, spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Moment, Scene, Shim, eventually, process_of, returned, run,
+    spawn,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::death::{Killed, LOST, Moment, as_configured, in_time, kill, log_has, returns};
+use crate::death::{Killed, LOST, as_configured, in_time, kill, log_has, returns};
 
 const FILE_SERVER: &str = "virtiofsd";
 
