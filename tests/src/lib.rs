@@ -286,6 +286,11 @@ impl Scene {
         self.containerd.ctr(arguments)
     }
 
+    /// A call of `ctr`, not yet started.
+    pub fn ctr_command(&self, arguments: &[&str]) -> Command {
+        self.containerd.command(arguments)
+    }
+
     /// `ctr run --rm` of busybox under nacre with further options.
     pub fn run_with(&mut self, options: &[&str], command: &[&str]) -> Said {
         self.run_image(BUSYBOX, options, command)
