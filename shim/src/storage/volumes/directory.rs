@@ -76,7 +76,7 @@ pub enum CopyError {
 
 impl CopyError {
     /// Whether there is nobody left to copy for.
-    pub(super) fn guest_is_gone(&self) -> bool {
+    pub fn guest_is_gone(&self) -> bool {
         matches!(self, Self::Guest { answer } if !matches!(answer, ttrpc::Error::RpcStatus(_)))
     }
 }

@@ -12,6 +12,7 @@ use ttrpc::Code;
 use super::fixture::*;
 use crate::machine::fake::{FakeHost, FakeMachine};
 use crate::machine::{Machine, Stop};
+use crate::storage::testing::Writer;
 use crate::task::container::CALL_TIMEOUT;
 use crate::task::lock;
 
@@ -145,7 +146,7 @@ async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
 /// The container that is being made when the machine dies, and the one after it.
 #[tokio::test]
 async fn a_create_says_what_happened() {
-    let fixture = Fixture::new().await;
+    let mut fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.hang();
@@ -160,6 +161,13 @@ async fn a_create_says_what_happened() {
     let expected = (Code::UNAVAILABLE, of_pod(gone));
     assert_eq!(refusal(created), expected);
     assert_eq!(refusal(fixture.create("late", "true").await), expected);
+    // The first that the guest is asked for is a copy of the volume.
+    let mut volume = Writer::new();
+    volume.write(&[("key", b"value")]);
+    fixture.mounts = json!([{
+        "destination": "/volume", "type": "bind", "source": volume.path(), "options": ["rbind"],
+    }]);
+    assert_eq!(refusal(fixture.create("later", "true").await), expected);
     assert_eq!(fixture.wait("c", "").await, 137);
     let exec = fixture.exec("c", "late", "true").await;
     assert_eq!(code(exec), Code::FAILED_PRECONDITION);
