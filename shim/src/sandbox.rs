@@ -282,8 +282,8 @@ impl Sandbox {
                 Err(answer) => answer,
             },
         };
-        let is_lost = !matches!(answer, ttrpc::Error::RpcStatus(_) | ttrpc::Error::Others(_));
-        if is_lost && let Some(stop) = self.ending().await {
+        let is_answered = matches!(answer, ttrpc::Error::RpcStatus(_));
+        if !is_answered && let Some(stop) = self.ending().await {
             return Err(MachineError::Stopped(stop).into());
         }
         Err(SandboxError::Agent { what, answer })

@@ -255,18 +255,22 @@ async fn a_container_that_was_given_up_keeps_no_pod() {
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
-    let host = FakeHost::scripted();
-    let sandbox = host.open();
-    host.boot(&sandbox).await.unwrap();
-    let machine = lock(&host.machine).clone().unwrap();
-    let asked = sandbox.ask("test", SOON, |_| async {
-        Err::<(), _>(ttrpc::Error::RemoteClosed)
-    });
-    let mut asked = std::pin::pin!(asked);
-    assert!(futures::poll!(asked.as_mut()).is_pending());
-    machine.end(Stop::Guest(StopReason::Panic));
-    let error = asked.await.unwrap_err().to_string();
-    assert!(error.ends_with("the guest kernel panicked"), "{error}");
+    for lost in [
+        ttrpc::Error::RemoteClosed,
+        // Of a call that comes when the connection has ended.
+        ttrpc::Error::Others("reserve channel capacity failed: channel closed".into()),
+    ] {
+        let host = FakeHost::scripted();
+        let sandbox = host.open();
+        host.boot(&sandbox).await.unwrap();
+        let machine = lock(&host.machine).clone().unwrap();
+        let asked = sandbox.ask("test", SOON, |_| std::future::ready(Err::<(), _>(lost)));
+        let mut asked = std::pin::pin!(asked);
+        assert!(futures::poll!(asked.as_mut()).is_pending());
+        machine.end(Stop::Guest(StopReason::Panic));
+        let error = asked.await.unwrap_err().to_string();
+        assert!(error.ends_with("the guest kernel panicked"), "{error}");
+    }
 }
 
 /// The guest lives, and the machine: nobody is told that they are gone.
