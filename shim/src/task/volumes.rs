@@ -76,7 +76,7 @@ impl Container {
 
     /// Why the guest has no copy of a volume: what became of its machine, if that is why.
     async fn not_copied(&self, source: Arc<CopyError>) -> TaskError {
-        if source.guest_is_gone()
+        if source.is_unanswered()
             && let Some(stop) = self.sandbox.ending().await
         {
             return MachineError::Stopped(stop).into();
