@@ -178,7 +178,7 @@ long: stage driver-images
 # every way a pod may end.
 SOAK_SECONDS ?= 600
 SOAK_PODS ?= 300
-soak: stage
+soak: stage driver-images
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/
 	@$(IN_LAB) run --timeout $$(($(SOAK_SECONDS) + $(SOAK_PODS) * 15 + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS) $(SOAK_PODS)

@@ -282,21 +282,23 @@ impl Sandbox {
                 Err(answer) => answer,
             },
         };
-        let is_lost = !matches!(answer, ttrpc::Error::RpcStatus(_) | ttrpc::Error::Others(_));
-        // As in `give_up`: the guest may be about to say why.
-        if is_lost && let Ok(stop) = tokio::time::timeout(LAST_WORDS, self.stopped()).await {
+        let is_answered = matches!(answer, ttrpc::Error::RpcStatus(_));
+        if !is_answered && let Some(stop) = self.ending().await {
             return Err(MachineError::Stopped(stop).into());
         }
         Err(SandboxError::Agent { what, answer })
     }
 
-    /// Ends a machine whose agent is gone. Most likely the guest is about to end
-    /// by itself, and then says why: it gets a moment for that.
+    /// What becomes of a machine whose agent is gone, if it ends. Most likely the guest is about
+    /// to do so by itself, and then says why: it gets a moment for that.
+    pub async fn ending(&self) -> Option<Stop> {
+        let stopped = tokio::time::timeout(LAST_WORDS, self.stopped());
+        stopped.await.ok()
+    }
+
+    /// Ends such a machine.
     pub async fn give_up(&self) {
-        if tokio::time::timeout(LAST_WORDS, self.stopped())
-            .await
-            .is_err()
-        {
+        if self.ending().await.is_none() {
             self.kill().await;
         }
     }

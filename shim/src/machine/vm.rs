@@ -184,6 +184,8 @@ impl VmMachine {
         self.send(&Request::Boot(Box::new(config)), fds).await
     }
 
+    /// A monitor that cannot be told anything has ended, or is about to: the error is what became
+    /// of its machine.
     async fn send(&self, request: &Request, fds: &FdList<'_>) -> Result<(), MachineError> {
         loop {
             let mut guard = self
@@ -194,6 +196,9 @@ impl VmMachine {
             match self.channel.get_ref().0.send(request, fds) {
                 Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     guard.clear_ready();
+                }
+                Err(ChannelError::Closed) => {
+                    return Err(MachineError::Stopped(self.stopped().await));
                 }
                 result => return Ok(result?),
             }
@@ -208,20 +213,11 @@ impl VmMachine {
         request: impl FnOnce(u64) -> Request,
     ) -> Result<Answer, MachineError> {
         let (number, answer) = lock(&self.unanswered).add();
-        self.send(&request(number), fds)
-            .await
-            .map_err(|error| self.stop_or(error))?;
+        self.send(&request(number), fds).await?;
         tokio::select! {
             biased;
             Ok(answer) = answer => Ok(answer),
             stop = self.stopped() => Err(MachineError::Stopped(stop)),
-        }
-    }
-
-    fn stop_or(&self, otherwise: MachineError) -> MachineError {
-        match &*self.stopped.borrow() {
-            Some(stop) => MachineError::Stopped(stop.clone()),
-            None => otherwise,
         }
     }
 }
@@ -237,16 +233,15 @@ impl Machine for VmMachine {
             StdUnixStream::pair().map_err(MachineError::io("make a stream's socket pair"))?;
         let mut fds = FdList::default();
         let stream = fds.push(far.as_fd());
-        self.send(&Request::Connect { port, stream }, &fds)
-            .await
-            .map_err(|error| self.stop_or(error))?;
+        self.send(&Request::Connect { port, stream }, &fds).await?;
         to_tokio(near)
     }
 
     async fn agent(&self) -> Result<UnixStream, MachineError> {
         let receiver = self.agent.lock().await.take();
         let Some(receiver) = receiver else {
-            return Err(self.stop_or(MachineError::Stopped(Stop::Died)));
+            let stop = self.stopped.borrow().clone();
+            return Err(MachineError::Stopped(stop.unwrap_or(Stop::Died)));
         };
         tokio::select! {
             biased;
@@ -263,8 +258,7 @@ impl Machine for VmMachine {
         let reached = |now: &watch::Receiver<u32>| *now.borrow() == growth_mib;
         let start = Instant::now();
         self.send(&Request::Resize { growth_mib }, &FdList::default())
-            .await
-            .map_err(|error| self.stop_or(error))?;
+            .await?;
         while !reached(&now) && start.elapsed() < RESIZE_LIMIT {
             match tokio::time::timeout(RESIZE_STALL, now.changed()).await {
                 Ok(Ok(())) => (),
@@ -345,8 +339,7 @@ impl Machine for VmMachine {
     }
 
     async fn interrupt(&self) -> Result<(), MachineError> {
-        let sent = self.send(&Request::Interrupt, &FdList::default()).await;
-        sent.map_err(|error| self.stop_or(error))
+        self.send(&Request::Interrupt, &FdList::default()).await
     }
 
     async fn stopped(&self) -> Stop {

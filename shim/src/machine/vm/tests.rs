@@ -58,6 +58,23 @@ async fn last_words_of_a_monitor_that_has_not_read_everything_are_heard() {
     assert_eq!(machine.stopped().await, Stop::Guest(reason));
 }
 
+/// Of a monitor that has just ended nobody may know yet why.
+#[tokio::test]
+async fn what_cannot_be_asked_any_more_fails_with_what_became_of_the_machine() {
+    let (machine, monitor) = with_stand_in();
+    let reason = StopReason::Shutdown;
+    monitor
+        .send(&Event::Stopped(reason), &FdList::default())
+        .unwrap();
+    drop(monitor);
+    let gone = machine.interrupt().await.unwrap_err();
+    let expected = Stop::Guest(reason);
+    assert!(
+        matches!(&gone, MachineError::Stopped(stop) if *stop == expected),
+        "{gone}"
+    );
+}
+
 /// The next request must be a resize; how far.
 async fn resize_request(monitor: &mut AsyncFd<ChannelHolder>) -> u32 {
     loop {

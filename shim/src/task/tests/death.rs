@@ -12,6 +12,7 @@ use ttrpc::Code;
 use super::fixture::*;
 use crate::machine::fake::{FakeHost, FakeMachine};
 use crate::machine::{Machine, Stop};
+use crate::storage::testing::Writer;
 use crate::task::container::CALL_TIMEOUT;
 use crate::task::lock;
 
@@ -145,7 +146,7 @@ async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
 /// The container that is being made when the machine dies, and the one after it.
 #[tokio::test]
 async fn a_create_says_what_happened() {
-    let fixture = Fixture::new().await;
+    let mut fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.hang();
@@ -160,6 +161,13 @@ async fn a_create_says_what_happened() {
     let expected = (Code::UNAVAILABLE, of_pod(gone));
     assert_eq!(refusal(created), expected);
     assert_eq!(refusal(fixture.create("late", "true").await), expected);
+    // The first that the guest is asked for is a copy of the volume.
+    let mut volume = Writer::new();
+    volume.write(&[("key", b"value")]);
+    fixture.mounts = json!([{
+        "destination": "/volume", "type": "bind", "source": volume.path(), "options": ["rbind"],
+    }]);
+    assert_eq!(refusal(fixture.create("later", "true").await), expected);
     assert_eq!(fixture.wait("c", "").await, 137);
     let exec = fixture.exec("c", "late", "true").await;
     assert_eq!(code(exec), Code::FAILED_PRECONDITION);
@@ -247,18 +255,22 @@ async fn a_container_that_was_given_up_keeps_no_pod() {
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
-    let host = FakeHost::scripted();
-    let sandbox = host.open();
-    host.boot(&sandbox).await.unwrap();
-    let machine = lock(&host.machine).clone().unwrap();
-    let asked = sandbox.ask("test", SOON, |_| async {
-        Err::<(), _>(ttrpc::Error::RemoteClosed)
-    });
-    let mut asked = std::pin::pin!(asked);
-    assert!(futures::poll!(asked.as_mut()).is_pending());
-    machine.end(Stop::Guest(StopReason::Panic));
-    let error = asked.await.unwrap_err().to_string();
-    assert!(error.ends_with("the guest kernel panicked"), "{error}");
+    for lost in [
+        ttrpc::Error::RemoteClosed,
+        // Of a call that comes when the connection has ended.
+        ttrpc::Error::Others("reserve channel capacity failed: channel closed".into()),
+    ] {
+        let host = FakeHost::scripted();
+        let sandbox = host.open();
+        host.boot(&sandbox).await.unwrap();
+        let machine = lock(&host.machine).clone().unwrap();
+        let asked = sandbox.ask("test", SOON, |_| std::future::ready(Err::<(), _>(lost)));
+        let mut asked = std::pin::pin!(asked);
+        assert!(futures::poll!(asked.as_mut()).is_pending());
+        machine.end(Stop::Guest(StopReason::Panic));
+        let error = asked.await.unwrap_err().to_string();
+        assert!(error.ends_with("the guest kernel panicked"), "{error}");
+    }
 }
 
 /// The guest lives, and the machine: nobody is told that they are gone.
