@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, VmConfig};
+use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, StopReason, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -126,10 +126,14 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let memory = running.memory().clone();
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
-    let outcome = result?;
-    if matches!(outcome, Outcome::Stopped(_)) {
-        for line in pstore::last_words(&memory) {
+    let mut outcome = result?;
+    if let Outcome::Stopped(reason) = &mut outcome {
+        let last_words = pstore::last_words(&memory);
+        for line in &last_words {
             tracing::warn!("guest kernel: {line}");
+        }
+        if *reason == StopReason::Panic && pstore::tell_of_no_memory(&last_words) {
+            *reason = StopReason::OutOfMemory;
         }
     }
     report(channel, outcome)

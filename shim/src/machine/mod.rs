@@ -111,6 +111,9 @@ impl std::fmt::Display for Stop {
             Self::Guest(StopReason::Reboot) => f.write_str("the guest rebooted"),
             Self::Guest(StopReason::TripleFault) => f.write_str("the guest crashed (triple fault)"),
             Self::Guest(StopReason::Panic) => f.write_str("the guest kernel panicked"),
+            Self::Guest(StopReason::OutOfMemory) => {
+                f.write_str("the guest kernel panicked: out of memory, and nothing left to kill")
+            }
             Self::Failed(message) => write!(f, "the monitor failed: {message}"),
             Self::Died => f.write_str("the monitor process ended"),
             Self::Hung => f.write_str("the guest hung: no answer within hang_timeout_seconds"),

@@ -99,14 +99,14 @@ fn the_machine_runs_out_of_memory() {
     assert_eq!(sibling.state(), ContainerState::Running);
     assert!(pod.is_ready());
 
-    // One that must not be killed leaves nobody to kill in the end. containerd removes
-    // what is left of the pod by itself, the log included.
+    // One that must not be killed leaves nobody to kill in the end, and all end with the
+    // machine. containerd removes what is left of the pod by itself, the log included.
     let log = Command::new("nacre")
         .args(["logs", "-f", &pod.id])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let _immortal = pod
+    let immortal = pod
         .container("immortal", &["sh", "-c", "exec tail /dev/zero"])
         .resources(|resources| resources.oom_score_adj = -1000)
         .start();
@@ -114,6 +114,10 @@ fn the_machine_runs_out_of_memory() {
     let log = log.wait_with_output().unwrap().stdout;
     let log = String::from_utf8_lossy(&log);
     assert!(log.contains("deadlocked on memory"), "{log}");
+    for lost in [immortal, sibling] {
+        assert_eq!(lost.await_exit().exit_code, 137);
+        eventually("the reason is told", || lost.status().reason == "OOMKilled");
+    }
 }
 
 /// Processor time a container has had.
