@@ -382,10 +382,17 @@ fn vcpus_come_and_go_with_the_limits(scene: &PodScene) {
         // With `overhead_cpu_millis`.
         assert_eq!(text, format!("{limit}10000 100000\n"));
     };
-    let update = |cpus| scene.cri().update(&app.id, limits(cpus)).unwrap();
+    // kubelet tells the pod's sums first, which containerd keeps to itself.
+    let tell = |cpus| scene.cri().update_pod(&pod.id, limits(cpus)).unwrap();
+    let update = |cpus| {
+        tell(cpus);
+        scene.cri().update(&app.id, limits(cpus)).unwrap();
+    };
     has(1, 1);
     app.sh("cat /sys/devices/system/cpu/present")
         .prints("0-3\n");
+    tell(3);
+    has(1, 1);
 
     update(3);
     has(3, 3);
