@@ -91,8 +91,12 @@ fn no_network_configuration() {
 #[test]
 fn network_namespace_deleted_underneath() {
     let scene = PodScene::new();
-    let pod = scene.pod("uprooted").run();
-    let app = pod.container("app", SLEEP).start();
+    network_namespace_deleted_underneath_of(&scene.pod("uprooted").run());
+}
+
+/// The same of a pod, which is removed then.
+pub fn network_namespace_deleted_underneath_of(pod: &Pod) {
+    let app = pod.container("uprooted", SLEEP).start();
     let said = run("ip", &["netns", "identify", &pod.monitor().to_string()]).exits(0);
     let name = said.stdout.trim();
     assert!(name.starts_with("cni-"), "{said:#?}");

@@ -283,7 +283,7 @@ pub fn processes_are_limited(pod: &Pod) {
 
 /// Kubernetes' requests are shares and a score; without limits nothing else is said of a
 /// pod's size, and its machine is as large as nacre.toml has it.
-fn requests_without_limits(pod: &Pod) {
+pub fn requests_without_limits(pod: &Pod) {
     let app = pod
         .container("requests", SLEEP)
         .resources(|resources| (resources.cpu_shares, resources.oom_score_adj) = (512, 900))
