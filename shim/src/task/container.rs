@@ -348,10 +348,14 @@ impl Container {
         }
     }
 
-    /// A process that went down with its machine, if the guest had it. Of one that had no
-    /// memory left all containers are to be known as killed for that, as none was.
+    /// A process that went down with its machine. Where that had no memory left, or the host
+    /// had none for it, all containers are to be known as killed for that, as none was.
     fn lost(&self, stop: &Stop) -> Exit {
-        if *stop == Stop::Guest(StopReason::OutOfMemory) && !self.is_pending() {
+        let lacked_memory = matches!(
+            stop,
+            Stop::Guest(StopReason::OutOfMemory) | Stop::OutOfMemory
+        );
+        if lacked_memory && !self.is_pending() {
             self.report_oom(u64::MAX);
         }
         Exit::now(LOST_STATUS)

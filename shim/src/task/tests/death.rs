@@ -143,27 +143,29 @@ async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
     fixture.expect(&["exit"]).await;
 }
 
-/// Its kernel had nobody to kill, so all that ran went down with it: containerd is told why,
-/// once of each container, before their exits.
+/// The guest's kernel had nobody to kill, or the host's took the machine: all that ran went down
+/// with it, and containerd is told why, once of each container, before their exits.
 #[tokio::test]
-async fn a_guest_that_ends_for_want_of_memory_has_killed_its_containers() {
-    let mut fixture = Fixture::new().await;
-    fixture.run("gone", "exit 3").await;
-    fixture.wait("gone", "").await;
-    fixture.run("c", "exec sleep 60").await;
-    fixture.exec("c", "e", "exec sleep 60").await.unwrap();
-    fixture.start("c", "e").await.unwrap();
-    fixture.expect(&["create", "start", "exit"]).await;
-    let started = ["create", "start", "exec-added", "exec-started"];
-    fixture.expect(&started).await;
-    let machine = lock(&fixture.machine).clone().unwrap();
-    machine.end(Stop::Guest(StopReason::OutOfMemory));
-    machine.kill();
-    assert_eq!(fixture.event::<TaskOOM>().await.container_id, "c");
-    fixture.expect(&["exit", "exit"]).await;
-    assert_eq!(fixture.wait("c", "").await, 137);
-    fixture.delete("gone", "").await.unwrap();
-    fixture.expect(&["delete"]).await;
+async fn a_machine_that_ends_for_want_of_memory_has_killed_its_containers() {
+    for stop in [Stop::Guest(StopReason::OutOfMemory), Stop::OutOfMemory] {
+        let mut fixture = Fixture::new().await;
+        fixture.run("gone", "exit 3").await;
+        fixture.wait("gone", "").await;
+        fixture.run("c", "exec sleep 60").await;
+        fixture.exec("c", "e", "exec sleep 60").await.unwrap();
+        fixture.start("c", "e").await.unwrap();
+        fixture.expect(&["create", "start", "exit"]).await;
+        let started = ["create", "start", "exec-added", "exec-started"];
+        fixture.expect(&started).await;
+        let machine = lock(&fixture.machine).clone().unwrap();
+        machine.end(stop);
+        machine.kill();
+        assert_eq!(fixture.event::<TaskOOM>().await.container_id, "c");
+        fixture.expect(&["exit", "exit"]).await;
+        assert_eq!(fixture.wait("c", "").await, 137);
+        fixture.delete("gone", "").await.unwrap();
+        fixture.expect(&["delete"]).await;
+    }
 }
 
 /// The container that is being made when the machine dies, and the one after it.
