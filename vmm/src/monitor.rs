@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, VmConfig};
+use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, StopReason, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -129,9 +129,14 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let memory = running.memory().clone();
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
-    let outcome = result?;
-    for line in pstore::last_words(&memory) {
+    let mut outcome = result?;
+    let last_words = pstore::last_words(&memory);
+    for line in &last_words {
         tracing::warn!("guest kernel: {line}");
+    }
+    let has_panicked = matches!(outcome, Outcome::Stopped(StopReason::Panic));
+    if has_panicked && pstore::tell_of_no_memory(&last_words) {
+        outcome = Outcome::Stopped(StopReason::OutOfMemory);
     }
     report(channel, outcome)
 }

@@ -31,6 +31,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
 use crate::network::HostNic;
+use crate::oom::Kills;
 use crate::storage::HostBacking;
 use crate::task::lock;
 use crate::virtiofsd;
@@ -121,12 +122,22 @@ impl VmMachine {
         })
         .map_err(|error| MachineError::Spawn(error.into()))?;
         let pid = u32::try_from(child.pid).map_err(|error| MachineError::Spawn(error.into()))?;
-        Self::adopt(near, pid, child.pidfd)
+        let kills = launch.cgroup.map(Kills::of).transpose();
+        let kills = kills.unwrap_or_else(|error| {
+            warn!(%error, "a machine that the host has no memory for is not told from others");
+            None
+        });
+        Self::adopt(near, pid, child.pidfd, kills)
     }
 
     /// Takes charge of a monitor process that exists. Everything that follows
     /// its start is here, so that tests can put another process in its place.
-    fn adopt(near: Channel, pid: u32, pidfd: OwnedFd) -> Result<Self, MachineError> {
+    fn adopt(
+        near: Channel,
+        pid: u32,
+        pidfd: OwnedFd,
+        kills: Option<Kills>,
+    ) -> Result<Self, MachineError> {
         set_nonblocking(near.as_fd())
             .map_err(MachineError::io("make the control channel non-blocking"))?;
         let reader = near
@@ -151,6 +162,7 @@ impl VmMachine {
             reader,
             pidfd.clone(),
             news,
+            kills,
             stopped_tx,
             dropped,
         ));
@@ -168,10 +180,10 @@ impl VmMachine {
 
     /// A machine whose monitor is another process, and the monitor's end of its channel.
     #[cfg(test)]
-    pub(crate) fn with_stand_in(pid: u32) -> (Self, Channel) {
+    pub(crate) fn with_stand_in(pid: u32, kills: Option<Kills>) -> (Self, Channel) {
         let (near, far) = Channel::pair().unwrap();
         let pidfd = crate::rundir::pidfd_open(pid).unwrap();
-        (Self::adopt(near, pid, pidfd).unwrap(), far)
+        (Self::adopt(near, pid, pidfd, kills).unwrap(), far)
     }
 
     /// Tells the monitor to build and run the VM. The reply is an event: the
@@ -413,6 +425,7 @@ async fn watch_monitor(
     reader: AsyncFd<ChannelHolder>,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     mut news: News,
+    kills: Option<Kills>,
     stopped: watch::Sender<Option<Stop>>,
     mut dropped: mpsc::Receiver<()>,
 ) {
@@ -428,8 +441,19 @@ async fn watch_monitor(
         kill_pidfd(pidfd.as_fd());
         reap(&pidfd).await;
     }
+    let stop = match stop {
+        Stop::Died if kills.as_ref().is_some_and(has_killed) => Stop::OutOfMemory,
+        stop => stop,
+    };
     info!(%stop, "machine stopped");
     stopped.send_replace(Some(stop));
+}
+
+fn has_killed(kills: &Kills) -> bool {
+    kills.any().unwrap_or_else(|error| {
+        warn!(%error, "whether the host had no memory is not known");
+        false
+    })
 }
 
 /// Where the monitor's events go, but for the last.
