@@ -46,6 +46,12 @@ const VGA: &str = "0000:00:16.0";
 const DEVICES: &str = "io.nacre.devices";
 /// What a guest calls its first disk.
 const DISK: &str = "/dev/nvme0n1";
+/// Prints how much of a disk can be read, and its serial number, which is that of the node's
+/// numbers whatever the node is called: a line for each disk that a container has.
+const DISKS: &str = "cd /dev; for disk in nvme*n1; do \
+    number=$((0x$(stat -c %t $disk))):$((0x$(stat -c %T $disk))); \
+    echo $(head -c 1048576 $disk | wc -c) $(cat /sys/dev/block/$number/device/serial); \
+    done | sort";
 const SLEEP: [&str; 2] = ["sleep", "3600"];
 
 /// `nacre devices` with arguments.
