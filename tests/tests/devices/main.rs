@@ -41,6 +41,7 @@ const EDU: &str = "0000:00:13.0";
 const TESTDEV: &str = "0000:00:14.0";
 const NIC: &str = "0000:00:15.0";
 const VGA: &str = "0000:00:16.0";
+const MEMORY: &str = "0000:00:17.0";
 
 /// The annotation that asks for devices.
 const DEVICES: &str = "io.nacre.devices";
@@ -91,6 +92,13 @@ fn behind(port: &str) -> String {
     }
 }
 
+/// The functions of the card.
+fn card() -> [String; 2] {
+    let function = behind(CARD_PORT);
+    let (slot, _) = function.rsplit_once('.').unwrap();
+    [0, 1].map(|number| format!("{slot}.{number}"))
+}
+
 /// The disk of an NVMe controller, once it is there.
 fn disk(address: &str) -> String {
     let mut found = None;
@@ -121,6 +129,13 @@ fn no_claims() {
         let claims = fs::read_dir("/run/nacre/.devices").into_iter().flatten();
         claims.count() == 0
     });
+}
+
+/// Fails the test unless a pod's log has a text.
+#[track_caller]
+fn log_has(id: &str, text: &str) {
+    let log = run("nacre", &["logs", id]).exits(0).stdout;
+    assert!(log.contains(text), "no {text:?} in {log}");
 }
 
 /// A CDI spec of one device, until this is dropped.
