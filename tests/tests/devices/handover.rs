@@ -1,16 +1,17 @@
 //! What becomes of a device when its pod ends, or the host wants it back.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use nacre_tests::{Changed, Scene};
+use nacre_tests::{Changed, Scene, run};
 use serde_json::{Value, json};
 
 use crate::drivers::{drivers, image};
 use crate::{
-    Bound, DEVICES, DISK, MEMORY, NVME_PORT, SLEEP, behind, card, disk, driver, group, log_has,
-    no_claims, sysfs,
+    Bound, DEVICES, DISK, MEMORY, NVME_PORT, REPORTING_PORT, SLEEP, behind, card, disk, driver,
+    group, log_has, no_claims, sysfs,
 };
 
 const VFIO_PCI: &str = "/sys/bus/pci/drivers/vfio-pci";
@@ -113,4 +114,45 @@ fn a_device_that_the_host_takes_back_ends_the_pod() {
     fs::write("/sys/bus/pci/rescan", "1").unwrap();
     assert_eq!(behind(NVME_PORT), nvme);
     disk(&nvme);
+}
+
+/// Completion Timeout, as a device has it in its register of uncorrectable errors (PCI Express base
+/// 5.0, 7.8.4.2).
+const COMPLETION_TIMEOUT: u32 = 1 << 14;
+
+/// Has the kernel find that a device has reported an error (`struct aer_error_inj` of
+/// drivers/pci/pcie/aer_inject.c).
+fn report_error(address: &str) {
+    run("modprobe", &["aer_inject"]).exits(0);
+    let (_, numbers) = address.split_once(':').unwrap();
+    let numbers = numbers.split([':', '.']);
+    let numbers = numbers.map(|number| u8::from_str_radix(number, 16).unwrap());
+    let mut error = [0; 32];
+    for (byte, number) in error.iter_mut().zip(numbers) {
+        *byte = number;
+    }
+    error[4..8].copy_from_slice(&COMPLETION_TIMEOUT.to_ne_bytes());
+    let mut node = File::options().write(true).open("/dev/aer_inject").unwrap();
+    node.write_all(&error).unwrap();
+}
+
+/// The guest would wait for it; the next pod may have it.
+#[test]
+fn a_device_that_fails_ends_the_pod() {
+    let address = behind(REPORTING_PORT);
+    let _bound = Bound::new(&[&address]);
+    let mut scene = Scene::new();
+    let node = format!("/dev/vfio/{}", group(&address));
+    let id = scene.start(&["--device", &node], &SLEEP);
+    // It has no function-level reset.
+    log_has(&id, "resets=1");
+    report_error(&address);
+    scene.await_status(&id, "STOPPED");
+    let text = format!("PCI device {address} had an error it cannot recover from");
+    log_has(&id, &text);
+    scene.ctr(&["task", "rm", &id]).exits(0);
+    no_claims();
+    let open = File::options().read(true).write(true).open(&node);
+    drop(open.expect("nobody has the device"));
+    run("modprobe", &["-r", "aer_inject"]).exits(0);
 }

@@ -9,6 +9,7 @@
 //! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 128 GiB of memory
 //! 00:18.0 root port -> two functions, xhci         one group; reset together only
 //! 00:19.0 root port -> nvme with virtual functions
+//! 00:1a.0 root port -> e1000e, which reports errors
 //! ```
 //!
 //! One test makes another one, which is on no bus: `mediated.rs`.
@@ -36,6 +37,7 @@ const SWITCH_PORT: &str = "0000:00:11.0";
 const NVME_PORT: &str = "0000:00:10.0";
 const CARD_PORT: &str = "0000:00:18.0";
 const SHARED_PORT: &str = "0000:00:19.0";
+const REPORTING_PORT: &str = "0000:00:1a.0";
 const PAIR: [&str; 2] = ["0000:00:12.0", "0000:00:12.1"];
 const EDU: &str = "0000:00:13.0";
 const TESTDEV: &str = "0000:00:14.0";
