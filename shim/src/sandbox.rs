@@ -55,7 +55,7 @@ use crate::storage::Followers;
 pub use error::SandboxError;
 pub use host::Host;
 #[cfg(test)]
-pub use hotplug::HotPlug;
+pub use hotplug::{HotPlug, Monitor};
 #[cfg(test)]
 pub use images::Images;
 use resize::MachineSize;
