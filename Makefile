@@ -138,11 +138,9 @@ driver-images: stage
 	@$(MAKE) -s -C "$$($(MAKE) -s --no-print-directory -C guest-kernel headers)" M=$(CURDIR)/$(DRIVERS)/module modules
 	@mkdir $(DRIVERS)/edu/modules && cp $(DRIVERS)/module/edu.ko $(DRIVERS)/edu/modules/
 	@echo 'edu.ko level=3' >$(DRIVERS)/edu/modules/modules.load
-	@mkdir -p $(DRIVERS)/canary/modules && cp $(DRIVERS)/module/canary.ko $(DRIVERS)/canary/modules/
-	@echo canary.ko >$(DRIVERS)/canary/modules/modules.load
 	@cp -r $(DRIVERS)/edu $(DRIVERS)/old && LC_ALL=C sed -i 's/vermagic=6/vermagic=5/' $(DRIVERS)/old/modules/edu.ko
 	@mkdir -p $(STAGE)/tests/drivers && cp $(DRIVERS)/module/hang.ko $(STAGE)/tests/
-	@for name in nvme edu canary old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
+	@for name in nvme edu old; do guest-kernel/driver-image $(DRIVERS)/$$name $(STAGE)/tests/drivers/$$name.erofs; done
 
 # The lab's disk, on its way while others compile: it takes a processor at most, and waits for
 # packages.
@@ -180,7 +178,7 @@ long: stage driver-images
 # every way a pod may end.
 SOAK_SECONDS ?= 600
 SOAK_PODS ?= 300
-soak: stage driver-images
+soak: stage
 	@cargo build --release --locked -p nacre-tests --bin nacre-soak
 	@install -m 755 target/release/nacre-soak $(STAGE)$(PREFIX)/bin/
 	@$(IN_LAB) run --timeout $$(($(SOAK_SECONDS) + $(SOAK_PODS) * 15 + 300)) $(STAGE) -- nacre-soak $(SOAK_SECONDS) $(SOAK_PODS)

@@ -154,10 +154,8 @@ pub enum StopReason {
     Reboot,
     /// A vCPU triple-faulted.
     TripleFault,
-    /// The guest kernel reported a panic (pvpanic),
+    /// The guest kernel reported a panic (pvpanic).
     Panic,
-    /// and says that it was for want of memory.
-    OutOfMemory,
 }
 
 /// A virtual machine, complete.

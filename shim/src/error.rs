@@ -17,8 +17,8 @@ use crate::network::NetworkError;
 use crate::rundir::RunDirError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
+use crate::task::TaskError;
 use crate::task::console::ConsoleError;
-use crate::task::{StreamError, TaskError};
 
 /// Writes an error and its sources on one line.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
@@ -48,10 +48,7 @@ fn code(error: &TaskError) -> Code {
         TaskError::Machine(error) => machine_code(error),
         TaskError::Sandbox(error) => sandbox_code(error),
         TaskError::Storage(error) => storage_code(error),
-        TaskError::Io(StreamError::Connect { source, .. }) => machine_code(source),
-        TaskError::Io(StreamError::Open { .. } | StreamError::Scheme { .. })
-        | TaskError::Encode(_)
-        | TaskError::Cancelled => Code::INTERNAL,
+        TaskError::Io(_) | TaskError::Encode(_) | TaskError::Cancelled => Code::INTERNAL,
     }
 }
 
@@ -205,7 +202,6 @@ impl TaskError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Stop;
     use std::io;
     use ttrpc::error::get_rpc_status;
 
@@ -301,24 +297,6 @@ mod tests {
             ),
         ] {
             assert_eq!(code(&error), expected, "{error}");
-        }
-    }
-
-    /// Whatever was done with it.
-    #[test]
-    fn a_machine_that_is_gone_is_unavailable() {
-        let gone = || MachineError::Stopped(Stop::Died);
-        let stream = StreamError::Connect {
-            stream: "stdout",
-            source: gone(),
-        };
-        for error in [
-            TaskError::from(gone()),
-            SandboxError::from(gone()).into(),
-            stream.into(),
-        ] {
-            assert_eq!(code(&error), Code::UNAVAILABLE, "{error}");
-            assert!(chain(&error).ends_with("the monitor process ended"));
         }
     }
 

@@ -44,8 +44,7 @@ pub enum HookRefused {
     #[error(
         "container {container_id}: createContainer hook {} is a program of the host that runs \
          inside the container, which a virtual machine makes impossible; use createRuntime for \
-         the host's programs and startContainer for the container's, and of a CDI device one \
-         whose spec names nodes below /dev/vfio",
+         the host's programs and startContainer for the container's",
         path.display()
     )]
     CreateContainer {

@@ -1,5 +1,4 @@
-//! Whom the host's kernel ends first when memory runs out (proc_pid_oom_score_adj(5)), and
-//! whether it has ended somebody.
+//! Whom the host's kernel ends first when memory runs out (proc_pid_oom_score_adj(5)).
 //!
 //! Of a group that is full the kernel ends the process that uses most, by what it sees
 //! of it: neither huge pages nor what is left of a dead monitor's memory. The shim is to be
@@ -10,11 +9,6 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::BorrowedFd;
-use std::os::unix::fs::FileExt;
-
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
 
 use crate::rundir::Proc;
 
@@ -48,73 +42,10 @@ fn value(own: i32, wanted: Option<i32>) -> i32 {
     wanted.map_or(least, |wanted| wanted.max(least)).min(MAX)
 }
 
-/// More than `memory.events` has.
-const EVENTS_BYTES: usize = 512;
-
-/// The kernel's kills of a group's processes for want of memory, its own or the host's
-/// (`oom_kill`; Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files").
-#[derive(Debug)]
-pub struct Kills {
-    events: File,
-    before: u64,
-}
-
-impl Kills {
-    /// Those from now on of the group whose directory this is.
-    ///
-    /// # Errors
-    ///
-    /// Those of its file.
-    pub fn of(cgroup: BorrowedFd<'_>) -> io::Result<Self> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let events = File::from(openat(cgroup, "memory.events", flags, Mode::empty())?);
-        let before = count(&events)?;
-        Ok(Self { events, before })
-    }
-
-    /// Whether there was one.
-    ///
-    /// # Errors
-    ///
-    /// Those of the group's file.
-    pub fn any(&self) -> io::Result<bool> {
-        Ok(count(&self.events)? > self.before)
-    }
-}
-
-fn count(events: &File) -> io::Result<u64> {
-    let mut bytes = [0; EVENTS_BYTES];
-    let len = events.read_at(&mut bytes, 0)?;
-    let text = String::from_utf8_lossy(bytes.get(..len).unwrap_or_default());
-    let kills = text
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill "))
-        .and_then(|number| number.trim().parse().ok());
-    kills.ok_or_else(|| io::Error::other("memory.events has no oom_kill"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
     use std::process::Command;
-
-    #[test]
-    fn kills_are_those_since_then() {
-        let group = tempfile::tempdir().unwrap();
-        let directory = File::open(group.path()).unwrap();
-        let write = |text: &str| fs::write(group.path().join("memory.events"), text).unwrap();
-        assert!(Kills::of(directory.as_fd()).is_err(), "there is no file");
-        write("low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 7\n");
-        let kills = Kills::of(directory.as_fd()).unwrap();
-        assert!(!kills.any().unwrap());
-        write("low 0\nhigh 0\nmax 9\noom 4\noom_kill 2\noom_group_kill 8\n");
-        assert!(!kills.any().unwrap());
-        write("low 0\nhigh 0\nmax 9\noom 4\noom_kill 3\noom_group_kill 8\n");
-        assert!(kills.any().unwrap());
-        write("low 0\n");
-        assert!(kills.any().is_err());
-    }
 
     #[test]
     fn shim_is_spared_whatever_is_wanted() {

@@ -55,7 +55,7 @@ use crate::storage::Followers;
 pub use error::SandboxError;
 pub use host::Host;
 #[cfg(test)]
-pub use hotplug::{HotPlug, Monitor};
+pub use hotplug::HotPlug;
 #[cfg(test)]
 pub use images::Images;
 use resize::MachineSize;
@@ -282,23 +282,21 @@ impl Sandbox {
                 Err(answer) => answer,
             },
         };
-        let is_answered = matches!(answer, ttrpc::Error::RpcStatus(_));
-        if !is_answered && let Some(stop) = self.ending().await {
+        let is_lost = !matches!(answer, ttrpc::Error::RpcStatus(_) | ttrpc::Error::Others(_));
+        // As in `give_up`: the guest may be about to say why.
+        if is_lost && let Ok(stop) = tokio::time::timeout(LAST_WORDS, self.stopped()).await {
             return Err(MachineError::Stopped(stop).into());
         }
         Err(SandboxError::Agent { what, answer })
     }
 
-    /// What becomes of a machine whose agent is gone, if it ends. Most likely the guest is about
-    /// to do so by itself, and then says why: it gets a moment for that.
-    pub async fn ending(&self) -> Option<Stop> {
-        let stopped = tokio::time::timeout(LAST_WORDS, self.stopped());
-        stopped.await.ok()
-    }
-
-    /// Ends such a machine.
+    /// Ends a machine whose agent is gone. Most likely the guest is about to end
+    /// by itself, and then says why: it gets a moment for that.
     pub async fn give_up(&self) {
-        if self.ending().await.is_none() {
+        if tokio::time::timeout(LAST_WORDS, self.stopped())
+            .await
+            .is_err()
+        {
             self.kill().await;
         }
     }

@@ -34,37 +34,7 @@ impl Allocations {
         };
         let container = ContainerResources {
             devices: vec![devices],
-            ..ContainerResources::default()
         };
-        Self::of_pod(dir, name, container)
-    }
-
-    /// The same of a driver of DRA: for a claim the container has what CDI calls `device`.
-    ///
-    /// # Panics
-    ///
-    /// As [`Self::of_plugin`].
-    #[must_use]
-    pub fn of_claim(dir: &Path, name: &str, device: &str) -> Self {
-        let device = CdiDevice {
-            name: device.into(),
-        };
-        let claim = ClaimResource {
-            cdi_devices: vec![device],
-        };
-        let claim = DynamicResource {
-            claim_name: "claim".into(),
-            claim_namespace: "default".into(),
-            claim_resources: vec![claim],
-        };
-        let container = ContainerResources {
-            dynamic_resources: vec![claim],
-            ..ContainerResources::default()
-        };
-        Self::of_pod(dir, name, container)
-    }
-
-    fn of_pod(dir: &Path, name: &str, container: ContainerResources) -> Self {
         let pod = PodResources {
             name: name.into(),
             namespace: "default".into(),
@@ -157,8 +127,6 @@ struct PodResources {
 struct ContainerResources {
     #[prost(message, repeated, tag = "2")]
     devices: Vec<ContainerDevices>,
-    #[prost(message, repeated, tag = "5")]
-    dynamic_resources: Vec<DynamicResource>,
 }
 
 /// `v1.ContainerDevices`.
@@ -168,29 +136,4 @@ struct ContainerDevices {
     resource_name: String,
     #[prost(string, repeated, tag = "2")]
     device_ids: Vec<String>,
-}
-
-/// `v1.DynamicResource`.
-#[derive(Clone, PartialEq, Message)]
-struct DynamicResource {
-    #[prost(string, tag = "2")]
-    claim_name: String,
-    #[prost(string, tag = "3")]
-    claim_namespace: String,
-    #[prost(message, repeated, tag = "4")]
-    claim_resources: Vec<ClaimResource>,
-}
-
-/// `v1.ClaimResource`.
-#[derive(Clone, PartialEq, Message)]
-struct ClaimResource {
-    #[prost(message, repeated, tag = "1")]
-    cdi_devices: Vec<CdiDevice>,
-}
-
-/// `v1.CDIDevice`.
-#[derive(Clone, PartialEq, Message)]
-struct CdiDevice {
-    #[prost(string, tag = "1")]
-    name: String,
 }

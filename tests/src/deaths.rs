@@ -6,11 +6,10 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api::Status;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{PATIENCE, Said, Shim, ctr, eventually, run};
+use crate::{PATIENCE, Said, ctr, eventually};
 
 /// Starts a client that has no input; what it says is kept for it.
 pub fn spawn(mut command: Command) -> Child {
@@ -53,46 +52,6 @@ pub fn process_of(id: &str, name: &str) -> String {
         pid.is_some()
     });
     pid.unwrap_or_default().to_string()
-}
-
-/// When a pod is hit whose container starts.
-#[derive(Debug, Clone, Copy)]
-pub enum Moment {
-    /// So many milliseconds after the process is there.
-    AfterMs(u64),
-    /// When the container is created: the client's next call starts it.
-    Created,
-    /// When its machine is about to boot: of a network namespace without a path, after that call.
-    Boots,
-    /// When it runs, whether its client knows or not.
-    Runs,
-}
-
-impl Moment {
-    /// The steps of a start lie between them.
-    pub const OF_A_START: [Self; 4] = [
-        Self::AfterMs(0),
-        Self::AfterMs(300),
-        Self::AfterMs(1500),
-        Self::Created,
-    ];
-
-    /// Returns then.
-    ///
-    /// # Panics
-    ///
-    /// When the start does not get there.
-    pub fn wait(self, id: &str) {
-        let status = || Shim::find(id).ok()?.state("").ok();
-        match self {
-            Self::AfterMs(moment) => thread::sleep(Duration::from_millis(moment)),
-            Self::Created => eventually("the container is created", || status().is_some()),
-            Self::Boots => eventually("the machine boots", || {
-                run("nacre", &["logs", id]).stdout.contains("booting")
-            }),
-            Self::Runs => eventually("the container runs", || status() == Some(Status::RUNNING)),
-        }
-    }
 }
 
 /// Five seconds of a machine on which containerd answers `ctr` at once: within them clients

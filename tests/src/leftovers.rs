@@ -1,13 +1,11 @@
 //! What a test may leave behind, and must not.
 
 use std::collections::BTreeSet;
-use std::collections::btree_map::{BTreeMap, Entry};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::{PATIENCE, run};
+use crate::PATIENCE;
 
 /// What belongs to a namespace of containerd, to the runtime or to the CNI
 /// plugins, not to a pod, and stays. What is *in* the directories counts.
@@ -17,11 +15,11 @@ const PARENTS: [&str; 6] = [
     "run directory /run/nacre/k8s.io",
     "run directory /run/nacre/.uids",
     "run directory /run/nacre/.devices",
-    "interface cni0",
+    "interface /sys/class/net/cni0",
 ];
 
-/// Directories of containerd's whose entries are those of one pod or container each: bundles,
-/// and what its CRI keeps. The older containerd has the same below names of its own.
+/// Directories whose entries are those of one pod or container each: bundles, and
+/// what containerd's CRI keeps.
 const PER_POD: [&str; 7] = [
     "/run/containerd/io.containerd.runtime.v2.task/default",
     "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
@@ -48,16 +46,13 @@ impl Machine {
         let mut items = BTreeSet::new();
         items.extend(processes());
         items.extend(mounts());
-        items.extend(interfaces());
+        items.extend(entries("interface", Path::new("/sys/class/net"), 1));
         items.extend(entries("netns", Path::new("/run/netns"), 1));
         items.extend(entries("cgroup", Path::new("/sys/fs/cgroup"), 4));
         items.extend(entries("socket", Path::new("/run/containerd/s"), 1));
         items.extend(entries("run directory", Path::new("/run/nacre"), 3));
         for directory in PER_POD {
-            let older = directory.replacen("/containerd/", "/containerd17/", 1);
-            for directory in [directory, &older] {
-                items.extend(entries("pod", Path::new(directory), 1));
-            }
+            items.extend(entries("pod", Path::new(directory), 1));
         }
         items.extend(addresses());
         for parent in PARENTS {
@@ -113,50 +108,6 @@ fn addresses() -> Vec<String> {
         .flatten()
         .filter_map(|file| holder(&file.path()))
         .collect()
-}
-
-/// Network interfaces, but for the loopback ones: of all namespaces that have a process or a
-/// name. A pod's taps are in its own.
-pub fn interfaces() -> BTreeSet<String> {
-    let inode = |path: PathBuf| fs::metadata(path).map(|namespace| namespace.ino());
-    let own = inode("/proc/self/ns/net".into()).ok();
-    let mut tables = BTreeMap::new();
-    // What is no process, or one no longer, has none.
-    for process in paths("/proc") {
-        if let Ok(namespace) = inode(process.join("ns/net"))
-            && let Entry::Vacant(unread) = tables.entry(namespace)
-            && let Ok(table) = fs::read_to_string(process.join("net/dev"))
-        {
-            unread.insert(table);
-        }
-    }
-    for name in paths("/run/netns") {
-        let option = format!("--net={}", name.display());
-        if let Ok(namespace) = inode(name) {
-            let read = || run("nsenter", &[&option, "cat", "/proc/net/dev"]).stdout;
-            tables.entry(namespace).or_insert_with(read);
-        }
-    }
-    let mut interfaces = BTreeSet::new();
-    for (namespace, table) in tables {
-        // The first two lines are a table's head (proc_pid_net(5)).
-        let rows = table.lines().skip(2);
-        let names = rows.filter_map(|row| Some(row.split_once(':')?.0.trim()));
-        interfaces.extend(names.filter(|name| *name != "lo").map(|name| {
-            if Some(namespace) == own {
-                format!("interface {name}")
-            } else {
-                format!("interface {name} in net:[{namespace}]")
-            }
-        }));
-    }
-    interfaces
-}
-
-/// What is in a directory, if there is one.
-fn paths(directory: &str) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path())
 }
 
 /// Programs of the tests, whose names resemble nacre's.

@@ -34,7 +34,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 pub use allocations::Allocations;
 pub use config::{CONFIG, Changed};
-pub use deaths::{Moment, five_seconds, process_of, returned, spawn, two_seconds};
+pub use deaths::{five_seconds, process_of, returned, spawn, two_seconds};
 pub use hugepages::HugePages;
 pub use kubelet::PodDir;
 pub use leftovers::Machine;
@@ -284,11 +284,6 @@ impl Scene {
     /// Runs `ctr` to its end.
     pub fn ctr(&self, arguments: &[&str]) -> Said {
         self.containerd.ctr(arguments)
-    }
-
-    /// A call of `ctr`, not yet started.
-    pub fn ctr_command(&self, arguments: &[&str]) -> Command {
-        self.containerd.command(arguments)
     }
 
     /// `ctr run --rm` of busybox under nacre with further options.

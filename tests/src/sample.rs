@@ -1,11 +1,12 @@
 //! What of the machine must not grow with the pods that come and go.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::leftovers::interfaces;
 use crate::run;
 
 /// What is counted, of containerd and of all of the machine.
@@ -60,7 +61,7 @@ impl Sample {
             used_kib / 1024,
             files.parse()?,
             lines(fs::read_to_string("/proc/self/mountinfo")?)?,
-            u64::try_from(interfaces().len())?,
+            interfaces()?,
             lines(run("find", &["/sys/fs/cgroup", "-type", "d"]).stdout)?,
             u64::try_from(processes.count())?,
         ]))
@@ -99,6 +100,31 @@ fn only(program: &str) -> Result<String> {
     let pids = run("pidof", &[program]).stdout;
     ensure!(pids.split_whitespace().count() == 1, "{program}: {pids:?}");
     Ok(pids.trim().to_owned())
+}
+
+/// Network interfaces in all namespaces: a pod's taps are in its own.
+fn interfaces() -> Result<u64> {
+    // The first two lines are a table's head (proc_pid_net(5)).
+    let rows = |text: &str| text.lines().skip(2).count();
+    let mut seen = BTreeSet::new();
+    let mut count = 0;
+    for process in fs::read_dir("/proc")?.filter_map(Result::ok) {
+        // It may be gone, or be no process.
+        let path = process.path();
+        if let Ok(namespace) = fs::metadata(path.join("ns/net"))
+            && let Ok(table) = fs::read_to_string(path.join("net/dev"))
+            && seen.insert(namespace.ino())
+        {
+            count += rows(&table);
+        }
+    }
+    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        if seen.insert(entry.metadata()?.ino()) {
+            let namespace = format!("--net={}", entry.path().display());
+            count += rows(&run("nsenter", &[namespace.as_str(), "cat", "/proc/net/dev"]).stdout);
+        }
+    }
+    Ok(u64::try_from(count)?)
 }
 
 /// A line of a file of proc(5) that counts KiB.
@@ -155,8 +181,8 @@ mod tests {
     #[test]
     fn what_this_host_has_is_counted() {
         let own = fs::read_to_string("/proc/self/net/dev").unwrap();
-        // But for a head of two lines and the loopback interface.
-        assert!(interfaces().len() >= own.lines().count() - 3);
+        let own = u64::try_from(own.lines().count() - 2).unwrap();
+        assert!(interfaces().unwrap() >= own);
         assert!(kib("/proc/meminfo", "MemTotal:").unwrap() > 0);
         let missing = kib("/proc/meminfo", "None:").unwrap_err().to_string();
         assert_eq!(missing, "no None: in /proc/meminfo");

@@ -129,10 +129,11 @@ fn run(options: &Options) -> Result<Outcome, Error> {
     stop.outcome().cloned().ok_or_else(|| "no outcome".into())
 }
 
-fn named(path: &str) -> Result<NamedFile, Error> {
-    let file = File::open(path).map_err(|error| format!("{path}: {error}"))?;
-    let path = path.into();
-    Ok(NamedFile { file, path })
+fn named(path: &str) -> io::Result<NamedFile> {
+    Ok(NamedFile {
+        file: File::open(path)?,
+        path: path.into(),
+    })
 }
 
 /// Whether standard input is the first to say something.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nacre_protocol::channel::{Channel, ChannelError, FdList, Fds};
-use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, StopReason, VmConfig};
+use nacre_protocol::vm::{Event, Memory, NamedFd, Request, SharedDir, VmConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::EnvFilter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -45,9 +45,6 @@ use exchanges::Exchanges;
 
 /// Calls of the guest that wait for the main thread.
 const MAX_CALLS: usize = 16;
-
-/// Time a guest has to say its last words when it is to lose its machine.
-const LAST_WORDS_MS: u16 = 3000;
 
 /// Why the monitor ends with a failure.
 #[derive(Debug, thiserror::Error)]
@@ -129,14 +126,11 @@ fn serve(channel: &mut Channel) -> Result<(), MonitorError> {
     let memory = running.memory().clone();
     let exits = running.stop();
     tracing::info!(%exits, "virtual machine stopped");
-    let mut outcome = result?;
-    let last_words = pstore::last_words(&memory);
-    for line in &last_words {
-        tracing::warn!("guest kernel: {line}");
-    }
-    let has_panicked = matches!(outcome, Outcome::Stopped(StopReason::Panic));
-    if has_panicked && pstore::tell_of_no_memory(&last_words) {
-        outcome = Outcome::Stopped(StopReason::OutOfMemory);
+    let outcome = result?;
+    if matches!(outcome, Outcome::Stopped(_)) {
+        for line in pstore::last_words(&memory) {
+            tracing::warn!("guest kernel: {line}");
+        }
     }
     report(channel, outcome)
 }
@@ -258,7 +252,6 @@ fn wait(
         }
         if lost {
             // Whoever uses the share now would wait for ever.
-            await_last_words(channel, running)?;
             let message = "the file server of the shared directory has ended";
             return Ok(Outcome::Failed(message.into()));
         }
@@ -324,28 +317,12 @@ fn obey(channel: &mut Channel, running: &Running, peers: &mut Peers) -> Result<(
             let slot = share(running, peers, &dir, &mut fds);
             answer(peers, number, slot);
         }
-        Request::Interrupt => interrupt(running),
+        Request::Interrupt => {
+            if let Err(error) = running.interrupt() {
+                tracing::warn!(%error, "the guest is not asked where it is");
+            }
+        }
         Request::Boot(_) => tracing::warn!("a second Boot request is ignored"),
-    }
-    Ok(())
-}
-
-fn interrupt(running: &Running) {
-    if let Err(error) = running.interrupt() {
-        tracing::warn!(%error, "the guest is not asked where it is");
-    }
-}
-
-/// Has the guest's kernel say where it is and end. When this returns it has, or there is no time
-/// left for it, or no shim.
-fn await_last_words(channel: &Channel, running: &Running) -> io::Result<()> {
-    interrupt(running);
-    let ended = borrow(running.stop_handle().event());
-    let mut fds = [hangup(channel.as_fd()), input(ended)];
-    match poll(&mut fds, PollTimeout::from(LAST_WORDS_MS)) {
-        Ok(0) => tracing::warn!("the guest's kernel does not say where it is"),
-        Ok(_) | Err(nix::errno::Errno::EINTR) => (),
-        Err(errno) => return Err(errno.into()),
     }
     Ok(())
 }

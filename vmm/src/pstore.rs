@@ -22,10 +22,6 @@ const MAX_LINE_CHARS: usize = 240;
 /// and has the same log.
 const LAST_REASON: u32 = 4;
 
-/// What Linux panics with when it needs memory and may kill nobody for it (`out_of_memory` in
-/// `mm/oom_kill.c`).
-const NO_MEMORY: &str = "Kernel panic - not syncing: System is deadlocked on memory";
-
 /// What the kernel must be told: one record, of any end, in normal memory.
 #[must_use]
 pub fn parameters() -> String {
@@ -47,13 +43,6 @@ pub fn last_words(memory: &GuestMemory) -> Vec<String> {
         return Vec::new();
     }
     parse(&region)
-}
-
-/// Whether a kernel that panicked did so for want of memory, by its last words. A guest that
-/// lies has its own containers' ends misreported, and nothing else.
-#[must_use]
-pub fn tell_of_no_memory(words: &[String]) -> bool {
-    words.iter().any(|line| line.ends_with(NO_MEMORY))
 }
 
 fn parse(region: &[u8]) -> Vec<String> {
@@ -114,21 +103,6 @@ mod tests {
         memory.write_slice(&record, address).unwrap();
         let words = last_words(&memory);
         assert_eq!(words, ["[ 1.0] up", "[ 2.5] Kernel panic: ?[31mred"]);
-    }
-
-    #[test]
-    fn want_of_memory_is_told_from_other_panics() {
-        let tell = |lines: &[&str]| {
-            let words: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
-            tell_of_no_memory(&words)
-        };
-        let deadlock = "[   31.4] Kernel panic - not syncing: System is deadlocked on memory";
-        assert!(tell(&["[   31.3] Mem-Info:", deadlock, "[   31.5] CPU: 0"]));
-        // One container's, which is no panic's.
-        let killed = "[   30.1] Out of memory: Killed process 42 (tail)";
-        let other = "[   31.4] Kernel panic - not syncing: Attempted to kill init!";
-        assert!(!tell(&[killed, other]));
-        assert!(!tell(&[]));
     }
 
     #[test]

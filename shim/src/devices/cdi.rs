@@ -138,7 +138,7 @@ fn known(dirs: &[PathBuf]) -> Result<String, DeviceError> {
         format!("these specs were read: {}", list(&read))
     };
     if !unread.is_empty() {
-        text += "; these were not, since nacre takes JSON only (nvidia-ctk's --format=json): ";
+        text += "; these were not, since nacre takes JSON only: ";
         text += &list(&unread);
     }
     Ok(text)

@@ -434,10 +434,9 @@ fn by_allocation(system: &System, name: &Allocated) -> Result<Vec<Address>, Requ
         Allocated::Cdi(name) => name.clone(),
     };
     match by_cdi(system, &cdi_name) {
-        Err(reason @ (RequestError::NoCdiDevice { .. } | RequestError::CdiWithoutVfio(_))) => {
+        Err(RequestError::NoCdiDevice { .. } | RequestError::CdiWithoutVfio(_)) => {
             tracing::info!(
                 ?name,
-                %reason,
                 "allocated to the pod, and no PCI device for a machine"
             );
             Ok(Vec::new())

@@ -98,10 +98,8 @@ pub enum Stop {
     Guest(StopReason),
     /// The monitor could not build or run the VM; its words.
     Failed(String),
-    /// The monitor ended without a word, or was killed,
+    /// The monitor ended without a word, or was killed.
     Died,
-    /// and that by the host's kernel for want of memory.
-    OutOfMemory,
     /// It was killed because the guest did not answer.
     Hung,
 }
@@ -113,14 +111,8 @@ impl std::fmt::Display for Stop {
             Self::Guest(StopReason::Reboot) => f.write_str("the guest rebooted"),
             Self::Guest(StopReason::TripleFault) => f.write_str("the guest crashed (triple fault)"),
             Self::Guest(StopReason::Panic) => f.write_str("the guest kernel panicked"),
-            Self::Guest(StopReason::OutOfMemory) => {
-                f.write_str("the guest kernel panicked: out of memory, and nothing left to kill")
-            }
             Self::Failed(message) => write!(f, "the monitor failed: {message}"),
             Self::Died => f.write_str("the monitor process ended"),
-            Self::OutOfMemory => f.write_str(
-                "the host's kernel ended the monitor process for want of memory, the pod's or its own",
-            ),
             Self::Hung => f.write_str("the guest hung: no answer within hang_timeout_seconds"),
         }
     }

@@ -31,7 +31,6 @@ use tracing::{debug, error, info, warn};
 
 use super::{Machine, MachineError, Stop};
 use crate::network::HostNic;
-use crate::oom::Kills;
 use crate::storage::HostBacking;
 use crate::task::lock;
 use crate::virtiofsd;
@@ -122,22 +121,12 @@ impl VmMachine {
         })
         .map_err(|error| MachineError::Spawn(error.into()))?;
         let pid = u32::try_from(child.pid).map_err(|error| MachineError::Spawn(error.into()))?;
-        let kills = launch.cgroup.map(Kills::of).transpose();
-        let kills = kills.unwrap_or_else(|error| {
-            warn!(%error, "a machine that the host has no memory for is not told from others");
-            None
-        });
-        Self::adopt(near, pid, child.pidfd, kills)
+        Self::adopt(near, pid, child.pidfd)
     }
 
     /// Takes charge of a monitor process that exists. Everything that follows
     /// its start is here, so that tests can put another process in its place.
-    fn adopt(
-        near: Channel,
-        pid: u32,
-        pidfd: OwnedFd,
-        kills: Option<Kills>,
-    ) -> Result<Self, MachineError> {
+    fn adopt(near: Channel, pid: u32, pidfd: OwnedFd) -> Result<Self, MachineError> {
         set_nonblocking(near.as_fd())
             .map_err(MachineError::io("make the control channel non-blocking"))?;
         let reader = near
@@ -162,7 +151,6 @@ impl VmMachine {
             reader,
             pidfd.clone(),
             news,
-            kills,
             stopped_tx,
             dropped,
         ));
@@ -180,10 +168,10 @@ impl VmMachine {
 
     /// A machine whose monitor is another process, and the monitor's end of its channel.
     #[cfg(test)]
-    pub(crate) fn with_stand_in(pid: u32, kills: Option<Kills>) -> (Self, Channel) {
+    pub(crate) fn with_stand_in(pid: u32) -> (Self, Channel) {
         let (near, far) = Channel::pair().unwrap();
         let pidfd = crate::rundir::pidfd_open(pid).unwrap();
-        (Self::adopt(near, pid, pidfd, kills).unwrap(), far)
+        (Self::adopt(near, pid, pidfd).unwrap(), far)
     }
 
     /// Tells the monitor to build and run the VM. The reply is an event: the
@@ -196,8 +184,6 @@ impl VmMachine {
         self.send(&Request::Boot(Box::new(config)), fds).await
     }
 
-    /// A monitor that cannot be told anything has ended, or is about to: the error is what became
-    /// of its machine.
     async fn send(&self, request: &Request, fds: &FdList<'_>) -> Result<(), MachineError> {
         loop {
             let mut guard = self
@@ -208,9 +194,6 @@ impl VmMachine {
             match self.channel.get_ref().0.send(request, fds) {
                 Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     guard.clear_ready();
-                }
-                Err(ChannelError::Closed) => {
-                    return Err(MachineError::Stopped(self.stopped().await));
                 }
                 result => return Ok(result?),
             }
@@ -225,11 +208,20 @@ impl VmMachine {
         request: impl FnOnce(u64) -> Request,
     ) -> Result<Answer, MachineError> {
         let (number, answer) = lock(&self.unanswered).add();
-        self.send(&request(number), fds).await?;
+        self.send(&request(number), fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
         tokio::select! {
             biased;
             Ok(answer) = answer => Ok(answer),
             stop = self.stopped() => Err(MachineError::Stopped(stop)),
+        }
+    }
+
+    fn stop_or(&self, otherwise: MachineError) -> MachineError {
+        match &*self.stopped.borrow() {
+            Some(stop) => MachineError::Stopped(stop.clone()),
+            None => otherwise,
         }
     }
 }
@@ -245,15 +237,16 @@ impl Machine for VmMachine {
             StdUnixStream::pair().map_err(MachineError::io("make a stream's socket pair"))?;
         let mut fds = FdList::default();
         let stream = fds.push(far.as_fd());
-        self.send(&Request::Connect { port, stream }, &fds).await?;
+        self.send(&Request::Connect { port, stream }, &fds)
+            .await
+            .map_err(|error| self.stop_or(error))?;
         to_tokio(near)
     }
 
     async fn agent(&self) -> Result<UnixStream, MachineError> {
         let receiver = self.agent.lock().await.take();
         let Some(receiver) = receiver else {
-            let stop = self.stopped.borrow().clone();
-            return Err(MachineError::Stopped(stop.unwrap_or(Stop::Died)));
+            return Err(self.stop_or(MachineError::Stopped(Stop::Died)));
         };
         tokio::select! {
             biased;
@@ -270,7 +263,8 @@ impl Machine for VmMachine {
         let reached = |now: &watch::Receiver<u32>| *now.borrow() == growth_mib;
         let start = Instant::now();
         self.send(&Request::Resize { growth_mib }, &FdList::default())
-            .await?;
+            .await
+            .map_err(|error| self.stop_or(error))?;
         while !reached(&now) && start.elapsed() < RESIZE_LIMIT {
             match tokio::time::timeout(RESIZE_STALL, now.changed()).await {
                 Ok(Ok(())) => (),
@@ -351,7 +345,8 @@ impl Machine for VmMachine {
     }
 
     async fn interrupt(&self) -> Result<(), MachineError> {
-        self.send(&Request::Interrupt, &FdList::default()).await
+        let sent = self.send(&Request::Interrupt, &FdList::default()).await;
+        sent.map_err(|error| self.stop_or(error))
     }
 
     async fn stopped(&self) -> Stop {
@@ -425,7 +420,6 @@ async fn watch_monitor(
     reader: AsyncFd<ChannelHolder>,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     mut news: News,
-    kills: Option<Kills>,
     stopped: watch::Sender<Option<Stop>>,
     mut dropped: mpsc::Receiver<()>,
 ) {
@@ -441,19 +435,8 @@ async fn watch_monitor(
         kill_pidfd(pidfd.as_fd());
         reap(&pidfd).await;
     }
-    let stop = match stop {
-        Stop::Died if kills.as_ref().is_some_and(has_killed) => Stop::OutOfMemory,
-        stop => stop,
-    };
     info!(%stop, "machine stopped");
     stopped.send_replace(Some(stop));
-}
-
-fn has_killed(kills: &Kills) -> bool {
-    kills.any().unwrap_or_else(|error| {
-        warn!(%error, "whether the host had no memory is not known");
-        false
-    })
 }
 
 /// Where the monitor's events go, but for the last.

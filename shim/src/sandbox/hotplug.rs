@@ -23,7 +23,6 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::images::Images;
-use super::vm_host::progress;
 use super::{Sandbox, SandboxError};
 use crate::devices::{Address, AssignedDevice, System, drivers, request};
 use crate::error::chain;
@@ -57,18 +56,8 @@ struct Slots {
     images: Images,
     /// What the groups of all devices are in, or those of the last ones were.
     container: Option<OwnedFd>,
-    monitor: Monitor,
-}
-
-/// What does the steps.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Monitor {
-    /// Its process.
-    pub pid: u32,
-    /// The guest's memory, which is pinned for the first device.
-    pub memory_mib: u32,
-    /// Time it has for one of its steps.
-    pub timeout: Duration,
+    /// Time the monitor has for one of its steps.
+    timeout: Duration,
 }
 
 /// What came for a container, in the order of its slots.
@@ -89,7 +78,7 @@ impl HotPlug {
     }
 
     /// The machine has `count` empty slots, and boots with the devices `first`, which were
-    /// opened as `passthrough`, and with `images`.
+    /// opened as `passthrough`, and with `images`. The monitor has `timeout` for a step.
     ///
     /// # Errors
     ///
@@ -99,7 +88,7 @@ impl HotPlug {
         count: u8,
         (first, passthrough): (Vec<AssignedDevice>, Option<&Passthrough>),
         images: Images,
-        monitor: Monitor,
+        timeout: Duration,
     ) -> std::io::Result<()> {
         let container = match passthrough {
             Some(passthrough) if count > 0 => passthrough.container()?,
@@ -110,7 +99,7 @@ impl HotPlug {
             taken: vec![false; count.into()],
             images,
             container,
-            monitor,
+            timeout,
             ..Slots::default()
         };
         Ok(())
@@ -159,14 +148,8 @@ impl HotPlug {
         let opened = slots.open(system, container_id, devices.clone()).await;
         let plugged = match opened {
             Ok((opened, images)) => {
-                let Monitor {
-                    pid,
-                    memory_mib,
-                    timeout,
-                } = slots.monitor;
                 let plug = sandbox.machine.plug(&chosen, &opened);
-                let plug = progress::logged(plug, pid, memory_mib);
-                let plugged = within(timeout, container_id, plug).await;
+                let plugged = within(slots.timeout, container_id, plug).await;
                 plugged.map(|()| images)
             }
             Err(error) => Err(error),
@@ -230,7 +213,7 @@ impl HotPlug {
         }
         let addresses: Vec<_> = plugged.devices.iter().map(|one| one.address).collect();
         let unplug = sandbox.machine.unplug(&plugged.slots);
-        match tokio::time::timeout(slots.monitor.timeout, unplug).await {
+        match tokio::time::timeout(slots.timeout, unplug).await {
             Ok(Ok(())) => {
                 info!(?addresses, "devices unplugged");
                 self.give_back(addresses).await;

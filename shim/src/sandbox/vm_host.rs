@@ -14,7 +14,7 @@ mod devices;
 mod near;
 mod netns;
 mod network;
-pub(super) mod progress;
+mod progress;
 mod share;
 mod size;
 
@@ -33,7 +33,7 @@ use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::cards::Cards;
-use super::hotplug::{HotPlug, Monitor};
+use super::hotplug::HotPlug;
 use super::sizing::{Size, host_limits, pin_time};
 use super::{
     ContainerConfig, DiskSlots, MemorySize, Room, Sandbox, SandboxError, SlotCounts, VcpuCount,
@@ -278,17 +278,12 @@ impl VmHost {
         let timeout = Duration::from_secs(self.config.boot_timeout_seconds) + pin_time;
         let drivers = images.in_use();
         let first = (self.pod_devices(), fds.passthrough.as_ref());
-        let monitor = Monitor {
-            pid: machine.pid(),
-            memory_mib: size.memory_mib,
-            timeout,
-        };
         self.hot_plug
-            .start(pci_slots, first, images, monitor)
+            .start(pci_slots, first, images, timeout)
             .await
             .map_err(io_error("duplicate a descriptor"))?;
         let first_nic = fds.send(&machine, &boot).await?;
-        let pins = fds.passthrough.is_some();
+        let (pid, pins) = (machine.pid(), fds.passthrough.is_some());
         let shares = fds.socket.is_some();
         // What the monitor alone has, the kernel frees with it.
         drop(fds);
@@ -318,7 +313,7 @@ impl VmHost {
         };
         let attach = sandbox.attach(timeout, &request, room);
         if pins {
-            progress::logged(attach, monitor.pid, size.memory_mib).await?;
+            progress::logged(attach, pid, size.memory_mib).await?;
         } else {
             attach.await?;
         }

@@ -24,7 +24,6 @@ use containerd_shim_protos::events::task::{
 use nacre_protocol::agent;
 use nacre_protocol::agent_ttrpc::AgentClient;
 use nacre_protocol::guest::{ARRIVAL_SECONDS, DISKS_SECONDS, PROBE_SECONDS, START_SECONDS};
-use nacre_protocol::vm::StopReason;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::SetOnce;
 use tracing::{error, info};
@@ -37,7 +36,6 @@ use super::volumes::{Attached, Disks};
 use crate::cgroup::Limits;
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
-use crate::machine::Stop;
 use crate::oci::kubernetes;
 use crate::sandbox::{ContainerConfig, Sandbox, SandboxError};
 use crate::storage::Prepared;
@@ -326,7 +324,7 @@ impl Container {
         };
         let answer = tokio::select! {
             answer = in_guest => answer,
-            stop = self.sandbox.stopped() => return self.lost(&stop),
+            _ = self.sandbox.stopped() => return Exit::now(LOST_STATUS),
             exit = process.exited() => return exit,
         };
         match answer {
@@ -343,22 +341,9 @@ impl Container {
                     "lost"
                 );
                 self.sandbox.give_up().await;
-                self.lost(&self.sandbox.stopped().await)
+                Exit::now(LOST_STATUS)
             }
         }
-    }
-
-    /// A process that went down with its machine. Where that had no memory left, or the host
-    /// had none for it, all containers are to be known as killed for that, as none was.
-    fn lost(&self, stop: &Stop) -> Exit {
-        let lacked_memory = matches!(
-            stop,
-            Stop::Guest(StopReason::OutOfMemory) | Stop::OutOfMemory
-        );
-        if lacked_memory && !self.is_pending() {
-            self.report_oom(u64::MAX);
-        }
-        Exit::now(LOST_STATUS)
     }
 
     /// The guest's kernel has killed so often in the container for want of memory. The guest

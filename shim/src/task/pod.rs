@@ -12,7 +12,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -55,8 +54,6 @@ pub struct Pod {
     pub(super) resizing: tokio::sync::Mutex<Turn>,
     /// Shared by those who run hooks, or are about to.
     busy: RwLock<()>,
-    /// Whether its sandbox container was deleted.
-    is_over: AtomicBool,
     life: Life,
 }
 
@@ -117,7 +114,6 @@ impl Pod {
             files: OnceLock::new(),
             resizing: tokio::sync::Mutex::default(),
             busy: RwLock::default(),
-            is_over: AtomicBool::default(),
             life: Life::new(),
         })
     }
@@ -431,25 +427,7 @@ impl Pod {
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
         });
-        self.deleted(container);
         Ok(exit)
-    }
-
-    /// A pod is over with its sandbox container, after which containerd 2 asks for its end only
-    /// once: what is being created is given up, and the last of the others is the pod's end.
-    fn deleted(self: &Arc<Self>, container: &Container) {
-        let mut containers = lock(&self.containers);
-        if container.is_sandbox() {
-            self.is_over.store(true, Ordering::Relaxed);
-            for entry in containers.values_mut() {
-                if let Entry::Creating(creation) = entry {
-                    creation.given_up = true;
-                }
-            }
-        } else if self.is_over.load(Ordering::Relaxed) && containers.is_empty() {
-            let pod = self.clone();
-            tokio::spawn(async move { pod.stop().await });
-        }
     }
 
     /// What the host has for a container that the guest does not have.
@@ -514,7 +492,7 @@ impl Pod {
         self.host.teardown().await;
         let idle = tokio::time::timeout(HOOKS_TIMEOUT, self.busy.write()).await;
         if idle.is_err() {
-            warn!("a hook, or what a container waits for, does not end");
+            warn!("hooks do not end");
         }
         self.life.end();
     }

@@ -18,13 +18,11 @@ mod resize;
 mod sandboxed;
 mod volumes;
 
-use std::path::Path;
-
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
-use serde_json::{Value, json};
+use serde_json::json;
 use ttrpc::Code;
 
 use super::service;
@@ -265,27 +263,6 @@ async fn counters_and_pids() {
     };
     let connect = fixture.client.connect(context(), &connect).await.unwrap();
     assert_eq!(connect.task_pid, std::process::id(), "the machine's");
-}
-
-/// As of a containerd whose runtime-spec is newer than ours.
-#[tokio::test]
-async fn fields_that_nobody_knows_are_passed_over() {
-    let fixture = Fixture::new().await;
-    let bundle = fixture.bundle("c", "exit 7");
-    let config = Path::new(&bundle).join("config.json");
-    let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-    for part in ["", "/root", "/process", "/linux", "/linux/resources"] {
-        spec.pointer_mut(part).unwrap()["later"] = json!({"some": [1, "thing"]});
-    }
-    std::fs::write(&config, spec.to_string()).unwrap();
-    let request = CreateTaskRequest {
-        id: "c".into(),
-        bundle,
-        ..Default::default()
-    };
-    fixture.client.create(context(), &request).await.unwrap();
-    fixture.start("c", "").await.unwrap();
-    assert_eq!(fixture.wait("c", "").await, 7);
 }
 
 /// A pod's sandbox container: the machine, and no process in the guest.

@@ -15,8 +15,7 @@ use super::process::lock;
 use crate::machine::MachineError;
 use crate::sandbox::{SandboxError, Slot};
 use crate::storage::{
-    BlockDevice, CopyError, Follower, GuestVolumes, HostDisk, MAX_LOG_BYTES, StorageError,
-    WriteBack,
+    BlockDevice, Follower, GuestVolumes, HostDisk, MAX_LOG_BYTES, StorageError, WriteBack,
 };
 
 /// Time a guest has to hand back what a container wrote, before the exit is
@@ -62,31 +61,17 @@ impl Container {
         }
         let mut followers = Vec::new();
         for dir in &volumes.dirs {
-            match self.sandbox.followers().follow(agent, dir).await {
-                Ok(follower) => followers.push(follower),
-                Err(source) => return Err(self.not_copied(source).await),
-            }
+            let follower = self.sandbox.followers().follow(agent, dir).await;
+            followers.push(follower.map_err(|source| StorageError::VolumeCopy {
+                container_id: self.config.id.clone(),
+                source,
+            })?);
         }
         *lock(&self.attached.0) = Held {
             _followers: followers,
             write_back: volumes.write_back,
         };
         Ok(())
-    }
-
-    /// Why the guest has no copy of a volume: what became of its machine, if that is why.
-    async fn not_copied(&self, source: Arc<CopyError>) -> TaskError {
-        if source.is_unanswered()
-            && let Some(stop) = self.sandbox.ending().await
-        {
-            return MachineError::Stopped(stop).into();
-        }
-        let container_id = self.config.id.clone();
-        StorageError::VolumeCopy {
-            container_id,
-            source,
-        }
-        .into()
     }
 
     /// Gives the machine the container's block devices; returns what the agent makes

@@ -124,24 +124,11 @@ impl Cri {
     ///
     /// containerd's; `NotFound` when it has no such handler.
     pub fn features(&self, handler: &str) -> Result<RuntimeHandlerFeatures, Status> {
-        let request = StatusRequest { verbose: false };
-        let answer: StatusResponse = self.call("Status", request)?;
+        let answer: StatusResponse = self.call("Status", StatusRequest {})?;
         let mut handlers = answer.runtime_handlers.into_iter();
         let found = handlers.find(|known| known.name == handler);
         let found = found.ok_or_else(|| Status::not_found(handler.to_owned()))?;
         Ok(found.features.unwrap_or_default())
-    }
-
-    /// The networks that containerd gives pods, as a verbose `Status` tells them (JSON).
-    ///
-    /// # Errors
-    ///
-    /// containerd's; `NotFound` when it says nothing of networks.
-    pub fn networks(&self) -> Result<String, Status> {
-        let request = StatusRequest { verbose: true };
-        let mut answer: StatusResponse = self.call("Status", request)?;
-        let networks = answer.info.remove("cniconfig");
-        networks.ok_or_else(|| Status::not_found("cniconfig"))
     }
 
     /// Whether the image is there, as far as CRI knows.
@@ -350,20 +337,6 @@ impl Cri {
             linux: Some(resources),
         };
         self.call("UpdateContainerResources", request)
-    }
-
-    /// `UpdatePodSandboxResources`: what the containers of a pod are to have together.
-    ///
-    /// # Errors
-    ///
-    /// containerd's.
-    pub fn update_pod(&self, id: &str, resources: LinuxContainerResources) -> Result<(), Status> {
-        let request = UpdatePodSandboxResourcesRequest {
-            pod_sandbox_id: id.to_owned(),
-            overhead: None,
-            resources: Some(resources),
-        };
-        self.call("UpdatePodSandboxResources", request)
     }
 
     /// `ReopenContainerLog`.

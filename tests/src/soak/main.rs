@@ -9,23 +9,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nacre_tests::{
-    BUSYBOX, Changed, KILL_AGENT, Moment, Said, Sample, Scene, process_of, run, run_with_input,
-    spawn,
+    BUSYBOX, Changed, KILL_AGENT, Said, Sample, Scene, process_of, run, run_with_input, spawn,
 };
 
 /// Pods until everything that is made once was made.
 const WARM_UP: usize = 50;
 /// Pods between two rows of the table.
 const PODS_PER_ROW: usize = 10;
-/// What a container's start has come to when a process of its pod is killed: at once,
-const STEPS: [Moment; 4] = [
-    Moment::AfterMs(0),
-    Moment::Created,
-    Moment::Boots,
-    Moment::Runs,
-];
-/// or within this time.
-const STEP_MS: u64 = 2000;
+/// About what a start takes.
+const STARTS_MS: u64 = 4000;
 
 /// How a pod ends.
 struct Way {
@@ -57,7 +49,7 @@ const FAILURES: [Way; 3] = [
     },
 ];
 
-const ENDS: [Way; 10] = [
+const ENDS: [Way; 8] = [
     Way {
         name: "exits",
         end: |scene, _| exits(scene, &["true"], 0),
@@ -89,14 +81,6 @@ const ENDS: [Way; 10] = [
     Way {
         name: "panics",
         end: |scene, _| asks_for(scene, "c"),
-    },
-    Way {
-        name: "powers off",
-        end: |scene, _| asks_for(scene, "o"),
-    },
-    Way {
-        name: "hangs",
-        end: |scene, _| hangs(scene),
     },
 ];
 
@@ -151,32 +135,27 @@ fn outlives_containerd(scene: &mut Scene) -> Result<()> {
     kill(scene, &id)
 }
 
-/// A process of the pod is killed: at a step of its container's start, or when that sleeps.
+/// A process of the pod is killed, half of the time so long after it is there: mostly while the
+/// container starts.
 fn loses(scene: &mut Scene, name: &str, random: u64) -> Result<()> {
     // Other bits than those that have chosen the way.
-    let [step, moment] = [random >> 32, random >> 48];
-    let step = usize::try_from(step)? % (STEPS.len() + 1);
-    let Some(step) = STEPS.get(step).copied() else {
+    let moment = Duration::from_millis((random >> 32) % (2 * STARTS_MS));
+    if moment > Duration::from_millis(STARTS_MS) {
         let id = scene.start_sleeper(&["--cni"]);
         let said = run("kill", &["-9", &process_of(&id, name)]);
         ensure!(said.code == Some(0), "{said:#?}");
         containerd_notices(scene, &id);
         return Ok(());
-    };
+    }
     let (id, command) = scene.command(BUSYBOX, &["-d"], &["sleep", "3600"]);
     let client = spawn(command);
     let pid = process_of(&id, name);
-    step.wait(&id);
-    let moment = Duration::from_millis(moment % STEP_MS);
     sleep(moment);
     run("kill", &["-9", &pid]);
     // What it is told is a matter of the moment.
     let said = Said::from(client.wait_with_output()?);
     let is_done = said.code == Some(0);
-    println!(
-        "{:>14}{name} killed, {step:?} and {moment:?}, start done: {is_done}",
-        ""
-    );
+    println!("{:>14}{name} killed, start done: {is_done}", "");
     containerd_notices(scene, &id);
     Ok(())
 }
@@ -204,26 +183,10 @@ fn loses_its_agent(scene: &mut Scene) -> Result<()> {
 /// The guest's kernel is asked for something (sysrq) that ends the container.
 fn asks_for(scene: &mut Scene, what: &str) -> Result<()> {
     let id = scene.start_sleeper(&["--privileged"]);
-    ends_by(scene, &id, &format!("echo {what} > /proc/sysrq-trigger"))
-}
-
-/// By a module that keeps all of the guest's processors (`tests/devices/drivers/module/hang.c`).
-fn hangs(scene: &mut Scene) -> Result<()> {
-    let _timeout = Changed::new("hang_timeout_seconds", "8");
-    let mount = "type=bind,src=/nacre/tests,dst=/mnt,options=rbind:ro";
-    let id = scene.start_sleeper(&["--privileged", "--mount", mount]);
-    ends_by(scene, &id, "insmod /mnt/hang.ko")?;
-    let log = run("nacre", &["logs", &id]).stdout;
-    ensure!(log.contains("the guest hangs"), "{log}");
-    Ok(())
-}
-
-/// An exec of this script ends its container.
-fn ends_by(scene: &Scene, id: &str, script: &str) -> Result<()> {
-    let script = format!("{script} && sleep 3600");
-    let said = scene.exec(id, &[], &["sh", "-c", &script]);
+    let script = format!("echo {what} > /proc/sysrq-trigger; sleep 3600");
+    let said = scene.exec(&id, &[], &["sh", "-c", &script]);
     ensure!(said.code == Some(137), "{said:#?}");
-    scene.await_status(id, "STOPPED");
+    scene.await_status(&id, "STOPPED");
     Ok(())
 }
 

@@ -9,7 +9,6 @@
 //! 00:15.0 virtio-net     00:16.0 VGA     00:17.0 ivshmem, 128 GiB of memory
 //! 00:18.0 root port -> two functions, xhci         one group; reset together only
 //! 00:19.0 root port -> nvme with virtual functions
-//! 00:1a.0 root port -> e1000e, which reports errors
 //! ```
 //!
 //! One test makes another one, which is on no bus: `mediated.rs`.
@@ -37,24 +36,16 @@ const SWITCH_PORT: &str = "0000:00:11.0";
 const NVME_PORT: &str = "0000:00:10.0";
 const CARD_PORT: &str = "0000:00:18.0";
 const SHARED_PORT: &str = "0000:00:19.0";
-const REPORTING_PORT: &str = "0000:00:1a.0";
 const PAIR: [&str; 2] = ["0000:00:12.0", "0000:00:12.1"];
 const EDU: &str = "0000:00:13.0";
 const TESTDEV: &str = "0000:00:14.0";
 const NIC: &str = "0000:00:15.0";
 const VGA: &str = "0000:00:16.0";
-const MEMORY: &str = "0000:00:17.0";
 
 /// The annotation that asks for devices.
 const DEVICES: &str = "io.nacre.devices";
 /// What a guest calls its first disk.
 const DISK: &str = "/dev/nvme0n1";
-/// Prints how much of a disk can be read, and its serial number, which is that of the node's
-/// numbers whatever the node is called: a line for each disk that a container has.
-const DISKS: &str = "cd /dev; for disk in nvme*n1; do \
-    number=$((0x$(stat -c %t $disk))):$((0x$(stat -c %T $disk))); \
-    echo $(head -c 1048576 $disk | wc -c) $(cat /sys/dev/block/$number/device/serial); \
-    done | sort";
 const SLEEP: [&str; 2] = ["sleep", "3600"];
 
 /// `nacre devices` with arguments.
@@ -94,13 +85,6 @@ fn behind(port: &str) -> String {
     }
 }
 
-/// The functions of the card.
-fn card() -> [String; 2] {
-    let function = behind(CARD_PORT);
-    let (slot, _) = function.rsplit_once('.').unwrap();
-    [0, 1].map(|number| format!("{slot}.{number}"))
-}
-
 /// The disk of an NVMe controller, once it is there.
 fn disk(address: &str) -> String {
     let mut found = None;
@@ -131,13 +115,6 @@ fn no_claims() {
         let claims = fs::read_dir("/run/nacre/.devices").into_iter().flatten();
         claims.count() == 0
     });
-}
-
-/// Fails the test unless a pod's log has a text.
-#[track_caller]
-fn log_has(id: &str, text: &str) {
-    let log = run("nacre", &["logs", id]).exits(0).stdout;
-    assert!(log.contains(text), "no {text:?} in {log}");
 }
 
 /// A CDI spec of one device, until this is dropped.

@@ -8,8 +8,7 @@ use nacre_tests::{Changed, HugePages, Said, Scene, eventually, run};
 use serde_json::{Value, json};
 
 use crate::{
-    Bound, DEVICES, DISK, DISKS, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group,
-    no_claims,
+    Bound, DEVICES, DISK, EDU, NVME_PORT, PAIR, SWITCH_PORT, begins, behind, disk, group, no_claims,
 };
 
 /// Of the disk: all of it.
@@ -159,9 +158,12 @@ fn containers_of_a_pod_have_their_own_devices() {
         container(spec, "", "sleep 3600");
         group(spec);
     });
-    let disks = |id: &str| scene.exec(id, &[], &["sh", "-c", DISKS]).exits(0).stdout;
-    assert_eq!(disks(&first), "1048576 alone\n1048576 switched\n");
-    assert_eq!(disks(&second), "1048576 switched\n");
+    let nodes = |id: &str| {
+        let script = "cd /dev; for disk in nvme*n1; do head -c 1048576 $disk | wc -c; done";
+        scene.exec(id, &[], &["sh", "-c", script]).exits(0).stdout
+    };
+    assert_eq!(nodes(&first), "1048576\n1048576\n");
+    assert_eq!(nodes(&second), "1048576\n");
     scene
         .exec(&third, &[], &["sh", "-c", "ls /dev/nvme*"])
         .exits(1);
@@ -204,6 +206,18 @@ fn all_devices_of_a_group_come_with_its_node() {
         assert_eq!(begins(&path).trim(), serial);
         fs::write(path, [0; 512]).unwrap();
     }
+}
+
+/// The guest has no driver for it, and shows it all the same.
+#[test]
+fn a_device_without_a_driver_is_in_sysfs() {
+    let _bound = Bound::new(&[EDU]);
+    let mut scene = Scene::new();
+    let script = "cat /sys/bus/pci/devices/0000:01:00.0/device";
+    run_to_end(&mut scene, EDU, script)
+        .exits(0)
+        .prints("0x11e8\n");
+    no_claims();
 }
 
 /// Of a shim that may not raise its limits, as containerd's service can have it: nothing is

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Bound, EDU, NIC, NVME_PORT, PAIR, SWITCH_PORT, TESTDEV, VGA, behind, card, devices, group,
+    Bound, CARD_PORT, EDU, NIC, NVME_PORT, PAIR, SWITCH_PORT, TESTDEV, VGA, behind, devices, group,
 };
 
 /// The cells of a device's line by the names of their columns.
@@ -50,7 +50,9 @@ fn what_the_machine_has_is_listed() {
 #[test]
 fn members_of_a_group_are_named_and_bridges_are_not() {
     // Behind one port, so that a bus is theirs alone.
-    let card = card();
+    let card = behind(CARD_PORT);
+    let slot = card.strip_suffix(".0").or_else(|| card.strip_suffix(".1"));
+    let card = [0, 1].map(|function| format!("{}.{function}", slot.unwrap()));
     for [first, second] in [PAIR, [&card[0], &card[1]]] {
         for [one, other] in [[first, second], [second, first]] {
             let row = row(one);

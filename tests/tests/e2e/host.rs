@@ -18,8 +18,11 @@ pub struct Events {
 
 impl Events {
     pub fn listen(scene: &Scene) -> Self {
-        let mut command = scene.ctr_command(&["events"]);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new("ctr")
+            .arg("events")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (send, lines) = channel();
         std::thread::spawn(move || {

@@ -65,7 +65,7 @@ fn state_takes(shim: &Shim) -> (Duration, Duration) {
 /// Both share the processors: some of it is theirs, not nacre's.
 const FACTOR: u32 = 10;
 
-/// What else the host of the lab does can make one round slow, hardly most of them.
+/// What else the host of the lab does can make any one round slow; nacre would all of them.
 const ROUNDS: usize = 3;
 
 #[test]
@@ -87,9 +87,12 @@ fn busy_machine_does_not_delay_the_state_of_another() {
         println!("State: median and most {alone:.1?} alone, {beside:.1?} beside a busy machine");
         (alone.0, beside.0)
     });
-    let is_good = |(alone, beside): &&(Duration, Duration)| *beside < *alone * FACTOR;
-    let good = rounds.iter().filter(is_good).count();
-    assert!(good > ROUNDS / 2, "{rounds:?}");
+    assert!(
+        rounds
+            .iter()
+            .any(|(alone, beside)| *beside < *alone * FACTOR),
+        "{rounds:?}"
+    );
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     assert_eq!(client.wait().unwrap().code(), Some(137));
 }

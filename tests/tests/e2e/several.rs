@@ -5,9 +5,6 @@ use std::process::Stdio;
 
 use nacre_tests::{BUSYBOX, CONTAINERD_1_7, OlderContainerd, Scene, run_with_input};
 
-use crate::host::{Events, LIFE_WITH_AN_EXEC};
-use crate::streams::exec_on_a_terminal_in;
-
 /// The annotation by which containers share a pod outside of Kubernetes.
 const GROUP: &str = "io.containerd.runc.v2.group";
 
@@ -60,7 +57,6 @@ fn lifecycle_under_containerd_1_7() {
         .ctr(&["image", "import", "/opt/lab/images/busybox.tar"])
         .exits(0);
     let mut scene = Scene::on(CONTAINERD_1_7);
-    let events = Events::listen(&scene);
     scene
         .run(&["sh", "-c", "echo out; exit 42"])
         .exits(42)
@@ -79,13 +75,8 @@ fn lifecycle_under_containerd_1_7() {
         .exec(&id, &[], &["sh", "-c", "echo in; exit 3"])
         .exits(3)
         .prints("in\n");
-    exec_on_a_terminal_in(&scene, &id);
     scene.ctr(&["task", "metrics", &id]).exits(0);
     scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
     scene.await_status(&id, "STOPPED");
     scene.ctr(&["task", "rm", &id]).exits(0).complains(&["137"]);
-    // Two execs, one after the other.
-    let (start, rest) = LIFE_WITH_AN_EXEC.split_at(2);
-    let life = [start, &rest[..3], rest].concat();
-    assert_eq!(events.topics(&id, life.len()), life);
 }

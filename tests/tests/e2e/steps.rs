@@ -8,14 +8,13 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nacre_tests::{
-    BUSYBOX, CONTAINERD_2, Changed, Moment, Scene, Shim, eventually, process_of, returned, run,
-    spawn,
+    BUSYBOX, CONTAINERD_2, Changed, Scene, Shim, eventually, process_of, returned, run, spawn,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::death::{Killed, LOST, as_configured, in_time, is_told, kill, log_has, returns};
+use crate::death::{Killed, LOST, Moment, as_configured, in_time, kill, log_has, returns};
 
 const FILE_SERVER: &str = "virtiofsd";
 
@@ -33,7 +32,7 @@ fn of_the_file_server_while_a_container_starts() {
         let pid = process_of(&id, FILE_SERVER);
         moment.wait(&id);
         kill(&pid);
-        is_told(&returns(&scene, &id, client, &format!("{moment:?}")));
+        returns(&scene, &id, client, &format!("{moment:?}"));
     }
 }
 
@@ -46,7 +45,7 @@ fn of_the_file_server_while_an_exec_starts_and_while_a_container_is_deleted() {
         let client = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
         let what = after(moment);
         kill(&pid);
-        is_told(&returns(&scene, &id, client, &what));
+        returns(&scene, &id, client, &what);
 
         let id = scene.start_sleeper(&[]);
         let pid = process_of(&id, FILE_SERVER);
@@ -103,7 +102,7 @@ fn of_init_while_an_exec_starts() {
         let client = spawn(scene.exec_command(&id, &[], &["sleep", "3600"]));
         let what = after(moment);
         scene.ctr(&["task", "kill", "-s", "KILL", &id]).exits(0);
-        let code = returns(&scene, &id, client, &what).code;
+        let code = returns(&scene, &id, client, &what);
         assert!([Some(1), Some(LOST)].contains(&code), "{what}: {code:?}");
     }
 }

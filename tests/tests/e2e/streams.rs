@@ -109,14 +109,9 @@ fn terminal_has_the_client_s_size_and_follows_it() {
 fn exec_on_a_terminal() {
     let mut scene = Scene::new();
     let id = scene.start_sleeper(&[]);
-    exec_on_a_terminal_in(&scene, &id);
-}
-
-/// It has one, of the client's size.
-pub fn exec_on_a_terminal_in(scene: &Scene, id: &str) {
     // As above, the size may come after the start.
     let script = "tty; for n in $(seq 100); do stty size | grep '21 77' && exit 6; sleep 0.1; done";
-    let command = scene.exec_command(id, &["-t"], &["sh", "-c", script]);
+    let command = scene.exec_command(&id, &["-t"], &["sh", "-c", script]);
     let mut client = OnTerminal::spawn(command, 21, 77);
     let seen = client.read_until("21 77");
     assert!(seen.contains("/dev/pts/"), "{seen}");

@@ -58,15 +58,6 @@ fn holds_the_pod(pod: &Pod, group: &Path) -> BTreeMap<u32, &'static str> {
     all
 }
 
-/// The same of a pod whose kubelet has the cgroupfs driver; also the group.
-#[track_caller]
-pub fn is_below_kubelet_s_group(pod: &Pod) -> (PathBuf, BTreeMap<u32, &'static str>) {
-    let linux = pod.config.linux.as_ref().unwrap();
-    let group = PathBuf::from(format!("/sys/fs/cgroup{}/{}", linux.cgroup_parent, pod.id));
-    let processes = holds_the_pod(pod, &group);
-    (group, processes)
-}
-
 /// kubeadm's default is the systemd driver: the pod's parent is a slice then, and what
 /// is in it a scope.
 fn a_pod_below_a_slice(scene: &PodScene) {
@@ -186,7 +177,9 @@ fn the_host_s_count_of_memory_is_true() {
     };
     let _small = container("small", 64);
     let large = container("large", 192);
-    let (group, processes) = is_below_kubelet_s_group(&pod);
+    let linux = pod.config.linux.as_ref().unwrap();
+    let group = PathBuf::from(format!("/sys/fs/cgroup{}/{}", linux.cgroup_parent, pod.id));
+    let processes = holds_the_pod(&pod, &group);
     let current_mib = || {
         read(group.join("memory.current"))
             .trim()

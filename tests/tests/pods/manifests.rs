@@ -9,7 +9,7 @@
 use std::process::Command;
 
 use nacre_tests::pods::HANDLER;
-use nacre_tests::{BUSYBOX, Said, run_with_input};
+use nacre_tests::{Said, run_with_input};
 use serde_json::{Value, json};
 
 const RUNTIME_CLASS: &str = include_str!("../../../config/runtimeclass.yaml");
@@ -109,21 +109,13 @@ fn blocks(documentation: &'static str, language: &str) -> Vec<&'static str> {
 
 #[test]
 fn documented_pod_is_one_and_names_the_class() {
-    let expected = json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": { "name": "hello" },
-        "spec": {
-            "runtimeClassName": expected_class()["metadata"]["name"],
-            "containers": [{
-                "name": "hello",
-                "image": BUSYBOX,
-                "command": ["sh", "-c", "uname -r; sleep 3600"],
-                "resources": { "limits": { "memory": "256Mi", "cpu": "1" } },
-            }],
-        },
-    });
-    assert_eq!(checked(blocks(DOCUMENTATION, "yaml")[0]), expected);
+    let manifest = blocks(DOCUMENTATION, "yaml")[0];
+    let pod = checked(manifest);
+    assert_eq!(pod["kind"], "Pod");
+    assert_eq!(
+        pod["spec"]["runtimeClassName"],
+        expected_class()["metadata"]["name"]
+    );
 }
 
 /// A class for pods with devices, whose handler is the lab's, and a pod of it.

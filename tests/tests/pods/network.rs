@@ -14,7 +14,7 @@ use crate::SLEEP;
 in_both_modes![names_and_name_servers];
 
 /// Answers each connection to port 8080 with the host name.
-pub const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
+const SERVE: &[&str] = &["sh", "-c", "while true; do hostname | nc -l -p 8080; done"];
 
 /// What is served at an address, if a connection to it is made in time.
 pub fn fetch(address: &str, patience: Duration) -> Option<String> {

@@ -99,14 +99,14 @@ fn the_machine_runs_out_of_memory() {
     assert_eq!(sibling.state(), ContainerState::Running);
     assert!(pod.is_ready());
 
-    // One that must not be killed leaves nobody to kill in the end, and all end with the
-    // machine. containerd removes what is left of the pod by itself, the log included.
+    // One that must not be killed leaves nobody to kill in the end. containerd removes
+    // what is left of the pod by itself, the log included.
     let log = Command::new("nacre")
         .args(["logs", "-f", &pod.id])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let immortal = pod
+    let _immortal = pod
         .container("immortal", &["sh", "-c", "exec tail /dev/zero"])
         .resources(|resources| resources.oom_score_adj = -1000)
         .start();
@@ -114,10 +114,6 @@ fn the_machine_runs_out_of_memory() {
     let log = log.wait_with_output().unwrap().stdout;
     let log = String::from_utf8_lossy(&log);
     assert!(log.contains("deadlocked on memory"), "{log}");
-    for lost in [immortal, sibling] {
-        assert_eq!(lost.await_exit().exit_code, 137);
-        eventually("the reason is told", || lost.status().reason == "OOMKilled");
-    }
 }
 
 /// Processor time a container has had.
@@ -128,9 +124,6 @@ fn last_processors() -> [usize; 2] {
     let last = std::thread::available_parallelism().unwrap().get() - 1;
     [last.saturating_sub(1), last]
 }
-
-/// A processor that no host has which the tests run on.
-const ABSENT: usize = 1023;
 
 /// Shares are between the containers of a pod; a cpuset names processors of the host,
 /// on which the machine runs.
@@ -170,27 +163,25 @@ fn shares_and_processors() {
     let [much, little] = spent();
     assert!(much > 3 * little, "{much} and {little} usec");
 
-    let update = |container: &PodContainer, processor: usize| {
+    let update = |container: &PodContainer| {
+        let cpuset_cpus = first.to_string();
         let resources = LinuxContainerResources {
-            cpuset_cpus: processor.to_string(),
+            cpuset_cpus,
             ..Default::default()
         };
-        scene.cri().update(&container.id, resources)
+        scene.cri().update(&container.id, resources).unwrap();
     };
-    // With one processor this alone shows that a change comes to the host.
-    let refused = update(&few, ABSENT).unwrap_err();
-    assert!(refused.message().contains("cpuset.cpus"), "{refused}");
-    assert_eq!(on_host(), last.to_string());
-    update(&few, first).unwrap();
-    if first == last {
-        println!("skipped: lists that differ, on a host with one processor");
-        return;
+    update(&few);
+    let differ = first < last;
+    if differ {
+        assert_eq!(on_host(), format!("{first}-{last}"), "those of both");
     }
-    assert_eq!(on_host(), format!("{first}-{last}"), "those of both");
-    update(&many, first).unwrap();
+    update(&many);
     assert_eq!(on_host(), first.to_string());
     let free = pod.container("free", SLEEP).start();
-    assert_ne!(on_host(), first.to_string(), "one may run anywhere");
+    if differ {
+        assert_ne!(on_host(), first.to_string(), "one may run anywhere");
+    }
     free.exec(&["true"]).exits(0);
 }
 
@@ -283,7 +274,7 @@ pub fn processes_are_limited(pod: &Pod) {
 
 /// Kubernetes' requests are shares and a score; without limits nothing else is said of a
 /// pod's size, and its machine is as large as nacre.toml has it.
-pub fn requests_without_limits(pod: &Pod) {
+fn requests_without_limits(pod: &Pod) {
     let app = pod
         .container("requests", SLEEP)
         .resources(|resources| (resources.cpu_shares, resources.oom_score_adj) = (512, 900))
@@ -387,17 +378,10 @@ fn vcpus_come_and_go_with_the_limits(scene: &PodScene) {
         // With `overhead_cpu_millis`.
         assert_eq!(text, format!("{limit}10000 100000\n"));
     };
-    // kubelet tells the pod's sums first, which containerd keeps to itself.
-    let tell = |cpus| scene.cri().update_pod(&pod.id, limits(cpus)).unwrap();
-    let update = |cpus| {
-        tell(cpus);
-        scene.cri().update(&app.id, limits(cpus)).unwrap();
-    };
+    let update = |cpus| scene.cri().update(&app.id, limits(cpus)).unwrap();
     has(1, 1);
     app.sh("cat /sys/devices/system/cpu/present")
         .prints("0-3\n");
-    tell(3);
-    has(1, 1);
 
     update(3);
     has(3, 3);

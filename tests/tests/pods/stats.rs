@@ -194,11 +194,7 @@ fn receive(container: &PodContainer) {
 #[test]
 fn traffic_and_files_are_counted() {
     let scene = PodScene::new();
-    traffic_and_files_are_counted_in(&scene, &scene.pod("talking").run(), 0);
-}
-
-/// The same of a pod that has so many containers already.
-pub fn traffic_and_files_are_counted_in(scene: &PodScene, pod: &Pod, others: usize) {
+    let pod = scene.pod("talking").run();
     let app = pod.container("app", SLEEP).start();
     app.sh("dd if=/dev/urandom of=/file bs=1M count=8 2>/dev/null; sync")
         .exits(0);
@@ -232,7 +228,7 @@ pub fn traffic_and_files_are_counted_in(scene: &PodScene, pod: &Pod, others: usi
     }
 
     eventually("the file is counted", || {
-        let stats = stats_of(scene, pod, &app, others + 1);
+        let stats = stats_of(&scene, &pod, &app, 1);
         let written = stats.map(|stats| value(stats.writable_layer.unwrap().used_bytes));
         let in_guest = app.sh("du -k /file | cut -f 1").exits(0).stdout;
         let bytes = in_guest.trim().parse::<u64>().unwrap() << 10;

@@ -169,8 +169,8 @@ fn shim_is_told_where_cards_are_and_why_one_is_not() {
 
 #[test]
 fn shared_directory_comes_once_and_its_end_is_the_machine_s() {
-    // jmp to itself, see below
-    let Some(parts) = parts(&[0xeb, 0xfe], 2) else {
+    // jmp to itself
+    let Some(parts) = parts(&[0xeb, 0xfe], 1) else {
         return;
     };
     let mut shim = Shim::new(Machine::new(parts).unwrap().start().unwrap());
@@ -190,9 +190,6 @@ fn shared_directory_comes_once_and_its_end_is_the_machine_s() {
     let outcome = wait(&mut shim.far, &shim.running, &mut shim.peers, &calls).unwrap();
     let said = "the file server of the shared directory has ended";
     assert!(matches!(&outcome, Outcome::Failed(message) if message == said));
-    // It was asked where it is.
-    let ended = Outcome::Stopped(StopReason::TripleFault);
-    assert_eq!(shim.running.stop_handle().outcome(), Some(&ended));
     shim.running.stop();
 }
 

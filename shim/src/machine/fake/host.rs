@@ -14,7 +14,7 @@ use crate::hooks::Runner;
 use crate::machine::Machine;
 use crate::rundir::{RunDir, State};
 use crate::sandbox::{
-    ContainerConfig, DiskSlots, HotPlug, Images, MemorySize, Monitor, Room, Sandbox, SandboxError,
+    ContainerConfig, DiskSlots, HotPlug, Images, MemorySize, Room, Sandbox, SandboxError,
     SlotCounts, VcpuCount,
 };
 use crate::storage::{self, Prepared, StorageError};
@@ -240,12 +240,9 @@ impl FakeHost {
     pub async fn boot_with(&self, sandbox: &Sandbox, shared_dir: bool) -> Result<(), SandboxError> {
         let mut room = ROOM;
         let (first, images) = ((self.pod_devices(), None), self.images());
-        let monitor = Monitor {
-            pid: std::process::id(),
-            memory_mib: room.memory.boot_mib,
-            timeout: BOOT_TIMEOUT,
-        };
-        let started = self.hot_plug.start(self.pci_slots, first, images, monitor);
+        let started = self
+            .hot_plug
+            .start(self.pci_slots, first, images, BOOT_TIMEOUT);
         started.await.unwrap();
         if !self.pod_devices().is_empty() {
             (room.memory.growth_mib, room.memory.is_pinned) = (0, true);

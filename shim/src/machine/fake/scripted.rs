@@ -398,12 +398,6 @@ impl agent_ttrpc::Agent for Service {
         })
     }
 
-    async fn put_directory(&self, _: &TtrpcContext, _: DirectoryVolume) -> Result<Empty> {
-        lock(&self.0.journal).push("volume".into());
-        self.0.unless_hung().await;
-        Ok(Empty::new())
-    }
-
     async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
         self.0.unless_hung().await;
         if self.0.keeps_phases.load(Ordering::Relaxed) {

@@ -6,15 +6,11 @@ use std::process::Command;
 use nacre_protocol::vm::StopReason;
 
 /// A machine whose monitor is `sleep`, and the monitor's end of its channel.
-fn with_stand_in() -> (VmMachine, Channel) {
-    with_stand_in_of(None)
-}
-
-/// The same in a group whose kills are counted. The machine reaps it.
+/// The machine reaps it.
 #[allow(clippy::zombie_processes)]
-fn with_stand_in_of(kills: Option<Kills>) -> (VmMachine, Channel) {
+fn with_stand_in() -> (VmMachine, Channel) {
     let child = Command::new("sleep").arg("60").spawn().unwrap();
-    VmMachine::with_stand_in(child.id(), kills)
+    VmMachine::with_stand_in(child.id())
 }
 
 #[tokio::test]
@@ -60,23 +56,6 @@ async fn last_words_of_a_monitor_that_has_not_read_everything_are_heard() {
         .unwrap();
     drop(monitor);
     assert_eq!(machine.stopped().await, Stop::Guest(reason));
-}
-
-/// Of a monitor that has just ended nobody may know yet why.
-#[tokio::test]
-async fn what_cannot_be_asked_any_more_fails_with_what_became_of_the_machine() {
-    let (machine, monitor) = with_stand_in();
-    let reason = StopReason::Shutdown;
-    monitor
-        .send(&Event::Stopped(reason), &FdList::default())
-        .unwrap();
-    drop(monitor);
-    let gone = machine.interrupt().await.unwrap_err();
-    let expected = Stop::Guest(reason);
-    assert!(
-        matches!(&gone, MachineError::Stopped(stop) if *stop == expected),
-        "{gone}"
-    );
 }
 
 /// The next request must be a resize; how far.
@@ -364,34 +343,4 @@ async fn death_resolves_every_wait() {
     ));
     assert!(machine.connect(7).await.is_err());
     machine.kill();
-}
-
-/// Of a group with a kill before the machine.
-#[tokio::test]
-async fn a_monitor_that_the_kernel_ends_for_want_of_memory() {
-    let group = tempfile::tempdir().unwrap();
-    let directory = File::open(group.path()).unwrap();
-    let count = |kills: u32| {
-        let text = format!("oom {kills}\noom_kill {kills}\n");
-        std::fs::write(group.path().join("memory.events"), text).unwrap();
-    };
-    for (kills, expected) in [(1, Stop::Died), (2, Stop::OutOfMemory)] {
-        count(1);
-        let counted = Kills::of(directory.as_fd()).unwrap();
-        let (machine, monitor) = with_stand_in_of(Some(counted));
-        count(kills);
-        machine.kill();
-        drop(monitor);
-        assert_eq!(machine.stopped().await, expected);
-    }
-    // One that ends by itself says why.
-    count(1);
-    let counted = Kills::of(directory.as_fd()).unwrap();
-    let (machine, monitor) = with_stand_in_of(Some(counted));
-    count(2);
-    let reason = StopReason::Reboot;
-    monitor
-        .send(&Event::Stopped(reason), &FdList::default())
-        .unwrap();
-    assert_eq!(machine.stopped().await, Stop::Guest(reason));
 }

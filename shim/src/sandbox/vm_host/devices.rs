@@ -336,7 +336,7 @@ mod tests {
             .driver("vfio-pci");
         let pod = Pod::asks(&tree, "0000:01:00.0");
         pod.host.claim_devices(&pod.config).await.unwrap();
-        let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid, None);
+        let (machine, channel) = VmMachine::with_stand_in(monitor.process.pid);
         let machine = Arc::new(machine);
         crate::task::lock(&pod.host.parts).machine = Some(machine.clone());
         let is_held = || pod.holder("0000:01:00.0").as_deref() == Some("default/web");

@@ -1,6 +1,5 @@
-//! What the monitor cannot tell: how far it is while memory is pinned, at boot or for the first
-//! device that comes later, which is one system call that may take minutes; and of a boot that it
-//! was killed for want of memory.
+//! What the monitor cannot tell of a boot: how far it is while memory is pinned, which is one
+//! system call that may take minutes, and that it was killed for want of memory.
 
 use std::fs;
 use std::pin::pin;
@@ -32,32 +31,31 @@ impl VmHost {
     }
 }
 
-/// Waits for a step that pins memory; meanwhile the log tells how much of a guest of
-/// `memory_mib` is pinned for its monitor, process `pid`.
-pub(in crate::sandbox) async fn logged<T>(
-    step: impl Future<Output = T>,
-    pid: u32,
-    memory_mib: u32,
-) -> T {
-    reported(step, INTERVAL, || {
+/// Waits for `boot`; meanwhile the log tells how much of a guest of `memory_mib` is
+/// pinned for its monitor, process `pid`.
+pub(super) async fn logged<T>(boot: impl Future<Output = T>, pid: u32, memory_mib: u32) -> T {
+    reported(boot, INTERVAL, || {
         if let Some(pinned_mib) = pinned_mib(pid) {
-            info!(pinned_mib, memory_mib, "memory is pinned for PCI devices");
+            info!(
+                pinned_mib,
+                memory_mib, "booting: memory is pinned for PCI devices"
+            );
         }
     })
     .await
 }
 
 async fn reported<T>(
-    step: impl Future<Output = T>,
+    boot: impl Future<Output = T>,
     interval: Duration,
     mut report: impl FnMut(),
 ) -> T {
-    let mut step = pin!(step);
+    let mut boot = pin!(boot);
     let mut ticks = interval_at(Instant::now() + interval, interval);
     loop {
         tokio::select! {
             biased;
-            result = &mut step => return result,
+            result = &mut boot => return result,
             _ = ticks.tick() => report(),
         }
     }

@@ -75,8 +75,8 @@ pub enum CopyError {
 }
 
 impl CopyError {
-    /// Whether the guest has not answered: there may be none left.
-    pub fn is_unanswered(&self) -> bool {
+    /// Whether there is nobody left to copy for.
+    pub(super) fn guest_is_gone(&self) -> bool {
         matches!(self, Self::Guest { answer } if !matches!(answer, ttrpc::Error::RpcStatus(_)))
     }
 }

@@ -144,7 +144,7 @@ impl Tracked {
         }
     }
 
-    /// As long as somebody has the [`Follower`].
+    /// Until the guest is gone.
     async fn keep_up(&mut self, watch: Watch) {
         let mut step = Ok(watch);
         let mut behind = false;
@@ -160,6 +160,7 @@ impl Tracked {
                         Err(source) => Err(self.unreadable(source)),
                     }
                 }
+                Err(error) if error.guest_is_gone() => return,
                 Err(error) => {
                     if !behind {
                         warn!(

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{ShutdownRequest, Status};
-use containerd_shim_protos::events::task::TaskOOM;
 use futures::FutureExt;
 use nacre_protocol::vm::StopReason;
 use serde_json::json;
@@ -13,7 +12,6 @@ use ttrpc::Code;
 use super::fixture::*;
 use crate::machine::fake::{FakeHost, FakeMachine};
 use crate::machine::{Machine, Stop};
-use crate::storage::testing::Writer;
 use crate::task::container::CALL_TIMEOUT;
 use crate::task::lock;
 
@@ -144,35 +142,10 @@ async fn calls_that_a_guest_leaves_unanswered_say_that_it_hung() {
     fixture.expect(&["exit"]).await;
 }
 
-/// The guest's kernel had nobody to kill, or the host's took the machine: all that ran went down
-/// with it, and containerd is told why, once of each container, before their exits.
-#[tokio::test]
-async fn a_machine_that_ends_for_want_of_memory_has_killed_its_containers() {
-    for stop in [Stop::Guest(StopReason::OutOfMemory), Stop::OutOfMemory] {
-        let mut fixture = Fixture::new().await;
-        fixture.run("gone", "exit 3").await;
-        fixture.wait("gone", "").await;
-        fixture.run("c", "exec sleep 60").await;
-        fixture.exec("c", "e", "exec sleep 60").await.unwrap();
-        fixture.start("c", "e").await.unwrap();
-        fixture.expect(&["create", "start", "exit"]).await;
-        let started = ["create", "start", "exec-added", "exec-started"];
-        fixture.expect(&started).await;
-        let machine = lock(&fixture.machine).clone().unwrap();
-        machine.end(stop);
-        machine.kill();
-        assert_eq!(fixture.event::<TaskOOM>().await.container_id, "c");
-        fixture.expect(&["exit", "exit"]).await;
-        assert_eq!(fixture.wait("c", "").await, 137);
-        fixture.delete("gone", "").await.unwrap();
-        fixture.expect(&["delete"]).await;
-    }
-}
-
 /// The container that is being made when the machine dies, and the one after it.
 #[tokio::test]
 async fn a_create_says_what_happened() {
-    let mut fixture = Fixture::new().await;
+    let fixture = Fixture::new().await;
     fixture.run("c", "sleep 60").await;
     let machine = lock(&fixture.machine).clone().unwrap();
     machine.hang();
@@ -187,13 +160,6 @@ async fn a_create_says_what_happened() {
     let expected = (Code::UNAVAILABLE, of_pod(gone));
     assert_eq!(refusal(created), expected);
     assert_eq!(refusal(fixture.create("late", "true").await), expected);
-    // The first that the guest is asked for is a copy of the volume.
-    let mut volume = Writer::new();
-    volume.write(&[("key", b"value")]);
-    fixture.mounts = json!([{
-        "destination": "/volume", "type": "bind", "source": volume.path(), "options": ["rbind"],
-    }]);
-    assert_eq!(refusal(fixture.create("later", "true").await), expected);
     assert_eq!(fixture.wait("c", "").await, 137);
     let exec = fixture.exec("c", "late", "true").await;
     assert_eq!(code(exec), Code::FAILED_PRECONDITION);
@@ -252,64 +218,6 @@ async fn a_container_that_nobody_waits_for_is_deleted_when_it_is_made() {
     fixture.expect(&["create", "start", "exit"]).await;
 }
 
-/// Has the pod's sandbox container end, as containerd does; it asks for the pod's end then, and
-/// with no container after it.
-async fn end_sandbox(fixture: &Fixture) {
-    fixture.kill("sandbox", "").await.unwrap();
-    fixture.wait("sandbox", "").await;
-    fixture.delete("sandbox", "").await.unwrap();
-    let request = ShutdownRequest {
-        id: "sandbox".into(),
-        ..Default::default()
-    };
-    fixture.client.shutdown(context(), &request).await.unwrap();
-}
-
-/// A pod with its sandbox container.
-async fn with_sandbox() -> (Fixture, Arc<FakeMachine>) {
-    let mut fixture = Fixture::new().await;
-    fixture.annotations = json!({"io.kubernetes.cri.container-type": "sandbox"});
-    fixture.run("sandbox", "").await;
-    fixture.annotations = json!({});
-    let machine = lock(&fixture.machine).clone().unwrap();
-    (fixture, machine)
-}
-
-#[tokio::test]
-async fn a_pod_ends_with_its_sandbox_container_while_another_is_made() {
-    let (fixture, machine) = with_sandbox().await;
-    machine.answers(1).await;
-    machine.hang();
-    let end = async {
-        machine.held(1).await;
-        end_sandbox(&fixture).await;
-        assert!(fixture.pod.ended().now_or_never().is_some());
-    };
-    let both = async { tokio::join!(fixture.create("new", "sleep 60"), end) };
-    let (created, ()) = tokio::time::timeout(SOON, both).await.expect("in time");
-    assert_eq!(code(created), Code::UNAVAILABLE);
-}
-
-#[tokio::test]
-async fn a_pod_without_its_sandbox_container_ends_with_the_last_one() {
-    let (fixture, _) = with_sandbox().await;
-    for id in ["one", "two"] {
-        fixture.run(id, "exec sleep 60").await;
-    }
-    end_sandbox(&fixture).await;
-    for id in ["one", "two"] {
-        assert!(
-            fixture.pod.ended().now_or_never().is_none(),
-            "{id} is there"
-        );
-        fixture.kill(id, "").await.unwrap();
-        assert_eq!(fixture.wait(id, "").await, 137);
-        fixture.delete(id, "").await.unwrap();
-    }
-    let ended = tokio::time::timeout(SOON, fixture.pod.ended()).await;
-    ended.expect("nobody asks for it");
-}
-
 /// Whether it is deleted already or cannot be.
 #[tokio::test]
 async fn a_container_that_was_given_up_keeps_no_pod() {
@@ -339,22 +247,18 @@ async fn a_container_that_was_given_up_keeps_no_pod() {
 /// A guest whose connection ends is about to end itself: who asked it is told why.
 #[tokio::test]
 async fn a_call_waits_for_the_guest_s_last_words() {
-    for lost in [
-        ttrpc::Error::RemoteClosed,
-        // Of a call that comes when the connection has ended.
-        ttrpc::Error::Others("reserve channel capacity failed: channel closed".into()),
-    ] {
-        let host = FakeHost::scripted();
-        let sandbox = host.open();
-        host.boot(&sandbox).await.unwrap();
-        let machine = lock(&host.machine).clone().unwrap();
-        let asked = sandbox.ask("test", SOON, |_| std::future::ready(Err::<(), _>(lost)));
-        let mut asked = std::pin::pin!(asked);
-        assert!(futures::poll!(asked.as_mut()).is_pending());
-        machine.end(Stop::Guest(StopReason::Panic));
-        let error = asked.await.unwrap_err().to_string();
-        assert!(error.ends_with("the guest kernel panicked"), "{error}");
-    }
+    let host = FakeHost::scripted();
+    let sandbox = host.open();
+    host.boot(&sandbox).await.unwrap();
+    let machine = lock(&host.machine).clone().unwrap();
+    let asked = sandbox.ask("test", SOON, |_| async {
+        Err::<(), _>(ttrpc::Error::RemoteClosed)
+    });
+    let mut asked = std::pin::pin!(asked);
+    assert!(futures::poll!(asked.as_mut()).is_pending());
+    machine.end(Stop::Guest(StopReason::Panic));
+    let error = asked.await.unwrap_err().to_string();
+    assert!(error.ends_with("the guest kernel panicked"), "{error}");
 }
 
 /// The guest lives, and the machine: nobody is told that they are gone.

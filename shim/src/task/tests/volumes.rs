@@ -12,7 +12,6 @@ use super::fixture::*;
 use super::real_agent::{bundle, fixture};
 use crate::machine::fake::FakeHost;
 use crate::storage::testing::Writer;
-use crate::task::lock;
 
 /// How soon an update has to arrive.
 const SOON: Duration = Duration::from_secs(2);
@@ -115,34 +114,6 @@ async fn a_volume_that_grows_too_large_stays_as_it_was() {
     printed(&output, "11\n33\n", context_limit()).await;
     config.write(&[("end", b"")]);
     assert_eq!(fixture.wait("c", "").await, 0);
-}
-
-/// A guest that is too busy for a change gets it again.
-#[tokio::test]
-async fn a_change_that_the_guest_does_not_take_in_time_is_not_lost() {
-    let mut fixture = Fixture::on(FakeHost::scripted()).await;
-    let mut config = Writer::new();
-    config.write(&[("key", b"1")]);
-    fixture.mounts = json!([bind(config.path(), "/config", "ro")]);
-    fixture.run("c", "sleep 60").await;
-    let machine = lock(&fixture.machine).clone().unwrap();
-    // The next ping is a long way off.
-    machine.answers(1).await;
-    machine.hang();
-    config.write(&[("key", b"2")]);
-    machine.held(1).await;
-    let puts = || {
-        let journal = lock(&fixture.journal);
-        journal.iter().filter(|entry| *entry == "volume").count()
-    };
-    let before = puts();
-    // It passes as soon as all wait.
-    tokio::time::pause();
-    let begin = tokio::time::Instant::now();
-    while puts() == before {
-        assert!(begin.elapsed() < Duration::from_secs(60), "it is given up");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// The watch ends with the container, not with its deletion.

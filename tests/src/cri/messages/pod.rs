@@ -254,23 +254,9 @@ pub struct PortForwardRequest {
     pub port: Vec<i32>,
 }
 
-/// `runtime.v1.UpdatePodSandboxResourcesRequest`.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct UpdatePodSandboxResourcesRequest {
-    #[prost(string, tag = "1")]
-    pub pod_sandbox_id: String,
-    #[prost(message, optional, tag = "2")]
-    pub overhead: Option<LinuxContainerResources>,
-    #[prost(message, optional, tag = "3")]
-    pub resources: Option<LinuxContainerResources>,
-}
-
 /// `runtime.v1.StatusRequest`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct StatusRequest {
-    #[prost(bool, tag = "1")]
-    pub verbose: bool,
-}
+pub struct StatusRequest {}
 
 /// `runtime.v1.RuntimeHandlerFeatures`.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -293,8 +279,6 @@ pub struct RuntimeHandler {
 /// `runtime.v1.StatusResponse`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct StatusResponse {
-    #[prost(map = "string, string", tag = "2")]
-    pub info: HashMap<String, String>,
     #[prost(message, repeated, tag = "3")]
     pub runtime_handlers: Vec<RuntimeHandler>,
 }
