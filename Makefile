@@ -165,14 +165,13 @@ bench: stage
 	@install -m 755 target/release/nacre-bench $(STAGE)$(PREFIX)/bin/
 	@$(IN_LAB) run --count --timeout 900 $(STAGE) -- nacre-bench
 
-# The tests that take minutes each in the lab, so no part of `test`: images of many
-# layers, gibibytes by network, many machines and pods at once, and what they take and cost
-# beside runc; guests that end in every way at every step.
-long: stage driver-images
+# The tests that take many minutes in the lab, so no part of `test`: gibibytes by network, many
+# machines and pods at once, and what they take and cost beside runc.
+long: stage
 	@$(call install-tests,-p nacre-tests --test e2e,nacre-e2e)
 	@$(call install-tests,-p nacre-tests --test pods,nacre-pods)
 	@$(install-wire)
-	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'code=0; nacre-e2e --test-threads=1 --ignored || code=$$?; nacre-pods --test-threads=1 --ignored --nocapture || code=$$?; exit $$code'
+	@$(IN_LAB) run --timeout 5400 $(STAGE) -- bash -c 'code=0; for tests in nacre-e2e nacre-pods; do $$tests --test-threads=1 --ignored --nocapture || code=$$?; done; exit $$code'
 
 # One pod after another, for so many seconds and at least so many pods, ended in
 # every way a pod may end.

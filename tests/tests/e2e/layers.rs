@@ -153,7 +153,6 @@ fn all_layers_are_there(snapshotter: &str) {
 /// On the host's side of a share. Of one more containerd's client says so before
 /// nacre is asked, which refuses more than 500.
 #[test]
-#[ignore = "499 layers are unpacked and mounted one by one, 2 to 3 minutes of an emulated processor: make long"]
 fn image_of_499_layers_on_overlayfs() {
     let _images = Images::import(&[MOST, MOST + 1], "overlayfs");
     all_layers_are_there("overlayfs");
@@ -164,7 +163,6 @@ fn image_of_499_layers_on_overlayfs() {
 
 /// On disks.
 #[test]
-#[ignore = "499 layers are unpacked and mounted one by one, 2 to 3 minutes of an emulated processor: make long"]
 fn image_of_499_layers_on_erofs() {
     let _images = Images::import(&[MOST], "erofs");
     all_layers_are_there("erofs");

@@ -166,7 +166,7 @@ fn a_full_disk() {
 
 /// The smallest there are: fifty of them fit into the lab.
 #[test]
-#[ignore = "fifty pods take the lab's one emulated processor for minutes: make long"]
+#[ignore = "fifty kernels take the lab's one emulated processor 6 s and more each, to boot alone: make long"]
 fn fifty_pods_at_once() {
     const LIMIT: Duration = Duration::from_secs(500);
     let _patience = Changed::new("boot_timeout_seconds", LONG_BOOT);
